@@ -1,0 +1,1 @@
+"""A thin TRAPO trainer on top of trapo_kernels."""

@@ -1,0 +1,1 @@
+"""Fused losses over huge vocabularies."""
