@@ -67,6 +67,8 @@ def test_the_final_answer_is_the_last_marked_one(text, expected):
         (r"3 \times 10^6", "3e6"),
         ("3e6", "3000000"),
         (r"\frac78", r"$\frac{7}{8}$"),
+        ("84, 69", "$69$,$84$"),
+        (r"The fraction is $\frac{7}{8}$.", r"\frac{7}{8}"),
         (r"$\frac{7}{8}$", r"\frac{7}{8}"),
     ],
 )

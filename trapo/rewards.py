@@ -133,7 +133,10 @@ def _math_verify_equal(given: str, answer: str) -> bool:
 
 
 def _as_latex(text: str) -> str:
-    return text if "$" in text else f"${_scientific_to_latex(text)}$"
+    if text.count("$") == 2 and not (text.startswith("$") and text.endswith("$")):
+        return text  # words around one formula: math-verify finds it
+    bare = text.replace("$", "").strip().rstrip(".")  # "$69$, $84$" is one set and not two answers
+    return f"${_scientific_to_latex(bare)}$"
 
 
 def _readable(given: str) -> str:

@@ -1,0 +1,1 @@
+"""Problem generators: data sets that need no download."""
