@@ -52,7 +52,7 @@ OPENINGS: dict[str, tuple[Row, ...]] = {
 # After an opening alone: a one-step problem. The test openings have no owner.
 TOTALS = {
     "train": ("How many {o} does {n} have now?", "How many {o} does {n} have?"),
-    "test": ("How many {o} are there?", "How many {o} is that?"),
+    "test": ("How many {o} are there now?", "How many {o} are there in the end?"),
 }
 
 EVENTS: dict[str, tuple[Row, ...]] = {
@@ -76,7 +76,7 @@ EVENTS: dict[str, tuple[Row, ...]] = {
             "_ / c",
             "A class of {c} children divides all of them fairly. How many {o} go to one child?",
         ),
-        ("by_monday", "_ * c", "A week later there are {c} times that number. How many {o} are there then?"),
+        ("by_friday", "_ * c", "By Friday the number of {o} is {c} times as large. How many {o} are there on Friday?"),
         ("room_for", "c - _", "There is room for {c} {o}. How many more {o} would fit?"),
     ),
 }
