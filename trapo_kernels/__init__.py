@@ -1,1 +1,46 @@
-"""Fused losses over huge vocabularies."""
+"""Fused policy losses over huge vocabularies: exact gradients, and never the `[tokens, vocab]` logits.
+
+import trapo_kernels as tk
+
+out = tk.linear_policy_loss(hidden, lm_head.weight, targets, tk.Objective.trapo(),
+                            advantages=advantages, expert_mask=expert_mask)
+out.loss.backward()
+"""
+
+from .backends import Backend, backends, set_backend
+from .budget import budget_mb, get_budget_mb, set_budget_mb
+from .functional import (
+    PolicyLoss,
+    TokenLogprobs,
+    linear_logprobs,
+    linear_policy_loss,
+    logprobs_from_logits,
+    policy_loss_from_logits,
+)
+from .metrics import METRICS, Metric, merge_metrics
+from .modules import TrapoLoss
+from .objective import EXPERT_TERMS, POLICY_TERMS, Objective, Term, Tokens
+
+__all__ = [
+    "EXPERT_TERMS",
+    "METRICS",
+    "POLICY_TERMS",
+    "Backend",
+    "Metric",
+    "Objective",
+    "PolicyLoss",
+    "Term",
+    "TokenLogprobs",
+    "Tokens",
+    "TrapoLoss",
+    "backends",
+    "budget_mb",
+    "get_budget_mb",
+    "linear_logprobs",
+    "linear_policy_loss",
+    "logprobs_from_logits",
+    "merge_metrics",
+    "policy_loss_from_logits",
+    "set_backend",
+    "set_budget_mb",
+]

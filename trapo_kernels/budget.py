@@ -1,0 +1,80 @@
+"""How many rows of logits are held at once, and where that number comes from.
+
+Everything that grows with rows × vocabulary counts against the budget: the reused logits buffer, the row kernel's
+scratch, the block in which low-precision gradients are widened. Outputs, and gradients of the size of the
+inputs, do not: they are there whatever the method.
+
+Fewer rows than a GEMM needs to run at full speed cost time; more cost memory and win nothing:
+- CPU: fp32 GEMMs are at full speed from about 512 rows.
+- CUDA: each chunk reads and writes d_weight once, in fp32: 8·V·D bytes against 6·rows·V·D FLOPs. By the published
+  rates of an H100 that traffic is 15% of the GEMMs' time at about 1,850 rows (arithmetic, not a measurement).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["budget_mb", "chunk_rows", "get_budget_mb", "set_budget_mb"]
+
+ENV = "TRAPO_KERNELS_BUDGET_MB"
+_DEFAULT_MB = {"cpu": 128.0, "cuda": 1024.0}
+_FULL_SPEED_ROWS = {"cpu": 512, "cuda": 4096}
+_ROW_MULTIPLE = 16
+
+_chosen_mb: float | None = None
+
+
+def get_budget_mb(device_type: str = "cpu") -> float:
+    """The budget in MiB: what `set_budget_mb` chose, else TRAPO_KERNELS_BUDGET_MB, else 128 (1024 on CUDA)."""
+    if _chosen_mb is not None:
+        return _chosen_mb
+    if ENV in os.environ:
+        return _checked(os.environ[ENV], ENV)
+    return _DEFAULT_MB.get(device_type, _DEFAULT_MB["cuda"])
+
+
+def set_budget_mb(megabytes: float | None) -> None:
+    """Bound the temporaries that grow with rows × vocabulary, in MiB, for this process; None = back to the default.
+
+    A budget below one row of logits is exceeded by that one row.
+
+    Raises:
+        ValueError: not a finite number above 0.
+    """
+    global _chosen_mb
+    _chosen_mb = None if megabytes is None else _checked(megabytes, "set_budget_mb: megabytes")
+
+
+@contextmanager
+def budget_mb(megabytes: float | None) -> Iterator[None]:
+    """`set_budget_mb` for the length of a `with` block."""
+    before = _chosen_mb
+    set_budget_mb(megabytes)
+    try:
+        yield
+    finally:
+        set_budget_mb(before)
+
+
+def chunk_rows(rows: int, row_bytes: int, scratch_bytes: int, device_type: str) -> int:
+    """Rows per chunk, so that rows · row_bytes + scratch_bytes keeps to the budget and the chunks are about equal."""
+    room = int(get_budget_mb(device_type) * 2**20) - scratch_bytes
+    most = min(room // row_bytes, _FULL_SPEED_ROWS.get(device_type, _FULL_SPEED_ROWS["cuda"]))
+    if most >= _ROW_MULTIPLE:
+        most -= most % _ROW_MULTIPLE
+    most = max(most, 1)
+    even = math.ceil(rows / math.ceil(rows / most)) if rows else 1
+    return min(most, math.ceil(even / _ROW_MULTIPLE) * _ROW_MULTIPLE)
+
+
+def _checked(value: float | str, name: str) -> float:
+    try:
+        megabytes = float(value)
+    except (TypeError, ValueError):
+        megabytes = math.nan
+    if not (math.isfinite(megabytes) and megabytes > 0):
+        raise ValueError(f"{name} must be a finite number of MiB above 0; got {value!r}")
+    return megabytes

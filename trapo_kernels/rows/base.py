@@ -1,0 +1,76 @@
+"""Row kernels: what a backend is. Everything else is shared.
+
+A row kernel is a module (or object) with
+
+    scratch_bytes(vocab, dtype, device) -> int
+        what it allocates beside the logits, counted against the budget
+    stats(logits [C, V], targets [C], cap, entropy) -> RowState
+        the reduction of each row; leaves the logits as they are
+    grad_(logits [C, V], targets [C], stats, g_lp [C], g_entropy [C] | None, cap) -> None
+        the logits become g_lp (1[j=y] − π_j) − g_H π_j (log π_j + H), times the slope of the soft-cap, in place
+
+`logits` are x = scale · (h Wᵀ + b) before the soft-cap z = cap · tanh(x / cap) (cap None: z = x).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["RowKernel", "RowState", "RowStats", "stats_dtype"]
+
+
+def stats_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Statistics are fp32, and fp64 for fp64 logits."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class RowStats(NamedTuple):
+    """What a row's loss and gradient need [C]. The log-sum-exp stays in two parts: π = e^(z − m) / Σ keeps its digits
+    where |z| is large, e^(z − lse) does not."""
+
+    logprobs: Tensor
+    max: Tensor
+    log_sum: Tensor
+    entropy: Tensor | None
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> RowStats:
+        """The same with `fn` applied to every tensor."""
+        entropy = None if self.entropy is None else fn(self.entropy)
+        return RowStats(fn(self.logprobs), fn(self.max), fn(self.log_sum), entropy)
+
+
+class RowState(NamedTuple):
+    """Online-softmax state of a row over the columns seen so far [C]; states of disjoint columns can be merged."""
+
+    max: Tensor  # m = max z
+    sum: Tensor  # Σ e^(z − m)
+    dot: Tensor | None  # Σ e^(z − m) (z − m), where entropy was asked for
+    target: Tensor  # z[y]
+
+    def finish(self) -> RowStats:
+        """logp = z_y − m − log Σ, H = log Σ − dot / Σ."""
+        log_sum = self.sum.log()
+        entropy = None if self.dot is None else (log_sum - self.dot / self.sum).clamp(min=0)
+        return RowStats((self.target - self.max) - log_sum, self.max, log_sum, entropy)
+
+
+class RowKernel(Protocol):
+    """The verbs of a backend; see the module's docstring."""
+
+    def scratch_bytes(self, vocab: int, dtype: torch.dtype, device: torch.device) -> int: ...
+
+    def stats(self, logits: Tensor, targets: Tensor, cap: float | None, entropy: bool) -> RowState: ...
+
+    def grad_(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        stats: RowStats,
+        g_lp: Tensor,
+        g_entropy: Tensor | None,
+        cap: float | None,
+    ) -> None: ...

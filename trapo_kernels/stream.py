@@ -1,0 +1,263 @@
+"""The chunk loop: every exact gradient from three GEMMs, with one chunk of logits in memory.
+
+    for rows in chunks:
+        x = scale · (hidden[rows] Wᵀ + b)        GEMM 1, into one reused buffer           [C, V]
+        row kernel: statistics -> logp, H        vectors of length C
+        slopes: g_lp = scale · ∂loss/∂logp, g_H = scale · ∂loss/∂H
+        row kernel: x becomes scale · dL/dx in place
+        d_hidden[rows] = x W                     GEMM 2
+        d_W += xᵀ hidden[rows]                   GEMM 3, accumulated in fp32 (fp64 for fp64)
+
+FLOPs: 2·N·D·V per GEMM, 6·N·D·V in all. Rows without gradient do the first GEMM alone; a frozen head has no third,
+frozen hidden states no second. Passes over the logits: GEMM 1 writes them, the row kernel reads them twice and writes
+them once, GEMMs 2 and 3 read them. Memory: budget.py.
+
+Gradients here are sums, undivided: the factor 1/normalizer · grad_output is put on at the end, in the accumulator's
+precision, so that fp16 does not lose to underflow what a loss scale is there to keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .budget import chunk_rows
+from .head import Head
+from .rows.base import RowKernel, RowStats, stats_dtype
+
+__all__ = ["LinearSource", "LogitsSource", "Rows", "Slopes", "Source", "backward", "forward"]
+
+# (compact rows, their statistics) -> g_lp [C], g_H [C] or None
+Slopes = Callable[[slice, RowStats], tuple[Tensor, Tensor | None]]
+
+# Widening low-precision gradients for an fp32 accumulation takes a block of this many bytes.
+_WIDE_BYTES = 2**21
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of the input take part, and in which order: those with a gradient first, then the others.
+
+    The one place where rows are left out. `order` None = every row, as it lies, so that chunks are views.
+    """
+
+    total: int
+    order: Tensor | None
+    size: int
+    with_gradient: int
+
+    @classmethod
+    def choose(cls, active: Tensor, live: Tensor | None = None, drop_others: bool = False) -> Rows:
+        """Rows that are `active` [N]; those not `live` [N] have no gradient (None: all have one)."""
+        first = active if live is None else active & live
+        others = None if live is None or drop_others else active & ~live
+        index = first.nonzero().squeeze(1)
+        with_gradient = index.numel()
+        if others is not None:
+            index = torch.cat([index, others.nonzero().squeeze(1)])
+        whole = with_gradient == active.numel()
+        return cls(active.numel(), None if whole else index, index.numel(), with_gradient)
+
+    def take(self, values: Tensor, rows: slice | None = None) -> Tensor:
+        """`values` [N, ...] of the compact rows (all of them, or a slice)."""
+        if self.order is None:
+            return values if rows is None else values[rows]
+        return values.index_select(0, self.order if rows is None else self.order[rows])
+
+    def narrow(self, keep: Tensor) -> tuple[Rows, Rows]:
+        """(fewer rows: those of these compact rows to `keep` [n]; the choice among the compact rows)."""
+        kept = Rows.choose(keep)
+        if kept.order is None:
+            return self, kept
+        order = kept.order if self.order is None else self.order[kept.order]
+        return Rows(self.total, order, kept.size, kept.size), kept
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Compact `values` [n] over all rows [N], zero where none."""
+        if self.order is None:
+            return values
+        return values.new_zeros(self.total).index_copy(0, self.order, values)
+
+
+class Source(Protocol):
+    """Where chunks of logits come from, and where their gradients go."""
+
+    vocab: int
+    dtype: torch.dtype  # of the chunks
+    device: torch.device
+    row_bytes: int  # held at once per row of a chunk
+    extra_bytes: int  # and beside that
+
+    def logits(self, rows: slice, out: Tensor) -> Tensor: ...
+
+    def put(self, rows: slice, grad: Tensor) -> None: ...
+
+    def gradients(self) -> tuple[Tensor | None, ...]: ...
+
+
+class LinearSource:
+    """Logits of hidden [N, D], weight [V, D], bias [V] or None; gradients of those `wants` names, in that order."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        rows: Rows,
+        wants: tuple[bool, bool, bool] = (False, False, False),
+    ) -> None:
+        self.hidden, self.weight, self.bias, self.scale, self.rows = hidden, weight, bias, head.scale, rows
+        self.vocab, self.dtype, self.device = weight.shape[0], hidden.dtype, hidden.device
+        self.wide = stats_dtype(self.dtype)
+        # Only CUDA has a GEMM of 16-bit operands that adds to an fp32 result.
+        self.widen = self.dtype != self.wide and self.device.type != "cuda" and (wants[1] or wants[2])
+        self.row_bytes = self.vocab * self.dtype.itemsize
+        self.extra_bytes = _WIDE_BYTES if self.widen else 0
+        self.beta = 0.0  # of the next sum: the first one overwrites
+        self.d_hidden = self.d_weight = self.d_bias = None
+        if wants[0]:
+            self.d_hidden = hidden.new_empty(hidden.shape) if rows.order is None else hidden.new_zeros(hidden.shape)
+        if wants[1]:
+            self.d_weight = weight.new_empty(weight.shape, dtype=self.wide)
+        if wants[2]:
+            self.d_bias = weight.new_zeros(self.vocab, dtype=self.wide)
+
+    def logits(self, rows: slice, out: Tensor) -> Tensor:
+        self.chunk = self.rows.take(self.hidden, rows)
+        bias = out if self.bias is None else self.bias
+        beta = 0.0 if self.bias is None else self.scale
+        return torch.addmm(bias, self.chunk, self.weight.t(), beta=beta, alpha=self.scale, out=out)
+
+    def put(self, rows: slice, grad: Tensor) -> None:
+        if self.d_hidden is not None:
+            if self.rows.order is None:
+                torch.mm(grad, self.weight, out=self.d_hidden[rows])
+            else:
+                self.d_hidden.index_copy_(0, self.rows.order[rows], grad @ self.weight)
+        if self.widen:
+            self._sum_widened(grad)
+        else:
+            self._sum(grad)
+        self.beta = 1.0
+
+    def _sum(self, grad: Tensor) -> None:
+        if self.d_weight is not None and self.dtype == self.wide:
+            self.d_weight.addmm_(grad.t(), self.chunk, beta=self.beta)
+        elif self.d_weight is not None:
+            out, kind = self.d_weight, self.wide
+            torch.addmm(out, grad.t(), self.chunk, out_dtype=kind, beta=self.beta, out=out)
+        if self.d_bias is not None:
+            self.d_bias += grad.sum(0, dtype=self.wide)
+
+    def _sum_widened(self, grad: Tensor) -> None:
+        """The same with operands widened, a block of columns at a time."""
+        chunk = self.chunk.to(self.wide)
+        step = max(1, _WIDE_BYTES // (self.wide.itemsize * grad.shape[0]))
+        for start in range(0, self.vocab, step):
+            columns = slice(start, min(start + step, self.vocab))
+            block = grad[:, columns].to(self.wide)
+            if self.d_weight is not None:
+                self.d_weight[columns].addmm_(block.t(), chunk, beta=self.beta)
+            if self.d_bias is not None:
+                self.d_bias[columns] += block.sum(0)
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        if self.d_weight is not None and self.beta == 0:
+            self.d_weight.zero_()
+        return self.d_hidden, self.d_weight, self.d_bias
+
+
+class LogitsSource:
+    """Logits that exist already [N, V]: no GEMM; chunks are in the statistics' dtype, the gradient in the logits'."""
+
+    extra_bytes = 0
+
+    def __init__(self, logits: Tensor, head: Head, rows: Rows, wanted: bool = False) -> None:
+        self.given, self.scale, self.rows = logits, head.scale, rows
+        self.vocab, self.dtype, self.device = logits.shape[1], stats_dtype(logits.dtype), logits.device
+        # The chunk, and a copy of it on the way in and out where rows are picked or converted.
+        self.row_bytes = self.vocab * (self.dtype.itemsize + logits.dtype.itemsize)
+        self.grad = torch.zeros_like(logits) if wanted else None
+
+    def logits(self, rows: slice, out: Tensor) -> Tensor:
+        return out.copy_(self.rows.take(self.given, rows)).mul_(self.scale)
+
+    def put(self, rows: slice, grad: Tensor) -> None:
+        assert self.grad is not None
+        if self.rows.order is None:
+            self.grad[rows] = grad
+        else:
+            self.grad.index_copy_(0, self.rows.order[rows], grad.to(self.grad.dtype))
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        return (self.grad,)
+
+
+def _chunks(source: Source, kernel: RowKernel, *spans: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, buffer [C, V]) over the spans, none of which shares a chunk with another; one buffer for all."""
+    scratch = kernel.scratch_bytes(source.vocab, source.dtype, source.device) + source.extra_bytes
+    longest = max(stop - start for start, stop in spans)
+    step = chunk_rows(longest, source.row_bytes, scratch, source.device.type)
+    buffer = torch.empty(min(step, longest), source.vocab, dtype=source.dtype, device=source.device)
+    for start, stop in spans:
+        for first in range(start, stop, step):
+            size = min(step, stop - first)
+            yield slice(first, first + size), buffer[:size]
+
+
+def forward(
+    source: Source,
+    kernel: RowKernel,
+    rows: Rows,
+    targets: Tensor,
+    head: Head,
+    entropy: bool,
+    slopes: Slopes | None = None,
+) -> RowStats:
+    """Statistics of the compact rows [n]; with `slopes` also the gradients, put into the source, in the same pass.
+
+    `targets` [n] are compact, as everything that `slopes` reads.
+    """
+    dtype = stats_dtype(source.dtype)
+    vectors = [torch.empty(rows.size, dtype=dtype, device=source.device) for _ in range(4)]
+    out = RowStats(vectors[0], vectors[1], vectors[2], vectors[3] if entropy else None)
+    middle = rows.with_gradient if slopes is not None else 0
+    for at, buffer in _chunks(source, kernel, (0, middle), (middle, rows.size)):
+        logits = source.logits(at, buffer)
+        found = kernel.stats(logits, targets[at], head.cap, entropy).finish()
+        for whole, part in zip(out, found, strict=True):
+            if whole is not None and part is not None:
+                whole[at] = part
+        if slopes is not None and at.stop <= middle:
+            _grad(source, kernel, at, logits, targets, found, head, slopes)
+    return out
+
+
+def backward(
+    source: Source, kernel: RowKernel, rows: Rows, targets: Tensor, head: Head, stats: RowStats, slopes: Slopes
+) -> None:
+    """The gradients of compact rows whose statistics `forward` gave, by recomputing their logits."""
+    for at, buffer in _chunks(source, kernel, (0, rows.size)):
+        logits = source.logits(at, buffer)
+        _grad(source, kernel, at, logits, targets, stats.map(lambda t, at=at: t[at]), head, slopes)  # type: ignore[misc]
+
+
+def _grad(
+    source: Source,
+    kernel: RowKernel,
+    at: slice,
+    logits: Tensor,
+    targets: Tensor,
+    stats: RowStats,
+    head: Head,
+    slopes: Slopes,
+) -> None:
+    g_lp, g_entropy = slopes(at, stats)
+    g_entropy = None if g_entropy is None else g_entropy * head.scale
+    kernel.grad_(logits, targets[at], stats, g_lp * head.scale, g_entropy, head.cap)
+    source.put(at, logits)

@@ -1,0 +1,148 @@
+"""Argument checks. Each error is one line: the function, the argument, what it accepts, what it got.
+
+Checks of values read tensors on the CPU only: on an accelerator they would stall the stream, and the device's own
+index assertion reports a target out of range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .head import Head
+
+__all__ = ["check_group", "check_head", "check_linear", "check_logits", "check_normalizer", "check_targets"]
+__all__ += ["check_token_inputs"]
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_group(caller: str, group: Any) -> None:
+    if group is not None:
+        raise NotImplementedError(f"{caller}: group must be None; vocabulary-parallel heads are not in this version")
+
+
+def check_head(caller: str, **options: Any) -> Head:
+    try:
+        return Head(**options)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{caller}: {error}") from None
+
+
+def _tensor(caller: str, name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{caller}: {name} must be a tensor; got {type(value).__name__}")
+    return value
+
+
+def _float_tensor(caller: str, name: str, value: Any) -> None:
+    if _tensor(caller, name, value).dtype not in _FLOATS:
+        raise TypeError(f"{caller}: {name} must be float16, bfloat16, float32 or float64; got {_dtype(value)}")
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
+
+
+def _same(caller: str, name: str, value: Tensor, like_name: str, like: Tensor, dtype: bool = True) -> None:
+    """On the device, and of the dtype, of another argument."""
+    if dtype and value.dtype != like.dtype:
+        raise TypeError(
+            f"{caller}: {name} must have the dtype of {like_name}; got {_dtype(value)} with {_dtype(like)} {like_name}"
+        )
+    if value.device != like.device:
+        raise ValueError(f"{caller}: {name} must be on the device of {like_name}, {like.device}; got {value.device}")
+
+
+def check_linear(caller: str, hidden: Any, weight: Any, bias: Any) -> None:
+    """hidden [..., D], weight [V, D], bias [V] or None: of one dtype, on one device."""
+    for name, value in (("hidden", hidden), ("weight", weight)):
+        _float_tensor(caller, name, value)
+    if hidden.ndim < 1:
+        raise ValueError(f"{caller}: hidden must be [..., D]; got a 0-dim tensor")
+    if weight.ndim != 2 or weight.shape[0] < 1 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{caller}: weight must be [V, D] with V >= 1 and D={hidden.shape[-1]} as in hidden; "
+            f"got {list(weight.shape)}"
+        )
+    _same(caller, "weight", weight, "hidden", hidden)
+    if bias is not None:
+        _float_tensor(caller, "bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"{caller}: bias must be [V] with V={weight.shape[0]}; got {list(bias.shape)}")
+        _same(caller, "bias", bias, "hidden", hidden)
+
+
+def check_logits(caller: str, logits: Any) -> None:
+    """logits [..., V]."""
+    _float_tensor(caller, "logits", logits)
+    if logits.ndim < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"{caller}: logits must be [..., V] with V >= 1; got {list(logits.shape)}")
+
+
+def check_targets(caller: str, targets: Any, like_name: str, like: Tensor) -> None:
+    """int64 targets of the shape of `like` without its last dimension."""
+    if _tensor(caller, "targets", targets).dtype != torch.int64:
+        raise TypeError(f"{caller}: targets must be int64; got {_dtype(targets)}")
+    if targets.shape != like.shape[:-1]:
+        raise ValueError(
+            f"{caller}: targets must be {list(like.shape[:-1])}, as {like_name} without its last dimension; "
+            f"got {list(targets.shape)}"
+        )
+    _same(caller, "targets", targets, like_name, like, dtype=False)
+
+
+def check_range(caller: str, targets: Tensor, active: Tensor, vocab: int, ignore_index: int) -> None:
+    """Active targets lie in [0, V)."""
+    if targets.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = active & ((targets < 0) | (targets >= vocab))
+    if wrong.any():
+        bad = targets[wrong]
+        end, worst = ("max", bad.max()) if bad.max() >= vocab else ("min", bad.min())
+        raise ValueError(
+            f"{caller}: targets must be int64 in [0, V) or ignore_index={ignore_index}; "
+            f"got {end} {int(worst)} with V={vocab}"
+        )
+
+
+def check_token_inputs(
+    caller: str, targets: Tensor, floats: Mapping[str, Any], masks: Mapping[str, Any]
+) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
+    """Per-token inputs of the shape of targets; advantages may also be one per sequence, which is broadcast here."""
+    out: dict[str, Tensor | None] = {}
+    shape = targets.shape
+    for name, value in {**floats, **masks}.items():
+        if value is None:
+            out[name] = None
+            continue
+        if name in masks and _tensor(caller, name, value).dtype != torch.bool:
+            raise TypeError(f"{caller}: {name} must be bool; got {_dtype(value)}")
+        if name in floats:
+            _float_tensor(caller, name, value)
+        _same(caller, name, value, "targets", targets, dtype=False)
+        if name == "advantages" and value.shape == shape[:-1]:
+            value = value[..., None]
+        if value.shape != shape and not (name == "advantages" and value.shape == (*shape[:-1], 1)):
+            also = f" or one per sequence, {list(shape[:-1])}" if name == "advantages" else ""
+            raise ValueError(f"{caller}: {name} must be {list(shape)} as targets{also}; got {list(value.shape)}")
+        out[name] = value.detach().expand(shape)
+    return {name: out[name] for name in floats}, {name: out[name] for name in masks}
+
+
+def check_normalizer(caller: str, normalizer: Any) -> None:
+    """A number above 0, or a 0-dim tensor (whose value is checked on the CPU only)."""
+    if isinstance(normalizer, Tensor):
+        if normalizer.ndim != 0:
+            raise ValueError(
+                f"{caller}: normalizer must be a number above 0 or a 0-dim tensor; got shape {list(normalizer.shape)}"
+            )
+        if normalizer.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        normalizer = normalizer.item()
+    number = isinstance(normalizer, (int, float)) and not isinstance(normalizer, bool)
+    if not (number and normalizer > 0):
+        raise ValueError(f"{caller}: normalizer must be a number above 0 or a 0-dim tensor; got {normalizer!r}")
