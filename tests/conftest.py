@@ -1,0 +1,49 @@
+"""Shared parts of the trainer's tests: the real tokenizer, a tiny model with its vocabulary, the problem sets' folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Two processes with two spinning OpenMP threads each crawl on two cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """SmolLM2's own, from the installed weights package."""
+    from transformers import AutoTokenizer
+
+    from trapo.model import SMOLLM2, find_weights
+
+    weights = find_weights(SMOLLM2)
+    return AutoTokenizer.from_pretrained(str(weights.parent), gguf_file=weights.name)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(tmp_path_factory, tokenizer) -> Path:
+    """A folder with a 2-layer Llama of random weights and SmolLM2's tokenizer: fast, and everything else real."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    path = tmp_path_factory.mktemp("tiny-model")
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path

@@ -1,0 +1,52 @@
+"""Run by test_resume.py in a process of its own: a training run that kills itself (SIGKILL) at a given point.
+
+    python killed_run.py MODEL RUN_DIR KILL_AT [key=value ...]      KILL_AT: none, step:N, save:N
+"""
+
+import os
+import signal
+import sys
+
+from rich.console import Console
+
+
+def main() -> None:
+    model, run_dir, kill_at, *overrides = sys.argv[1:]
+    kind, _, number = kill_at.partition(":")
+    import torch
+
+    from trapo import learner, trainer
+    from trapo.config import merge_config
+
+    counts = {"step": 0, "save": 0}
+
+    def deadly(what, function):
+        """`function`, but the process dies inside its N-th call."""
+
+        def call(*args, **kwargs):
+            counts[what] += 1
+            if what == kind and counts[what] == int(number):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    # In the middle of a step: gradients are there, the optimizer has not stepped.
+    learner.Learner._step = deadly("step", learner.Learner._step)
+    # In the middle of a save: weights are written, the optimizer's state is not.
+    torch.save = deadly("save", torch.save)
+    base = {
+        "run_dir": run_dir,
+        "model": {"path": model},
+        "data": {"train": "task://word_problems?split=train&n=20&seed=1", "eval": "task://word_problems?split=test&n=4"},
+        "rollout": {"max_response_tokens": 16, "batch_size": 8},
+        "optim": {"lr": 1e-2, "schedule": "linear", "warmup_steps": 2},
+        "objective": {"entropy_coef": 0.01},
+        "train": {"steps": 6, "prompts_per_step": 2, "threads": 1, "updates_per_step": 2},
+        "checkpoint": {"every": 2, "keep": 1},
+    }
+    trainer.train(merge_config(base, overrides), console=Console(width=160))
+
+
+if __name__ == "__main__":
+    main()

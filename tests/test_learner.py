@@ -1,0 +1,129 @@
+"""One update on a tiny model: what must change it and what must not."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import trapo_kernels as tk
+from trapo.collect import Rollout
+from trapo.config import merge_config
+from trapo.data import Problem
+from trapo.encode import EncodedProblem
+from trapo.learner import Learner
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_path):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)
+
+
+def rollouts():
+    """Two prompts: one with mixed rewards and a guided rollout, one whose rollouts were all right."""
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(n):
+        return tuple(torch.randint(3, 40000, (n,), generator=generator).tolist())
+
+    out = []
+    for group, advantages in enumerate([(0.5, -0.5, 0.25, -0.25), (0.0, 0.0, 0.0, 0.0)]):
+        text = Problem(str(group), ({"role": "user", "content": "?"},), "1", (), "test")
+        problem = EncodedProblem(text, ids(4 + group), ())
+        for i, advantage in enumerate(advantages):
+            guided = group == 0 and i == 3
+            prefix = ids(3) if guided else ()
+            own = ids(2 + i)
+            out.append(
+                Rollout(problem, group, i, 0.5 * guided, prefix, own, guided, True, float(advantage > 0), "ok", advantage)
+            )
+    return out
+
+
+def updated(model, *overrides, objective=None, sample=None, steps=1):
+    """(parameters after the update, what the update reported) on a copy of the model."""
+    fresh = copy.deepcopy(model)
+    learner = Learner(fresh, merge_config({"optim": {"lr": 1e-3}}, overrides), pad_id=2)
+    for _ in range(steps):
+        report = learner.update(sample or rollouts(), objective or tk.Objective.trapo(), seed=0)
+    return {name: p.detach().clone() for name, p in fresh.named_parameters()}, report
+
+
+def same(a, b, tolerance=1e-6):
+    return all(torch.allclose(a[name], b[name], atol=tolerance, rtol=0) for name in a)
+
+
+@pytest.mark.parametrize("normalizer", ["tokens", "constant"])
+def test_how_rollouts_are_cut_into_micro_batches_does_not_change_the_update(model, normalizer):
+    # SGD-sized comparison: Adam's first step is a sign, so gradients are compared through the norm and the result.
+    one, report_one = updated(model, "train.micro_batch_tokens=10000", f"train.normalizer={normalizer}")
+    many, report_many = updated(model, "train.micro_batch_tokens=12", f"train.normalizer={normalizer}")
+    assert report_one.grad_norm == pytest.approx(report_many.grad_norm, rel=1e-5)
+    assert report_one.metrics == pytest.approx(report_many.metrics, rel=1e-4, abs=1e-6)
+    assert same(one, many, 2e-5)
+
+
+def test_the_update_changes_the_model(model):
+    after, report = updated(model)
+    assert report.optimizer_steps == 1
+    assert not same(dict(model.named_parameters()), after)
+
+
+def test_skipping_rollouts_without_gradient_saves_tokens_and_changes_nothing(model):
+    skipped, short = updated(model, "train.skip_inactive=true")
+    whole, long = updated(model, "train.skip_inactive=false")
+    assert short.trained_tokens < long.trained_tokens
+    assert short.grad_norm == pytest.approx(long.grad_norm, rel=1e-5)
+    assert same(skipped, whole, 2e-5)
+
+
+def test_an_entropy_bonus_gives_every_rollout_a_gradient(model):
+    _, report = updated(model, objective=tk.Objective.trapo(entropy_coef=0.01))
+    assert report.trained_tokens == sum(len(r) for r in rollouts())
+
+
+def test_nothing_to_learn_takes_no_optimizer_step(model):
+    sample = [r for r in rollouts() if r.group == 1]
+    after, report = updated(model, sample=sample)
+    assert report.optimizer_steps == 0
+    assert same(dict(model.named_parameters()), after, 0.0)
+
+
+def test_several_updates_on_one_batch_use_the_old_policys_logprobs(model):
+    objective = tk.Objective.grpo()
+    _, report = updated(model, "train.updates_per_step=2", "optim.lr=0.01", objective=objective)
+    assert report.optimizer_steps == 2
+    assert report.metrics["ratio_mean"] != pytest.approx(1.0, abs=1e-4)
+    _, single = updated(model, "optim.lr=0.01", objective=objective)
+    assert single.metrics["ratio_mean"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(model):
+    sample = rollouts()
+    sample[0].advantage = float("inf")
+    after, report = updated(model, sample=sample)
+    assert (report.optimizer_steps, report.skipped_steps) == (0, 1)
+    assert same(dict(model.named_parameters()), after, 0.0)
+
+
+def test_a_kl_term_pulls_towards_the_reference(model):
+    reference = copy.deepcopy(model).requires_grad_(False)
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in moved.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2)))
+    learner = Learner(moved, merge_config({"optim": {"lr": 1e-3}}), pad_id=2, reference=reference)
+    sample = [r for r in rollouts() if r.group == 1]  # A = 0: the KL term is all there is
+    first = learner.update(sample, tk.Objective.grpo(kl_coef=1.0), seed=0).metrics
+    for _ in range(20):
+        last = learner.update(sample, tk.Objective.grpo(kl_coef=1.0), seed=0).metrics
+    assert 0 < last["loss_kl"] < first["loss_kl"]
+
+
+def test_a_frozen_head_is_left_alone(tiny_model_path, model):
+    fresh = copy.deepcopy(model)
+    fresh.get_output_embeddings().weight.requires_grad_(False)
+    before = fresh.get_output_embeddings().weight.clone()
+    Learner(fresh, merge_config({"optim": {"lr": 1e-3}}), pad_id=2).update(rollouts(), tk.Objective.trapo(), seed=0)
+    assert fresh.get_output_embeddings().weight.equal(before)

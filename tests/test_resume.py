@@ -1,0 +1,90 @@
+"""A run that is killed with SIGKILL and started again ends like one that nobody disturbed, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).parent / "killed_run.py"
+CLOCKS = ("tokens_per_second", "seconds", "seconds_collect", "seconds_update", "seconds_left", "peak_memory_gb")
+
+
+def run(model, run_dir, kill_at="none", *overrides, expect=0):
+    command = [sys.executable, str(SCRIPT), str(model), str(run_dir), kill_at, *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+def outcome(run_dir):
+    """Everything of a run that must not depend on interruptions."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        for clock in CLOCKS:
+            del row[clock]
+    summary = json.loads((run_dir / "summary.json").read_text())
+    evals = {f.name: f.read_text() for f in sorted((run_dir / "eval").iterdir())}
+    return rows, load_file(run_dir / "final" / "model.safetensors"), summary["eval_after"], evals
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model_path, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    run(tiny_model_path, run_dir)
+    return run_dir
+
+
+# step:8 and step:9 are the two optimizer steps of steps 4 and 5: just before and after a checkpoint.
+@pytest.mark.parametrize("kill_at", ["step:1", "step:8", "step:9", "save:1", "save:2"])
+def test_a_killed_run_continues_to_the_same_weights_and_metrics(kill_at, undisturbed, tiny_model_path, tmp_path):
+    run_dir = tmp_path / "run"
+    run(tiny_model_path, run_dir, kill_at, expect=-signal.SIGKILL)
+    assert not (run_dir / "summary.json").exists()
+    run(tiny_model_path, run_dir)
+    rows, weights, accuracy, evals = outcome(run_dir)
+    expected_rows, expected_weights, expected_accuracy, expected_evals = outcome(undisturbed)
+    assert rows == expected_rows
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert weights.keys() == expected_weights.keys()
+    assert all(weights[name].equal(expected_weights[name]) for name in weights)
+    assert (accuracy, evals) == (expected_accuracy, expected_evals)
+    assert not list((run_dir / "checkpoints").glob(".tmp-*"))
+
+
+def test_the_run_that_is_compared_with_did_train(undisturbed, tiny_model_path):
+    """Or the comparison above would pass on a trainer that does nothing."""
+    before = load_file(tiny_model_path / "model.safetensors")
+    rows, after, _, _ = outcome(undisturbed)
+    assert any(not before[name].equal(after[name]) for name in before)
+    assert all(row["optimizer_steps"] == 2 for row in rows)
+    assert len({row["grad_norm"] for row in rows}) == len(rows)
+
+
+def test_transformers_loads_the_final_checkpoint(undisturbed):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(undisturbed / "final")
+    tokenizer = AutoTokenizer.from_pretrained(undisturbed / "final")
+    assert model.config.vocab_size == len(tokenizer)
+    assert tokenizer.chat_template
+
+
+def test_only_the_newest_checkpoints_are_kept(undisturbed):
+    assert [p.name for p in (undisturbed / "checkpoints").iterdir()] == ["step-000006"]
+
+
+def test_a_finished_run_is_not_overwritten_unasked(undisturbed, tiny_model_path):
+    done = run(tiny_model_path, undisturbed, expect=1)
+    assert "holds a finished run" in done.stderr
+
+
+def test_an_unfinished_run_is_not_continued_with_other_settings(tiny_model_path, tmp_path):
+    run(tiny_model_path, tmp_path / "run", "step:1", expect=-signal.SIGKILL)
+    done = run(tiny_model_path, tmp_path / "run", "none", "optim.lr=0.5", expect=1)
+    assert "other settings (optim.lr)" in done.stderr

@@ -1,0 +1,94 @@
+"""The HF engine against plain `generate`, one request at a time."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from trapo.rollout import Request
+from trapo.rollout.hf import HFEngine
+
+EOS = 2
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32).eval()
+    with torch.no_grad():  # random weights of this size repeat one token; larger ones give varied text
+        for p in model.parameters():
+            p.mul_(3.0)
+    return model
+
+
+@pytest.fixture
+def engine(model):
+    return HFEngine(model, eos_ids=[EOS], pad_id=EOS, batch_size=4)
+
+
+def requests(n=6):
+    generator = torch.Generator().manual_seed(0)
+    contexts = [tuple(torch.randint(3, 40000, (3 + i,), generator=generator).tolist()) for i in range(n)]
+    return [Request(c, 5 + i) for i, c in enumerate(contexts) for _ in range(2)]
+
+
+def alone(model, request):
+    ids = torch.tensor([request.context])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=request.max_new_tokens, do_sample=False,
+        eos_token_id=EOS, pad_token_id=EOS,
+    )
+    return tuple(out[0, ids.shape[1] :].tolist())
+
+
+def test_batched_greedy_completions_equal_those_of_each_request_alone(model, engine):
+    asked = requests()
+    got = engine.generate(asked, temperature=0.0, seed=0)
+    assert [c.token_ids for c in got] == [alone(model, r) for r in asked]
+    assert len({c.token_ids for c in got}) > 3  # or the comparison would say little
+
+
+def test_the_same_seed_samples_the_same_tokens_and_another_seed_others(engine):
+    asked = requests()
+    first, again, other = (engine.generate(asked, temperature=1.0, seed=s) for s in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_samples_of_one_context_differ_although_they_share_its_prefill(engine):
+    context = requests()[0].context
+    got = engine.generate([Request(context, 8)] * 4, temperature=1.0, seed=0)
+    assert len({c.token_ids for c in got}) == 4
+
+
+def test_sampling_follows_the_models_own_probabilities(model):
+    context = (5, 6, 7)
+    engine = HFEngine(model, eos_ids=[EOS], pad_id=EOS, batch_size=2000)
+    got = engine.generate([Request(context, 1)] * 2000, temperature=2.0, seed=0)
+    with torch.no_grad():
+        p = (model(torch.tensor([context])).logits[0, -1] / 2.0).softmax(-1)
+    top = int(p.argmax())
+    share = sum(c.token_ids[0] == top for c in got) / 2000
+    assert abs(share - float(p[top])) < 5 * (float(p[top]) / 2000) ** 0.5
+
+
+def test_a_completion_ends_with_the_first_end_token_and_is_finished(engine):
+    assert engine._trim([5, EOS, EOS, EOS], 4).token_ids == (5, EOS)
+    assert engine._trim([5, EOS, EOS, EOS], 4).finished
+    assert engine._trim([5, 6, 7, EOS], 3).token_ids == (5, 6, 7)
+    assert not engine._trim([5, 6, 7, EOS], 3).finished
+
+
+def test_a_one_token_context_works(model, engine):
+    request = Request((9,), 3)
+    assert engine.generate([request], temperature=0.0, seed=0)[0].token_ids == alone(model, request)
+
+
+def test_the_engine_leaves_train_mode_as_it_was(model, engine):
+    model.train()
+    engine.generate(requests(1), temperature=0.0, seed=0)
+    assert model.training
+    model.eval()
+
+
+def test_syncing_another_module_is_refused(engine):
+    with pytest.raises(ValueError, match="must be the module"):
+        engine.sync(torch.nn.Linear(1, 1))

@@ -1,0 +1,75 @@
+import json
+
+import pytest
+
+from trapo.config import merge_config
+from trapo.errors import TrapoError
+from trapo.files import write_atomic, write_folder_atomic
+from trapo.run_dir import RunDir, read_rows
+
+
+def row(step):
+    return {"step": step, "reward": 0.5}
+
+
+def test_metrics_after_the_checkpoint_are_dropped_and_a_cut_line_is_survived(tmp_path):
+    run = RunDir(tmp_path / "run")
+    assert run.open(merge_config({})) is None
+    for step in (1, 2, 3):
+        run.log(row(step))
+    with open(run.metrics, "a") as file:
+        file.write('{"step": 4, "rew')  # what a kill in the middle of a write leaves
+    assert [r["step"] for r in read_rows(run.metrics)] == [1, 2, 3]
+    (run.checkpoints / "step-000002").mkdir()
+    found = run.open(merge_config({}))
+    assert found.step == 2
+    assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2]
+
+
+def test_an_unfinished_save_is_removed_and_not_taken_for_a_checkpoint(tmp_path):
+    run = RunDir(tmp_path)
+    run.open(merge_config({}))
+    (run.checkpoints / ".tmp-step-000004").mkdir()
+    assert run.open(merge_config({})) is None
+    assert list(run.checkpoints.iterdir()) == []
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(TrapoError, match="is not empty and holds no run"):
+        RunDir(tmp_path).open(merge_config({}))
+
+
+def test_a_finished_run_is_replaced_only_when_asked(tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.open(merge_config({}))
+    run.log(row(1))
+    run.finish({"steps": 1})
+    with pytest.raises(TrapoError, match="--if-finished restart"):
+        run.open(merge_config({}))
+    assert run.open(merge_config({}, ["seed=5"]), restart_finished=True) is None
+    assert run.rows() == []
+
+
+def test_settings_that_change_nothing_computed_may_differ_on_resume(tmp_path):
+    run = RunDir(tmp_path)
+    run.open(merge_config({}))
+    run.open(merge_config({}, ["checkpoint.keep=3", "reward.workers=2"]))
+    with pytest.raises(TrapoError, match=r"other settings \(optim\.lr, seed\)"):
+        run.open(merge_config({}, ["seed=1", "optim.lr=1"]))
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    write_atomic(path, "old")
+
+    def fail(folder):
+        (folder / "half").write_text("x")
+        raise OSError("disk full")
+
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(path, "new \ud800")
+    assert path.read_text() == "old"
+    with pytest.raises(OSError, match="disk full"):
+        write_folder_atomic(tmp_path / "folder", fail)
+    assert not (tmp_path / "folder").exists()

@@ -1,0 +1,56 @@
+"""Group-relative advantages of one prompt's rollouts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+
+from trapo.collect import Rollout
+
+STD_EPS = 1e-6  # GRPO's
+
+
+def group_advantages(
+    rewards: Sequence[float],
+    *,
+    guided: Sequence[bool],
+    own_tokens: Sequence[int],
+    baseline: str = "all",
+    std: bool = False,
+) -> list[float]:
+    """A_i = R_i − mean(R over the baseline's rollouts), divided by their std + 1e-6 if asked.
+
+    The std is the sample's (n − 1), as in verl and TRL. Equal rewards give exactly 0, so their tokens can be skipped.
+
+    rewards, guided, own_tokens: one entry per rollout of the prompt.
+    baseline: `all` rollouts; the `unguided` ones; those that have `own_tokens` (a rollout that is a whole expert trace
+    has none: it lifts the mean but has nothing to reward). Falls back to all rollouts where none qualifies.
+    """
+    chosen = {
+        "all": list(rewards),
+        "unguided": [r for r, g in zip(rewards, guided, strict=True) if not g],
+        "own_tokens": [r for r, n in zip(rewards, own_tokens, strict=True) if n > 0],
+    }[baseline] or list(rewards)
+    equal = min(chosen) == max(chosen)  # n·r / n need not be r
+    mean = chosen[0] if equal else math.fsum(chosen) / len(chosen)
+    scale = 1.0
+    if std:
+        variance = math.fsum((r - mean) ** 2 for r in chosen) / max(len(chosen) - 1, 1)
+        scale = 1.0 / (math.sqrt(variance) + STD_EPS)
+    return [(r - mean) * scale for r in rewards]
+
+
+def assign_advantages(rollouts: Sequence[Rollout], baseline: str, std: bool) -> None:
+    """Set `.advantage` of every rollout; rollouts of one prompt must stand side by side, as `collect` gives them."""
+    for _, members in groupby(rollouts, key=lambda r: r.group):
+        group = list(members)
+        advantages = group_advantages(
+            [r.reward for r in group],
+            guided=[r.guided for r in group],
+            own_tokens=[len(r.own_ids) for r in group],
+            baseline=baseline,
+            std=std,
+        )
+        for rollout, advantage in zip(group, advantages, strict=True):
+            rollout.advantage = advantage

@@ -1,0 +1,128 @@
+"""`trapo train|eval|report`: the command line. Heavy imports wait until a command needs them, so that --help and the
+reward workers, which import this module again, start fast."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from trapo.errors import TrapoError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="TRAPO: SFT on expert prefixes inside a trust region, RL on the model's own continuation.",
+)
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file or the name of a preset")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes, such as train.steps=20")
+]
+
+
+class IfFinished(str, Enum):
+    stop = "stop"
+    restart = "restart"
+
+
+@app.command()
+def train(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    if_finished: Annotated[
+        IfFinished,
+        typer.Option(help="what to do when run_dir holds a finished run: stop, or delete it and restart"),
+    ] = IfFinished.stop,
+) -> None:
+    """Train; an interrupted run in the same run_dir is continued."""
+    from trapo.config import load_config
+
+    settings = load_config(config, overrides or [])
+    _quiet_transformers()
+    from trapo import trainer
+
+    console = _console()
+    summary = trainer.train(settings, console=console, restart_finished=if_finished is IfFinished.restart)
+    _print_summary(console, Path(settings.run_dir), summary)
+
+
+@app.command(name="eval")
+def evaluate(config: ConfigArgument, overrides: Overrides = None) -> None:
+    """Evaluate model.path on data.eval; writes run_dir/eval.json, and each response to run_dir/eval.jsonl."""
+    from trapo.config import load_config
+
+    settings = load_config(config, overrides or [])
+    _quiet_transformers()
+    from trapo import evaluate as evaluation
+
+    result = evaluation.evaluate_model(settings, log=_console().print)
+    _console().print(f"{settings.data.eval}: accuracy {result}", highlight=False)
+    if settings.eval.samples > 1:
+        _console().print(
+            "  ".join(f"pass@{k} {value:.1%}" for k, value in result.pass_at.items()), highlight=False
+        )
+
+
+@app.command()
+def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders")]) -> None:
+    """Draw report.png for each run, finished or not."""
+    from trapo.report import write_report
+
+    for run in runs:
+        _console().print(str(write_report(run)), highlight=False)
+
+
+def main() -> None:
+    """Entry point: errors of the user's are one line on stderr and exit code 2; Ctrl-C says how to go on."""
+    try:
+        app()
+    except TrapoError as error:
+        print(f"trapo: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("trapo: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def _console() -> Console:
+    # Logs and pipes have no width of their own; a step's line should not be folded at 80 columns there.
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+def _quiet_transformers() -> None:
+    """Its progress bars would break the live display; its warnings stay."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _print_summary(console: Console, run_dir: Path, summary: dict) -> None:
+    before, after = summary["eval_before"], summary["eval_after"]
+    if before is not None and after is not None:
+        low, high = summary["eval_before_interval"]
+        console.print(
+            f"held-out accuracy before: {before:.1%}  (95% interval {low:.1%} to {high:.1%})", highlight=False
+        )
+        low, high = summary["eval_after_interval"]
+        console.print(
+            f"held-out accuracy after:  {after:.1%}  (95% interval {low:.1%} to {high:.1%})", highlight=False
+        )
+    if summary["reward_failures"]:
+        console.print(f"reward failures (scored 0): {summary['reward_failures']}", highlight=False)
+    console.print(
+        f"{summary['steps']} steps in {summary['seconds']:.0f} s, peak memory {summary['peak_memory_gb']:.1f} GB, "
+        f"backend {summary['backend']}",
+        highlight=False,
+    )
+    console.print(
+        f"{run_dir}/report.png  {run_dir}/summary.json  {run_dir}/final (loads with transformers)",
+        highlight=False,
+    )

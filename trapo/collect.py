@@ -1,0 +1,128 @@
+"""Drawing the rollouts of one step: micro-group after micro-group, each for the whole batch of prompts at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+
+from trapo.encode import EncodedProblem
+from trapo.guidance import Schedule, carries_expert_term, is_guided
+from trapo.rewards import Reward
+from trapo.rollout import Completion, Engine, Request
+
+# Answers of the rollouts given (their full text is decoded by the scorer), in order.
+Scorer = Callable[[Sequence["Rollout"]], list[Reward]]
+
+
+@dataclasses.dataclass
+class Rollout:
+    """One response to one prompt: an expert prefix (maybe empty), then the model's own tokens (maybe none)."""
+
+    problem: EncodedProblem
+    group: int  # which prompt of the step
+    level: int  # which micro-group, counted from 0: the guidance level
+    ratio: float  # of the expert trace that was given; 0: unguided
+    prefix_ids: tuple[int, ...]
+    own_ids: tuple[int, ...]
+    supervised: bool  # the prefix carries the expert term
+    finished: bool
+    reward: float = 0.0
+    status: str = "ok"
+    advantage: float = 0.0
+
+    @property
+    def guided(self) -> bool:
+        return self.ratio > 0
+
+    @property
+    def response_ids(self) -> tuple[int, ...]:
+        return self.prefix_ids + self.own_ids
+
+    def __len__(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.problem.prompt_ids) + len(self.prefix_ids) + len(self.own_ids)
+
+
+def collect(
+    problems: Sequence[EncodedProblem],
+    schedule: Schedule,
+    engine: Engine,
+    score: Scorer | None,
+    *,
+    temperature: float,
+    max_response_tokens: int,
+    seed: int,
+) -> list[Rollout]:
+    """All rollouts of a step, ordered by prompt and then by micro-group.
+
+    score=None leaves rewards at 0 (objectives without advantages), so no later micro-group can depend on them.
+    """
+    rng = random.Random(seed)
+    by_prompt: list[list[Rollout]] = [[] for _ in problems]
+    for level in range(len(schedule.micro_groups)):
+        drawn = [
+            rollout
+            for group, problem in enumerate(problems)
+            for rollout in _open_rollouts(
+                problem, group, level, schedule, by_prompt[group], rng, max_response_tokens
+            )
+        ]
+        _generate(drawn, engine, temperature, max_response_tokens, seed + level)
+        if score is not None:
+            for rollout, reward in zip(drawn, score(drawn), strict=True):
+                rollout.reward, rollout.status = reward.value, reward.status
+        for rollout in drawn:
+            by_prompt[rollout.group].append(rollout)
+    return [rollout for group in by_prompt for rollout in group]
+
+
+def _open_rollouts(
+    problem: EncodedProblem,
+    group: int,
+    level: int,
+    schedule: Schedule,
+    earlier: Sequence[Rollout],
+    rng: random.Random,
+    max_response_tokens: int,
+) -> list[Rollout]:
+    """A micro-group's rollouts before generation: the prefix is decided, own tokens are still missing."""
+    micro_group = schedule.micro_groups[level]
+    prefix: tuple[int, ...] = ()
+    if is_guided(micro_group, [r.reward for r in earlier]):
+        prefix = problem.prefix(schedule, level, rng)[:max_response_tokens]
+    return [
+        Rollout(
+            problem=problem,
+            group=group,
+            level=level,
+            ratio=micro_group.ratio if prefix else 0.0,
+            prefix_ids=prefix,
+            own_ids=(),
+            supervised=bool(prefix) and carries_expert_term(schedule.supervise, index),
+            finished=False,
+        )
+        for index in range(micro_group.size)
+    ]
+
+
+def _generate(
+    rollouts: Sequence[Rollout], engine: Engine, temperature: float, max_response_tokens: int, seed: int
+) -> None:
+    """Fill in own tokens. A prefix that is the whole trace (it ends the sequence) or fills the limit gets none."""
+    open_ended = [r for r in rollouts if not _is_complete(r) and len(r.prefix_ids) < max_response_tokens]
+    requests = [
+        Request(r.problem.prompt_ids + r.prefix_ids, max_response_tokens - len(r.prefix_ids))
+        for r in open_ended
+    ]
+    completions: list[Completion] = (
+        engine.generate(requests, temperature=temperature, seed=seed) if requests else []
+    )
+    for rollout, completion in zip(open_ended, completions, strict=True):
+        rollout.own_ids, rollout.finished = completion.token_ids, completion.finished
+    for rollout in rollouts:
+        rollout.finished = rollout.finished or _is_complete(rollout)
+
+
+def _is_complete(rollout: Rollout) -> bool:
+    return any(rollout.prefix_ids == trace.token_ids for trace in rollout.problem.traces)

@@ -1,0 +1,317 @@
+"""The run's configuration: a typed dataclass tree, read from YAML, changed by `key=value` overrides.
+
+OmegaConf does the merging and the type checks. Unknown keys are refused with the nearest known name, because a
+silently ignored `learning_rate=` costs a day. A field left at None takes its value from the mode or from the
+guidance preset (see modes.py and guidance.py); what a run really used is in `<run_dir>/config.yaml`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from trapo.errors import TrapoError
+
+MODES = ("trapo", "grpo", "sft", "sft_then_rl", "luffy", "nll_prefix", "fixed_prefix")
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    path: str = "smollm2-135m-instruct"  # that name, a local folder, a .gguf file or a hub id
+    dtype: str = "float32"  # of the weights: float32, bfloat16, float16
+    device: str = "auto"  # auto: cuda when there is one, else cpu
+    attention: str = "sdpa"
+    gradient_checkpointing: bool = False
+    freeze: str | None = None  # regular expression: parameters whose name it matches are not trained
+
+
+@dataclasses.dataclass
+class DataConfig:
+    train: str | None = None  # JSONL, parquet, or task://...
+    eval: str | None = None
+    train_limit: int | None = None
+    eval_limit: int | None = None
+    system_prompt: str | None = None
+    prompt_suffix: str = ""
+    max_prompt_tokens: int = 1024
+    max_trace_tokens: int = 8192
+    on_bad_row: str = "raise"  # raise, skip
+    shuffle: bool = True
+
+
+@dataclasses.dataclass
+class GuidanceConfig:
+    preset: str = "paper"  # paper, official; the fields below change single parts of it
+    sizes: list[int] | None = None  # rollouts per micro-group
+    ratios: list[float] | None = None  # of the expert trace that is given as prefix
+    thresholds: list[float] | None = None  # guided while the mean reward so far is below
+    cut: str | None = None  # token, blank_line
+    traces: str | None = None  # random, in_order
+    trace_part: str | None = None  # full, thinking
+    supervise: str | None = None  # every, one_per_prefix
+
+
+@dataclasses.dataclass
+class ObjectiveConfig:
+    """Fields of trapo_kernels.Objective; None keeps the mode's choice."""
+
+    expert: str | None = None
+    alpha: float | None = None
+    expert_coef: float | None = None
+    luffy_gamma: float | None = None
+    policy: str | None = None
+    clip_low: float | None = None
+    clip_high: float | None = None
+    dual_clip: float | None = None
+    entropy_coef: float | None = None
+    kl_coef: float | None = None
+
+
+@dataclasses.dataclass
+class AdvantageConfig:
+    baseline: str = "all"  # all, unguided, own_tokens: whose mean reward is subtracted
+    std: bool | None = None  # divide by the group's standard deviation; None: the mode's choice
+
+
+@dataclasses.dataclass
+class RolloutConfig:
+    engine: str = "hf"
+    temperature: float = 1.0
+    max_response_tokens: int = 8192  # expert prefix + own tokens
+    batch_size: int = 64  # sequences decoded together
+
+
+@dataclasses.dataclass
+class RewardConfig:
+    function: str = "math"  # or package.module:function(text, answer) -> float
+    workers: int = 1
+    timeout: float = 10.0  # seconds for one answer; a worker past it is killed and the answer scores 0
+
+
+@dataclasses.dataclass
+class OptimConfig:
+    lr: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0  # of the global norm; 0: off
+    schedule: str = "constant"  # constant, linear, cosine
+    warmup_steps: int = 0
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    steps: int = 100
+    sft_steps: int | None = None  # mode sft_then_rl: how many of the steps are SFT
+    prompts_per_step: int = 8
+    updates_per_step: int = 1  # optimizer steps on one batch of rollouts (minibatches)
+    micro_batch_tokens: int = 4096  # padded tokens in one forward-backward
+    normalizer: str = "tokens"  # tokens: of the global batch; constant: normalizer_constant
+    normalizer_constant: float | None = None  # None: rollouts x rollout.max_response_tokens (Dr.GRPO)
+    skip_inactive: bool = True  # leave sequences without any gradient out of the forward
+    threads: int | None = None  # torch CPU threads; None: torch's default
+
+
+@dataclasses.dataclass
+class EvalConfig:
+    every: int = 0  # steps between evaluations; 0: only before and after
+    before: bool = True
+    temperature: float = 0.0  # 0: greedy
+    samples: int = 1  # per problem: avg@k and pass@k when above 1
+    max_response_tokens: int | None = None  # None: rollout.max_response_tokens
+
+
+@dataclasses.dataclass
+class CheckpointConfig:
+    every: int = 50  # steps; 0: only the final model
+    keep: int = 1
+
+
+@dataclasses.dataclass
+class Config:
+    mode: str = "trapo"
+    seed: int = 0
+    run_dir: str = "runs/trapo"
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    advantage: AdvantageConfig = dataclasses.field(default_factory=AdvantageConfig)
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+
+
+# What each word-valued field accepts; everything else is checked by its type or by a bound below.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "mode": MODES,
+    "model.dtype": ("float32", "bfloat16", "float16"),
+    "data.on_bad_row": ("raise", "skip"),
+    "guidance.preset": ("paper", "official"),
+    "guidance.cut": ("token", "blank_line"),
+    "guidance.traces": ("random", "in_order"),
+    "guidance.trace_part": ("full", "thinking"),
+    "guidance.supervise": ("every", "one_per_prefix"),
+    "advantage.baseline": ("all", "unguided", "own_tokens"),
+    "rollout.engine": ("hf",),
+    "optim.schedule": ("constant", "linear", "cosine"),
+    "train.normalizer": ("tokens", "constant"),
+}
+# (lowest accepted value, whether that value itself is accepted)
+BOUNDS: dict[str, tuple[float, bool]] = {
+    "seed": (0, True),
+    "data.train_limit": (1, True),
+    "data.eval_limit": (1, True),
+    "data.max_prompt_tokens": (1, True),
+    "data.max_trace_tokens": (1, True),
+    "rollout.temperature": (0, False),
+    "rollout.max_response_tokens": (1, True),
+    "rollout.batch_size": (1, True),
+    "reward.workers": (1, True),
+    "reward.timeout": (0, False),
+    "optim.lr": (0, False),
+    "optim.eps": (0, False),
+    "optim.weight_decay": (0, True),
+    "optim.grad_clip": (0, True),
+    "optim.warmup_steps": (0, True),
+    "train.steps": (1, True),
+    "train.sft_steps": (1, True),
+    "train.prompts_per_step": (1, True),
+    "train.updates_per_step": (1, True),
+    "train.micro_batch_tokens": (1, True),
+    "train.normalizer_constant": (0, False),
+    "train.threads": (1, True),
+    "eval.every": (0, True),
+    "eval.temperature": (0, True),
+    "eval.samples": (1, True),
+    "eval.max_response_tokens": (1, True),
+    "checkpoint.every": (0, True),
+    "checkpoint.keep": (1, True),
+}
+
+
+def preset_names() -> list[str]:
+    """Names of the configurations that are installed with the package."""
+    return sorted(p.stem for p in PRESETS.glob("*.yaml"))
+
+
+def find_config(name: str) -> Path:
+    """A file if there is one; else the installed preset of that name (`demo`, `presets/demo.yaml`)."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    preset = PRESETS / f"{path.stem}.yaml"
+    if str(path.parent) in (".", "presets") and preset.is_file():
+        return preset
+    near = difflib.get_close_matches(path.stem, preset_names(), n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise TrapoError(f"CONFIG: no file {name!r}; presets: {', '.join(preset_names())}{hint}")
+
+
+def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file or preset, apply `key=value` overrides, check everything.
+
+    Raises TrapoError with one line that names the key.
+    """
+    path = find_config(str(name))
+    try:
+        from_file = OmegaConf.load(path)
+    except Exception as error:  # PyYAML's errors span lines; the first says what and where
+        raise TrapoError(f"{path}: not readable as YAML: {_one_line(error)}") from error
+    if not isinstance(from_file, DictConfig):
+        raise TrapoError(f"{path}: expected a mapping of configuration keys, got {type(from_file).__name__}")
+    return merge_config(from_file, overrides)
+
+
+def merge_config(base: DictConfig | Mapping[str, Any], overrides: Iterable[str] = ()) -> Config:
+    """Configuration from a mapping and `key=value` overrides; the checks of `load_config`."""
+    overrides = list(overrides)
+    for item in overrides:
+        if "=" not in item:
+            raise TrapoError(f"override {item!r}: expected key=value, such as train.steps=20")
+    changes = OmegaConf.from_dotlist(overrides)
+    from_file = base if isinstance(base, DictConfig) else OmegaConf.create(dict(base))
+    for layer in (from_file, changes):
+        _refuse_unknown_keys(layer, Config, prefix="")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), from_file, changes)
+        config = typing.cast(Config, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise TrapoError(f"{getattr(error, 'full_key', '') or 'config'}: {_one_line(error)}") from error
+    _check_values(config)
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the configuration that `load_config` reads back."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def changed_keys(old: Config, new: Config) -> list[str]:
+    """Dotted names of the fields in which two configurations differ."""
+    a, b = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+
+
+def _refuse_unknown_keys(node: Any, schema: type, prefix: str) -> None:
+    hints = typing.get_type_hints(schema)
+    for key in node:
+        if key not in hints:
+            nearest = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)[0]
+            raise TrapoError(
+                f"{prefix}{key}: unknown key; did you mean {prefix}{nearest}? (known: {', '.join(hints)})"
+            )
+        child = hints[key]
+        if dataclasses.is_dataclass(child):
+            value = node[key]
+            if not isinstance(value, DictConfig):
+                raise TrapoError(f"{prefix}{key}: expected a group of keys, got {value!r}")
+            _refuse_unknown_keys(value, typing.cast(type, child), f"{prefix}{key}.")
+
+
+def _check_values(config: Config) -> None:
+    flat = _flatten(dataclasses.asdict(config))
+    for key, accepted in CHOICES.items():
+        if flat[key] is not None and flat[key] not in accepted:
+            raise TrapoError(f"{key}: got {flat[key]!r}; accepted: {', '.join(accepted)}")
+    for key, (low, inclusive) in BOUNDS.items():
+        value = flat[key]
+        if value is not None and not (value >= low if inclusive else value > low):
+            raise TrapoError(f"{key}: got {value}; must be {'>=' if inclusive else '>'} {low}")
+    if config.mode == "sft_then_rl":
+        if config.train.sft_steps is None or config.train.sft_steps >= config.train.steps:
+            raise TrapoError(
+                f"train.sft_steps: mode sft_then_rl needs 1 <= sft_steps < train.steps={config.train.steps}, "
+                f"got {config.train.sft_steps}"
+            )
+    elif config.train.sft_steps is not None:
+        raise TrapoError(f"train.sft_steps: only mode sft_then_rl has SFT steps; got mode {config.mode}")
+    if config.eval.samples > 1 and config.eval.temperature == 0:
+        raise TrapoError(
+            f"eval.samples: got {config.eval.samples} with eval.temperature=0; greedy samples are all equal"
+        )
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _one_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

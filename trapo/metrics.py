@@ -1,0 +1,39 @@
+"""Numbers of a step: what the rollouts were like, and the loss's own metrics put together over micro-batches."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterable, Sequence
+
+from trapo.collect import Rollout
+
+
+def rollout_metrics(rollouts: Sequence[Rollout], *, scored: bool) -> dict[str, object]:
+    """Rewards (overall and by prefix ratio; none where rollouts were not scored), lengths and guidance of a step."""
+    own = [r for r in rollouts if r.own_ids]
+    ratios = sorted({r.ratio for r in rollouts})
+    failed = [r.status for r in rollouts if r.status != "ok"]
+    return {
+        "reward": _mean(r.reward for r in rollouts) if scored else None,
+        "reward_by_ratio": {f"{x:g}": _mean(r.reward for r in rollouts if r.ratio == x) for x in ratios if scored},
+        "rollouts_by_ratio": {f"{x:g}": sum(r.ratio == x for r in rollouts) for x in ratios},
+        "guided": _mean(r.guided for r in rollouts),
+        "finished": _mean(r.finished for r in own),
+        "generated_tokens": sum(len(r.own_ids) for r in rollouts),
+        "supervised_tokens": sum(len(r.prefix_ids) for r in rollouts if r.supervised),
+        "generated_length": _mean(len(r.own_ids) for r in own),
+        "zero_advantage": _mean(r.advantage == 0.0 for r in rollouts),
+        "reward_failures": {status: failed.count(status) for status in sorted(set(failed))},
+    }
+
+
+def peak_memory_gb() -> float:
+    """Highest resident memory of this process so far, in GB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    numbers = [float(v) for v in values]
+    return sum(numbers) / len(numbers) if numbers else None

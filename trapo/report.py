@@ -1,0 +1,141 @@
+"""`report.png` of a run, and `report.json`: the numbers behind every line in it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from trapo.errors import TrapoError
+from trapo.files import write_json
+from trapo.run_dir import RunDir
+
+# Readable on white paper and on a dark page: the picture brings its own light background and strong colours.
+COLOURS = ["#0b6bcb", "#c4420b", "#1f883d", "#8250df", "#9a6700", "#bf3989"]
+
+
+def write_report(path: Path, summary: dict[str, Any] | None = None) -> Path:
+    """Make the report of the run in `path`; summary: of a run that is about to be finished.
+
+    Raises TrapoError when the folder holds no steps.
+    """
+    run_dir = RunDir(path)
+    rows = run_dir.rows()
+    if not rows:
+        raise TrapoError(f"RUN: {path} holds no steps (metrics.jsonl)")
+    if summary is None and run_dir.summary.exists():
+        summary = json.loads(run_dir.summary.read_text())
+    data = report_data(rows, summary or {}, _evaluations(path))
+    write_json(path / "report.json", data)
+    _draw(data, path / "report.png")
+    return path / "report.png"
+
+
+def report_data(
+    rows: list[dict[str, Any]], summary: dict[str, Any], evaluations: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Series by name, each a list over steps with None where a step has no such value."""
+    ratios = sorted({ratio for row in rows for ratio in row["reward_by_ratio"]}, key=float)
+    names = [
+        "reward",
+        "trsft_clipped",
+        "expert_prob",
+        "entropy",
+        "guided",
+        "tokens_per_second",
+        "grad_norm",
+        "generated_length",
+    ]
+    return {
+        "summary": summary,
+        "evaluations": evaluations,
+        "step": [row["step"] for row in rows],
+        "series": {name: [row.get(name) for row in rows] for name in names},
+        "reward_by_ratio": {ratio: [row["reward_by_ratio"].get(ratio) for row in rows] for ratio in ratios},
+        "rollouts_by_ratio": {
+            ratio: [row["rollouts_by_ratio"].get(ratio, 0) for row in rows] for ratio in ratios
+        },
+    }
+
+
+def _evaluations(path: Path) -> list[dict[str, Any]]:
+    files = sorted((path / "eval").glob("step-*.json"))
+    return [{"step": int(f.stem.removeprefix("step-")), **json.loads(f.read_text())} for f in files]
+
+
+def _draw(data: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8), facecolor="white", layout="constrained")
+    figure.suptitle(_title(data["summary"]), fontsize=13)
+    _accuracy(axes[0, 0], data["evaluations"])
+    _by_ratio(axes[0, 1], data["step"], data["reward_by_ratio"])
+    _guidance(axes[0, 2], data["step"], data["rollouts_by_ratio"])
+    series = data["series"]
+    clipped = {
+        "TrSFT clipped (p < α)": series["trsft_clipped"],
+        "mean p of expert tokens": series["expert_prob"],
+    }
+    _lines(axes[1, 0], data["step"], clipped, "expert-prefix tokens", "share / probability")
+    _lines(
+        axes[1, 1], data["step"], {"entropy": series["entropy"]}, "entropy of the policy", "nats per token"
+    )
+    speed = {"generated + trained": series["tokens_per_second"]}
+    _lines(axes[1, 2], data["step"], speed, "throughput", "tokens per second")
+    temporary = path.with_name(f".tmp-{path.name}")
+    figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+    temporary.replace(path)
+
+
+def _title(summary: dict[str, Any]) -> str:
+    if not summary:
+        return "unfinished run"
+    parts = [
+        f"{summary['mode']} · {summary['model']} · {summary['steps']} steps · {summary['seconds']:.0f} s"
+    ]
+    if summary.get("eval_before") is not None and summary.get("eval_after") is not None:
+        parts.append(f"held-out accuracy {summary['eval_before']:.1%} → {summary['eval_after']:.1%}")
+    return "\n".join(parts)
+
+
+def _accuracy(axis: Any, evaluations: list[dict[str, Any]]) -> None:
+    axis.set(title="held-out accuracy, 95% interval", xlabel="step", ylabel="accuracy")
+    axis.set_ylim(0, 1)
+    axis.grid(alpha=0.3)
+    if not evaluations:
+        axis.text(0.5, 0.5, "not evaluated", ha="center", transform=axis.transAxes)
+        return
+    steps = [e["step"] for e in evaluations]
+    middle = [e["accuracy"] for e in evaluations]
+    low = [max(e["accuracy"] - e["interval"][0], 0) for e in evaluations]
+    high = [max(e["interval"][1] - e["accuracy"], 0) for e in evaluations]
+    axis.errorbar(steps, middle, yerr=[low, high], marker="o", capsize=5, linewidth=2, color=COLOURS[0])
+    for step, value in zip(steps, middle, strict=True):
+        axis.annotate(f"{value:.1%}", (step, value), xytext=(8, 6), textcoords="offset points")
+
+
+def _by_ratio(axis: Any, steps: list[int], by_ratio: dict[str, list[float | None]]) -> None:
+    named = {("unguided" if float(x) == 0 else f"prefix {float(x):.0%}"): v for x, v in by_ratio.items()}
+    _lines(axis, steps, named, "reward by guidance level", "mean reward")
+    axis.set_ylim(-0.03, 1.03)
+
+
+def _guidance(axis: Any, steps: list[int], counts: dict[str, list[int]]) -> None:
+    names = ["unguided" if float(x) == 0 else f"prefix {float(x):.0%}" for x in counts]
+    axis.stackplot(steps, list(counts.values()), labels=names, colors=COLOURS, alpha=0.75, step="mid")
+    axis.set(title="rollouts by guidance level", xlabel="step", ylabel="rollouts")
+    axis.legend(loc="lower left", fontsize=8)
+
+
+def _lines(axis: Any, steps: list[int], series: dict[str, list[float | None]], title: str, unit: str) -> None:
+    for colour, (name, values) in zip(COLOURS, series.items(), strict=False):
+        numbers = [math.nan if v is None else v for v in values]
+        axis.plot(steps, numbers, label=name, color=colour, linewidth=1.8, marker=".", markersize=5)
+    axis.set(title=title, xlabel="step", ylabel=unit)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)

@@ -1,0 +1,242 @@
+"""The training loop. SFT, GRPO, SFT -> RL, LUFFY and TRAPO are configurations of it (see modes.py).
+
+A step: take prompts; draw their rollouts in micro-groups, guided by an expert prefix where the earlier ones failed;
+score; turn rewards into group-relative advantages; one update of the fused loss over expert and own tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel
+
+import trapo_kernels as tk
+from trapo import checkpoint
+from trapo.advantages import assign_advantages
+from trapo.collect import Rollout, collect
+from trapo.config import Config
+from trapo.display import Display
+from trapo.encode import EncodedProblem
+from trapo.evaluate import EvalResult, evaluate
+from trapo.files import write_folder_atomic
+from trapo.learner import Learner, Update
+from trapo.metrics import peak_memory_gb, rollout_metrics
+from trapo.model import load_model
+from trapo.modes import Phase, phases
+from trapo.report import write_report
+from trapo.rewards import Reward, RewardPool
+from trapo.rollout import make_engine
+from trapo.run_dir import RunDir
+from trapo.sampling import derive_seed, load_eval_set, load_train_set, problems_at
+
+
+def train(config: Config, *, console: Console, restart_finished: bool = False) -> dict[str, Any]:
+    """Run a training run, or continue it from its last checkpoint; returns what is in its summary.json.
+
+    Raises TrapoError for input that cannot be used, before anything is generated or trained.
+    """
+    run_dir = RunDir(Path(config.run_dir))
+    plan = phases(config)
+    resume_from = run_dir.open(config, restart_finished=restart_finished)
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    reward = config.reward
+    with RewardPool(reward.function, workers=reward.workers, timeout=reward.timeout) as pool:
+        trainer = Trainer(config, plan, run_dir, pool, console, resume_from)
+        with Display(console, config.train.steps, trainer.step, trainer.ratios) as display:
+            trainer.run(display)
+        return trainer.finish()
+
+
+class Trainer:
+    """All parts of one run, and the loop over its steps."""
+
+    def __init__(
+        self,
+        config: Config,
+        plan: list[Phase],
+        run_dir: RunDir,
+        pool: RewardPool,
+        console: Console,
+        resume_from: checkpoint.Checkpoint | None = None,
+    ) -> None:
+        self.config, self.phases, self.run_dir, self.pool = config, plan, run_dir, pool
+        source = config.model
+        if resume_from is not None:
+            source = dataclasses.replace(source, path=str(resume_from.path))
+            console.print(f"continuing {run_dir.path} after step {resume_from.step}")
+        self.model, self.tokenizer = load_model(source)
+        self.train_set = load_train_set(config, plan, self.tokenizer, console.print)
+        self.eval_set = load_eval_set(config, self.tokenizer, console.print)
+        self.engine = make_engine(config, self.model, self.tokenizer)
+        self.learner = Learner(
+            self.model, config, pad_id=self.tokenizer.pad_token_id, reference=self._reference_model()
+        )
+        self.step, self.seconds_before = 0, 0.0
+        if resume_from is not None:
+            state = resume_from.load_state()
+            self.learner.load_state_dict(state["learner"])
+            self.step, self.seconds_before = resume_from.step, state["seconds"]
+        self.started = time.monotonic()
+        self.step_seconds: deque[float] = deque(maxlen=10)
+
+    @property
+    def ratios(self) -> list[float]:
+        """Prefix ratios that a phase can use, for the columns of the display."""
+        return sorted({g.ratio for phase in self.phases for g in phase.schedule.micro_groups})
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of the run so far, those before an interruption included."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def run(self, display: Display) -> None:
+        """Evaluate, train the remaining steps, evaluate."""
+        if self.config.eval.before:
+            self._evaluate(display)
+        while self.step < self.config.train.steps:
+            display.status("training")
+            row = self._train_step(self._phase(), problems_at(self.step, self.train_set, self.config))
+            self.step += 1
+            self.run_dir.log(row)
+            display.update(row)
+            if self._due(self.config.eval.every):
+                self._evaluate(display)
+            if self._due(self.config.checkpoint.every):
+                display.status("saving")
+                self._save()
+        self._evaluate(display)
+
+    def _train_step(self, phase: Phase, problems: Sequence[EncodedProblem]) -> dict[str, Any]:
+        seed = derive_seed(self.config.seed, "step", self.step)
+        started = time.monotonic()
+        rollouts = collect(
+            problems,
+            phase.schedule,
+            self.engine,
+            self._score if phase.needs_rewards else None,
+            temperature=self.config.rollout.temperature,
+            max_response_tokens=self.config.rollout.max_response_tokens,
+            seed=seed,
+        )
+        collected = time.monotonic()
+        if phase.needs_rewards:
+            assign_advantages(rollouts, self.config.advantage.baseline, phase.std)
+        lr = self.learner.lr
+        update = self.learner.update(rollouts, phase.objective, seed=seed)
+        self.engine.sync(self.model)
+        timing = self._timing(rollouts, update, collected - started, time.monotonic() - collected)
+        return self._row(phase, rollouts, update, lr) | timing
+
+    def _row(self, phase: Phase, rollouts: Sequence[Rollout], update: Update, lr: float) -> dict[str, Any]:
+        """What a line of metrics.jsonl says of the training itself: the same in every repetition of the run."""
+        return {
+            "step": self.step + 1,
+            "phase": phase.name,
+            **rollout_metrics(rollouts, scored=phase.needs_rewards),
+            **update.metrics,
+            "grad_norm": update.grad_norm if math.isfinite(update.grad_norm) else None,
+            "optimizer_steps": update.optimizer_steps,
+            "skipped_steps": update.skipped_steps,
+            "trained_tokens": update.trained_tokens,
+            "lr": lr,
+        }
+
+    def _timing(
+        self, rollouts: Sequence[Rollout], update: Update, collecting: float, updating: float
+    ) -> dict[str, float]:
+        """What a line of metrics.jsonl says of time (seconds) and memory."""
+        self.step_seconds.append(collecting + updating)
+        mean = sum(self.step_seconds) / len(self.step_seconds)
+        generated = sum(len(r.own_ids) for r in rollouts)
+        return {
+            "tokens_per_second": (generated + update.trained_tokens) / (collecting + updating),
+            "seconds_collect": collecting,
+            "seconds_update": updating,
+            "seconds": self.seconds,
+            "seconds_left": mean * (self.config.train.steps - self.step - 1),
+            "peak_memory_gb": peak_memory_gb(),
+        }
+
+    def _score(self, rollouts: Sequence[Rollout]) -> list[Reward]:
+        texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
+        return self.pool.score(
+            [(text, r.problem.problem.answer) for text, r in zip(texts, rollouts, strict=True)]
+        )
+
+    def _evaluate(self, display: Display) -> None:
+        """Held-out accuracy now; left alone when an interrupted run already has it."""
+        path = self.run_dir.evaluation(self.step)
+        if self.eval_set is None or path.exists():
+            return
+        display.status(f"evaluating {len(self.eval_set)} problems")
+        seed = derive_seed(self.config.seed, "eval", self.step)
+        rows = path.with_suffix(".jsonl")
+        result = evaluate(
+            self.eval_set, self.engine, self.pool, self.tokenizer, self.config, seed=seed, rows_path=rows
+        )
+        result.save(path)
+        display.note(f"held-out accuracy after step {self.step}: {result}")
+
+    def _save(self) -> None:
+        state = {"learner": self.learner.state_dict(), "seconds": self.seconds}
+        folder, keep = self.run_dir.checkpoints, self.config.checkpoint.keep
+        checkpoint.save(folder, self.step, self.model, self.tokenizer, state, keep)
+
+    def finish(self) -> dict[str, Any]:
+        """Write the final model, the report and, last of all, the summary."""
+        write_folder_atomic(
+            self.run_dir.final, lambda path: checkpoint.write_model(path, self.model, self.tokenizer)
+        )
+        summary = self._summary()
+        write_report(self.run_dir.path, summary)
+        self.run_dir.finish(summary)
+        return summary
+
+    def _summary(self) -> dict[str, Any]:
+        before, after = (self._evaluation(step) for step in (0, self.config.train.steps))
+        return {
+            "mode": self.config.mode,
+            "model": self.config.model.path,
+            "backend": tk.default_backend(),
+            "steps": self.step,
+            "seconds": round(self.seconds, 1),
+            "eval_before": before.accuracy if before else None,
+            "eval_before_interval": before.interval if before else None,
+            "eval_after": after.accuracy if after else None,
+            "eval_after_interval": after.interval if after else None,
+            "eval_problems": after.problems if after else 0,
+            "reward_failures": {status: n for status, n in self.pool.counts.items() if status != "ok"},
+            "peak_memory_gb": peak_memory_gb(),
+        }
+
+    def _evaluation(self, step: int) -> EvalResult | None:
+        path = self.run_dir.evaluation(step)
+        return EvalResult.load(path) if path.exists() else None
+
+    def _phase(self) -> Phase:
+        """The phase that the next step belongs to."""
+        end = 0
+        for phase in self.phases:
+            end += phase.steps
+            if self.step < end:
+                return phase
+        raise AssertionError(f"step {self.step} is past the last phase's end {end}")
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _reference_model(self) -> PreTrainedModel | None:
+        """A frozen copy of the initial weights where an objective has a KL term."""
+        if not any(phase.objective.kl_coef for phase in self.phases):
+            return None
+        # Of the initial weights, so a resumed run loads them again.
+        return load_model(self.config.model)[0].requires_grad_(False)
