@@ -29,9 +29,9 @@ SPLITS = ("train", "test")
 _OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 DEFAULT_DIFFICULTY = "mixed"
 
-# Measured on SmolLM2-135M-Instruct, mixed difficulty: with this solved example it ends 78 % of its texts in the
-# answer form and has 21 % right; told the form in words instead, 2 to 10 %. One step and few words do as well
-# as a longer example, and cost the fewest tokens.
+# Measured on SmolLM2-135M-Instruct, greedy, mixed difficulty, held-out templates: with this solved example 74 % of
+# 200 texts end in the answer form and 17 % are right; told the form in words instead, 2 to 10 % of 100 are right. A
+# longer example does no better and costs more tokens. 25 steps of plain SFT (32 traces each, lr 3e-5) lead to 55 %.
 SYSTEM_PROMPT = "Solve the problem."
 EXAMPLE = ("Tom has 8 caps and loses 2. How many are left?", "8 - 2 = 6\n#### 6")
 
