@@ -31,7 +31,8 @@ DEFAULT_DIFFICULTY = "mixed"
 
 # Measured on SmolLM2-135M-Instruct, greedy, mixed difficulty, held-out templates: with this solved example 74 % of
 # 200 texts end in the answer form and 17 % are right; told the form in words instead, 2 to 10 % of 100 are right. A
-# longer example does no better and costs more tokens. 25 steps of plain SFT (32 traces each, lr 3e-5) lead to 55 %.
+# longer example does no better and costs more tokens. Plain SFT (25 steps of 32 traces, lr 3e-5) took the same prompt
+# from 21 % to 55 % of 100, before two of the held-out wordings were made clearer.
 SYSTEM_PROMPT = "Solve the problem."
 EXAMPLE = ("Tom has 8 caps and loses 2. How many are left?", "8 - 2 = 6\n#### 6")
 
