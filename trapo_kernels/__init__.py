@@ -7,8 +7,8 @@ out = tk.linear_policy_loss(hidden, lm_head.weight, targets, tk.Objective.trapo(
 out.loss.backward()
 """
 
-from .backends import Backend, backends, set_backend
 from .budget import budget_mb, get_budget_mb, set_budget_mb
+from .dispatch import Backend, backends, default_backend, set_backend
 from .functional import (
     PolicyLoss,
     TokenLogprobs,
@@ -35,6 +35,7 @@ __all__ = [
     "TrapoLoss",
     "backends",
     "budget_mb",
+    "default_backend",
     "get_budget_mb",
     "linear_logprobs",
     "linear_policy_loss",

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import reference, stream, validate
-from .backends import pick
+from .dispatch import pick
 from .head import Head
 from .metrics import policy_metrics
 from .objective import Objective, Tokens
@@ -275,6 +274,14 @@ def _finished(grads: tuple[Tensor | None, ...], params: _Params, scale: Tensor |
     return tuple(finish(grad, like) for grad, like in zip(grads, params, strict=True))
 
 
+def _refuse_second_derivative(caller: str) -> None:
+    # Grad mode is on inside a backward under create_graph=True alone. Going on would give zero for a second derivative.
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{caller}: create_graph must be False, a streamed loss has no second derivative; use backend='reference'"
+        )
+
+
 class _TokenLogprobs(torch.autograd.Function):
     """Statistics in one pass; the backward recomputes the logits of rows that have an incoming gradient."""
 
@@ -288,8 +295,8 @@ class _TokenLogprobs(torch.autograd.Function):
         return stats.logprobs, stats.entropy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g_lp: Tensor | None, g_entropy: Tensor | None) -> tuple[Any, ...]:
+        _refuse_second_derivative("linear_logprobs")
         job, saved = ctx.job, ctx.saved_tensors
         params, stats = saved[: ctx.params], RowStats(*saved[ctx.params :])
         if g_lp is None:
@@ -444,9 +451,11 @@ class _PolicyLoss(torch.autograd.Function):
         return stats, source.gradients()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g_loss: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, g_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        _refuse_second_derivative("linear_policy_loss")
         params = ctx.saved_tensors
+        if g_loss is None:
+            return (None,) * (2 + len(params))
         # The first backward gives its gradients away (they are scaled in place, and become `.grad`); a second one
         # through a retained graph makes its own.
         grads, ctx.grads = ctx.grads, None

@@ -200,7 +200,8 @@ def tis_weight(o: Objective, t: Tokens) -> Tensor:
 
 def _k3_value(o: Objective, t: Tokens) -> Tensor:
     difference = _given(t.ref_logprobs) - t.logprobs
-    return torch.expm1(difference) - difference
+    # Beyond 80 the exponential has absorbed the rest; unclamped, inf − inf would be NaN at logp = −inf.
+    return torch.expm1(difference) - difference.clamp(max=80)
 
 
 def _k3_slope(o: Objective, t: Tokens) -> Tensor:
@@ -260,7 +261,7 @@ class Objective:
         self._number("clip_low", "in [0, 1] or None", lambda x: 0 <= x <= 1, optional=True)
         self._number("clip_high", "at least 0 or None", lambda x: x >= 0, optional=True)
         self._number("dual_clip", "above 1 or None", lambda x: x > 1, optional=True)
-        self._number("entropy_coef", "finite", lambda x: True)
+        self._number("entropy_coef", "that is finite", lambda x: True)
         self._number("kl_coef", "at least 0", lambda x: x >= 0)
         self._number("tis_cap", "above 0 or None", lambda x: x > 0, optional=True)
         self._number("luffy_gamma", "above 0", lambda x: x > 0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .rows import torch as torch_rows
 from .rows.base import RowKernel
 
-__all__ = ["Backend", "backends", "pick", "set_backend"]
+__all__ = ["Backend", "backends", "default_backend", "pick", "set_backend"]
 
 ENV = "TRAPO_KERNELS_BACKEND"
 
@@ -57,6 +57,11 @@ def set_backend(name: str | None) -> None:
     if name is not None:
         _named(name, "set_backend: name")
     _chosen = name
+
+
+def default_backend() -> str:
+    """Name of the backend that does a call which names none."""
+    return pick(None, "default_backend").name
 
 
 def pick(name: str | None, caller: str) -> Backend:

@@ -1,0 +1,104 @@
+"""Memory by the allocator's own count: temporaries inside operators included, the clock and the machine not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import EVERYTHING, STREAMED, make_case, memory, policy_loss
+
+import trapo_kernels as tk
+
+backends = pytest.mark.parametrize("backend", STREAMED)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+
+N, V, D = 400, 20011, 24
+MB = 2**20
+
+
+def loss_step(case, backend):
+    def step():
+        policy_loss(case, EVERYTHING, backend).loss.backward()
+
+    return step
+
+
+def logprobs_step(case, backend):
+    def step():
+        out = tk.linear_logprobs(
+            case.hidden, case.weight, case.targets, bias=case.bias, entropy=True, backend=backend, **case.head
+        )
+        (out.logprobs.sum() + out.entropy.sum()).backward()
+
+    return step
+
+
+STEPS = {"loss": loss_step, "logprobs": logprobs_step}
+
+
+def gradient_bytes(case):
+    """Accumulated in fp32 (fp64), handed over in the parameters' dtype."""
+    wide = 8 if case.hidden.dtype == torch.float64 else 4
+    return sum(p.numel() * (p.element_size() + (wide if p.element_size() < wide else 0)) for p in case.params())
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_the_counter_catches_the_backend_that_materialises(step):
+    case = make_case(N, V, D, dtype=torch.float32)
+    # Three in four tokens are active.
+    assert memory(STEPS[step](case, "reference")).largest >= N * V * 4 * 3 // 4
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("head", [{}, {"softcap": 5.0, "with_bias": True}], ids=["plain", "softcap"])
+@pytest.mark.parametrize("budget", [7, 12])
+def test_temporaries_keep_to_the_budget_and_are_never_tokens_by_vocabulary(backend, dtype, step, head, budget):
+    case = make_case(N, V, D, dtype=dtype, **head)
+    assert N * V * case.hidden.element_size() > 15 * MB
+    with tk.budget_mb(budget):
+        used = memory(STEPS[step](case, backend))
+    assert used.largest < budget * MB
+    vectors = 40 * N * 8 + N * D * 16
+    assert used.peak <= budget * MB + gradient_bytes(case) + 12 * V + vectors
+    # The bound would be idle if the stream used a fraction of the budget.
+    assert used.peak > 0.5 * budget * MB
+
+
+@backends
+def test_forward_only_allocates_no_gradients(backend):
+    case = make_case(N, V, D, dtype=torch.float32)
+    with tk.budget_mb(7), torch.no_grad():
+        for forward in (
+            lambda: policy_loss(case, EVERYTHING, backend),
+            lambda: tk.linear_logprobs(case.hidden, case.weight, case.targets, entropy=True, backend=backend),
+        ):
+            assert memory(forward).peak <= 7 * MB + 60 * N * 8
+
+
+@backends
+def test_memory_does_not_grow_with_the_number_of_tokens(backend):
+    def extra(n):
+        case = make_case(n, V, D, dtype=torch.float32)
+        with tk.budget_mb(7):
+            return memory(loss_step(case, backend)).peak - gradient_bytes(case)
+
+    assert extra(4 * N) - extra(N) < 3 * N * 400
+
+
+@backends
+@dtypes
+def test_losses_from_logits_make_nothing_of_their_size_but_their_gradient(backend, dtype):
+    logits = torch.randn(N, V).to(dtype).requires_grad_()
+    targets = torch.randint(0, V, (N,))
+    objective = tk.Objective.trapo(entropy_coef=0.01)
+    size = logits.numel() * logits.element_size()
+
+    def step():
+        tk.policy_loss_from_logits(
+            logits, targets, objective, advantages=torch.ones(N), backend=backend
+        ).loss.backward()
+
+    with tk.budget_mb(12):
+        used = memory(step)
+    assert used.peak <= size + 12 * MB + 60 * N * 8

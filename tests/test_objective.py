@@ -1,0 +1,169 @@
+"""The terms: slopes are the derivatives of values, fields are validated, presets are the published losses."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import EVERYTHING, OBJECTIVES
+
+import trapo_kernels as tk
+
+TERMS = {
+    **{f"expert-{name}": tk.Objective(expert=name, policy=None) for name in tk.EXPERT_TERMS},
+    **{f"policy-{name}": tk.Objective(expert=None, policy=name) for name in tk.POLICY_TERMS},
+    **OBJECTIVES,
+}
+
+
+def make_tokens(seed, n=64, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+
+    def random():
+        return torch.rand(n, generator=g, dtype=dtype)
+
+    logprobs = random().log()
+    old = logprobs - 1.5 * torch.randn(n, generator=g, dtype=dtype)
+    return tk.Tokens(
+        logprobs=logprobs,
+        entropy=3 * random(),
+        expert=random() < 0.4,
+        advantages=(4 * random() - 2) * (random() < 0.8),
+        old_logprobs=old,
+        ref_logprobs=logprobs + torch.randn(n, generator=g, dtype=dtype),
+        rollout_logprobs=old + 0.5 * torch.randn(n, generator=g, dtype=dtype),
+    )
+
+
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("on_policy", [False, True])
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**20))
+def test_slopes_are_the_derivatives_of_the_values(name, on_policy, seed):
+    o, t = TERMS[name], make_tokens(seed)
+    if on_policy:
+        t = replace(t, old_logprobs=None)
+    logprobs, entropy = t.logprobs.clone().requires_grad_(), t.entropy.clone().requires_grad_()
+    value = sum(part.sum() for part in o.losses(replace(t, logprobs=logprobs, entropy=entropy)).values())
+    by_autograd = torch.autograd.grad(value, (logprobs, entropy), allow_unused=True)
+    g_lp, g_entropy = o.slopes(t)
+    torch.testing.assert_close(g_lp, by_autograd[0], rtol=1e-12, atol=1e-14)
+    if o.entropy_coef == 0:
+        assert g_entropy is None
+    else:
+        torch.testing.assert_close(g_entropy, by_autograd[1], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_slopes_and_values_at_probability_zero_are_finite_or_honestly_infinite(name):
+    o, t = TERMS[name], make_tokens(0)
+    t = replace(t, logprobs=torch.full_like(t.logprobs, -torch.inf), ref_logprobs=t.ref_logprobs)
+    for old in (None, t.old_logprobs, t.logprobs):
+        given_old = replace(t, old_logprobs=old)
+        total = sum(o.losses(given_old).values())
+        slope, _ = o.slopes(given_old)
+        infinite = (t.expert & (o.expert == "sft")) | (~t.expert & (o.kl_coef != 0))
+        if o.tis_cap is None or old is t.old_logprobs:
+            assert torch.isfinite(total[~infinite]).all()
+            assert torch.isfinite(slope[~(~t.expert & (o.kl_coef != 0))]).all()
+            assert (total[infinite] == torch.inf).all()
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_tokens_declared_without_gradient_have_none_and_the_others_may(name):
+    o, t = TERMS[name], make_tokens(3)
+    live = o.has_gradient(t.expert, t.advantages)
+    g_lp, g_entropy = o.slopes(t)
+    assert not g_lp[~live].any()
+    assert g_entropy is None or live.all()
+    if o.entropy_coef == 0 and o.kl_coef == 0 and o.clip_low is None:
+        assert g_lp[live].all()
+
+
+def test_nan_in_a_token_stays_in_that_token():
+    t = make_tokens(1)
+    logprobs = t.logprobs.clone()
+    logprobs[5] = torch.nan
+    total = sum(EVERYTHING.losses(replace(t, logprobs=logprobs)).values())
+    slope, _ = EVERYTHING.slopes(replace(t, logprobs=logprobs))
+    assert total.isnan().nonzero().flatten().tolist() == slope.isnan().nonzero().flatten().tolist() == [5]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"expert": "trfst"}, "Objective: expert must be one of 'sft', 'trsft', 'dft', 'luffy' or None; got 'trfst'"),
+        ({"policy": "ppo"}, "Objective: policy must be one of 'unclipped', 'clip' or None; got 'ppo'"),
+        ({"alpha": 0.0}, "Objective: alpha must be a number in (0, 1]; got 0.0"),
+        ({"alpha": None}, "Objective: alpha must be a number in (0, 1]; got None"),
+        ({"alpha": "0.1"}, "Objective: alpha must be a number in (0, 1]; got '0.1'"),
+        ({"expert_coef": -1}, "Objective: expert_coef must be a number at least 0; got -1"),
+        ({"clip_low": 1.5}, "Objective: clip_low must be a number in [0, 1] or None; got 1.5"),
+        ({"clip_high": -0.1}, "Objective: clip_high must be a number at least 0 or None; got -0.1"),
+        ({"dual_clip": 1.0}, "Objective: dual_clip must be a number above 1 or None; got 1.0"),
+        ({"entropy_coef": float("nan")}, "Objective: entropy_coef must be a number that is finite; got nan"),
+        ({"kl_coef": -0.1}, "Objective: kl_coef must be a number at least 0; got -0.1"),
+        ({"tis_cap": 0}, "Objective: tis_cap must be a number above 0 or None; got 0"),
+        ({"luffy_gamma": 0}, "Objective: luffy_gamma must be a number above 0; got 0"),
+        (
+            {"policy": "unclipped", "clip_low": 0.2},
+            "Objective: clip_low must be None unless policy='clip'; got policy='unclipped'",
+        ),
+        (
+            {"policy": None, "tis_cap": 2.0},
+            "Objective: tis_cap must be None unless there is a policy term; got policy=None",
+        ),
+    ],
+)
+def test_a_wrong_field_is_refused_in_one_line(fields, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        tk.Objective(**fields)
+    assert str(error.value) == message
+
+
+def test_presets_are_the_published_losses_and_take_overrides():
+    assert tk.Objective.trapo() == tk.Objective(expert="trsft", alpha=0.1, policy="clip")
+    assert tk.Objective.trapo(alpha=0.2).alpha == 0.2
+    grpo = tk.Objective.grpo()
+    assert (grpo.expert, grpo.clip_low, grpo.clip_high) == (None, 0.2, 0.2)
+    assert tk.Objective.dr_grpo() == grpo
+    assert (tk.Objective.dapo().clip_low, tk.Objective.dapo().clip_high) == (0.2, 0.28)
+    assert tk.Objective.sft().policy is tk.Objective.dft().policy is None
+    assert tk.Objective.luffy().luffy_gamma == 0.1
+    for preset in OBJECTIVES.values():
+        assert hash(preset) == hash(replace(preset))
+
+
+def test_an_objective_is_frozen_and_says_what_it_needs():
+    with pytest.raises(FrozenInstanceError):
+        tk.Objective().alpha = 0.3
+    assert tk.Objective.sft().needs == frozenset()
+    assert tk.Objective.trapo().needs == {"advantages"}
+    assert tk.Objective.trapo().reads == {"advantages", "old_logprobs"}
+    assert EVERYTHING.needs == {"advantages", "ref_logprobs", "rollout_logprobs"}
+    assert tk.Objective(expert="luffy", policy=None).needs == {"advantages"}
+    assert tk.Objective(policy=None, expert="luffy", expert_coef=0.0).needs == frozenset()
+
+
+def test_every_term_names_its_source():
+    for term in (*tk.EXPERT_TERMS.values(), *tk.POLICY_TERMS.values()):
+        assert term.source
+
+
+def test_a_new_term_is_one_entry_in_one_place(monkeypatch):
+    """CHORD-φ, −sg(p(1−p)) log p, as an entry; it then runs on every backend."""
+    from kernel_cases import BACKENDS, assert_same_result, make_case, oracle, run
+
+    def weight(t):
+        return (t.logprobs.exp() * -torch.expm1(t.logprobs)).detach()
+
+    chord = tk.Term(lambda o, t: -weight(t) * t.logprobs, lambda o, t: -weight(t), source="CHORD")
+    monkeypatch.setitem(tk.EXPERT_TERMS, "chord", chord)
+    o, case = tk.Objective(expert="chord", policy=None), make_case(30, 33)
+    expected = oracle(case, o)
+    assert expected.grads[0].any()
+    for backend in BACKENDS:
+        assert_same_result(run(case, o, backend), expected, torch.float64)
