@@ -193,6 +193,16 @@ def test_from_logits_forms_agree_with_the_oracle(backend, head, dtype):
     assert_close(grad, expected_grad, TOLERANCE[dtype], "d_logits")
 
 
+def test_autocast_changes_nothing(backend):
+    case = make_case(40, 257, dtype=torch.float32, with_bias=True)
+    plain = run(case, EVERYTHING, backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = policy_loss(case, EVERYTHING, backend).loss
+    assert torch.equal(loss, plain.loss)
+    grads = torch.autograd.grad(loss, case.params())
+    assert all(torch.equal(a, b) for a, b in zip(grads, plain.grads, strict=True))
+
+
 # Which tokens count ------------------------------------------------------------------------------------------
 
 

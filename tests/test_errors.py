@@ -31,7 +31,8 @@ WRONG = [
         TypeError,
         "hidden must be float16, bfloat16, float32 or float64; got int64",
     ),
-    ({"hidden": torch.tensor(1.0)}, ValueError, "hidden must be [..., D]; got a 0-dim tensor"),
+    ({"hidden": torch.tensor(1.0)}, ValueError, "hidden must be [..., D] with D >= 1; got []"),
+    ({"hidden": torch.zeros(N, 0)}, ValueError, "hidden must be [..., D] with D >= 1; got [4, 0]"),
     (
         {"weight": torch.zeros(V, D, dtype=torch.bfloat16)},
         TypeError,
@@ -83,9 +84,17 @@ WRONG = [
         "targets must be int64 in [0, V) or ignore_index=-1; got min -100 with V=7",
     ),
     ({"objective": "trapo"}, TypeError, "objective must be an Objective; got str"),
-    ({"advantages": None}, ValueError, "advantages must be a tensor for Objective("),
-    ({"objective": tk.Objective.grpo(kl_coef=0.1)}, ValueError, "ref_logprobs must be a tensor for Objective("),
-    ({"objective": tk.Objective.grpo(tis_cap=2)}, ValueError, "rollout_logprobs must be a tensor for Objective("),
+    ({"advantages": None}, ValueError, "advantages must be a tensor, which policy='clip' needs; got None"),
+    (
+        {"objective": tk.Objective.grpo(kl_coef=0.1)},
+        ValueError,
+        "ref_logprobs must be a tensor, which kl_coef=0.1 needs; got None",
+    ),
+    (
+        {"objective": tk.Objective.grpo(tis_cap=2)},
+        ValueError,
+        "rollout_logprobs must be a tensor, which tis_cap=2 needs; got None",
+    ),
     (
         {"advantages": torch.ones(N, dtype=torch.int64)},
         TypeError,

@@ -140,12 +140,12 @@ def test_presets_are_the_published_losses_and_take_overrides():
 def test_an_objective_is_frozen_and_says_what_it_needs():
     with pytest.raises(FrozenInstanceError):
         tk.Objective().alpha = 0.3
-    assert tk.Objective.sft().needs == frozenset()
-    assert tk.Objective.trapo().needs == {"advantages"}
+    assert tk.Objective.sft().needs == {}
+    assert tk.Objective.trapo().needs == {"advantages": "policy='clip'"}
     assert tk.Objective.trapo().reads == {"advantages", "old_logprobs"}
-    assert EVERYTHING.needs == {"advantages", "ref_logprobs", "rollout_logprobs"}
-    assert tk.Objective(expert="luffy", policy=None).needs == {"advantages"}
-    assert tk.Objective(policy=None, expert="luffy", expert_coef=0.0).needs == frozenset()
+    assert set(EVERYTHING.needs) == {"advantages", "ref_logprobs", "rollout_logprobs"}
+    assert tk.Objective(expert="luffy", policy=None).needs == {"advantages": "expert='luffy'"}
+    assert tk.Objective(policy=None, expert="luffy", expert_coef=0.0).needs == {}
 
 
 def test_every_term_names_its_source():

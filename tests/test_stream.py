@@ -147,6 +147,7 @@ def test_chunks_are_even_keep_to_the_budget_and_are_a_multiple_of_16(rows, megab
         chunks = -(-rows // step)
         most = min((megabytes * 2**20 - scratch) // row_bytes, 512)
         assert chunks == -(-rows // max(most - most % 16 if most >= 16 else most, 1))
+        assert chunks * step - rows < 16 * chunks
 
 
 def test_the_budget_is_chosen_by_call_then_environment_then_default(monkeypatch):

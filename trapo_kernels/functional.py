@@ -397,9 +397,9 @@ def _batch(
     if not isinstance(objective, Objective):
         raise TypeError(f"{caller}: objective must be an Objective; got {type(objective).__name__}")
     floats, masks = validate.check_token_inputs(caller, targets, floats, masks)
-    for name in sorted(objective.needs):
+    for name, setting in objective.needs.items():
         if floats[name] is None:
-            raise ValueError(f"{caller}: {name} must be a tensor for {objective}; got None")
+            raise ValueError(f"{caller}: {name} must be a tensor, which {setting} needs; got None")
     flat = targets.reshape(-1)
     active = flat != head.ignore_index
     if masks["mask"] is not None:

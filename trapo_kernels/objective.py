@@ -300,15 +300,20 @@ class Objective:
     # What it takes
 
     @property
-    def needs(self) -> frozenset[str]:
-        """Names of the inputs that must be given: some of advantages, ref_logprobs, rollout_logprobs."""
-        needs = {name for _, _, _, term in self._parts for name in term.needs}
-        return frozenset(needs | ({"rollout_logprobs"} if self.tis_cap is not None else set()))
+    def needs(self) -> dict[str, str]:
+        """Inputs that must be given (some of advantages, ref_logprobs, rollout_logprobs), each with what needs it."""
+        needs: dict[str, str] = {}
+        for _, part, _, term in self._parts:
+            setting = "kl_coef" if part == "kl" else part
+            needs |= {name: f"{setting}={getattr(self, setting)!r}" for name in term.needs}
+        if self.tis_cap is not None:
+            needs["rollout_logprobs"] = f"tis_cap={self.tis_cap!r}"
+        return needs
 
     @property
     def reads(self) -> frozenset[str]:
         """Names of the inputs that change the loss where given: `needs`, and old_logprobs for a ratio."""
-        return self.needs | {name for _, _, _, term in self._parts for name in term.reads}
+        return frozenset(self.needs) | {name for _, _, _, term in self._parts for name in term.reads}
 
     @property
     def supervised(self) -> bool:

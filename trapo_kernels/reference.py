@@ -15,7 +15,8 @@ __all__ = ["linear_logits", "token_logprobs"]
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """h Wᵀ + b [n, V], widened to the statistics' dtype: an oracle does not round its logits."""
     wide = stats_dtype(hidden.dtype)
-    return F.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor]:

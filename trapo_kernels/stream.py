@@ -138,7 +138,9 @@ class LinearSource:
             if self.rows.order is None:
                 torch.mm(grad, self.weight, out=self.d_hidden[rows])
             else:
-                self.d_hidden.index_copy_(0, self.rows.order[rows], grad @ self.weight)
+                # An out= product is left alone by autocast, as all others here are.
+                product = torch.mm(grad, self.weight, out=torch.empty_like(self.chunk))
+                self.d_hidden.index_copy_(0, self.rows.order[rows], product)
         if self.widen:
             self._sum_widened(grad)
         else:

@@ -61,8 +61,8 @@ def check_linear(caller: str, hidden: Any, weight: Any, bias: Any) -> None:
     """hidden [..., D], weight [V, D], bias [V] or None: of one dtype, on one device."""
     for name, value in (("hidden", hidden), ("weight", weight)):
         _float_tensor(caller, name, value)
-    if hidden.ndim < 1:
-        raise ValueError(f"{caller}: hidden must be [..., D]; got a 0-dim tensor")
+    if hidden.ndim < 1 or hidden.shape[-1] < 1:
+        raise ValueError(f"{caller}: hidden must be [..., D] with D >= 1; got {list(hidden.shape)}")
     if weight.ndim != 2 or weight.shape[0] < 1 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{caller}: weight must be [V, D] with V >= 1 and D={hidden.shape[-1]} as in hidden; "
