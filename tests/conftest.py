@@ -1,4 +1,4 @@
-"""Shared parts of the trainer's tests: the real tokenizer, a tiny model with its vocabulary, the problem sets' folder."""
+"""Shared parts of the trainer's tests: the real tokenizer, and a tiny model with its vocabulary."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import pytest
 
 # Two processes with two spinning OpenMP threads each crawl on two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")

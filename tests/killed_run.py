@@ -1,6 +1,6 @@
 """Run by test_resume.py in a process of its own: a training run that kills itself (SIGKILL) at a given point.
 
-    python killed_run.py MODEL RUN_DIR KILL_AT [key=value ...]      KILL_AT: none, step:N, save:N
+python killed_run.py MODEL RUN_DIR KILL_AT [key=value ...]      KILL_AT: none, step:N, save:N
 """
 
 import os
@@ -38,7 +38,10 @@ def main() -> None:
     base = {
         "run_dir": run_dir,
         "model": {"path": model},
-        "data": {"train": "task://word_problems?split=train&n=20&seed=1", "eval": "task://word_problems?split=test&n=4"},
+        "data": {
+            "train": "task://word_problems?split=train&n=20&seed=1",
+            "eval": "task://word_problems?split=test&n=4",
+        },
         "rollout": {"max_response_tokens": 16, "batch_size": 8},
         "optim": {"lr": 1e-2, "schedule": "linear", "warmup_steps": 2},
         "objective": {"entropy_coef": 0.01},

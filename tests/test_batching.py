@@ -12,7 +12,9 @@ PROBLEM = EncodedProblem(Problem("p", ({"role": "user", "content": "?"},), "1", 
 
 
 def rollout(prefix=(), own=(), supervised=True, advantage=0.5):
-    return Rollout(PROBLEM, 0, 0, 0.5 if prefix else 0.0, tuple(prefix), tuple(own), supervised, True, 1.0, "ok", advantage)
+    return Rollout(
+        PROBLEM, 0, 0, 0.5 if prefix else 0.0, tuple(prefix), tuple(own), supervised, True, 1.0, "ok", advantage
+    )
 
 
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 200))

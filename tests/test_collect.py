@@ -69,7 +69,9 @@ def test_a_full_trace_generates_nothing_and_is_scored():
 
 
 def test_all_prompts_of_a_micro_group_are_generated_in_one_call():
-    _, engine = draw([problem("a"), problem("b")], schedule([2, 1], [0.0, 0.5], [NEVER, ALWAYS]), right_if(lambda r: False))
+    _, engine = draw(
+        [problem("a"), problem("b")], schedule([2, 1], [0.0, 0.5], [NEVER, ALWAYS]), right_if(lambda r: False)
+    )
     assert [len(call) for call in engine.calls] == [4, 2]
     assert engine.calls[1][0].context == (ord("a"), *TRACE.token_ids[:5])
 

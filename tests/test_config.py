@@ -1,4 +1,3 @@
-
 import pytest
 
 from trapo.config import Config, changed_keys, load_config, merge_config, preset_names, save_config

@@ -280,7 +280,7 @@ def test_an_empty_file_is_an_error(tmp_path):
 
 
 def test_a_missing_file_an_unknown_type_and_a_broken_parquet_say_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no.jsonl: no such file"):
+    with pytest.raises(DataError, match=r"no.jsonl: no such file"):
         load_problems(tmp_path / "no.jsonl")
     with pytest.raises(DataError, match=r"toy.csv: unknown file type '.csv'; accepted: .jsonl, .parquet, task://"):
         load_problems(tmp_path / "toy.csv")

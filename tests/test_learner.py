@@ -36,7 +36,9 @@ def rollouts():
             prefix = ids(3) if guided else ()
             own = ids(2 + i)
             out.append(
-                Rollout(problem, group, i, 0.5 * guided, prefix, own, guided, True, float(advantage > 0), "ok", advantage)
+                Rollout(
+                    problem, group, i, 0.5 * guided, prefix, own, guided, True, float(advantage > 0), "ok", advantage
+                )
             )
     return out
 

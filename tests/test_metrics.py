@@ -47,11 +47,11 @@ def test_values_by_hand(backend):
         tk.Objective(alpha=0.3, clip_low=0.2, clip_high=0.2, entropy_coef=0.1, tis_cap=1.5),
         advantages=torch.tensor([9.0, 9.0, 1.0, -1.0, 0.0, 1.0]),
         expert_mask=torch.tensor([True, True, False, False, False, False]),
-        # ratios of the own tokens: 2, ½, 1
-        old_logprobs=torch.tensor([0.0, 0.0, quarter, 0.0, quarter, 0.0]),
+        # ratios of the own tokens: 2, ½, 4
+        old_logprobs=torch.tensor([0.0, 0.0, quarter, 0.0, 2 * quarter, 0.0]),
         ref_logprobs=torch.tensor([0.0, 0.0, half, quarter, quarter, 0.0]),
         # weights of the own tokens: 1, min(2, 1.5), 1
-        rollout_logprobs=torch.tensor([0.0, 0.0, quarter, half, quarter, 0.0]),
+        rollout_logprobs=torch.tensor([0.0, 0.0, quarter, half, 2 * quarter, 0.0]),
         backend=backend,
     )
     expected = {
@@ -59,10 +59,10 @@ def test_values_by_hand(backend):
         "entropy": 1.5 * math.log(2),
         "expert_prob": 0.375,
         "trsft_clipped": 0.5,
-        "ratio_mean": 3.5 / 3, "ratio_max": 2.0,
+        "ratio_mean": 6.5 / 3, "ratio_max": 4.0,
         "clip_low": 1 / 3, "clip_high": 1 / 3, "clip_dual": 0.0,
-        "kl_old_k1": (-math.log(2) + math.log(2) + 0) / 3,
-        "kl_old_k3": ((2 - 1 - math.log(2)) + (0.5 - 1 + math.log(2)) + 0) / 3,
+        "kl_old_k1": (-math.log(2) + math.log(2) - math.log(4)) / 3,
+        "kl_old_k3": ((2 - 1 - math.log(2)) + (0.5 - 1 + math.log(2)) + (4 - 1 - math.log(4))) / 3,
         "kl_ref_k1": (0 + math.log(2) + 0) / 3,
         "kl_ref_k3": (0 + (0.5 + math.log(2) - 1) + 0) / 3,
         "tis_weight": 3.5 / 3,

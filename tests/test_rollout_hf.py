@@ -24,23 +24,28 @@ def engine(model):
     return HFEngine(model, eos_ids=[EOS], pad_id=EOS, batch_size=4)
 
 
-def requests(n=6):
+def requests(n=6, each=2):
     generator = torch.Generator().manual_seed(0)
     contexts = [tuple(torch.randint(3, 40000, (3 + i,), generator=generator).tolist()) for i in range(n)]
-    return [Request(c, 5 + i) for i, c in enumerate(contexts) for _ in range(2)]
+    return [Request(c, 5 + i) for i, c in enumerate(contexts) for _ in range(each)]
 
 
 def alone(model, request):
     ids = torch.tensor([request.context])
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=request.max_new_tokens, do_sample=False,
-        eos_token_id=EOS, pad_token_id=EOS,
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=request.max_new_tokens,
+        do_sample=False,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
     )
     return tuple(out[0, ids.shape[1] :].tolist())
 
 
-def test_batched_greedy_completions_equal_those_of_each_request_alone(model, engine):
-    asked = requests()
+@pytest.mark.parametrize("each", [1, 2])  # every context once; contexts that share their prefill
+def test_batched_greedy_completions_equal_those_of_each_request_alone(model, engine, each):
+    asked = requests(each=each)[::-1]
     got = engine.generate(asked, temperature=0.0, seed=0)
     assert [c.token_ids for c in got] == [alone(model, r) for r in asked]
     assert len({c.token_ids for c in got}) > 3  # or the comparison would say little

@@ -64,9 +64,7 @@ def evaluate(config: ConfigArgument, overrides: Overrides = None) -> None:
     result = evaluation.evaluate_model(settings, log=_console().print)
     _console().print(f"{settings.data.eval}: accuracy {result}", highlight=False)
     if settings.eval.samples > 1:
-        _console().print(
-            "  ".join(f"pass@{k} {value:.1%}" for k, value in result.pass_at.items()), highlight=False
-        )
+        _console().print("  ".join(f"pass@{k} {value:.1%}" for k, value in result.pass_at.items()), highlight=False)
 
 
 @app.command()
@@ -112,9 +110,7 @@ def _print_summary(console: Console, run_dir: Path, summary: dict) -> None:
             f"held-out accuracy before: {before:.1%}  (95% interval {low:.1%} to {high:.1%})", highlight=False
         )
         low, high = summary["eval_after_interval"]
-        console.print(
-            f"held-out accuracy after:  {after:.1%}  (95% interval {low:.1%} to {high:.1%})", highlight=False
-        )
+        console.print(f"held-out accuracy after:  {after:.1%}  (95% interval {low:.1%} to {high:.1%})", highlight=False)
     if summary["reward_failures"]:
         console.print(f"reward failures (scored 0): {summary['reward_failures']}", highlight=False)
     console.print(

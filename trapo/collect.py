@@ -64,9 +64,7 @@ def collect(
         drawn = [
             rollout
             for group, problem in enumerate(problems)
-            for rollout in _open_rollouts(
-                problem, group, level, schedule, by_prompt[group], rng, max_response_tokens
-            )
+            for rollout in _open_rollouts(problem, group, level, schedule, by_prompt[group], rng, max_response_tokens)
         ]
         _generate(drawn, engine, temperature, max_response_tokens, seed + level)
         if score is not None:
@@ -112,12 +110,9 @@ def _generate(
     """Fill in own tokens. A prefix that is the whole trace (it ends the sequence) or fills the limit gets none."""
     open_ended = [r for r in rollouts if not _is_complete(r) and len(r.prefix_ids) < max_response_tokens]
     requests = [
-        Request(r.problem.prompt_ids + r.prefix_ids, max_response_tokens - len(r.prefix_ids))
-        for r in open_ended
+        Request(r.problem.prompt_ids + r.prefix_ids, max_response_tokens - len(r.prefix_ids)) for r in open_ended
     ]
-    completions: list[Completion] = (
-        engine.generate(requests, temperature=temperature, seed=seed) if requests else []
-    )
+    completions: list[Completion] = engine.generate(requests, temperature=temperature, seed=seed) if requests else []
     for rollout, completion in zip(open_ended, completions, strict=True):
         rollout.own_ids, rollout.finished = completion.token_ids, completion.finished
     for rollout in rollouts:

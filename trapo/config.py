@@ -269,9 +269,7 @@ def _refuse_unknown_keys(node: Any, schema: type, prefix: str) -> None:
     for key in node:
         if key not in hints:
             nearest = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)[0]
-            raise TrapoError(
-                f"{prefix}{key}: unknown key; did you mean {prefix}{nearest}? (known: {', '.join(hints)})"
-            )
+            raise TrapoError(f"{prefix}{key}: unknown key; did you mean {prefix}{nearest}? (known: {', '.join(hints)})")
         child = hints[key]
         if dataclasses.is_dataclass(child):
             value = node[key]

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qsl, urlsplit
 
+from .errors import TrapoError
 from .rewards import ANSWER_MARK, FINAL_ANSWER
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class Problem:
     source: str
 
 
-class DataError(ValueError):
+class DataError(TrapoError):
     """A data set that cannot be used; one line with the file, the row, what is wrong and what is accepted."""
 
 
@@ -70,7 +71,7 @@ def load_problems(
     question and answer came before (AIME files repeat each 32 times). on_bad_row="skip" leaves bad rows out
     and logs how many.
 
-    Raises DataError for an unknown layout, a bad row, or no problem at all, and FileNotFoundError.
+    Raises DataError for an unknown layout, a bad row, a missing file, or no problem at all.
     """
     if on_bad_row not in ("raise", "skip"):
         raise ValueError(f"load_problems: on_bad_row must be 'raise' or 'skip'; got {on_bad_row!r}")
@@ -159,7 +160,7 @@ def _read(path: Path, *, skip: bool) -> Iterator[Problem]:
     if path.suffix not in _READERS:
         raise DataError(f"{path}: unknown file type {path.suffix!r}; accepted: {', '.join(_READERS)}, task://...")
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise DataError(f"{path}: no such file")
     parse: Callable[[Row, str], Problem] | None = None
     bad: list[DataError] = []
     good = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Sequence
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -61,8 +62,9 @@ def encode_problems(
     kept: list[EncodedProblem] = []
     long_prompts = long_traces = 0
     for problem in problems:
-        prompt_ids = tokenizer.apply_chat_template(
-            list(problem.prompt), add_generation_prompt=True, return_dict=False
+        prompt_ids = cast(
+            list[int],
+            tokenizer.apply_chat_template(list(problem.prompt), add_generation_prompt=True, return_dict=False),
         )
         if len(prompt_ids) > max_prompt_tokens:
             long_prompts += 1
@@ -76,6 +78,11 @@ def encode_problems(
             f"data.max_prompt_tokens: all {len(problems)} prompts are longer than {max_prompt_tokens} tokens"
         )
     return kept, LeftOut(long_prompts, long_traces)
+
+
+def decode_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    """What a reader sees of a response: its text without special tokens."""
+    return str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
 class _TraceEncoder:
@@ -93,7 +100,7 @@ class _TraceEncoder:
 
     def _text(self, token: int) -> str:
         if token not in self._texts:
-            self._texts[token] = self.tokenizer.decode([token])
+            self._texts[token] = str(self.tokenizer.decode([token]))
         return self._texts[token]
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from trapo.config import Config
-from trapo.encode import EncodedProblem
+from trapo.encode import EncodedProblem, decode_text
 from trapo.errors import TrapoError
 from trapo.files import write_atomic, write_json
 from trapo.model import load_model
@@ -92,7 +92,7 @@ def evaluate(
         temperature=config.eval.temperature,
         seed=seed,
     )
-    texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
+    texts = [decode_text(tokenizer, c.token_ids) for c in completions]
     rewards = pool.score([(text, p.problem.answer) for text, p in zip(texts, asked, strict=True)])
     if rows_path is not None:
         rows = [

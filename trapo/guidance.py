@@ -32,16 +32,12 @@ class Schedule:
     cut: str = "token"  # token: int(len * ratio); blank_line: at the next step of the trace, if one is near
     traces: str = "random"  # random: one of the prompt's traces; in_order: see trace_index
     trace_part: str = "full"  # full; thinking: up to </think>, without the final answer
-    supervise: str = (
-        "every"  # every prefix carries the expert term; one_per_prefix: one of those that share it
-    )
+    supervise: str = "every"  # every prefix carries the expert term; one_per_prefix: one of those that share it
 
     def __post_init__(self) -> None:
         for group in self.micro_groups:
             if group.size < 1:
-                raise TrapoError(
-                    f"guidance.sizes: got {group.size}; every micro-group needs at least 1 rollout"
-                )
+                raise TrapoError(f"guidance.sizes: got {group.size}; every micro-group needs at least 1 rollout")
             if not 0.0 <= group.ratio <= 1.0:
                 raise TrapoError(f"guidance.ratios: got {group.ratio}; accepted: 0 to 1")
         if not self.micro_groups:
@@ -62,9 +58,7 @@ class Schedule:
         return any(g.ratio < 1 or g.threshold < ALWAYS for g in self.micro_groups)
 
 
-def schedule(
-    sizes: Sequence[int], ratios: Sequence[float], thresholds: Sequence[float], **options: str
-) -> Schedule:
+def schedule(sizes: Sequence[int], ratios: Sequence[float], thresholds: Sequence[float], **options: str) -> Schedule:
     """A Schedule from its columns; all three must have one entry per micro-group."""
     if not len(sizes) == len(ratios) == len(thresholds):
         raise TrapoError(

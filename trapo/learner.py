@@ -124,9 +124,7 @@ class Learner:
 
     def _hidden_states(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         """[B, T, D], what the head would be applied to."""
-        output = model.get_decoder()(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        )
+        output = model.get_decoder()(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         return output.last_hidden_state
 
     def _loss(
@@ -193,9 +191,7 @@ def _merge(metrics: Sequence[dict[str, torch.Tensor]], minibatches: int) -> dict
     return {name: value if math.isfinite(value) else None for name, value in means.items()}  # JSON has no NaN
 
 
-def _padded(
-    rollouts: Sequence[Rollout], logprobs: dict[int, torch.Tensor], batch: Batch
-) -> torch.Tensor | None:
+def _padded(rollouts: Sequence[Rollout], logprobs: dict[int, torch.Tensor], batch: Batch) -> torch.Tensor | None:
     """The rollouts' logprobs as [B, T], zeros where there are none; None when none were computed."""
     if not logprobs:
         return None

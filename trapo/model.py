@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import re
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -39,9 +40,7 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
         files, extra, folder = {}, {}, str(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **files)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=config.attention, **extra
-        )
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=config.attention, **extra)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise TrapoError(f"model.path: cannot load {config.path!r}: {reason}") from error
@@ -53,7 +52,8 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
     _freeze(model, config.freeze)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.to(device).eval(), tokenizer
+    nn.Module.to(model, device)
+    return model.eval(), tokenizer
 
 
 def find_weights(path: str) -> Path:
@@ -106,7 +106,7 @@ def head_of(model: PreTrainedModel) -> Head:
     config = model.config.get_text_config()
     scaling = getattr(config, "logits_scaling", None)  # Granite divides
     scale = 1.0 / scaling if scaling else getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
-    return Head(linear.weight, linear.bias, getattr(config, "final_logit_softcapping", None), scale)
+    return Head(cast(nn.Parameter, linear.weight), linear.bias, getattr(config, "final_logit_softcapping", None), scale)
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

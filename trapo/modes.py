@@ -46,9 +46,7 @@ def _guided_schedule(config: Config) -> Schedule:
     """The guidance preset with the fields that the configuration sets."""
     g = config.guidance
     base = PRESETS[g.preset]
-    given = {
-        k: getattr(g, k) for k in ("cut", "traces", "trace_part", "supervise") if getattr(g, k) is not None
-    }
+    given = {k: getattr(g, k) for k in ("cut", "traces", "trace_part", "supervise") if getattr(g, k) is not None}
     groups = base.micro_groups
     if g.sizes or g.ratios or g.thresholds:
         groups = schedule(
@@ -122,9 +120,7 @@ def _fixed_prefix(config: Config) -> list[Phase]:
     """Half of each group without a prefix, half with half a trace: the same amount of guidance for every prompt."""
     size = _guided_schedule(config).rollouts_per_prompt
     if size < 2:
-        raise TrapoError(
-            f"guidance.sizes: mode fixed_prefix needs at least 2 rollouts per prompt, got {size}"
-        )
+        raise TrapoError(f"guidance.sizes: mode fixed_prefix needs at least 2 rollouts per prompt, got {size}")
     halves = _replace_groups(config, [(size - size // 2, 0.0, NEVER), (size // 2, 0.5, ALWAYS)])
     return [_phase(config, "fixed_prefix", halves, _objective(config, tk.Objective.trapo), std=False)]
 

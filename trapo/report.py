@@ -53,9 +53,7 @@ def report_data(
         "step": [row["step"] for row in rows],
         "series": {name: [row.get(name) for row in rows] for name in names},
         "reward_by_ratio": {ratio: [row["reward_by_ratio"].get(ratio) for row in rows] for ratio in ratios},
-        "rollouts_by_ratio": {
-            ratio: [row["rollouts_by_ratio"].get(ratio, 0) for row in rows] for ratio in ratios
-        },
+        "rollouts_by_ratio": {ratio: [row["rollouts_by_ratio"].get(ratio, 0) for row in rows] for ratio in ratios},
     }
 
 
@@ -81,9 +79,7 @@ def _draw(data: dict[str, Any], path: Path) -> None:
         "mean p of expert tokens": series["expert_prob"],
     }
     _lines(axes[1, 0], data["step"], clipped, "expert-prefix tokens", "share / probability")
-    _lines(
-        axes[1, 1], data["step"], {"entropy": series["entropy"]}, "entropy of the policy", "nats per token"
-    )
+    _lines(axes[1, 1], data["step"], {"entropy": series["entropy"]}, "entropy of the policy", "nats per token")
     speed = {"generated + trained": series["tokens_per_second"]}
     _lines(axes[1, 2], data["step"], speed, "throughput", "tokens per second")
     temporary = path.with_name(f".tmp-{path.name}")
@@ -95,9 +91,7 @@ def _draw(data: dict[str, Any], path: Path) -> None:
 def _title(summary: dict[str, Any]) -> str:
     if not summary:
         return "unfinished run"
-    parts = [
-        f"{summary['mode']} · {summary['model']} · {summary['steps']} steps · {summary['seconds']:.0f} s"
-    ]
+    parts = [f"{summary['mode']} · {summary['model']} · {summary['steps']} steps · {summary['seconds']:.0f} s"]
     if summary.get("eval_before") is not None and summary.get("eval_after") is not None:
         parts.append(f"held-out accuracy {summary['eval_before']:.1%} → {summary['eval_after']:.1%}")
     return "\n".join(parts)

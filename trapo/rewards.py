@@ -31,6 +31,8 @@ from typing import Literal, cast
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
+from trapo.errors import TrapoError
+
 # The one final-answer form: the tasks and the GSM8K reader write it, `final_answer` reads it.
 ANSWER_MARK = "####"
 FINAL_ANSWER = ANSWER_MARK + " {answer}"
@@ -174,7 +176,7 @@ class RewardPool:
     timeout: seconds an item may run; neither waiting in the queue nor the start of a worker counts.
     memory_gib: memory a worker may allocate beyond what it holds at its start (Linux only; None: no limit).
 
-    Raises ValueError for a function that cannot be imported, and RuntimeError when workers cannot start.
+    Raises TrapoError for a function that cannot be imported, and RuntimeError when workers cannot start.
 
     Workers come from a fork server, not from a fork of this process, whose torch threads a fork would break.
     They import the script that started this process: keep its top level cheap and its main code behind
@@ -268,22 +270,22 @@ _BREAKDOWN = Reward(0.0, "crash", "the worker pool broke down on this item")
 
 
 def _resolve(fn: str) -> RewardFn:
-    """The function that `fn` names. Raises ValueError with the reason when there is none."""
+    """The function that `fn` names. Raises TrapoError with the reason when there is none."""
     if fn == "math":
         if importlib.util.find_spec("math_verify") is None:
-            raise ValueError("reward 'math' needs math-verify: pip install 'trapo-kernels[train]'")
+            raise TrapoError("reward 'math' needs math-verify: pip install 'trapo-kernels[train]'")
         return math_reward
     module_name, _, name = fn.partition(":")
     if not module_name or not name:
-        raise ValueError(f"reward must be 'math' or 'package.module:function'; got {fn!r}")
+        raise TrapoError(f"reward must be 'math' or 'package.module:function'; got {fn!r}")
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())  # a module beside the config, also under the `trapo` command
     try:
         function = getattr(importlib.import_module(module_name), name)
     except Exception as error:
-        raise ValueError(f"reward {fn!r} cannot be imported: {_one_line(error)}") from error
+        raise TrapoError(f"reward {fn!r} cannot be imported: {_one_line(error)}") from error
     if not callable(function):
-        raise ValueError(f"reward {fn!r} is a {type(function).__name__}, not a function")
+        raise TrapoError(f"reward {fn!r} is a {type(function).__name__}, not a function")
     return cast(RewardFn, function)
 
 

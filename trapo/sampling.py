@@ -6,6 +6,7 @@ import functools
 import hashlib
 import random
 from collections.abc import Callable, Sequence
+from typing import Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -86,7 +87,7 @@ def _load(
         system_prompt=data.system_prompt,
         prompt_suffix=data.prompt_suffix,
         limit=limit,
-        on_bad_row=data.on_bad_row,
+        on_bad_row=cast(Literal["raise", "skip"], data.on_bad_row),  # config.py has checked it
     )
     encoded, left_out = encode_problems(
         problems,

@@ -47,9 +47,7 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
     return Interval(low, high)
 
 
-def bootstrap_interval(
-    values: Values, confidence: float = 0.95, *, resamples: int = 10_000, seed: int = 0
-) -> Interval:
+def bootstrap_interval(values: Values, confidence: float = 0.95, *, resamples: int = 10_000, seed: int = 0) -> Interval:
     """Percentile bootstrap interval of the mean of `values`, one value per problem.
 
     With several samples per problem pass the problem's mean (avg@k): the problems are the independent units,

@@ -24,7 +24,7 @@ from trapo.advantages import assign_advantages
 from trapo.collect import Rollout, collect
 from trapo.config import Config
 from trapo.display import Display
-from trapo.encode import EncodedProblem
+from trapo.encode import EncodedProblem, decode_text
 from trapo.evaluate import EvalResult, evaluate
 from trapo.files import write_folder_atomic
 from trapo.learner import Learner, Update
@@ -167,10 +167,8 @@ class Trainer:
         }
 
     def _score(self, rollouts: Sequence[Rollout]) -> list[Reward]:
-        texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
-        return self.pool.score(
-            [(text, r.problem.problem.answer) for text, r in zip(texts, rollouts, strict=True)]
-        )
+        texts = [decode_text(self.tokenizer, r.response_ids) for r in rollouts]
+        return self.pool.score([(text, r.problem.problem.answer) for text, r in zip(texts, rollouts, strict=True)])
 
     def _evaluate(self, display: Display) -> None:
         """Held-out accuracy now; left alone when an interrupted run already has it."""
@@ -180,9 +178,7 @@ class Trainer:
         display.status(f"evaluating {len(self.eval_set)} problems")
         seed = derive_seed(self.config.seed, "eval", self.step)
         rows = path.with_suffix(".jsonl")
-        result = evaluate(
-            self.eval_set, self.engine, self.pool, self.tokenizer, self.config, seed=seed, rows_path=rows
-        )
+        result = evaluate(self.eval_set, self.engine, self.pool, self.tokenizer, self.config, seed=seed, rows_path=rows)
         result.save(path)
         display.note(f"held-out accuracy after step {self.step}: {result}")
 
@@ -193,9 +189,7 @@ class Trainer:
 
     def finish(self) -> dict[str, Any]:
         """Write the final model, the report and, last of all, the summary."""
-        write_folder_atomic(
-            self.run_dir.final, lambda path: checkpoint.write_model(path, self.model, self.tokenizer)
-        )
+        write_folder_atomic(self.run_dir.final, lambda path: checkpoint.write_model(path, self.model, self.tokenizer))
         summary = self._summary()
         write_report(self.run_dir.path, summary)
         self.run_dir.finish(summary)

@@ -6,7 +6,8 @@ each distinct context is prefilled once and its cache repeated: a micro-group of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -18,9 +19,7 @@ from trapo.rollout import Completion, Request
 class HFEngine:
     """Engine protocol over a transformers causal LM. `eos_ids`: tokens that end a completion."""
 
-    def __init__(
-        self, model: PreTrainedModel, *, eos_ids: Sequence[int], pad_id: int, batch_size: int = 64
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, *, eos_ids: Sequence[int], pad_id: int, batch_size: int = 64) -> None:
         self.model = model
         self.eos_ids = list(eos_ids)
         self.pad_id = pad_id
@@ -51,15 +50,16 @@ class HFEngine:
 
     @torch.no_grad()
     def _decode(self, batch: Sequence[Request], temperature: float) -> list[Completion]:
-        unique = sorted({r.context for r in batch})
+        unique = list(dict.fromkeys(r.context for r in batch))
         rows = {context: row for row, context in enumerate(unique)}
         input_ids, attention_mask = self._left_pad(unique)
         cache = self._prefill(input_ids, attention_mask)
         repeat = torch.tensor([rows[r.context] for r in batch], device=input_ids.device)
-        if len(unique) != len(batch):
+        if len(unique) < len(batch):
             cache.batch_select_indices(repeat)
         budget = max(r.max_new_tokens for r in batch)
-        generated = self.model.generate(
+        generate = cast(Callable[..., torch.Tensor], self.model.generate)  # its own annotation does not type-check
+        generated = generate(
             input_ids=input_ids[repeat],
             attention_mask=attention_mask[repeat],
             past_key_values=cache,
@@ -81,7 +81,8 @@ class HFEngine:
         cache = DynamicCache(config=self.model.config)
         if input_ids.shape[1] > 1:
             positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-            self.model.get_decoder()(
+            decoder: nn.Module = self.model.get_decoder()
+            decoder(
                 input_ids=input_ids[:, :-1],
                 attention_mask=attention_mask[:, :-1],
                 position_ids=positions[:, :-1],
