@@ -97,3 +97,33 @@ def test_the_engine_leaves_train_mode_as_it_was(model, engine):
 def test_syncing_another_module_is_refused(engine):
     with pytest.raises(ValueError, match="must be the module"):
         engine.sync(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("setting", [{"repetition_penalty": 5.0}, {"num_beams": 2}, {"top_k": 3, "do_sample": True}])
+def test_settings_that_a_checkpoint_ships_do_not_change_what_is_sampled(model, engine, setting):
+    asked = requests(3)
+    expected = engine.generate(asked, temperature=1.0, seed=0)
+    shipped = model.generation_config
+    for name, value in setting.items():
+        setattr(shipped, name, value)
+    try:
+        assert engine.generate(asked, temperature=1.0, seed=0) == expected
+        assert model.generation_config is shipped
+    finally:
+        for name in setting:
+            setattr(shipped, name, None)
+
+
+def test_tokens_are_sampled_from_the_distribution_that_the_learner_trains(model, engine):
+    """The engine's chain of cached steps and the learner's one forward agree on every greedy token."""
+    import trapo_kernels as tk
+
+    asked = requests(4)
+    for request, completion in zip(asked, engine.generate(asked, temperature=0.0, seed=0), strict=True):
+        ids = torch.tensor([request.context + completion.token_ids])
+        with torch.no_grad():
+            hidden = model.get_decoder()(ids).last_hidden_state[0, len(request.context) - 1 : -1]
+        weight, own = model.get_output_embeddings().weight, ids[0, len(request.context) :]
+        chosen = tk.linear_logprobs(hidden, weight, own).logprobs
+        best = (hidden @ weight.T).log_softmax(-1).amax(-1)
+        torch.testing.assert_close(chosen, best, atol=1e-4, rtol=0)

@@ -7,6 +7,7 @@ each distinct context is prefilled once and its cache repeated: a micro-group of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -43,7 +44,7 @@ class HFEngine:
         return [c for c in completions if c is not None]
 
     def _batches(self, requests: Sequence[Request]) -> Iterator[list[int]]:
-        """Indices by length, equal contexts side by side; requests that may not generate are answered elsewhere."""
+        """Indices by length, so that little is padding, equal contexts side by side."""
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].context), requests[i].context))
         for start in range(0, len(order), self.batch_size):
             yield order[start : start + self.batch_size]
@@ -59,12 +60,10 @@ class HFEngine:
             cache.batch_select_indices(repeat)
         budget = max(r.max_new_tokens for r in batch)
         generate = cast(Callable[..., torch.Tensor], self.model.generate)  # its own annotation does not type-check
-        generated = generate(
-            input_ids=input_ids[repeat],
-            attention_mask=attention_mask[repeat],
-            past_key_values=cache,
-            generation_config=self._generation_config(temperature, budget),
-        )
+        with self._own_settings(temperature, budget):
+            generated = generate(
+                input_ids=input_ids[repeat], attention_mask=attention_mask[repeat], past_key_values=cache
+            )
         new_tokens = generated[:, input_ids.shape[1] :].tolist()
         return [self._trim(ids, r.max_new_tokens) for ids, r in zip(new_tokens, batch, strict=True)]
 
@@ -90,6 +89,17 @@ class HFEngine:
                 use_cache=True,
             )
         return cache
+
+    @contextmanager
+    def _own_settings(self, temperature: float, max_new_tokens: int) -> Iterator[None]:
+        """These settings in place of the checkpoint's. `generate` fills what a config leaves open from the model's own,
+        and a repetition penalty there would sample from something other than the policy."""
+        checkpoints = self.model.generation_config
+        self.model.generation_config = self._generation_config(temperature, max_new_tokens)
+        try:
+            yield
+        finally:
+            self.model.generation_config = checkpoints
 
     def _generation_config(self, temperature: float, max_new_tokens: int) -> GenerationConfig:
         sampling = (
