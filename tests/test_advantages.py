@@ -39,6 +39,14 @@ def test_std_divides_by_the_sample_standard_deviation():
     assert all(math.isclose(a, (r - mean) / scale) for a, r in zip(got, rewards, strict=True))
 
 
+@pytest.mark.parametrize("baseline", ["unguided", "own_tokens"])
+def test_a_baseline_of_equal_rewards_does_not_blow_up_the_others(baseline):
+    got = advantages(
+        [0.0, 0.0, 1.0, 1.0], guided=[False, False, True, True], own=[3, 3, 0, 0], baseline=baseline, std=True
+    )
+    assert max(map(abs, got)) < 3
+
+
 @given(st.floats(-5, 5), st.integers(1, 16), st.booleans())
 def test_equal_rewards_give_exactly_zero(reward, n, std):
     assert advantages([reward] * n, std=std) == [0.0] * n

@@ -11,7 +11,8 @@ from trapo.collect import Rollout
 from trapo.config import merge_config
 from trapo.data import Problem
 from trapo.encode import EncodedProblem
-from trapo.learner import Learner
+from trapo.errors import TrapoError
+from trapo.learner import Learner, lr_factor
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +130,41 @@ def test_a_frozen_head_is_left_alone(tiny_model_path, model):
     before = fresh.get_output_embeddings().weight.clone()
     Learner(fresh, merge_config({"optim": {"lr": 1e-3}}), pad_id=2).update(rollouts(), tk.Objective.trapo(), seed=0)
     assert fresh.get_output_embeddings().weight.equal(before)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]),
+        ("linear", [1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [1 / 3, 2 / 3, 1, 0.8536, 0.5, 0.1464]),
+    ],
+)
+def test_the_learning_rate_warms_up_from_above_zero_and_then_follows_its_schedule(schedule, expected, model):
+    config = merge_config({}, [f"optim.schedule={schedule}", "optim.warmup_steps=2", "optim.lr=1", "train.steps=6"])
+    assert [lr_factor(step, config.optim, 6) for step in range(6)] == pytest.approx(expected, abs=1e-4)
+    learner = Learner(copy.deepcopy(model), config, pad_id=2)
+    assert learner.lr == pytest.approx(1 / 3)
+    learner.update([], tk.Objective.trapo(), seed=0)
+    assert learner.lr == pytest.approx(2 / 3)
+
+
+def test_training_16_bit_weights_is_refused(model):
+    with pytest.raises(TrapoError, match=r"model\.dtype: training needs float32"):
+        Learner(copy.deepcopy(model).bfloat16(), merge_config({}), pad_id=2)
+
+
+def test_gradient_checkpointing_recomputes_and_gives_the_same_update(model):
+    plain, _ = updated(model)
+    fresh = copy.deepcopy(model)
+    fresh.config.attention_dropout = 0.5
+    fresh.activation_checkpointing_enable()
+    config = merge_config({"optim": {"lr": 1e-3}}, ["model.gradient_checkpointing=true"])
+    learner = Learner(fresh, config, pad_id=2)
+    calls = []
+    layer = fresh.get_decoder().layers[0].mlp
+    layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    report = learner.update(rollouts(), tk.Objective.trapo(), seed=0)
+    assert report.optimizer_steps == 1
+    assert len(calls) == 2  # forward, and again in backward
+    assert same(plain, dict(fresh.named_parameters()))

@@ -19,7 +19,7 @@ def group_advantages(
     baseline: str = "all",
     std: bool = False,
 ) -> list[float]:
-    """A_i = R_i − mean(R over the baseline's rollouts), divided by their std + 1e-6 if asked.
+    """A_i = R_i − mean(R over the baseline's rollouts), divided by the group's std + 1e-6 if asked.
 
     The std is the sample's (n − 1), as in verl and TRL. Equal rewards give exactly 0, so their tokens can be skipped.
 
@@ -36,7 +36,9 @@ def group_advantages(
     mean = chosen[0] if equal else math.fsum(chosen) / len(chosen)
     scale = 1.0
     if std:
-        variance = math.fsum((r - mean) ** 2 for r in chosen) / max(len(chosen) - 1, 1)
+        # Of all rollouts, whatever the baseline: that of a few equal ones is 0 and would blow the others up.
+        middle = math.fsum(rewards) / len(rewards)
+        variance = math.fsum((r - middle) ** 2 for r in rewards) / max(len(rewards) - 1, 1)
         scale = 1.0 / (math.sqrt(variance) + STD_EPS)
     return [(r - mean) * scale for r in rewards]
 

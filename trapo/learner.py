@@ -13,12 +13,14 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedModel, get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 
 import trapo_kernels as tk
 from trapo.batching import Batch, collate, loss_tokens, micro_batches
 from trapo.collect import Rollout
-from trapo.config import Config
+from trapo.config import Config, OptimConfig
+from trapo.errors import TrapoError
 from trapo.model import head_of
 
 
@@ -26,7 +28,7 @@ from trapo.model import head_of
 class Update:
     """What one call of `Learner.update` did."""
 
-    metrics: dict[str, float | None]  # of trapo_kernels, over all tokens of the batch; None: not finite
+    metrics: dict[str, float | None]  # of trapo_kernels, over the rollouts that were not skipped; None: not finite
     optimizer_steps: int
     skipped_steps: int  # left out because a gradient was not finite
     grad_norm: float  # before clipping; the last optimizer step's
@@ -44,13 +46,16 @@ class Learner:
         self.config = config
         self.pad_id = pad_id
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if any(p.dtype != torch.float32 for p in self.parameters):
+            # An AdamW step is about lr in size: added to a 16-bit weight it is rounded away.
+            raise TrapoError(f"model.dtype: training needs float32 weights; got {config.model.dtype}")
+        if config.model.gradient_checkpointing:
+            prepare_checkpointing(model)
         o = config.optim
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
         )
-        self.scheduler = get_scheduler(
-            o.schedule, self.optimizer, num_warmup_steps=o.warmup_steps, num_training_steps=config.train.steps
-        )
+        self.scheduler = LambdaLR(self.optimizer, lambda step: lr_factor(step, o, config.train.steps))
 
     @property
     def lr(self) -> float:
@@ -71,7 +76,7 @@ class Learner:
             trained = [r for r in minibatch if self._has_gradient(r, objective)]
             if not trained:
                 continue
-            denominator = self._denominator(minibatch)
+            denominator = self._denominator(minibatch, len(minibatches))
             for batch in self._micro_batches(trained):
                 loss = self._loss(batch, objective, denominator, old_logprobs, ref_logprobs)
                 loss.loss.backward()
@@ -109,13 +114,13 @@ class Learner:
             return loss_tokens(rollout) > 0
         return bool(rollout.own_ids) and objective.policy is not None and rollout.advantage != 0.0
 
-    def _denominator(self, rollouts: Sequence[Rollout]) -> float:
+    def _denominator(self, rollouts: Sequence[Rollout], minibatches: int) -> float:
         """Of the whole minibatch, rollouts that are skipped included: skipping changes cost, not the update."""
         train = self.config.train
         if train.normalizer == "tokens":
             return float(max(sum(loss_tokens(r) for r in rollouts), 1))
         if train.normalizer_constant is not None:
-            return train.normalizer_constant / train.updates_per_step
+            return train.normalizer_constant / minibatches
         return float(len(rollouts) * self.config.rollout.max_response_tokens)
 
     def _micro_batches(self, rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
@@ -182,6 +187,25 @@ class Learner:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+
+def lr_factor(step: int, optim: OptimConfig, steps: int) -> float:
+    """What the learning rate of a step (counted from 0) is multiplied by. Warmup does not start at 0: a step whose
+    rollouts were paid for should learn something."""
+    warmup = min(1.0, (step + 1) / (optim.warmup_steps + 1))
+    done = min(max(step - optim.warmup_steps, 0) / max(steps - optim.warmup_steps, 1), 1.0)
+    decay = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
+    return warmup * decay[optim.schedule]
+
+
+def prepare_checkpointing(model: PreTrainedModel) -> None:
+    """transformers checkpoints in train mode alone; with its dropout at 0 that mode changes nothing else."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 (nn.Module's __setattr__ is typed for tensors)
+    model.train()
 
 
 def _merge(metrics: Sequence[dict[str, torch.Tensor]], minibatches: int) -> dict[str, float | None]:

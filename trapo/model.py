@@ -29,7 +29,7 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
 
     Raises TrapoError when `model.path` names nothing that can be loaded.
     """
-    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(config.device)
     dtype = getattr(torch, config.dtype)
     source = find_weights(config.path)
     if source.suffix == ".gguf":
@@ -51,9 +51,18 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
         del model.config.quantization_config
     _freeze(model, config.freeze)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()
     nn.Module.to(model, device)
     return model.eval(), tokenizer
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise TrapoError(f"model.device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def find_weights(path: str) -> Path:
