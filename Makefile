@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml setup.py Makefile
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/trapo train demo run_dir=runs/demo
+	$(BIN)/trapo train demo run_dir=runs/demo --if-finished restart
 
 test: $(STAMP)
 	$(BIN)/pytest

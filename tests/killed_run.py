@@ -1,6 +1,6 @@
 """Run by test_resume.py in a process of its own: a training run that kills itself (SIGKILL) at a given point.
 
-python killed_run.py MODEL RUN_DIR KILL_AT [key=value ...]      KILL_AT: none, step:N, save:N
+python killed_run.py MODEL RUN_DIR KILL_AT [key=value ...]      KILL_AT: none, step:N, save:N, log:N, eval:N, report:1
 """
 
 import os
@@ -16,18 +16,21 @@ def main() -> None:
     import torch
 
     from trapo import learner, trainer
+    from trapo import run_dir as run_dir_module
     from trapo.config import merge_config
 
-    counts = {"step": 0, "save": 0}
+    calls: dict[str, int] = {}
 
-    def deadly(what, function):
-        """`function`, but the process dies inside its N-th call."""
+    def deadly(what, function, after=False):
+        """`function`, but the process dies in its N-th call: before anything is done, or `after` all is."""
 
         def call(*args, **kwargs):
-            counts[what] += 1
-            if what == kind and counts[what] == int(number):
+            calls[what] = calls.get(what, 0) + 1
+            dies = what == kind and calls[what] == int(number)
+            result = function(*args, **kwargs) if after or not dies else None
+            if dies:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
+            return result
 
         return call
 
@@ -35,6 +38,11 @@ def main() -> None:
     learner.Learner._step = deadly("step", learner.Learner._step)
     # In the middle of a save: weights are written, the optimizer's state is not.
     torch.save = deadly("save", torch.save)
+    # Between a step's row in metrics.jsonl and its checkpoint.
+    run_dir_module.RunDir.log = deadly("log", run_dir_module.RunDir.log, after=True)
+    # Between a checkpoint and the evaluation that follows it, and at the very end.
+    trainer.evaluate = deadly("eval", trainer.evaluate)
+    trainer.write_report = deadly("report", trainer.write_report)
     base = {
         "run_dir": run_dir,
         "model": {"path": model},
@@ -46,6 +54,7 @@ def main() -> None:
         "optim": {"lr": 1e-2, "schedule": "linear", "warmup_steps": 2},
         "objective": {"entropy_coef": 0.01},
         "train": {"steps": 6, "prompts_per_step": 2, "threads": 1, "updates_per_step": 2},
+        "eval": {"every": 3},
         "checkpoint": {"every": 2, "keep": 1},
     }
     trainer.train(merge_config(base, overrides), console=Console(width=160))

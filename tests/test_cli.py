@@ -74,9 +74,22 @@ def test_transformers_loads_the_final_model_and_it_answers(demo_run):
     assert "Paris" in tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
 
 
-def test_a_finished_run_is_kept_and_a_restart_replaces_it(demo_run):
-    run_dir, _ = demo_run
-    assert "holds a finished run" in trapo("train", "demo", f"run_dir={run_dir}", *SMALL, expect=2).stderr
+def test_a_finished_run_is_kept_until_a_restart_is_asked_for(demo_run, tiny_model_path, tmp_path):
+    arguments = ["train", "demo", f"model.path={tiny_model_path}", f"run_dir={tmp_path / 'run'}", *SMALL]
+    trapo(*arguments)
+    first = (tmp_path / "run" / "summary.json").read_text()
+    assert "holds a finished run" in trapo(*arguments, expect=2).stderr
+    # A mistake in the restart does not cost the old result.
+    trapo(*arguments, "data.train=missing.jsonl", "--if-finished", "restart", expect=2)
+    assert (tmp_path / "run" / "summary.json").read_text() == first
+    trapo(*arguments, "train.steps=1", "--if-finished", "restart")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_mistake_leaves_the_run_folder_free_for_the_corrected_command(tmp_path):
+    trapo("train", "demo", "data.train=missing.jsonl", f"run_dir={tmp_path / 'run'}", expect=2)
+    assert not (tmp_path / "run").exists()
 
 
 def test_report_redraws_a_run(demo_run):

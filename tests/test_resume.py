@@ -40,8 +40,12 @@ def undisturbed(tiny_model_path, tmp_path_factory):
     return run_dir
 
 
-# step:8 and step:9 are the two optimizer steps of steps 4 and 5: just before and after a checkpoint.
-@pytest.mark.parametrize("kill_at", ["step:1", "step:8", "step:9", "save:1", "save:2"])
+# Two optimizer steps a step, so step:8 and step:9 are just before and after the checkpoint of step 4; evaluations are
+# at steps 0, 3 and 6.
+KILLS = ["step:1", "step:8", "step:9", "save:1", "save:2", "log:4", "eval:1", "eval:2", "eval:3", "report:1"]
+
+
+@pytest.mark.parametrize("kill_at", KILLS)
 def test_a_killed_run_continues_to_the_same_weights_and_metrics(kill_at, undisturbed, tiny_model_path, tmp_path):
     run_dir = tmp_path / "run"
     run(tiny_model_path, run_dir, kill_at, expect=-signal.SIGKILL)

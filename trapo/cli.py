@@ -48,7 +48,11 @@ def train(
     from trapo import trainer
 
     console = _console()
-    summary = trainer.train(settings, console=console, restart_finished=if_finished is IfFinished.restart)
+    try:
+        summary = trainer.train(settings, console=console, restart_finished=if_finished is IfFinished.restart)
+    except KeyboardInterrupt:
+        print("trapo: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        raise typer.Exit(130) from None
     _print_summary(console, Path(settings.run_dir), summary)
 
 
@@ -77,15 +81,12 @@ def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="ru
 
 
 def main() -> None:
-    """Entry point: errors of the user's are one line on stderr and exit code 2; Ctrl-C says how to go on."""
+    """Entry point: errors of the user's are one line on stderr and exit code 2."""
     try:
         app()
     except TrapoError as error:
         print(f"trapo: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("trapo: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
 
 
 def _console() -> Console:

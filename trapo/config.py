@@ -2,13 +2,14 @@
 
 OmegaConf does the merging and the type checks. Unknown keys are refused with the nearest known name, because a
 silently ignored `learning_rate=` costs a day. A field left at None takes its value from the mode or from the
-guidance preset (see modes.py and guidance.py); what a run really used is in `<run_dir>/config.yaml`.
+guidance preset (see modes.py and guidance.py). `<run_dir>/config.yaml` holds file and overrides merged.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trapo.errors import TrapoError
+from trapo.files import write_atomic
 
 MODES = ("trapo", "grpo", "sft", "sft_then_rl", "luffy", "nll_prefix", "fixed_prefix")
 PRESETS = Path(__file__).parent / "presets"
@@ -26,7 +28,7 @@ PRESETS = Path(__file__).parent / "presets"
 @dataclasses.dataclass
 class ModelConfig:
     path: str = "smollm2-135m-instruct"  # that name, a local folder, a .gguf file or a hub id
-    dtype: str = "float32"  # of the weights: float32, bfloat16, float16
+    dtype: str = "float32"  # of the weights; training needs float32, evaluation takes bfloat16 or float16 too
     device: str = "auto"  # auto: cuda when there is one, else cpu
     attention: str = "sdpa"
     gradient_checkpointing: bool = False
@@ -44,6 +46,7 @@ class DataConfig:
     max_prompt_tokens: int = 1024
     max_trace_tokens: int = 8192
     on_bad_row: str = "raise"  # raise, skip
+    dedup: bool = False  # drop repeated problems: AIME's files hold each one 32 times
     shuffle: bool = True
 
 
@@ -116,7 +119,7 @@ class TrainConfig:
     micro_batch_tokens: int = 4096  # padded tokens in one forward-backward
     normalizer: str = "tokens"  # tokens: of the global batch; constant: normalizer_constant
     normalizer_constant: float | None = None  # None: rollouts x rollout.max_response_tokens (Dr.GRPO)
-    skip_inactive: bool = True  # leave sequences without any gradient out of the forward
+    skip_inactive: bool = True  # leave sequences without any gradient out of the forward, and so out of the metrics
     threads: int | None = None  # torch CPU threads; None: torch's default
 
 
@@ -240,10 +243,15 @@ def merge_config(base: DictConfig | Mapping[str, Any], overrides: Iterable[str] 
     for item in overrides:
         if "=" not in item:
             raise TrapoError(f"override {item!r}: expected key=value, such as train.steps=20")
-    changes = OmegaConf.from_dotlist(overrides)
+    try:
+        changes = OmegaConf.from_dotlist(overrides)
+    except Exception as error:  # PyYAML's, of the value
+        raise TrapoError(f"override {' '.join(overrides)!r}: not readable: {_one_line(error)}") from error
     from_file = base if isinstance(base, DictConfig) else OmegaConf.create(dict(base))
     for layer in (from_file, changes):
         _refuse_unknown_keys(layer, Config, prefix="")
+        for key in sorted(OmegaConf.missing_keys(layer)):
+            raise TrapoError(f"{key}: got ???; give it a value")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), from_file, changes)
         config = typing.cast(Config, OmegaConf.to_object(merged))
@@ -255,7 +263,7 @@ def merge_config(base: DictConfig | Mapping[str, Any], overrides: Iterable[str] 
 
 def save_config(config: Config, path: Path) -> None:
     """Write the configuration that `load_config` reads back."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    write_atomic(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def changed_keys(old: Config, new: Config) -> list[str]:
@@ -285,8 +293,10 @@ def _check_values(config: Config) -> None:
             raise TrapoError(f"{key}: got {flat[key]!r}; accepted: {', '.join(accepted)}")
     for key, (low, inclusive) in BOUNDS.items():
         value = flat[key]
-        if value is not None and not (value >= low if inclusive else value > low):
-            raise TrapoError(f"{key}: got {value}; must be {'>=' if inclusive else '>'} {low}")
+        if value is not None and not ((value >= low if inclusive else value > low) and math.isfinite(value)):
+            raise TrapoError(f"{key}: got {value}; must be {'>=' if inclusive else '>'} {low}, and finite")
+    if not all(0 <= beta < 1 for beta in config.optim.betas):
+        raise TrapoError(f"optim.betas: got {list(config.optim.betas)}; both must be in [0, 1)")
     if config.mode == "sft_then_rl":
         if config.train.sft_steps is None or config.train.sft_steps >= config.train.steps:
             raise TrapoError(

@@ -49,7 +49,7 @@ class Display:
 
     def note(self, message: str) -> None:
         """A line that stays above the table."""
-        self.console.print(message, highlight=False)
+        self.console.print(message, highlight=False, markup=False)
 
     def update(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
@@ -68,6 +68,7 @@ class Display:
             "TrSFT clipped",
             "entropy",
             "grad norm",
+            "failed rewards",
             "tokens/s",
             "left",
         ]
@@ -82,6 +83,7 @@ class Display:
             _number(row.get("trsft_clipped"), ".0%"),
             _number(row.get("entropy"), ".2f"),
             _number(row["grad_norm"], ".2f"),
+            str(sum(row["reward_failures"].values())),
             _number(row["tokens_per_second"], ".0f"),
             _clock(row["seconds_left"]),
         ]

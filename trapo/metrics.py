@@ -29,7 +29,7 @@ def rollout_metrics(rollouts: Sequence[Rollout], *, scored: bool) -> dict[str, o
 
 
 def peak_memory_gb() -> float:
-    """Highest resident memory of this process so far, in GB."""
+    """Highest resident memory of this process so far, in GB (1e9 bytes); reward workers, 0.1 GB each, not included."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)
 

@@ -8,7 +8,7 @@
     nll_prefix    trapo with −log p on prefixes (the paper's ablation)
     fixed_prefix  trapo with the same prefix for the later half of each group, needed or not
 
-Methods and their sources: METHODS in the README of trapo_kernels.Objective. A new mode is one entry in MODES.
+Sources are named in trapo_kernels.Objective's presets. A new mode is one entry in MODES.
 """
 
 from __future__ import annotations
@@ -48,12 +48,11 @@ def _guided_schedule(config: Config) -> Schedule:
     base = PRESETS[g.preset]
     given = {k: getattr(g, k) for k in ("cut", "traces", "trace_part", "supervise") if getattr(g, k) is not None}
     groups = base.micro_groups
-    if g.sizes or g.ratios or g.thresholds:
-        groups = schedule(
-            g.sizes or [m.size for m in groups],
-            g.ratios or [m.ratio for m in groups],
-            g.thresholds or [m.threshold for m in groups],
-        ).micro_groups
+    groups = schedule(
+        [m.size for m in groups] if g.sizes is None else g.sizes,
+        [m.ratio for m in groups] if g.ratios is None else g.ratios,
+        [m.threshold for m in groups] if g.thresholds is None else g.thresholds,
+    ).micro_groups
     return dataclasses.replace(base, micro_groups=groups, **given)
 
 

@@ -58,8 +58,8 @@ def report_data(
 
 
 def _evaluations(path: Path) -> list[dict[str, Any]]:
-    files = sorted((path / "eval").glob("step-*.json"))
-    return [{"step": int(f.stem.removeprefix("step-")), **json.loads(f.read_text())} for f in files]
+    files = RunDir(path).evaluations()
+    return [{"step": step, **json.loads(file.read_text())} for step, file in files.items()]
 
 
 def _draw(data: dict[str, Any], path: Path) -> None:
@@ -100,6 +100,7 @@ def _title(summary: dict[str, Any]) -> str:
 def _accuracy(axis: Any, evaluations: list[dict[str, Any]]) -> None:
     axis.set(title="held-out accuracy, 95% interval", xlabel="step", ylabel="accuracy")
     axis.set_ylim(0, 1)
+    axis.margins(x=0.12)  # room for the last label
     axis.grid(alpha=0.3)
     if not evaluations:
         axis.text(0.5, 0.5, "not evaluated", ha="center", transform=axis.transAxes)

@@ -21,7 +21,9 @@ from trapo.errors import TrapoError
 from trapo.files import write_atomic, write_json
 
 # Keys that may differ between an interrupted run and its continuation: they do not change what was computed so far.
-FREE_KEYS = ("run_dir", "checkpoint.", "eval.every", "reward.workers", "reward.timeout", "train.threads")
+FREE_KEYS = ("run_dir", "checkpoint.", "eval.every", "reward.workers", "reward.timeout")
+# What `trapo eval` leaves in a folder that a run may still start in.
+_NOT_A_RUN = ("eval.json", "eval.jsonl", "checkpoints")
 
 
 class RunDir:
@@ -29,6 +31,7 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.config = path / "config.yaml"
         self.checkpoints = path / "checkpoints"
         self.final = path / "final"
         self.metrics = path / "metrics.jsonl"
@@ -37,29 +40,52 @@ class RunDir:
     def evaluation(self, step: int) -> Path:
         return self.path / "eval" / f"step-{step:06d}.json"
 
-    def open(self, config: Config, *, restart_finished: bool = False) -> Checkpoint | None:
-        """Make the folder ready and return the checkpoint to continue from, None to start at step 0.
+    def evaluations(self) -> dict[int, Path]:
+        """Evaluations that were made, by step."""
+        return {int(p.stem.removeprefix("step-")): p for p in sorted((self.path / "eval").glob("step-*.json"))}
 
-        Raises TrapoError when the folder holds a finished run (unless restart_finished, which deletes it) or a run
-        with another configuration.
+    def look(self, config: Config, *, restart_finished: bool = False) -> Checkpoint | None:
+        """The checkpoint that a run of this configuration continues from, None to start at step 0. Changes nothing.
+
+        Raises TrapoError when the folder holds a finished run (unless restart_finished), a run with another
+        configuration, or something else.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise TrapoError(f"run_dir: {self.path} is a file; give a folder")
+        if not self.config.exists():
+            entries = self.path.iterdir() if self.path.exists() else []
+            others = [p.name for p in entries if p.name not in _NOT_A_RUN and not p.name.startswith(".tmp-")]
+            if others:
+                raise TrapoError(f"run_dir: {self.path} holds {others[0]} and no run (no config.yaml); choose another")
+            return None
         if self.summary.exists():
             if not restart_finished:
                 raise TrapoError(
                     f"run_dir: {self.path} holds a finished run; choose another run_dir or pass --if-finished restart"
                 )
-            shutil.rmtree(self.path)
-        stored = self.path / "config.yaml"
-        if stored.exists():
-            self._refuse_other_config(load_config(stored), config)
-        elif self.path.exists() and any(self.path.iterdir()):
-            raise TrapoError(f"run_dir: {self.path} is not empty and holds no run (no config.yaml)")
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        checkpoint.remove_unfinished(self.checkpoints)
-        save_config(config, stored)
+            return None
         found = checkpoint.find(self.checkpoints)
-        self._drop_metrics_after(found[-1].step if found else 0)
+        if found or self.rows() or self.evaluations():
+            self._refuse_other_config(load_config(self.config), config)
         return found[-1] if found else None
+
+    def claim(self, config: Config, resume_from: Checkpoint | None) -> None:
+        """Make the folder ready for the run that `look` found possible: what came after the checkpoint goes."""
+        if self.summary.exists():
+            trash = self.path.with_name(f".tmp-old-{self.path.name}")
+            shutil.rmtree(trash, ignore_errors=True)
+            self.path.rename(trash)  # at once, so that a kill cannot leave half a run
+            shutil.rmtree(trash)
+        if not self.config.exists() or load_config(self.config) != config:
+            save_config(config, self.config)
+        self.checkpoints.mkdir(exist_ok=True)
+        checkpoint.remove_unfinished(self.checkpoints)
+        step = resume_from.step if resume_from else 0
+        for evaluated, path in self.evaluations().items():
+            if evaluated > step:  # of weights that will be computed again
+                path.unlink()
+        kept = [row for row in self.rows() if row["step"] <= step]
+        write_atomic(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one step to metrics.jsonl."""
@@ -82,11 +108,6 @@ class RunDir:
                 f"run_dir: {self.path} holds an unfinished run with other settings ({', '.join(changed)}); "
                 "repeat its command to continue it, or choose another run_dir"
             )
-
-    def _drop_metrics_after(self, step: int) -> None:
-        """Steps after the checkpoint will be run, and logged, again."""
-        kept = [row for row in self.rows() if row["step"] <= step]
-        write_atomic(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -87,6 +87,7 @@ def _load(
         system_prompt=data.system_prompt,
         prompt_suffix=data.prompt_suffix,
         limit=limit,
+        dedup=data.dedup,
         on_bad_row=cast(Literal["raise", "skip"], data.on_bad_row),  # config.py has checked it
     )
     encoded, left_out = encode_problems(

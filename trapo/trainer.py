@@ -7,9 +7,10 @@ score; turn rewards into group-relative advantages; one update of the fused loss
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,13 @@ def train(config: Config, *, console: Console, restart_finished: bool = False) -
     """
     run_dir = RunDir(Path(config.run_dir))
     plan = phases(config)
-    resume_from = run_dir.open(config, restart_finished=restart_finished)
+    resume_from = run_dir.look(config, restart_finished=restart_finished)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     reward = config.reward
     with RewardPool(reward.function, workers=reward.workers, timeout=reward.timeout) as pool:
         trainer = Trainer(config, plan, run_dir, pool, console, resume_from)
+        run_dir.claim(config, resume_from)
         with Display(console, config.train.steps, trainer.step, trainer.ratios) as display:
             trainer.run(display)
         return trainer.finish()
@@ -69,13 +71,13 @@ class Trainer:
         resume_from: checkpoint.Checkpoint | None = None,
     ) -> None:
         self.config, self.phases, self.run_dir, self.pool = config, plan, run_dir, pool
-        source = config.model
+        source, log = config.model, functools.partial(console.print, markup=False, highlight=False)
         if resume_from is not None:
             source = dataclasses.replace(source, path=str(resume_from.path))
-            console.print(f"continuing {run_dir.path} after step {resume_from.step}")
+            log(f"continuing {run_dir.path} after step {resume_from.step}")
         self.model, self.tokenizer = load_model(source)
-        self.train_set = load_train_set(config, plan, self.tokenizer, console.print)
-        self.eval_set = load_eval_set(config, self.tokenizer, console.print)
+        self.train_set = load_train_set(config, plan, self.tokenizer, log)
+        self.eval_set = load_eval_set(config, self.tokenizer, log)
         self.engine = make_engine(config, self.model, self.tokenizer)
         self.learner = Learner(
             self.model, config, pad_id=self.tokenizer.pad_token_id, reference=self._reference_model()
@@ -100,7 +102,7 @@ class Trainer:
 
     def run(self, display: Display) -> None:
         """Evaluate, train the remaining steps, evaluate."""
-        if self.config.eval.before:
+        if self.config.eval.before and self.step == 0:
             self._evaluate(display)
         while self.step < self.config.train.steps:
             display.status("training")
@@ -108,11 +110,12 @@ class Trainer:
             self.step += 1
             self.run_dir.log(row)
             display.update(row)
-            if self._due(self.config.eval.every):
-                self._evaluate(display)
-            if self._due(self.config.checkpoint.every):
+            last = self.step == self.config.train.steps
+            if self._due(self.config.checkpoint.every) or (last and self.config.checkpoint.every):
                 display.status("saving")
                 self._save()
+            if self._due(self.config.eval.every) and not last:
+                self._evaluate(display)
         self._evaluate(display)
 
     def _train_step(self, phase: Phase, problems: Sequence[EncodedProblem]) -> dict[str, Any]:
@@ -208,9 +211,18 @@ class Trainer:
             "eval_after": after.accuracy if after else None,
             "eval_after_interval": after.interval if after else None,
             "eval_problems": after.problems if after else 0,
-            "reward_failures": {status: n for status, n in self.pool.counts.items() if status != "ok"},
-            "peak_memory_gb": peak_memory_gb(),
+            "reward_failures": self._reward_failures(),
+            "peak_memory_gb": max([peak_memory_gb(), *(row["peak_memory_gb"] for row in self.run_dir.rows())]),
         }
+
+    def _reward_failures(self) -> dict[str, int]:
+        """Of the whole run, from what is on disk: an interruption loses none."""
+        total: Counter[str] = Counter()
+        for row in self.run_dir.rows():
+            total.update(row["reward_failures"])
+        for path in self.run_dir.evaluations().values():
+            total.update(EvalResult.load(path).reward_failures)
+        return dict(total)
 
     def _evaluation(self, step: int) -> EvalResult | None:
         path = self.run_dir.evaluation(step)

@@ -1,0 +1,42 @@
+import io
+
+from rich.console import Console
+
+from trapo.display import Display
+
+ROW = {
+    "step": 3,
+    "phase": "trapo",
+    "reward": 0.25,
+    "reward_by_ratio": {"0": 0.125, "0.5": 0.75},
+    "reward_failures": {"timeout": 2},
+    "trsft_clipped": 0.12,
+    "entropy": 1.5,
+    "grad_norm": None,
+    "tokens_per_second": 123.4,
+    "seconds_left": 3725.0,
+}
+
+
+def shown(terminal):
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=200, color_system=None)
+    with Display(console, total_steps=10, first_step=2, ratios=[0.0, 0.5, 1.0]) as display:
+        display.status("training")
+        display.note("held-out accuracy [/b] 20%")  # brackets are text, not markup
+        display.update(ROW)
+    return console.file.getvalue()
+
+
+def test_a_terminal_gets_a_table_of_steps_and_a_progress_bar():
+    text = shown(terminal=True)
+    for part in ("reward@0.5", "TrSFT clipped", "0.75", "12%", "1.50", "123", "1:02:05", "3/10", "training"):
+        assert part in text
+
+
+def test_a_log_gets_one_header_and_one_line_a_step():
+    lines = shown(terminal=False).splitlines()
+    assert lines[0] == "held-out accuracy [/b] 20%"
+    assert lines[1].split()[:3] == ["step", "phase", "reward"]
+    assert len(lines) == 3
+    # Failed rewards are shown; what a step does not have is a dash.
+    assert lines[2].split() == ["3", "trapo", "0.25", "0.12", "0.75", "-", "12%", "1.50", "-", "2", "123", "1:02:05"]
