@@ -13,7 +13,7 @@ from .dispatch import pick
 from .head import Head
 from .metrics import policy_metrics
 from .objective import Objective, Tokens
-from .rows.base import RowKernel, RowStats, stats_dtype
+from .rows.base import RowInputs, RowKernel, RowStats, stats_dtype
 from .stream import LinearSource, LogitsSource, Rows, Source
 
 __all__ = [
@@ -366,6 +366,13 @@ class _Batch:
         assert stats.entropy is not None
         return self.objective.slopes(self.tokens(stats.logprobs, stats.entropy, at))
 
+    def fused(self, kernel: RowKernel) -> stream.Fused | None:
+        """For kernels that compute the slopes of these terms themselves."""
+        verb, terms = getattr(kernel, "fused_", None), self.objective.fused()
+        if verb is None or terms is None:
+            return None
+        return stream.Fused(verb, terms, RowInputs(self.expert, **self.inputs))
+
     def losses(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(the loss, its weighted parts per token)."""
         parts = self.objective.losses(self.tokens(logprobs, entropy))
@@ -446,8 +453,8 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def run(job: _Job, batch: _Batch, params: _Params) -> tuple[RowStats, tuple[Tensor | None, ...]]:
         source = job.source(params, job.rows, job.wants)
-        slopes = batch.slopes if any(job.wants) else None
-        stats = stream.forward(source, job.kernel, job.rows, job.targets, job.head, True, slopes)
+        slopes, fused = (batch.slopes, batch.fused(job.kernel)) if any(job.wants) else (None, None)
+        stats = stream.forward(source, job.kernel, job.rows, job.targets, job.head, True, slopes, fused)
         return stats, source.gradients()
 
     @staticmethod

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .rows.base import FusedTerms
+
 __all__ = ["EXPERT_TERMS", "POLICY_TERMS", "Objective", "Term", "Tokens"]
 
 
@@ -64,6 +66,7 @@ class Term:
     reads: tuple[str, ...] = ()  # inputs used where given
     scales_with_advantage: bool = False  # A = 0 gives no gradient
     entropy_slope: Callable[[Objective, Tokens], Tensor] | None = None
+    fused: int = 0  # the term's number in row kernels that compute slopes themselves; 0: none of them knows it
 
 
 def _given(values: Tensor | None) -> Tensor:
@@ -112,15 +115,16 @@ def _luffy_slope(o: Objective, t: Tokens) -> Tensor:
 
 
 EXPERT_TERMS: dict[str, Term] = {
-    "sft": Term(_sft_value, _sft_slope, source="negative log-likelihood"),
-    "trsft": Term(_trsft_value, _trsft_slope, source="TRAPO, arXiv 2512.17636: weight 1/max(p, α) on ∇p"),
-    "dft": Term(_dft_value, _dft_slope, source="Dynamic Fine-Tuning, the authors' code: −sg(p) log p"),
+    "sft": Term(_sft_value, _sft_slope, source="negative log-likelihood", fused=1),
+    "trsft": Term(_trsft_value, _trsft_slope, source="TRAPO, arXiv 2512.17636: weight 1/max(p, α) on ∇p", fused=2),
+    "dft": Term(_dft_value, _dft_slope, source="Dynamic Fine-Tuning, the authors' code: −sg(p) log p", fused=3),
     "luffy": Term(
         _luffy_value,
         _luffy_slope,
         source="LUFFY, the authors' code: off-policy shaping p/(p+γ), A over on- and off-policy rollouts",
         needs=("advantages",),
         scales_with_advantage=True,
+        fused=4,
     ),
 }
 
@@ -174,6 +178,7 @@ _POLICY_INPUTS: dict[str, Any] = {
     "needs": ("advantages",),
     "reads": ("old_logprobs",),
     "scales_with_advantage": True,
+    "fused": 1,  # unclipped is clip without bounds
 }
 
 POLICY_TERMS: dict[str, Term] = {
@@ -348,6 +353,26 @@ class Objective:
                 part = torch.where(inside, weight * term.entropy_slope(self, seen), 0)
                 g_entropy = part if g_entropy is None else g_entropy + part
         return g_lp, g_entropy
+
+    def fused(self) -> FusedTerms | None:
+        """This objective as numbers for row kernels that compute slopes themselves; None: they cannot express it."""
+        parts = {name: term for _, name, _, term in self._parts}
+        numbers = [parts[name].fused if name in parts else None for name in ("expert", "policy")]
+        if 0 in numbers:
+            return None
+        return FusedTerms(
+            expert=numbers[0] or 0,
+            policy=numbers[1] or 0,
+            expert_coef=self.expert_coef,
+            alpha=self.alpha,
+            luffy_gamma=self.luffy_gamma,
+            clip_low=0.0 if self.clip_low is None else 1 - self.clip_low,
+            clip_high=math.inf if self.clip_high is None else 1 + self.clip_high,
+            dual_clip=math.inf if self.dual_clip is None else self.dual_clip,
+            entropy_coef=self.entropy_coef,
+            kl_coef=self.kl_coef,
+            tis_cap=self.tis_cap or 0.0,
+        )
 
     def has_gradient(self, expert: Tensor, advantages: Tensor | None) -> Tensor:
         """Which tokens can have a gradient at all [n] bool: known before any logit is, so that the others are spared

@@ -27,12 +27,26 @@ from torch import Tensor
 
 from .budget import chunk_rows
 from .head import Head
-from .rows.base import RowKernel, RowStats, stats_dtype
+from .rows.base import FusedTerms, FusedVerb, RowInputs, RowKernel, RowStats, stats_dtype
 
 __all__ = ["LinearSource", "LogitsSource", "Rows", "Slopes", "Source", "backward", "forward"]
 
 # (compact rows, their statistics) -> g_lp [C], g_H [C] or None
 Slopes = Callable[[slice, RowStats], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """The same for a kernel that computes the slopes itself: its verb, the terms and their compact inputs [n]."""
+
+    verb: FusedVerb
+    terms: FusedTerms
+    inputs: RowInputs
+
+    def __call__(self, at: slice, logits: Tensor, targets: Tensor, head: Head) -> RowStats:
+        """Statistics of the rows, whose logits become their gradient."""
+        return self.verb(logits, targets[at], self.inputs.at(at), self.terms, head.scale, head.cap)
+
 
 # Widening low-precision gradients for an fp32 accumulation takes a block of this many bytes.
 _WIDE_BYTES = 2**21
@@ -220,10 +234,11 @@ def forward(
     head: Head,
     entropy: bool,
     slopes: Slopes | None = None,
+    fused: Fused | None = None,
 ) -> RowStats:
     """Statistics of the compact rows [n]; with `slopes` also the gradients, put into the source, in the same pass.
 
-    `targets` [n] are compact, as everything that `slopes` reads.
+    `targets` [n] are compact, as everything that `slopes` reads. With `fused` the kernel does both verbs at once.
     """
     dtype = stats_dtype(source.dtype)
     vectors = [torch.empty(rows.size, dtype=dtype, device=source.device) for _ in range(4)]
@@ -231,11 +246,16 @@ def forward(
     middle = rows.with_gradient if slopes is not None else 0
     for at, buffer in _chunks(source, kernel, (0, middle), (middle, rows.size)):
         logits = source.logits(at, buffer)
-        found = kernel.stats(logits, targets[at], head.cap, entropy).finish()
+        has_gradient = slopes is not None and at.stop <= middle
+        if has_gradient and fused is not None:
+            found = fused(at, logits, targets, head)
+            source.put(at, logits)
+        else:
+            found = kernel.stats(logits, targets[at], head.cap, entropy).finish()
         for whole, part in zip(out, found, strict=True):
             if whole is not None and part is not None:
                 whole[at] = part
-        if slopes is not None and at.stop <= middle:
+        if slopes is not None and has_gradient and fused is None:
             _grad(source, kernel, at, logits, targets, found, head, slopes)
     return out
 

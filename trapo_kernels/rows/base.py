@@ -9,6 +9,11 @@ A row kernel is a module (or object) with
     grad_(logits [C, V], targets [C], stats, g_lp [C], g_entropy [C] | None, cap) -> None
         the logits become g_lp (1[j=y] − π_j) − g_H π_j (log π_j + H), times the slope of the soft-cap, in place
 
+and, where it can do both at once for the terms that `FusedTerms` can name,
+
+    fused_(logits [C, V], targets [C], inputs, terms, scale, cap) -> RowStats
+        stats; g_lp and g_H of the terms; grad_ with scale · g_lp and scale · g_H: one launch, the row read once
+
 `logits` are x = scale · (h Wᵀ + b) before the soft-cap z = cap · tanh(x / cap) (cap None: z = x).
 """
 
@@ -20,7 +25,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["RowKernel", "RowState", "RowStats", "stats_dtype"]
+__all__ = ["FusedTerms", "FusedVerb", "RowInputs", "RowKernel", "RowState", "RowStats", "stats_dtype"]
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -58,8 +63,43 @@ class RowState(NamedTuple):
         return RowStats((self.target - self.max) - log_sum, self.max, log_sum, entropy)
 
 
+class RowInputs(NamedTuple):
+    """The per-token constants [C] that an objective reads; None where the caller gave nothing."""
+
+    expert: Tensor  # bool
+    advantages: Tensor | None
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    rollout_logprobs: Tensor | None
+
+    def at(self, rows: slice) -> RowInputs:
+        expert, *others = (None if t is None else t[rows] for t in self)
+        assert expert is not None
+        return RowInputs(expert, *others)
+
+
+class FusedTerms(NamedTuple):
+    """An objective as kernels take it: numbers alone. The formulas are objective.py's, and tested against them."""
+
+    expert: int  # Term.fused of the expert term, 0 = none
+    policy: int  # of the policy term, 0 = none
+    expert_coef: float
+    alpha: float
+    luffy_gamma: float
+    clip_low: float  # lowest ratio: 0 = not clipped on that side
+    clip_high: float  # highest ratio: inf = not clipped on that side
+    dual_clip: float  # inf = none
+    entropy_coef: float
+    kl_coef: float
+    tis_cap: float  # 0 = no weight
+
+
+# fused_ of a row kernel
+FusedVerb = Callable[[Tensor, Tensor, RowInputs, FusedTerms, float, float | None], RowStats]
+
+
 class RowKernel(Protocol):
-    """The verbs of a backend; see the module's docstring."""
+    """The verbs of a backend; see the module's docstring. `fused_` is optional."""
 
     def scratch_bytes(self, vocab: int, dtype: torch.dtype, device: torch.device) -> int: ...
 
