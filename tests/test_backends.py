@@ -10,6 +10,9 @@ from kernel_cases import BACKENDS
 
 import trapo_kernels as tk
 from trapo_kernels import dispatch
+from trapo_kernels.rows import cpu as cpu_rows
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -26,25 +29,25 @@ def test_the_suite_covers_every_backend_there_is():
 def test_backends_say_what_they_are():
     for name, backend in tk.backends().items():
         assert backend.name == name
-        assert backend.available
-        assert str(backend) == f"{name}: {backend.detail}"
+        assert str(backend) == f"{name}: {backend.detail if backend.available else f'not here: {backend.missing}'}"
 
 
 def test_argument_then_set_backend_then_environment_then_the_fastest(monkeypatch):
-    assert dispatch.pick(None, "f").name == "torch"
+    fastest = "cpu" if tk.backends()["cpu"].available else "torch"
+    assert dispatch.pick(None, "f", CPU).name == fastest
     monkeypatch.setenv("TRAPO_KERNELS_BACKEND", "reference")
-    assert dispatch.pick(None, "f").name == "reference"
+    assert dispatch.pick(None, "f", CPU).name == "reference"
     assert tk.default_backend() == "reference"
     tk.set_backend("torch")
-    assert dispatch.pick(None, "f").name == "torch"
-    assert dispatch.pick("reference", "f").name == "reference"
+    assert dispatch.pick(None, "f", CPU).name == "torch"
+    assert dispatch.pick("reference", "f", CPU).name == "reference"
     tk.set_backend(None)
-    assert dispatch.pick(None, "f").name == "reference"
+    assert dispatch.pick(None, "f", CPU).name == "reference"
 
 
 def test_a_backend_that_is_not_there_is_refused_where_it_was_named(monkeypatch):
     hidden, weight, targets = torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"^set_backend: name must be one of 'torch', 'reference' or None; got 'x'$"):
+    with pytest.raises(ValueError, match=r"^set_backend: name must be one of 'cpu', 'torch', 'reference' or None; got 'x'$"):
         tk.set_backend("x")
     monkeypatch.setenv("TRAPO_KERNELS_BACKEND", "x")
     with pytest.raises(ValueError, match=r"^linear_logprobs: backend \(TRAPO_KERNELS_BACKEND\) must be one of"):
@@ -52,9 +55,31 @@ def test_a_backend_that_is_not_there_is_refused_where_it_was_named(monkeypatch):
 
 
 def test_a_backend_that_cannot_be_here_says_why_and_is_not_picked(monkeypatch):
-    fast = replace(tk.backends()["torch"], name="fast", missing="no compiler was found")
-    monkeypatch.setattr(dispatch, "_BACKENDS", [fast, *dispatch._BACKENDS])
+    fast = replace(tk.backends()["torch"], name="fast", look=lambda: "no compiler was found")
+    monkeypatch.setattr(dispatch, "_BACKENDS", [fast, tk.backends()["torch"]])
     assert str(tk.backends()["fast"]) == "fast: not here: no compiler was found"
-    assert dispatch.pick(None, "f").name == "torch"
+    assert dispatch.pick(None, "f", CPU).name == "torch"
     with pytest.raises(ValueError, match=r"^f: backend 'fast' does not exist here: no compiler was found$"):
-        dispatch.pick("fast", "f")
+        dispatch.pick("fast", "f", CPU)
+
+
+def test_a_backend_for_other_devices_is_not_picked_and_refused_where_it_was_named():
+    meta = torch.device("meta")
+    assert dispatch.pick(None, "f", meta).name == "torch"
+    if tk.backends()["cpu"].available:
+        with pytest.raises(ValueError, match=r"^f: backend 'cpu' takes cpu tensors; got meta$"):
+            dispatch.pick("cpu", "f", meta)
+
+
+def test_an_install_without_the_extension_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu_rows, "__file__", str(tmp_path / "rows" / "cpu.py"))
+    cpu_rows.missing.cache_clear()
+    try:
+        assert str(tk.backends()["cpu"]) == (
+            "cpu: not here: the C++ extension is not compiled; reinstall with a C++17 compiler and --no-build-isolation"
+        )
+        assert tk.default_backend() == "torch"
+        with pytest.raises(ValueError, match=r"^set_backend: name 'cpu' does not exist here: the C\+\+ extension"):
+            tk.set_backend("cpu")
+    finally:
+        cpu_rows.missing.cache_clear()

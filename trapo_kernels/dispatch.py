@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
+from .rows import cpu as cpu_rows
 from .rows import torch as torch_rows
 from .rows.base import RowKernel
 
 __all__ = ["Backend", "backends", "default_backend", "pick", "set_backend"]
 
 ENV = "TRAPO_KERNELS_BACKEND"
+_ENV_NAMED = f"backend ({ENV})"
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,13 @@ class Backend:
     kernel: RowKernel | None
     detail: str
     automatic: bool = True  # may be picked when the caller names none
-    missing: str | None = None  # why it does not exist here
+    device: str | None = None  # the one type of device whose tensors it takes; None: any
+    look: Callable[[], str | None] = lambda: None  # finds out whether it exists here
+
+    @property
+    def missing(self) -> str | None:
+        """Why it does not exist here, in one line; None: it does."""
+        return self.look()
 
     @property
     def available(self) -> bool:
@@ -33,6 +44,7 @@ class Backend:
 
 # Fastest first.
 _BACKENDS = [
+    Backend("cpu", cpu_rows, "C++ for CPU tensors: AVX-512, AVX2 or neither", device="cpu", look=cpu_rows.missing),
     Backend("torch", torch_rows, "streamed in plain torch, any device"),
     Backend("reference", None, "materialises the logits; the oracle, any float dtype", automatic=False),
 ]
@@ -59,20 +71,24 @@ def set_backend(name: str | None) -> None:
     _chosen = name
 
 
-def default_backend() -> str:
-    """Name of the backend that does a call which names none."""
-    return pick(None, "default_backend").name
+def default_backend(device: torch.device | str = "cpu") -> str:
+    """Name of the backend that does a call on this device which names none."""
+    return pick(None, "default_backend", torch.device(device)).name
 
 
-def pick(name: str | None, caller: str) -> Backend:
-    """The backend for a call: the one named by argument, `set_backend` or environment, else the fastest."""
-    if name is not None:
-        return _named(name, f"{caller}: backend")
-    if _chosen is not None:
-        return _named(_chosen, f"{caller}: backend (set_backend)")
-    if os.environ.get(ENV):
-        return _named(os.environ[ENV], f"{caller}: backend ({ENV})")
-    return next(backend for backend in _BACKENDS if backend.available and backend.automatic)
+def pick(name: str | None, caller: str, device: torch.device) -> Backend:
+    """The backend for a call on tensors of a device: the one named by argument, `set_backend` or environment, else the
+    fastest."""
+    for chosen, argument in ((name, "backend"), (_chosen, "backend (set_backend)"), (os.environ.get(ENV), _ENV_NAMED)):
+        if chosen:
+            return _able(_named(chosen, f"{caller}: {argument}"), f"{caller}: {argument}", device)
+    return next(b for b in _BACKENDS if b.automatic and b.device in (None, device.type) and b.available)
+
+
+def _able(backend: Backend, argument: str, device: torch.device) -> Backend:
+    if backend.device not in (None, device.type):
+        raise ValueError(f"{argument} {backend.name!r} takes {backend.device} tensors; got {device.type}")
+    return backend
 
 
 def _named(name: str, argument: str) -> Backend:

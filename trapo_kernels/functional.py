@@ -84,7 +84,7 @@ def linear_logprobs(
     )
     validate.check_linear(caller, hidden, weight, bias)
     validate.check_targets(caller, targets, "hidden", hidden)
-    kernel = pick(backend, caller).kernel
+    kernel = pick(backend, caller, hidden.device).kernel
     params = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
     return _logprobs(caller, params, targets, head, kernel, entropy)
 
@@ -111,7 +111,7 @@ def logprobs_from_logits(
     )
     validate.check_logits(caller, logits)
     validate.check_targets(caller, targets, "logits", logits)
-    kernel = pick(backend, caller).kernel
+    kernel = pick(backend, caller, logits.device).kernel
     return _logprobs(caller, (logits.reshape(-1, logits.shape[-1]),), targets, head, kernel, entropy)
 
 
@@ -180,7 +180,7 @@ def linear_policy_loss(
          "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs},
         {"expert_mask": expert_mask, "mask": mask},
     )  # fmt: skip
-    kernel = pick(backend, caller).kernel
+    kernel = pick(backend, caller, hidden.device).kernel
     params = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
     if kernel is None:
         return _two_pass(params, batch, head, kernel)
@@ -225,7 +225,7 @@ def policy_loss_from_logits(
          "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs},
         {"expert_mask": expert_mask, "mask": mask},
     )  # fmt: skip
-    kernel = pick(backend, caller).kernel
+    kernel = pick(backend, caller, logits.device).kernel
     return _two_pass((logits.reshape(-1, logits.shape[-1]),), batch, head, kernel)
 
 

@@ -1,0 +1,154 @@
+// What a row of logits is reduced to, and what the loss of its token does to it: scalar math for host and device.
+//
+// z are a row's logits, y its target, m = max z, S = Σ e^(z−m), H the entropy, logp = z_y − m − log S.
+//
+//     RowState     m, S and Σ e^(z−m)(z−m) of some columns; states of disjoint columns merge
+//     RowStats     logp, m, log S, H of the whole row
+//     slopes       ∂loss/∂logp and ∂loss/∂H of the token: objective.py has the formulas, tests hold the two together
+//     RowGradient  dL/dz_j = g_lp (1[j=y] − π_j) − g_H π_j (log π_j + H), as e^(d_j) (slope · d_j + constant), d = z − m
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define TRAPO_HD __host__ __device__ __forceinline__
+#else
+#define TRAPO_HD inline
+#endif
+
+namespace trapo {
+
+// e^-1e4 is 0 in double too, so raising z − m to this changes nothing but 0 · −inf, which becomes 0.
+constexpr double kFloor = -1e4;
+
+// The larger one, NaN if either is.
+template <class T>
+TRAPO_HD T max_nan(T a, T b) {
+  return (a > b || a != a) ? a : b;
+}
+
+template <class T>
+TRAPO_HD T raise(T value, T floor) {
+  return value < floor ? floor : value;
+}
+
+template <class T>
+struct RowState {
+  T max = -std::numeric_limits<T>::infinity();
+  T sum = 0;
+  T dot = 0;  // 0 where entropy is not asked for
+};
+
+// What logits are shifted by before the exponential: m, but 0 where every logit so far is −inf.
+template <class T>
+TRAPO_HD T shift_of(T max) {
+  return max == -std::numeric_limits<T>::infinity() ? T(0) : max;
+}
+
+// The state under a larger maximum: d grows by m − max for every column.
+template <class T>
+TRAPO_HD RowState<T> shifted(const RowState<T>& state, T max) {
+  if (state.sum == T(0)) return {max, T(0), T(0)};
+  const T by = state.max - max, factor = std::exp(by);
+  return {max, state.sum * factor, factor == T(0) ? T(0) : factor * (state.dot + by * state.sum)};
+}
+
+template <class T>
+TRAPO_HD RowState<T> merge(const RowState<T>& a, const RowState<T>& b) {
+  const T max = max_nan(a.max, b.max);
+  const RowState<T> x = shifted(a, max), y = shifted(b, max);
+  return {max, x.sum + y.sum, x.dot + y.dot};
+}
+
+template <class T>
+struct RowStats {
+  T logprob, max, log_sum, entropy;
+};
+
+template <class T>
+TRAPO_HD RowStats<T> finish(const RowState<T>& state, T target) {
+  const T log_sum = std::log(state.sum);
+  return {(target - state.max) - log_sum, state.max, log_sum, raise(log_sum - state.dot / state.sum, T(0))};
+}
+
+// rows/base.py's FusedTerms, and the numbers of `Term.fused` in objective.py.
+enum ExpertTerm : int { kNoExpert = 0, kSft = 1, kTrsft = 2, kDft = 3, kLuffy = 4 };
+enum PolicyTerm : int { kNoPolicy = 0, kClip = 1 };
+
+template <class T>
+struct Terms {
+  int expert, policy;
+  T expert_coef, alpha, luffy_gamma, clip_low, clip_high, dual_clip, entropy_coef, kl_coef, tis_cap;
+};
+
+template <class T>
+struct Token {
+  bool expert, has_old;
+  T advantage, old_logprob, ref_logprob, rollout_logprob;  // 0 where not given
+};
+
+template <class T>
+struct Slopes {
+  T logprob, entropy;
+};
+
+template <class T>
+TRAPO_HD T expert_slope(const Terms<T>& o, const Token<T>& t, T p) {
+  if (o.expert == kSft) return T(-1);
+  if (o.expert == kTrsft) return p > o.alpha ? T(-1) : -p / o.alpha;
+  if (o.expert == kDft) return -p;
+  if (o.expert == kLuffy) return -t.advantage * o.luffy_gamma * p / ((p + o.luffy_gamma) * (p + o.luffy_gamma));
+  return T(0);
+}
+
+template <class T>
+TRAPO_HD T policy_slope(const Terms<T>& o, const Token<T>& t, T logp) {
+  if (o.policy == kNoPolicy) return T(0);
+  const T old_logp = t.has_old ? t.old_logprob : logp;
+  // A token of probability zero has ratio 0, whatever the old probability.
+  const T ratio = logp == -std::numeric_limits<T>::infinity() ? T(0) : std::exp(logp - old_logp);
+  const bool clipped = (t.advantage < 0 && (ratio < o.clip_low || ratio > o.dual_clip)) ||
+                       (t.advantage > 0 && ratio > o.clip_high);
+  T slope = clipped ? T(0) : -ratio * t.advantage;
+  if (o.tis_cap > 0) {
+    const T weight = std::exp(old_logp - t.rollout_logprob);
+    slope *= weight > o.tis_cap ? o.tis_cap : weight;
+  }
+  return slope;
+}
+
+template <class T>
+TRAPO_HD Slopes<T> slopes(const Terms<T>& o, const Token<T>& t, const RowStats<T>& row) {
+  Slopes<T> out{T(0), -o.entropy_coef};
+  if (t.expert) {
+    if (o.expert != kNoExpert) out.logprob = o.expert_coef * expert_slope(o, t, std::exp(row.logprob));
+  } else {
+    out.logprob = policy_slope(o, t, row.logprob);
+    if (o.kl_coef != 0) out.logprob -= o.kl_coef * std::expm1(t.ref_logprob - row.logprob);
+  }
+  return out;
+}
+
+template <class T>
+struct RowGradient {
+  T constant, slope;  // of e^(d_j)
+  T at_target;        // dL/dz_y, without the cancellation of 1 − π_y
+  bool with_entropy;
+};
+
+template <class T>
+TRAPO_HD RowGradient<T> gradient_of(const RowStats<T>& row, const Slopes<T>& g, bool with_entropy) {
+  const T inverse_sum = std::exp(-row.log_sum);
+  RowGradient<T> out{-g.logprob, T(0), -g.logprob * std::expm1(row.logprob), with_entropy};
+  if (with_entropy) {
+    const T log_p = raise(row.logprob, T(kFloor));
+    out.constant -= g.entropy * (row.entropy - row.log_sum);
+    out.slope = -g.entropy * inverse_sum;
+    out.at_target -= g.entropy * std::exp(log_p) * (log_p + row.entropy);
+  }
+  out.constant *= inverse_sum;
+  return out;
+}
+
+}  // namespace trapo

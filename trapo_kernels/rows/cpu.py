@@ -1,0 +1,81 @@
+"""Row kernels in C++ for CPUs (csrc/cpu): AVX-512, AVX2 or neither, as torch itself would choose.
+
+Here is what Python has to know of them: which library to load, why it may be missing, and the shapes that the operators
+`torch.ops.trapo_kernels_cpu.*` return.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .base import FusedTerms, RowInputs, RowState, RowStats, stats_dtype
+
+_CAPABILITIES = ("AVX512", "AVX2", "DEFAULT")
+
+
+@cache
+def missing() -> str | None:
+    """Loads the library; why it cannot be here, or None."""
+    best = torch.backends.cpu.get_cpu_capability()
+    # A capability between these (AVX512 with more) is served by the next lower one.
+    usable = _CAPABILITIES[_CAPABILITIES.index(best) if best in _CAPABILITIES else len(_CAPABILITIES) - 1 :]
+    folder = Path(__file__).parent.parent
+    found = [path for name in usable for path in folder.glob(f"_cpu_{name.lower()}.so")]
+    if not found:
+        return "the C++ extension is not compiled; reinstall with a C++17 compiler and --no-build-isolation"
+    try:
+        _load(found[0])
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        return f"the C++ extension was compiled for another torch than {torch.__version__}; reinstall ({reason})"
+    return None
+
+
+@cache
+def _load(library: Path) -> None:
+    torch.ops.load_library(library)
+    _register_fakes()
+
+
+def scratch_bytes(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+    return 0
+
+
+def stats(logits: Tensor, targets: Tensor, cap: float | None, entropy: bool) -> RowState:
+    top, total, dot, target = torch.ops.trapo_kernels_cpu.row_stats(logits, targets, cap, entropy)
+    return RowState(top, total, dot if entropy else None, target)
+
+
+def grad_(
+    logits: Tensor,
+    targets: Tensor,
+    stats: RowStats,
+    g_lp: Tensor,
+    g_entropy: Tensor | None,
+    cap: float | None,
+) -> None:
+    torch.ops.trapo_kernels_cpu.row_grad_(
+        logits, targets, stats.logprobs, stats.max, stats.log_sum, stats.entropy, g_lp, g_entropy, cap
+    )
+
+
+def fused_(
+    logits: Tensor, targets: Tensor, inputs: RowInputs, terms: FusedTerms, scale: float, cap: float | None
+) -> RowStats:
+    expert, policy, *numbers = terms
+    return RowStats(
+        *torch.ops.trapo_kernels_cpu.row_fused_(logits, targets, *inputs, expert, policy, numbers, scale, cap)
+    )
+
+
+def _register_fakes() -> None:
+    def four_vectors(logits: Tensor, *_: object) -> tuple[Tensor, ...]:
+        return tuple(logits.new_empty(logits.shape[0], dtype=stats_dtype(logits.dtype)) for _ in range(4))
+
+    torch.library.register_fake("trapo_kernels_cpu::row_stats", four_vectors)
+    torch.library.register_fake("trapo_kernels_cpu::row_fused_", four_vectors)
+    torch.library.register_fake("trapo_kernels_cpu::row_grad_", lambda *_: None)
