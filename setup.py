@@ -24,6 +24,8 @@ CAPABILITIES = {
         *("-DCPU_CAPABILITY_AVX512", "-DHAVE_AVX512_CPU_DEFINITION"),
     ],
 }
+# What g++ 12 says of its own AVX-512 headers.
+QUIET = ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 WANTED = os.environ.get("TRAPO_KERNELS_BUILD", "optional")
 
 
@@ -49,7 +51,7 @@ def _cpu_extension(capability: str, flags: list[str]) -> object:
         f"trapo_kernels._cpu_{capability}",
         sorted(glob("csrc/cpu/*.cpp")),
         depends=sorted(glob("csrc/*.h") + glob("csrc/cpu/*.h")),
-        extra_compile_args=["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", define, *flags],
+        extra_compile_args=["-O3", "-g0", "-fopenmp", "-fno-math-errno", *QUIET, define, *flags],
         extra_link_args=["-fopenmp"],
     )
 

@@ -170,7 +170,8 @@ def assert_same_result(actual: Result, expected: Result, dtype: torch.dtype) -> 
 
 
 class GemmCounter(TorchDispatchMode):
-    """Multiply-adds of every matrix product, forward and backward."""
+    """Multiply-adds of every matrix product, forward and backward; those inside our own operators by what they are
+    asked for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,6 +183,13 @@ class GemmCounter(TorchDispatchMode):
             self.macs += args[0].shape[0] * args[0].shape[1] * args[1].shape[1]
         elif name in ("addmm", "addmm_"):
             self.macs += args[1].shape[0] * args[1].shape[1] * args[2].shape[1]
+        elif name == "panel_stats":
+            self.macs += args[0].numel() * args[1].shape[0]
+        elif name == "panel_grad_":
+            hidden, weight = args[0], args[1]
+            kept, in_d_weight, d_hidden, d_weight = args[12:16]
+            products = (d_hidden is not None) + (d_weight is not None) + (kept is None and not in_d_weight)
+            self.macs += products * hidden.numel() * weight.shape[0]
         else:
             assert name not in ("bmm", "baddbmm", "linear", "mv", "dot"), f"count {name} too"
         return func(*args, **(kwargs or {}))

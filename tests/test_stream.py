@@ -151,7 +151,7 @@ def test_chunks_are_even_keep_to_the_budget_and_are_a_multiple_of_16(rows, megab
 
 
 def test_the_budget_is_chosen_by_call_then_environment_then_default(monkeypatch):
-    assert tk.get_budget_mb() == 128
+    assert tk.get_budget_mb() == 144
     monkeypatch.setenv("TRAPO_KERNELS_BUDGET_MB", "64")
     assert tk.get_budget_mb() == 64
     with tk.budget_mb(32):

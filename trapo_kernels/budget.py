@@ -20,7 +20,7 @@ from contextlib import contextmanager
 __all__ = ["budget_mb", "chunk_rows", "get_budget_mb", "set_budget_mb"]
 
 ENV = "TRAPO_KERNELS_BUDGET_MB"
-_DEFAULT_MB = {"cpu": 128.0, "cuda": 1024.0}
+_DEFAULT_MB = {"cpu": 144.0, "cuda": 1024.0}
 _FULL_SPEED_ROWS = {"cpu": 512, "cuda": 4096}
 _ROW_MULTIPLE = 16
 
@@ -28,7 +28,7 @@ _chosen_mb: float | None = None
 
 
 def get_budget_mb(device_type: str = "cpu") -> float:
-    """The budget in MiB: what `set_budget_mb` chose, else TRAPO_KERNELS_BUDGET_MB, else 128 (1024 on CUDA)."""
+    """The budget in MiB: what `set_budget_mb` chose, else TRAPO_KERNELS_BUDGET_MB, else 144 (1024 on CUDA)."""
     if _chosen_mb is not None:
         return _chosen_mb
     if ENV in os.environ:
@@ -59,10 +59,13 @@ def budget_mb(megabytes: float | None) -> Iterator[None]:
         set_budget_mb(before)
 
 
-def chunk_rows(rows: int, row_bytes: int, scratch_bytes: int, device_type: str) -> int:
-    """Rows per chunk, so that rows · row_bytes + scratch_bytes keeps to the budget and the chunks are about equal."""
+def chunk_rows(rows: int, row_bytes: int, scratch_bytes: int, device_type: str, most: int | None = None) -> int:
+    """Rows per chunk, so that rows · row_bytes + scratch_bytes keeps to the budget and the chunks are about equal.
+
+    `most`: the number beyond which more rows win nothing; None = what is known of whole GEMMs on such a device.
+    """
     room = int(get_budget_mb(device_type) * 2**20) - scratch_bytes
-    most = min(room // row_bytes, _FULL_SPEED_ROWS.get(device_type, _FULL_SPEED_ROWS["cuda"]))
+    most = min(room // row_bytes, most or _FULL_SPEED_ROWS.get(device_type, _FULL_SPEED_ROWS["cuda"]))
     if most >= _ROW_MULTIPLE:
         most -= most % _ROW_MULTIPLE
     most = max(most, 1)

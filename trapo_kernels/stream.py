@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -173,10 +173,11 @@ class LinearSource:
     def _sum_widened(self, grad: Tensor) -> None:
         """The same with operands widened, a block of columns at a time."""
         chunk = self.chunk.to(self.wide)
-        step = max(1, _WIDE_BYTES // (self.wide.itemsize * grad.shape[0]))
+        step = min(self.vocab, max(1, _WIDE_BYTES // (self.wide.itemsize * grad.shape[0])))
+        widened = chunk.new_empty(grad.shape[0], step)
         for start in range(0, self.vocab, step):
             columns = slice(start, min(start + step, self.vocab))
-            block = grad[:, columns].to(self.wide)
+            block = widened[:, : columns.stop - start].copy_(grad[:, columns])
             if self.d_weight is not None:
                 self.d_weight[columns].addmm_(block.t(), chunk, beta=self.beta)
             if self.d_bias is not None:
@@ -226,6 +227,12 @@ def _chunks(source: Source, kernel: RowKernel, *spans: tuple[int, int]) -> Itera
             yield slice(first, first + size), buffer[:size]
 
 
+def _own_passes(kernel: RowKernel, source: Source) -> Any:
+    """What a kernel has in place of the two functions below, for the sources that it takes."""
+    passes = getattr(kernel, "passes", None)
+    return passes if passes is not None and passes.takes(source) else None
+
+
 def forward(
     source: Source,
     kernel: RowKernel,
@@ -240,6 +247,8 @@ def forward(
 
     `targets` [n] are compact, as everything that `slopes` reads. With `fused` the kernel does both verbs at once.
     """
+    if (passes := _own_passes(kernel, source)) is not None:
+        return passes.forward(source, rows, targets, head, entropy, slopes)
     dtype = stats_dtype(source.dtype)
     vectors = [torch.empty(rows.size, dtype=dtype, device=source.device) for _ in range(4)]
     out = RowStats(vectors[0], vectors[1], vectors[2], vectors[3] if entropy else None)
@@ -264,6 +273,8 @@ def backward(
     source: Source, kernel: RowKernel, rows: Rows, targets: Tensor, head: Head, stats: RowStats, slopes: Slopes
 ) -> None:
     """The gradients of compact rows whose statistics `forward` gave, by recomputing their logits."""
+    if (passes := _own_passes(kernel, source)) is not None:
+        return passes.backward(source, rows, targets, head, stats, slopes)
     for at, buffer in _chunks(source, kernel, (0, rows.size)):
         logits = source.logits(at, buffer)
         _grad(source, kernel, at, logits, targets, stats.map(lambda t, at=at: t[at]), head, slopes)  # type: ignore[misc]

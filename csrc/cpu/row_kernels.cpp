@@ -58,7 +58,7 @@ struct Row {
   }
 
   void grad(T* x, int64_t vocab, int64_t target, A max, const RowGradient<A>& g) const {
-    const A at_target = g.at_target * slope_of_cap(x[target]);
+    const A at_target = g.at_target * cap.slope(A(x[target]));
     const V shift(max), constant(g.constant), slope(g.slope), floor{A(kFloor)}, one(A(1));
     each_vector<true>(x, vocab, [&](V v, int64_t) {
       V tangent, d;
@@ -78,12 +78,6 @@ struct Row {
   }
 
   A logit(T x) const { return cap.logit(A(x)); }
-
-  A slope_of_cap(T x) const {
-    if constexpr (!kCap) return A(1);
-    const A tangent = cap.tangent(A(x));
-    return A(1) - tangent * tangent;
-  }
 };
 
 // run(Row of the dtype and options) for logits of any float dtype.

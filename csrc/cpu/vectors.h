@@ -54,6 +54,12 @@ struct SoftCap {
     if constexpr (!kCap) return x;
     return X(cap) * tangent(x);
   }
+  // dz/dx
+  A slope(A x) const {
+    if constexpr (!kCap) return A(1);
+    const A t = tangent(x);
+    return A(1) - t * t;
+  }
   template <class X>
   X tangent(X x) const {
     if constexpr (std::is_same_v<X, A>)

@@ -12,7 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import panels as passes  # fp32 heads interleave GEMMs and softmax
 from .base import FusedTerms, RowInputs, RowState, RowStats, stats_dtype
+
+__all__ = ["fused_", "grad_", "missing", "passes", "scratch_bytes", "stats"]
 
 _CAPABILITIES = ("AVX512", "AVX2", "DEFAULT")
 
@@ -76,6 +79,12 @@ def _register_fakes() -> None:
     def four_vectors(logits: Tensor, *_: object) -> tuple[Tensor, ...]:
         return tuple(logits.new_empty(logits.shape[0], dtype=stats_dtype(logits.dtype)) for _ in range(4))
 
+    def four_vectors_of_panels(hidden: Tensor, *_: object) -> tuple[Tensor, ...]:
+        return tuple(hidden.new_empty(hidden.shape[0]) for _ in range(4))
+
     torch.library.register_fake("trapo_kernels_cpu::row_stats", four_vectors)
+    torch.library.register_fake("trapo_kernels_cpu::panel_stats", four_vectors_of_panels)
+    for nothing in ("panel_grad_", "advise_huge_pages"):
+        torch.library.register_fake(f"trapo_kernels_cpu::{nothing}", lambda *_: None)
     torch.library.register_fake("trapo_kernels_cpu::row_fused_", four_vectors)
     torch.library.register_fake("trapo_kernels_cpu::row_grad_", lambda *_: None)
