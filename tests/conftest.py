@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+# Without a GPU the Triton kernels run in Python, on CPU tensors; Triton reads this when it is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Two processes with two spinning OpenMP threads each crawl on two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -25,7 +30,6 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def tiny_model_path(tmp_path_factory, tokenizer) -> Path:
     """A folder with a 2-layer Llama of random weights and SmolLM2's tokenizer: fast, and everything else real."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

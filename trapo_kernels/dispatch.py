@@ -10,6 +10,7 @@ import torch
 
 from .rows import cpu as cpu_rows
 from .rows import torch as torch_rows
+from .rows import triton as triton_rows
 from .rows.base import RowKernel
 
 __all__ = ["Backend", "backends", "default_backend", "pick", "set_backend"]
@@ -44,6 +45,14 @@ class Backend:
 
 # Fastest first.
 _BACKENDS = [
+    Backend(
+        "triton",
+        triton_rows,
+        "Triton kernels on CUDA devices; interpreted, to test them, on CPU tensors",
+        automatic=not triton_rows.interpreted(),
+        device=None if triton_rows.interpreted() else "cuda",
+        look=triton_rows.missing,
+    ),
     Backend("cpu", cpu_rows, "C++ for CPU tensors: AVX-512, AVX2 or neither", device="cpu", look=cpu_rows.missing),
     Backend("torch", torch_rows, "streamed in plain torch, any device"),
     Backend("reference", None, "materialises the logits; the oracle, any float dtype", automatic=False),

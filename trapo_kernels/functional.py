@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference, stream, validate
+from . import columns, reference, stream, validate
 from .dispatch import pick
 from .head import Head
 from .metrics import policy_metrics
@@ -255,6 +255,25 @@ class _Job:
         assert weight is not None
         return LinearSource(hidden, weight, bias, self.head, rows, (wants[0], wants[1], wants[2]))
 
+    def forward_only(self, params: _Params, entropy: bool) -> RowStats:
+        """Statistics of the rows, by the kernel that writes no logits where there is one for these parameters."""
+        tiles = getattr(self.kernel, "linear_stats", None)
+        if tiles is not None and len(params) == 3:
+            found: RowStats | None = tiles(self.rows.take(params[0]), *params[1:], self.targets, self.head, entropy)  # type: ignore[arg-type]
+            if found is not None:
+                return found
+        source = self.source(params, self.rows, (False,) * len(params))
+        return stream.forward(source, self.kernel, self.rows, self.targets, self.head, entropy)
+
+    def by_columns(self, params: _Params, rows: Rows) -> bool:
+        """Whether to recompute over blocks of the vocabulary rather than over chunks of rows."""
+        if len(params) != 3 or not getattr(self.kernel, "BY_COLUMNS", False):
+            return False
+        hidden, weight, _ = params
+        assert hidden is not None
+        assert weight is not None
+        return columns.pays(rows.size, weight.shape[0], hidden.dtype.itemsize, hidden.device.type)
+
 
 def _wanted(params: _Params) -> tuple[bool, ...]:
     return tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in params)
@@ -287,8 +306,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, job: _Job, entropy: bool, *params: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        source = job.source(params, job.rows, (False,) * len(params))
-        stats = stream.forward(source, job.kernel, job.rows, job.targets, job.head, entropy)
+        stats = job.forward_only(params, entropy)
         ctx.job, ctx.params = job, len(params)
         ctx.save_for_backward(*params, *stats)
         ctx.set_materialize_grads(False)
@@ -304,6 +322,15 @@ class _TokenLogprobs(torch.autograd.Function):
         live = g_lp != 0 if g_entropy is None else (g_lp != 0) | (g_entropy != 0)
         rows, kept = job.rows.narrow(live)
         g_lp, g_entropy = kept.take(g_lp), None if g_entropy is None else kept.take(g_entropy)
+        if job.by_columns(params, rows):
+            hidden, weight, bias = params
+            recompute = columns.Recompute(
+                job.kernel, job.head, rows.take(hidden), weight, bias, kept.take(job.targets),
+                stats.map(kept.take), g_lp, g_entropy,
+            )  # fmt: skip
+            d_hidden, *others = recompute.gradients(job.wants)
+            grads = (None if d_hidden is None else rows.spread(d_hidden), *others)
+            return None, None, *_finished(grads, params, None)
         source = job.source(params, rows, job.wants)
         stream.backward(
             source, job.kernel, rows, kept.take(job.targets), job.head,
@@ -371,6 +398,8 @@ class _Batch:
         verb, terms = getattr(kernel, "fused_", None), self.objective.fused()
         if verb is None or terms is None:
             return None
+        if self.normalizer.dtype == torch.float64 and not getattr(kernel, "FUSED_FLOAT64", True):
+            return None
         return stream.Fused(verb, terms, RowInputs(self.expert, **self.inputs))
 
     def losses(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -430,10 +459,17 @@ def _batch(
         targets=rows.take(flat),
         expert=rows.take(expert),
         inputs={n: None if t is None else rows.take(t.reshape(-1)).to(dtype) for n, t in floats.items()},
-        normalizer=torch.as_tensor(normalizer, device=flat.device).to(dtype),
+        normalizer=_scalar(normalizer, dtype, flat.device),
         counts={"tokens": count, "zero_gradient_tokens": (active & ~live).sum()},
         shape=targets.shape,
     )
+
+
+def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0-dim; a number is filled in on the device, since copying it there would wait for the stream."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype)
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 class _PolicyLoss(torch.autograd.Function):
@@ -452,8 +488,10 @@ class _PolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def run(job: _Job, batch: _Batch, params: _Params) -> tuple[RowStats, tuple[Tensor | None, ...]]:
+        if not any(job.wants):
+            return job.forward_only(params, entropy=True), (None,) * len(params)
         source = job.source(params, job.rows, job.wants)
-        slopes, fused = (batch.slopes, batch.fused(job.kernel)) if any(job.wants) else (None, None)
+        slopes, fused = batch.slopes, batch.fused(job.kernel)
         stats = stream.forward(source, job.kernel, job.rows, job.targets, job.head, True, slopes, fused)
         return stats, source.gradients()
 

@@ -91,10 +91,10 @@ class Rows:
         return Rows(self.total, order, kept.size, kept.size), kept
 
     def spread(self, values: Tensor) -> Tensor:
-        """Compact `values` [n] over all rows [N], zero where none."""
+        """Compact `values` [n, ...] over all rows [N, ...], zero where none."""
         if self.order is None:
             return values
-        return values.new_zeros(self.total).index_copy(0, self.order, values)
+        return values.new_zeros(self.total, *values.shape[1:]).index_copy(0, self.order, values)
 
 
 class Source(Protocol):
@@ -219,8 +219,12 @@ def _chunks(source: Source, kernel: RowKernel, *spans: tuple[int, int]) -> Itera
     """(rows, buffer [C, V]) over the spans, none of which shares a chunk with another; one buffer for all."""
     scratch = kernel.scratch_bytes(source.vocab, source.dtype, source.device) + source.extra_bytes
     longest = max(stop - start for start, stop in spans)
-    step = chunk_rows(longest, source.row_bytes, scratch, source.device.type)
-    buffer = torch.empty(min(step, longest), source.vocab, dtype=source.dtype, device=source.device)
+    # Padded rows keep wide accesses, of the kernel and of the GEMMs, where V is ragged.
+    unit = max(1, getattr(kernel, "ROW_ALIGNMENT", 1) // source.dtype.itemsize)
+    stride = -(-source.vocab // unit) * unit
+    padding = (stride - source.vocab) * source.dtype.itemsize
+    step = chunk_rows(longest, source.row_bytes + padding, scratch, source.device.type)
+    buffer = torch.empty(min(step, longest), stride, dtype=source.dtype, device=source.device)[:, : source.vocab]
     for start, stop in spans:
         for first in range(start, stop, step):
             size = min(step, stop - first)

@@ -1,0 +1,267 @@
+"""Triton row kernels: one program per row of a chunk of logits. Host side and sizes: rows/triton.py.
+
+    row_stats:  m = max z, Σ e^(z−m), Σ e^(z−m)(z−m), z_y                                one read of each logit
+    row_grad:   dx_j = [g_lp (1[j=y] − π_j) − g_H π_j (log π_j + H)] · (1 − (z_j/cap)²)  one read, one write
+    row_fused:  both, with the slopes of the objective's terms between them              two reads, one write
+
+Bytes: itemsize per read or write of a logit; per row a dozen numbers more. The second read of row_fused follows the
+first within one program, so it is served by L2 as long as the rows in flight fit there (the arithmetic is with the
+table of sizes). FLOPs: about 8 + 6 per logit, one exp per pass (with a soft-cap two) and one exp per K logits for the
+running maximum.
+
+A block is [R, K]: K neighbouring logits are one 16-byte access and belong to one thread, so the running state [R]
+(maximum, sum, dot product of each lane) is folded without any exchange between threads; lanes meet once, at the end of
+the row, in a fixed order. There are no atomics. Whole blocks are read without a mask (a ragged V would break the
+16-byte accesses), the rest with one.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["row_fused", "row_grad", "row_stats"]
+
+
+# e^-1e4 is 0 in fp64 too, so raising z − m to this changes nothing but 0 · −inf, which becomes 0.
+_FLOOR = tl.constexpr(-1e4)
+_NOTHING = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def expm1(x):
+    """e^x − 1 without its cancellation: the power series where |x| < 1/2 (to x^15: 1e-18)."""
+    series = 1.0 + x / 15
+    for i in tl.static_range(13):
+        series = 1.0 + x / (14 - i) * series
+    return tl.where(tl.abs(x) < 0.5, x * series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def soft_cap(x, cap):
+    """z = cap · tanh(x / cap)."""
+    small = tl.exp(tl.abs(x) * (-2.0 / cap))
+    size = cap * ((1.0 - small) / (1.0 + small))
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def soft_cap_slope(x, cap):
+    """dz/dx = 1 − tanh²(x / cap) = 4t / (1 + t)² with t = e^(−2|x|/cap)."""
+    small = tl.exp(tl.abs(x) * (-2.0 / cap))
+    return 4.0 * small / ((1.0 + small) * (1.0 + small))
+
+
+@triton.jit
+def fold(z, m, s, d):
+    """The state of each lane [R] after logits z [R, K]: maximum, Σ e^(z−m), Σ e^(z−m)(z−m)."""
+    top = tl.maximum(m, tl.max(z, 1))
+    base = tl.where(top == _NOTHING, 0.0, top)
+    below = z - base[:, None]
+    e = tl.exp(below)
+    step = tl.where(m == _NOTHING, 0.0, m - base)
+    keep = tl.where(m == _NOTHING, 0.0, tl.exp(step))
+    d = keep * (d + s * step) + tl.sum(e * tl.maximum(below, _FLOOR), 1)
+    s = keep * s + tl.sum(e, 1)
+    return top, s, d
+
+
+@triton.jit
+def meet(m, s, d):
+    """One state from those of all lanes [R]."""
+    top = tl.max(m, 0)
+    step = tl.where(m == _NOTHING, 0.0, m - top)
+    keep = tl.where(m == _NOTHING, 0.0, tl.exp(step))
+    return top, tl.sum(keep * s, 0), tl.sum(keep * (d + s * step), 0)
+
+
+@triton.jit
+def _block(R: tl.constexpr, K: tl.constexpr):
+    return tl.arange(0, R)[:, None] * K + tl.arange(0, K)[None, :]
+
+
+@triton.jit
+def _state(row, V, cap: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, K: tl.constexpr):
+    """State of a whole row."""
+    at = _block(R, K)
+    m = tl.full([R], float("-inf"), WIDE)
+    s = tl.zeros([R], WIDE)
+    d = tl.zeros([R], WIDE)
+    whole = V // (R * K) * (R * K)
+    for start in range(0, whole, R * K):
+        z = tl.load(row + start + at, eviction_policy="evict_last").to(WIDE)
+        if cap is not None:
+            z = soft_cap(z, cap)
+        m, s, d = fold(z, m, s, d)
+    if whole < V:
+        inside = whole + at < V
+        z = tl.load(row + whole + at, mask=inside, other=0.0).to(WIDE)
+        if cap is not None:
+            z = soft_cap(z, cap)
+        m, s, d = fold(tl.where(inside, z, float("-inf")), m, s, d)
+    return meet(m, s, d)
+
+
+@triton.jit
+def _target(row, y, V, cap: tl.constexpr, WIDE: tl.constexpr):
+    """z_y; −inf, and so an infinite loss, for a target outside the vocabulary."""
+    known = (y >= 0) & (y < V)
+    z = tl.load(row + y, mask=known, other=0.0).to(WIDE)
+    if cap is not None:
+        z = soft_cap(z, cap)
+    return tl.where(known, z, float("-inf"))
+
+
+@triton.jit
+def _gradient_of(x, j, y, m, constant, slope, at_target, cap: tl.constexpr, ENTROPY: tl.constexpr):
+    """dx of logits x at columns j: with d = z − m,  e^d (slope · d + constant), and `at_target` at column y."""
+    z = x
+    if cap is not None:
+        z = soft_cap(x, cap)
+    below = z - m
+    dz = tl.exp(below)
+    if ENTROPY:
+        dz = dz * (slope * tl.maximum(below, _FLOOR) + constant)
+    else:
+        dz = dz * constant
+    dz = tl.where(j == y, at_target, dz)
+    if cap is not None:
+        dz = dz * soft_cap_slope(x, cap)
+    return dz
+
+
+@triton.jit
+def _write_gradient(
+    row, V, y, logp, m, log_sum, H, g_lp, g_H,
+    cap: tl.constexpr, ENTROPY: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """The logits of a row become their gradient."""
+    inverse = tl.exp(-log_sum)
+    constant = -g_lp
+    slope = g_lp * 0.0
+    at_target = -g_lp * expm1(logp)
+    if ENTROPY:
+        constant -= g_H * (H - log_sum)
+        slope = -g_H * inverse
+        log_p = tl.maximum(logp, _FLOOR)
+        at_target -= g_H * tl.exp(log_p) * (log_p + H)
+    constant = constant * inverse
+    at = _block(R, K)
+    whole = V // (R * K) * (R * K)
+    for start in range(0, whole, R * K):
+        x = tl.load(row + start + at, eviction_policy="evict_first").to(WIDE)
+        dx = _gradient_of(x, start + at, y, m, constant, slope, at_target, cap, ENTROPY)
+        tl.store(row + start + at, dx.to(row.dtype.element_ty))
+    if whole < V:
+        inside = whole + at < V
+        x = tl.load(row + whole + at, mask=inside, other=0.0).to(WIDE)
+        dx = _gradient_of(x, whole + at, y, m, constant, slope, at_target, cap, ENTROPY)
+        tl.store(row + whole + at, dx.to(row.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def row_stats(
+    logits, targets, max_, sum_, dot, target, V, stride,
+    cap: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64)
+    row = logits + i * stride
+    m, s, d = _state(row, V, cap, WIDE, R, K)
+    tl.store(max_ + i, m)
+    tl.store(sum_ + i, s)
+    tl.store(dot + i, d)
+    tl.store(target + i, _target(row, tl.load(targets + i), V, cap, WIDE))
+
+
+@triton.jit
+def row_grad(
+    logits, targets, logprobs, max_, log_sum, entropy, g_logprobs, g_entropy, V, stride,
+    cap: tl.constexpr, ENTROPY: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64)
+    H = tl.full([], 0.0, WIDE)
+    g_H = tl.full([], 0.0, WIDE)
+    if ENTROPY:
+        H = tl.load(entropy + i)
+        g_H = tl.load(g_entropy + i)
+    _write_gradient(
+        logits + i * stride, V, tl.load(targets + i), tl.load(logprobs + i), tl.load(max_ + i), tl.load(log_sum + i),
+        H, tl.load(g_logprobs + i), g_H, cap, ENTROPY, WIDE, R, K,
+    )  # fmt: skip
+
+
+@triton.jit
+def _expert_slope(logp, A, alpha, gamma, TERM: tl.constexpr):
+    """∂E/∂logp of the expert term with this number in EXPERT_TERMS."""
+    p = tl.exp(logp)
+    slope = p * 0.0
+    if TERM == 1:
+        slope = slope - 1.0
+    elif TERM == 2:
+        slope = -tl.where(p > alpha, 1.0, p / alpha)
+    elif TERM == 3:
+        slope = -p
+    elif TERM == 4:
+        slope = -A * gamma * p / ((p + gamma) * (p + gamma))
+    return slope
+
+
+@triton.jit
+def _policy_slope(
+    logp, A, old, rollout, low, high, dual, cap,
+    TERM: tl.constexpr, OLD: tl.constexpr, TIS: tl.constexpr,
+):  # fmt: skip
+    """∂P/∂logp of the policy term, its truncated importance weight included."""
+    slope = logp * 0.0
+    if TERM == 1:
+        before = logp
+        if OLD:
+            before = old
+        # A token of probability zero has the ratio 0 whatever the old probability.
+        r = tl.where(logp == _NOTHING, 0.0, tl.exp(logp - before))
+        stopped = ((A < 0) & (r < low)) | ((A > 0) & (r > high)) | ((A < 0) & (r > dual))
+        slope = tl.where(stopped, 0.0, -r * A)
+        if TIS:
+            weight = tl.exp(before - rollout)
+            slope = slope * tl.where(weight > cap, cap, weight)
+    return slope
+
+
+@triton.jit
+def row_fused(
+    logits, targets, expert, advantages, old, ref, rollout, logprobs, max_, log_sum, entropy, V, stride,
+    scale, expert_coef, alpha, gamma, low, high, dual, entropy_coef, kl_coef, tis_cap,
+    EXPERT: tl.constexpr, POLICY: tl.constexpr, ADVANTAGES: tl.constexpr, OLD: tl.constexpr, TIS: tl.constexpr,
+    KL: tl.constexpr, ENTROPY: tl.constexpr, cap: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64)
+    row = logits + i * stride
+    y = tl.load(targets + i)
+    z_y = _target(row, y, V, cap, WIDE)
+    m, s, d = _state(row, V, cap, WIDE, R, K)
+    log_s = tl.log(s)
+    logp = (z_y - m) - log_s
+    mean = log_s - d / s
+    H = tl.where(mean < 0, 0.0, mean)
+    tl.store(logprobs + i, logp)
+    tl.store(max_ + i, m)
+    tl.store(log_sum + i, log_s)
+    tl.store(entropy + i, H)
+    A = logp * 0.0
+    before = logp * 0.0
+    sampled = logp * 0.0
+    if ADVANTAGES:
+        A = tl.load(advantages + i)
+    if OLD:
+        before = tl.load(old + i)
+    if TIS:
+        sampled = tl.load(rollout + i)
+    own = _policy_slope(logp, A, before, sampled, low, high, dual, tis_cap, POLICY, OLD, TIS)
+    if KL:
+        own = own - kl_coef * expm1(tl.load(ref + i) - logp)
+    taught = expert_coef * _expert_slope(logp, A, alpha, gamma, EXPERT)
+    g_lp = scale * tl.where(tl.load(expert + i) != 0, taught, own)
+    g_H = -scale * entropy_coef
+    # The row has been read by every thread before any of it is overwritten: `_target` is not read again.
+    tl.debug_barrier()
+    _write_gradient(row, V, y, logp, m, log_s, H, g_lp, g_H, cap, ENTROPY, WIDE, R, K)
