@@ -259,7 +259,9 @@ class _Job:
         """Statistics of the rows, by the kernel that writes no logits where there is one for these parameters."""
         tiles = getattr(self.kernel, "linear_stats", None)
         if tiles is not None and len(params) == 3:
-            found: RowStats | None = tiles(self.rows.take(params[0]), *params[1:], self.targets, self.head, entropy)  # type: ignore[arg-type]
+            hidden, weight, bias = params
+            assert hidden is not None
+            found: RowStats | None = tiles(self.rows.take(hidden), weight, bias, self.targets, self.head, entropy)
             if found is not None:
                 return found
         source = self.source(params, self.rows, (False,) * len(params))

@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..head import Head
 from .base import FusedTerms, RowInputs, RowState, RowStats, stats_dtype
 
-__all__ = ["Sizes", "fused_", "grad_", "interpreted", "missing", "scratch_bytes", "sizes", "stats"]
+__all__ = ["Sizes", "fused_", "grad_", "interpreted", "linear_stats", "missing", "scratch_bytes", "sizes", "stats"]
 
 # Triton passes an objective's numbers in fp32.
 FUSED_FLOAT64 = False
@@ -197,3 +198,12 @@ def fused_(
 ) -> RowStats:
     given = (None if t is None else t.contiguous() for t in inputs)
     return RowStats(*_fused_(logits, targets.contiguous(), *given, [float(x) for x in terms], scale, cap))
+
+
+def linear_stats(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, entropy: bool
+) -> RowStats | None:
+    """Statistics straight from the operands, by the kernel that writes no logits; None: it does not take these."""
+    from ..tiles import triton as tiles
+
+    return tiles.linear_stats(hidden, weight, bias, targets, head, entropy)

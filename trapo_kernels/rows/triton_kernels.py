@@ -12,7 +12,7 @@ running maximum.
 A block is [R, K]: K neighbouring logits are one 16-byte access and belong to one thread, so the running state [R]
 (maximum, sum, dot product of each lane) is folded without any exchange between threads; lanes meet once, at the end of
 the row, in a fixed order. There are no atomics. Whole blocks are read without a mask (a ragged V would break the
-16-byte accesses), the rest with one.
+16-byte accesses), the rest with one, in narrower blocks.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ __all__ = ["row_fused", "row_grad", "row_stats"]
 
 # e^-1e4 is 0 in fp64 too, so raising z − m to this changes nothing but 0 · −inf, which becomes 0.
 _FLOOR = tl.constexpr(-1e4)
+# Columns per lane of a block with a mask: few, since a mask per element takes registers.
+_REST = tl.constexpr(2)
 _NOTHING = tl.constexpr(float("-inf"))
 
 
@@ -39,17 +41,19 @@ def expm1(x):
 
 @triton.jit
 def soft_cap(x, cap):
-    """z = cap · tanh(x / cap)."""
-    small = tl.exp(tl.abs(x) * (-2.0 / cap))
-    size = cap * ((1.0 - small) / (1.0 + small))
+    """z = cap · tanh(x / cap), with t = e^(−2|x|/cap): |z| = cap (1 − t) / (1 + t)."""
+    t = tl.exp(tl.abs(x) * (-2.0 / cap))
+    size = cap * (1.0 - t) / (1.0 + t)
     return tl.where(x < 0, -size, size)
 
 
 @triton.jit
-def soft_cap_slope(x, cap):
-    """dz/dx = 1 − tanh²(x / cap) = 4t / (1 + t)² with t = e^(−2|x|/cap)."""
-    small = tl.exp(tl.abs(x) * (-2.0 / cap))
-    return 4.0 * small / ((1.0 + small) * (1.0 + small))
+def soft_cap_and_slope(x, cap):
+    """(z, dz/dx = 1 − tanh²(x / cap) = 4t / (1 + t)²)."""
+    t = tl.exp(tl.abs(x) * (-2.0 / cap))
+    inverse = 1.0 / (1.0 + t)
+    size = cap * (1.0 - t) * inverse
+    return tl.where(x < 0, -size, size), 4.0 * t * inverse * inverse
 
 
 @triton.jit
@@ -93,9 +97,10 @@ def _state(row, V, cap: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, K: tl
         if cap is not None:
             z = soft_cap(z, cap)
         m, s, d = fold(z, m, s, d)
-    if whole < V:
-        inside = whole + at < V
-        z = tl.load(row + whole + at, mask=inside, other=0.0).to(WIDE)
+    rest = _block(R, _REST)
+    for start in range(whole, V, R * _REST):
+        inside = start + rest < V
+        z = tl.load(row + start + rest, mask=inside, other=0.0).to(WIDE)
         if cap is not None:
             z = soft_cap(z, cap)
         m, s, d = fold(tl.where(inside, z, float("-inf")), m, s, d)
@@ -115,18 +120,15 @@ def _target(row, y, V, cap: tl.constexpr, WIDE: tl.constexpr):
 @triton.jit
 def _gradient_of(x, j, y, m, constant, slope, at_target, cap: tl.constexpr, ENTROPY: tl.constexpr):
     """dx of logits x at columns j: with d = z − m,  e^d (slope · d + constant), and `at_target` at column y."""
-    z = x
+    below = x - m
+    slope_of_cap = x
     if cap is not None:
-        z = soft_cap(x, cap)
-    below = z - m
-    dz = tl.exp(below)
-    if ENTROPY:
-        dz = dz * (slope * tl.maximum(below, _FLOOR) + constant)
-    else:
-        dz = dz * constant
-    dz = tl.where(j == y, at_target, dz)
+        z, slope_of_cap = soft_cap_and_slope(x, cap)
+        below = z - m
+    factor = slope * tl.maximum(below, _FLOOR) + constant if ENTROPY else constant
+    dz = tl.where(j == y, at_target, tl.exp(below) * factor)
     if cap is not None:
-        dz = dz * soft_cap_slope(x, cap)
+        dz = dz * slope_of_cap
     return dz
 
 
@@ -152,11 +154,12 @@ def _write_gradient(
         x = tl.load(row + start + at, eviction_policy="evict_first").to(WIDE)
         dx = _gradient_of(x, start + at, y, m, constant, slope, at_target, cap, ENTROPY)
         tl.store(row + start + at, dx.to(row.dtype.element_ty))
-    if whole < V:
-        inside = whole + at < V
-        x = tl.load(row + whole + at, mask=inside, other=0.0).to(WIDE)
-        dx = _gradient_of(x, whole + at, y, m, constant, slope, at_target, cap, ENTROPY)
-        tl.store(row + whole + at, dx.to(row.dtype.element_ty), mask=inside)
+    rest = _block(R, _REST)
+    for start in range(whole, V, R * _REST):
+        inside = start + rest < V
+        x = tl.load(row + start + rest, mask=inside, other=0.0).to(WIDE)
+        dx = _gradient_of(x, start + rest, y, m, constant, slope, at_target, cap, ENTROPY)
+        tl.store(row + start + rest, dx.to(row.dtype.element_ty), mask=inside)
 
 
 @triton.jit

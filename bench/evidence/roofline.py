@@ -1,0 +1,165 @@
+"""Lower bounds from published rates: FLOPs and bytes of each approach over a card's peaks. Bounds, never times.
+
+A phase (one GEMM over one chunk, one kernel) takes at least max(FLOPs / peak, bytes / bandwidth); phases of one stream
+follow one another, so an approach takes at least the sum. Bytes are the least that DRAM must move: each phase reads its
+operands once and writes its results once, whatever a cache could do on top. Everybody is counted by the same rules, in
+bf16: forward + backward of one loss over all N tokens, gradients of hidden and weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+__all__ = ["APPROACHES", "CARDS", "SHAPES", "Card", "Phase", "bound", "rows_for_share"]
+
+
+@dataclass(frozen=True)
+class Card:
+    """Dense bf16 tensor-core peak and memory bandwidth, as the maker publishes them."""
+
+    name: str
+    flops: float  # FLOP/s
+    bandwidth: float  # bytes/s
+
+
+CARDS = (
+    Card("A100-80GB SXM", 312e12, 2.039e12),
+    Card("H100 SXM", 989.4e12, 3.35e12),
+    Card("B200", 2_250e12, 8.0e12),
+)
+SHAPES = ((8_192, 3_584, 152_064), (16_384, 4_096, 128_256), (32_768, 2_048, 151_936))
+
+
+@dataclass(frozen=True)
+class Phase:
+    name: str
+    flops: float
+    bytes: float
+
+    def seconds(self, card: Card) -> float:
+        return max(self.flops / card.flops, self.bytes / card.bandwidth)
+
+
+def _gemm(name: str, m: int, n: int, k: int, out_bytes: float = 2, reads_out: bool = False) -> Phase:
+    """[m, k] × [k, n] of bf16 operands; `reads_out`: adds to what is there."""
+    return Phase(name, 2.0 * m * n * k, 2.0 * (m * k + k * n) + out_bytes * m * n * (2 if reads_out else 1))
+
+
+def _chunks(total: int, size: int) -> list[int]:
+    return [min(size, total - start) for start in range(0, total, size)]
+
+
+def _row_chunks(n: int, d: int, v: int, rows: int, d_weight_bytes: float) -> list[Phase]:
+    """Three GEMMs per chunk of rows, d_weight accumulated over chunks."""
+    phases = []
+    for i, c in enumerate(_chunks(n, rows)):
+        phases += [
+            _gemm("logits", c, v, d),
+            Phase("row kernel", 0, 4.0 * c * v),  # one read from DRAM, one write
+            _gemm("d_hidden", c, d, v),
+            _gemm("d_weight", v, d, c, d_weight_bytes, reads_out=i > 0),
+        ]
+    return phases
+
+
+def ours(n: int, d: int, v: int) -> list[Phase]:
+    """Chunks of a 1 GiB budget, fused row kernel, d_weight in fp32, one conversion at the end."""
+    rows = max(16, min(4096, 2**30 // (2 * v)) // 16 * 16)
+    return [*_row_chunks(n, d, v, rows, 4), Phase("d_weight to bf16", 0, 6.0 * v * d)]
+
+
+def ours_recomputing(n: int, d: int, v: int) -> list[Phase]:
+    """linear_logprobs: the tile kernel forward, blocks of columns backward: a fourth GEMM."""
+    columns = max(64, 2**30 // (2 * n) // 64 * 64)
+    phases = [Phase("tile kernel", 2.0 * n * d * v, 2.0 * (n * d + d * v))]
+    for i, c in enumerate(_chunks(v, columns)):
+        phases += [
+            _gemm("logits", n, c, d),
+            Phase("row kernel", 0, 4.0 * n * c),
+            _gemm("d_weight", c, d, n),
+            _gemm("d_hidden", n, d, c, 4, reads_out=i > 0),
+        ]
+    return [*phases, Phase("d_hidden to bf16", 0, 6.0 * n * d)]
+
+
+def eager(n: int, d: int, v: int) -> list[Phase]:
+    """F.linear, .float(), log_softmax, gather, and their backwards: no entropy."""
+    return [
+        _gemm("logits", n, v, d),
+        Phase("float, log_softmax", 0, (2 + 4 + 4 + 4) * n * v),
+        Phase("backward of both", 0, (4 + 4 + 4 + 4 + 4 + 2) * n * v),
+        _gemm("d_hidden", n, d, v),
+        _gemm("d_weight", v, d, n),
+    ]
+
+
+def trl(n: int, d: int, v: int, columns: int = 8_192) -> list[Phase]:
+    """Tiles of 4096 tokens by `columns`; the backward computes them again; both gradients summed in fp32."""
+    phases = []
+    for rows in _chunks(n, 4096):
+        for c in _chunks(v, columns):
+            phases += [
+                _gemm("logits", rows, c, d),
+                Phase("forward kernel", 0, 2.0 * rows * c),
+                _gemm("logits again", rows, c, d),
+                Phase("backward kernel", 0, 4.0 * rows * c),
+                _gemm("d_hidden", rows, d, c, 4, reads_out=True),
+                _gemm("d_weight", c, d, rows, 4, reads_out=True),
+            ]
+    return [*phases, Phase("gradients to bf16", 0, 6.0 * (n * d + v * d))]
+
+
+def liger(n: int, d: int, v: int) -> list[Phase]:
+    """Fused linear cross-entropy at its defaults: chunks of about N·D / V rows, d_weight summed in bf16."""
+    rows = min(n, 2 ** math.ceil(math.log2(math.ceil(n / math.ceil(v / d)))))
+    return _row_chunks(n, d, v, rows, 2)
+
+
+def cce(n: int, d: int, v: int, kept: float = 1.0) -> list[Phase]:
+    """Forward without logits; the backward computes them again in registers. `kept`: share of blocks that the gradient
+    filter leaves (1: exact gradients). Its sums of dE and dC through locks are left out: this is a bound."""
+    flops = 2.0 * n * d * v
+    operands = 2.0 * (n * d + v * d)
+    return [
+        Phase("forward", flops, operands),
+        Phase("backward", flops + 2 * kept * flops, 2 * operands),
+    ]
+
+
+def cce_filtered(n: int, d: int, v: int) -> list[Phase]:
+    """The same where the filter drops every block: gradients are no longer exact, and it depends on the data."""
+    return cce(n, d, v, kept=0.0)
+
+
+def quack(n: int, d: int, v: int) -> list[Phase]:
+    """As published: chunked linear cross-entropy, the row on chip, d_weight in fp32; chunks of 4096 rows."""
+    return [*_row_chunks(n, d, v, 4096, 4), Phase("d_weight to bf16", 0, 6.0 * v * d)]
+
+
+APPROACHES: dict[str, Callable[[int, int, int], list[Phase]]] = {
+    "trapo_kernels": ours,
+    "trapo_kernels, recomputing": ours_recomputing,
+    "eager": eager,
+    "trl": trl,
+    "liger_kernel": liger,
+    "cut_cross_entropy, exact": cce,
+    "cut_cross_entropy, all filtered": cce_filtered,
+    "quack, as published": quack,
+}
+
+
+def bound(approach: str, shape: tuple[int, int, int], card: Card) -> dict[str, float]:
+    """FLOPs, bytes and the least seconds of an approach."""
+    phases = APPROACHES[approach](*shape)
+    return {
+        "flops": sum(p.flops for p in phases),
+        "bytes": sum(p.bytes for p in phases),
+        "seconds": sum(p.seconds(card) for p in phases),
+    }
+
+
+def rows_for_share(card: Card, share: float = 0.15) -> int:
+    """Rows of a chunk at which d_weight's 8·V·D bytes are this share of the time of its 6·rows·V·D FLOPs."""
+    return math.ceil(8 / card.bandwidth / (share * 6 / card.flops))
