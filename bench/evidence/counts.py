@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +22,8 @@ from .traffic import Traffic, counted
 
 __all__ = ["memory_rows", "traffic_rows"]
 
-# fp32, since the interpreter's bf16 products are garbage; a unit is N·V·itemsize, so the type does not matter.
+# fp32, since the interpreter's bf16 products are garbage (CCE's backward takes no fp32: fp16). A unit is N·V·itemsize,
+# so the type does not matter.
 ROWS, WIDTH, VOCAB = 48, 64, 3_000
 
 # Shapes at which whole tiles of CCE fit.
@@ -55,11 +55,13 @@ OURS: dict[str, Callable[[Tensor, Tensor, Tensor], None]] = {
 }
 
 
-def count(step: Callable[[Tensor, Tensor, Tensor], Any], shape: tuple[int, int, int]) -> Traffic:
+def count(
+    step: Callable[[Tensor, Tensor, Tensor], Any], shape: tuple[int, int, int], dtype: torch.dtype = torch.float32
+) -> Traffic:
     n, d, v = shape
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(n, d, generator=generator).requires_grad_()
-    weight = (torch.randn(v, d, generator=generator) / d**0.5).requires_grad_()
+    hidden = torch.randn(n, d, generator=generator).to(dtype).requires_grad_()
+    weight = (torch.randn(v, d, generator=generator) / d**0.5).to(dtype).requires_grad_()
     targets = torch.randint(0, v, (n,), generator=generator)
     with counted() as traffic:
         step(hidden, weight, targets)
@@ -68,8 +70,9 @@ def count(step: Callable[[Tensor, Tensor, Tensor], Any], shape: tuple[int, int, 
 
 def _rows(provider: str, path: str, step: Any, shape: tuple[int, int, int]) -> list[dict[str, Any]]:
     n, d, v = shape
-    traffic = count(step, shape)
-    unit = n * v * 4
+    dtype = torch.float16 if provider == "cut_cross_entropy" else torch.float32
+    traffic = count(step, shape, dtype)
+    unit = n * v * dtype.itemsize
     return [
         {
             "provider": provider,
@@ -89,21 +92,20 @@ def _rows(provider: str, path: str, step: Any, shape: tuple[int, int, int]) -> l
     ]
 
 
-def _libdevice(self: Any, library: Any, path: Any, symbol: str, args: Any, result: Any, pure: Any) -> Any:
-    """The two functions of libdevice that peers call, for an interpreter that has none."""
-    from triton.runtime.interpreter import TensorHandle
+def _log1p(x: Any) -> Any:
+    """libdevice's, which CCE calls, for an interpreter that has none: counts do not depend on its last digits."""
+    import triton.language as tl
 
-    function = {"tanh": np.tanh, "log1p": np.log1p}[symbol.removeprefix("__nv_").removesuffix("f")]
-    return TensorHandle(function(args[0].data), result.scalar)
+    return tl.log(1.0 + x)
 
 
 def traffic_rows(providers: list[str]) -> list[dict[str, Any]]:
     """Rows of everybody who is installed, at one shape (CCE's fixed tiles need a larger one: ours are there too)."""
-    from triton.runtime.interpreter import InterpreterBuilder
+    from triton.language.extra import libdevice
 
     shape = (ROWS, WIDTH, VOCAB)
     rows = [row for path, step in OURS.items() for row in _rows("trapo_kernels", path, step, shape)]
-    with mock.patch.object(InterpreterBuilder, "create_extern_elementwise", _libdevice):
+    with mock.patch.object(libdevice, "log1p", _log1p):
         for provider in providers:
             at = CCE if provider == "cut_cross_entropy" else shape
             for path, step in peers.steps(provider).items():
@@ -114,17 +116,20 @@ def traffic_rows(providers: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def memory_rows() -> list[dict[str, Any]]:
-    return [
-        {"provider": name, "shape": dict(zip("NDV", shape, strict=True)), "peak_bytes": memory.peak(step, shape)}
-        for shape in SHAPES
-        for name, step in memory.providers().items()
-    ]
+def memory_rows(providers: list[str]) -> list[dict[str, Any]]:
+    rows = []
+    for shape in SHAPES:
+        peaks = {name: memory.peak(step, shape) for name, step in memory.steps(providers).items()}
+        if "liger_kernel" in providers:
+            peaks["liger_kernel, fused linear CE (formula)"] = memory.liger_bytes(shape)
+        at = dict(zip("NDV", shape, strict=True))
+        rows += [{"provider": name, "shape": at, "peak_bytes": peak} for name, peak in peaks.items()]
+    return rows
 
 
 def main() -> None:
     providers = json.loads(sys.argv[1])
-    print(json.dumps({"traffic": traffic_rows(providers), "memory": memory_rows()}))
+    print(json.dumps({"traffic": traffic_rows(providers), "memory": memory_rows(providers)}))
 
 
 if __name__ == "__main__":

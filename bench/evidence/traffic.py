@@ -1,8 +1,8 @@
 """Counts the bytes that kernels ask memory for, by running them in Triton's interpreter: exact, the same for all.
 
 Every load, store and atomic goes through the interpreter's builder; its active lanes times their size are added up
-under the kernel's argument whose memory they touch. These are requests: what a cache serves is among them. Needs a process
-with TRITON_INTERPRET=1.
+under the kernel's argument whose memory they touch. These are requests: what a cache serves is among them. Needs a
+process with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
