@@ -52,10 +52,14 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 
 
+def slow(backend: str) -> bool:
+    """Kernels are interpreted: some 10 ms a row."""
+    return backend == "triton" and interpreted()
+
+
 def affordable(backend: str, n: int, vocab: int = 0) -> int:
-    """How many of n rows a test uses: all, but where kernels are interpreted (some 10 ms a row) a few."""
-    few = backend == "triton" and interpreted()
-    return min(n, 2 + n // 10 if vocab < 10_000 else 2) if few else n
+    """How many of n rows a test uses: all, or, where a row is slow, a few."""
+    return min(n, 2 + n // 10 if vocab < 10_000 else 2) if slow(backend) else n
 
 
 @dataclass
@@ -190,7 +194,7 @@ class GemmCounter(TorchDispatchMode):
             self.macs += args[0].shape[0] * args[0].shape[1] * args[1].shape[1]
         elif name in ("addmm", "addmm_"):
             self.macs += args[1].shape[0] * args[1].shape[1] * args[2].shape[1]
-        elif name == ("panel_stats", "triton_linear_stats"):  # hidden [n, D], weight [V, D]
+        elif name in ("panel_stats", "triton_linear_stats"):  # hidden [n, D], weight [V, D]
             self.macs += args[0].numel() * args[1].shape[0]
         elif name == "panel_grad_":
             hidden, weight = args[0], args[1]

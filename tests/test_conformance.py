@@ -20,6 +20,7 @@ from kernel_cases import (
     oracle,
     policy_loss,
     run,
+    slow,
 )
 
 import trapo_kernels as tk
@@ -71,13 +72,13 @@ def test_logprobs_entropy_and_gradients_at_every_size_and_dtype(backend, n, voca
 @dtypes
 @pytest.mark.parametrize("head", HEADS)
 def test_head_options(backend, head, dtype):
-    case = make_case(40, 257, dtype=dtype, **HEADS[head])
+    case = make_case(affordable(backend, 40), 257, dtype=dtype, **HEADS[head])
     assert_same_result(run(case, EVERYTHING, backend), oracle(case, EVERYTHING), dtype)
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_head_options_of_logprobs(backend, head):
-    case = make_case(40, 257, dtype=torch.float32, **HEADS[head])
+    case = make_case(affordable(backend, 40), 257, dtype=torch.float32, **HEADS[head])
     actual, grads = logprobs_and_grads(case, backend)
     expected, expected_grads = logprobs_and_grads(case.to(torch.float64), "reference")
     assert_close(actual.logprobs, expected.logprobs, 1e-5, "logprobs", floor=1.0)
@@ -87,7 +88,7 @@ def test_head_options_of_logprobs(backend, head):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_preset(backend, objective):
-    case = make_case(60, 257, dtype=torch.float32)
+    case = make_case(affordable(backend, 60), 257, dtype=torch.float32)
     chosen = OBJECTIVES[objective]
     actual, expected = run(case, chosen, backend), oracle(case, chosen)
     assert_same_result(actual, expected, torch.float32)
@@ -114,7 +115,7 @@ def test_gradcheck_in_float64(backend, objective, head):
             hidden, weight, case.targets, chosen, bias=bias, backend=backend, **case.inputs, **case.head
         ).loss
 
-    assert torch.autograd.gradcheck(loss, (case.hidden, case.weight, case.bias))
+    assert torch.autograd.gradcheck(loss, (case.hidden, case.weight, case.bias), fast_mode=slow(backend))
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -126,7 +127,7 @@ def test_gradcheck_of_logprobs_and_entropy_in_float64(backend, head):
             tk.linear_logprobs(hidden, weight, case.targets, bias=bias, entropy=True, backend=backend, **case.head)
         )
 
-    assert torch.autograd.gradcheck(outputs, (case.hidden, case.weight, case.bias))
+    assert torch.autograd.gradcheck(outputs, (case.hidden, case.weight, case.bias), fast_mode=slow(backend))
 
 
 @pytest.mark.parametrize("wanted", ["hidden", "weight", "bias", "hidden weight", "weight bias", ""])
@@ -173,7 +174,7 @@ def test_batched_non_contiguous_inputs_and_one_advantage_per_sequence(backend):
 @dtypes
 @pytest.mark.parametrize("head", ["plain", "all"])
 def test_from_logits_forms_agree_with_the_oracle(backend, head, dtype):
-    case = make_case(40, 257, dtype=dtype, **{**HEADS[head], "with_bias": False})
+    case = make_case(affordable(backend, 40), 257, dtype=dtype, **{**HEADS[head], "with_bias": False})
     logits = (case.hidden.detach().double() @ case.weight.detach().double().T).to(dtype)
 
     def both(logits, backend):
@@ -195,7 +196,7 @@ def test_from_logits_forms_agree_with_the_oracle(backend, head, dtype):
 
 
 def test_autocast_changes_nothing(backend):
-    case = make_case(40, 257, dtype=torch.float32, with_bias=True)
+    case = make_case(affordable(backend, 40), 257, dtype=torch.float32, with_bias=True)
     plain = run(case, EVERYTHING, backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = policy_loss(case, EVERYTHING, backend).loss

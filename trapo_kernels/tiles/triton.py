@@ -59,7 +59,11 @@ _TABLE: dict[tuple[int, int], Tile] = {
     (120, 2): Tile(128, 64, 64, 8, 3, True),
     (120, 4): Tile(128, 64, 32, 8, 3, True),
 }
-_INTERPRETED = Tile(16, 64, 32, 1, 1, False)
+
+
+def _interpreted_tile(vocab: int) -> Tile:
+    """Small for small problems, so that there are several tiles; wide where an interpreter would take minutes."""
+    return Tile(16, 64 if vocab < 4_096 else 2_048, 32, 1, 1, False)
 
 
 def tile(arch: int, itemsize: int) -> Tile:
@@ -101,7 +105,7 @@ def _able(hidden: Tensor, weight: Tensor) -> bool:
 def _launch_options(hidden: Tensor, weight: Tensor) -> tuple[Tile, int]:
     """(tile, multiprocessors) for these operands. Descriptors need rows at multiples of 16 bytes."""
     if interpreted() and not hidden.is_cuda:
-        return _INTERPRETED, _INTERPRETED_PROCESSORS
+        return _interpreted_tile(weight.shape[0]), _INTERPRETED_PROCESSORS
     arch, processors = _card(hidden.device.index)
     chosen = tile(arch, hidden.dtype.itemsize)
     aligned = all(t.stride(0) * t.dtype.itemsize % 16 == 0 and t.data_ptr() % 16 == 0 for t in (hidden, weight))
