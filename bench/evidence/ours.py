@@ -20,12 +20,9 @@ PROVIDER = "trapo_kernels"
 # Vocabularies: a whole number of blocks, ragged, and the largest; heads: plain, and with a soft-cap.
 _ROWS = (
     (152_064, torch.bfloat16, None),
-    (152_064, torch.float16, None),
     (152_064, torch.float32, None),
     (262_144, torch.bfloat16, 30.0),
-    (50_257, torch.bfloat16, None),
-    (50_257, torch.float32, 30.0),
-    (8_000, torch.bfloat16, None),
+    (50_257, torch.float16, 30.0),
     (1_000, torch.bfloat16, None),
 )
 _EVERYTHING = Objective(
