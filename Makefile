@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow check format clean
+.PHONY: setup demo test test-slow check format clean gpu-evidence
 
 setup: $(STAMP)
 
@@ -27,6 +27,11 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow
+
+# Compiled code, counted bytes, memory and bounds of the GPU kernels, without a GPU. ARGS=--ours leaves the peers out;
+# they are wanted with `pip install --no-deps liger-kernel cut-cross-entropy trl` (their dependencies pull a second torch).
+gpu-evidence: $(STAMP)
+	$(BIN)/python -m bench.gpu_evidence $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -180,6 +182,21 @@ def assert_same_result(actual: Result, expected: Result, dtype: torch.dtype) -> 
 # Counters ----------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def idle_kernels() -> Iterator[None]:
+    """Interpreted kernels compute nothing: what is counted here does not depend on them, and sizes may be real."""
+    if not interpreted():
+        yield
+        return
+    from triton.runtime.interpreter import InterpretedFunction
+
+    def run(*args: Any, **kwargs: Any) -> None:  # no Mock, which would keep every argument alive
+        return None
+
+    with mock.patch.object(InterpretedFunction, "run", run):
+        yield
+
+
 class GemmCounter(TorchDispatchMode):
     """Multiply-adds of every matrix product, forward and backward; those inside our own operators by what they are
     asked for."""
@@ -208,7 +225,7 @@ class GemmCounter(TorchDispatchMode):
 
 def gemms(fn: Callable[[], Any], case: Case) -> float:
     """How many full GEMMs [N, D] × [D, V] the call does."""
-    with GemmCounter() as counter:
+    with idle_kernels(), GemmCounter() as counter:
         fn()
     return counter.macs / (case.hidden.numel() * case.weight.shape[0])
 
@@ -221,7 +238,7 @@ class Memory:
 
 def memory(fn: Callable[[], Any]) -> Memory:
     """What `fn` allocates, as the allocator sees it: temporaries inside operators included."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with idle_kernels(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         kept = fn()
     assert recorded.profiler is not None
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -48,7 +48,7 @@ def test_argument_then_set_backend_then_environment_then_the_fastest(monkeypatch
 def test_a_backend_that_is_not_there_is_refused_where_it_was_named(monkeypatch):
     hidden, weight, targets = torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(
-        ValueError, match=r"^set_backend: name must be one of 'cpu', 'torch', 'reference' or None; got 'x'$"
+        ValueError, match=r"^set_backend: name must be one of 'triton', 'cpu', 'torch', 'reference' or None; got 'x'$"
     ):
         tk.set_backend("x")
     monkeypatch.setenv("TRAPO_KERNELS_BACKEND", "x")

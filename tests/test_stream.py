@@ -8,6 +8,7 @@ from kernel_cases import (
     EVERYTHING,
     STREAMED,
     TOLERANCE,
+    affordable,
     assert_close,
     assert_same_result,
     gemms,
@@ -15,6 +16,7 @@ from kernel_cases import (
     oracle,
     policy_loss,
     run,
+    slow,
 )
 
 import trapo_kernels as tk
@@ -128,7 +130,7 @@ def test_logprobs_take_one_gemm_forward_and_three_backward_for_rows_with_a_gradi
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("megabytes", [0.001, 4.2, 5, 64])
 def test_the_budget_changes_the_chunks_and_not_the_result(backend, megabytes, dtype):
-    case = make_case(200, 997, dtype=dtype, with_bias=True)
+    case = make_case(affordable(backend, 200), 997, dtype=dtype, with_bias=True)
     with tk.budget_mb(megabytes):
         actual = run(case, EVERYTHING, backend)
     assert_same_result(actual, oracle(case, EVERYTHING), dtype)
@@ -171,7 +173,7 @@ def test_the_budget_is_chosen_by_call_then_environment_then_default(monkeypatch)
 @backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_second_backward_through_a_retained_graph_is_right_and_adds(backend, dtype):
-    case = make_case(40, 257, dtype=dtype, with_bias=True)
+    case = make_case(affordable(backend, 40), 257, dtype=dtype, with_bias=True)
     expected = oracle(case, EVERYTHING)
     loss = policy_loss(case, EVERYTHING, backend).loss
     loss.backward(retain_graph=True)
@@ -184,7 +186,7 @@ def test_a_second_backward_through_a_retained_graph_is_right_and_adds(backend, d
 
 @backends
 def test_a_second_backward_without_retain_graph_or_after_a_step_is_an_error(backend):
-    case = make_case(40, 257)
+    case = make_case(affordable(backend, 40), 257)
     loss = policy_loss(case, EVERYTHING, backend).loss
     loss.backward(retain_graph=True)
     with torch.no_grad():
@@ -199,7 +201,7 @@ def test_a_second_backward_without_retain_graph_or_after_a_step_is_an_error(back
 
 @backends
 def test_gradients_become_grad_without_a_copy_and_the_graph_keeps_none(backend):
-    case = make_case(40, 257, dtype=torch.float32)
+    case = make_case(affordable(backend, 40), 257, dtype=torch.float32)
     loss = policy_loss(case, EVERYTHING, backend).loss
     held = {t.data_ptr() for t in loss.grad_fn.grads if t is not None}
     loss.backward(retain_graph=True)
@@ -209,7 +211,7 @@ def test_gradients_become_grad_without_a_copy_and_the_graph_keeps_none(backend):
 
 @backends
 def test_backward_scales_with_the_gradient_that_comes_in(backend):
-    case = make_case(40, 257)
+    case = make_case(affordable(backend, 40), 257)
     once = run(case, EVERYTHING, backend)
     out = policy_loss(case, EVERYTHING, backend)
     for g, right in zip(torch.autograd.grad(-2.5 * out.loss, case.params()), once.grads, strict=True):
@@ -221,7 +223,7 @@ def test_backward_scales_with_the_gradient_that_comes_in(backend):
 
 @backends
 def test_a_second_derivative_is_refused(backend):
-    case = make_case(10, 33)
+    case = make_case(affordable(backend, 10), 33)
     loss = policy_loss(case, EVERYTHING, backend).loss
     with pytest.raises(RuntimeError, match=r"^linear_policy_loss: create_graph must be False"):
         torch.autograd.grad(loss, case.hidden, create_graph=True)
@@ -232,7 +234,7 @@ def test_a_second_derivative_is_refused(backend):
 
 @backends
 def test_no_gradient_flows_into_advantages_and_given_logprobs(backend):
-    case = make_case(10, 33)
+    case = make_case(affordable(backend, 10), 33)
     for name in ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs"):
         case.inputs[name].requires_grad_()
     policy_loss(case, EVERYTHING, backend).loss.backward()
@@ -244,11 +246,12 @@ def test_it_trains_a_head_inside_a_larger_graph(backend):
     torch.manual_seed(0)
     layer = torch.nn.Linear(8, 16)
     head = torch.nn.Linear(16, 33)
-    x, targets = torch.randn(20, 8), torch.randint(0, 33, (20,))
+    n, steps, lr = (4, 60, 1.0) if slow(backend) else (20, 300, 0.2)
+    x, targets = torch.randn(n, 8), torch.randint(0, 33, (n,))
     loss_of = tk.TrapoLoss(tk.Objective.sft(), backend=backend, temperature=0.7)
-    optimizer = torch.optim.SGD([*layer.parameters(), *head.parameters()], lr=0.2)
+    optimizer = torch.optim.SGD([*layer.parameters(), *head.parameters()], lr=lr)
     losses = []
-    for _ in range(300):
+    for _ in range(steps):
         out = loss_of(torch.tanh(layer(x)), head.weight, targets, bias=head.bias)
         optimizer.zero_grad()
         out.loss.backward()

@@ -6,8 +6,10 @@ inputs, do not: they are there whatever the method.
 
 Fewer rows than a GEMM needs to run at full speed cost time; more cost memory and win nothing:
 - CPU: fp32 GEMMs are at full speed from about 512 rows.
-- CUDA: each chunk reads and writes d_weight once, in fp32: 8·V·D bytes against 6·rows·V·D FLOPs. By the published
-  rates of an H100 that traffic is 15% of the GEMMs' time at about 1,850 rows (arithmetic, not a measurement).
+- CUDA: each chunk reads and writes d_weight once, in fp32: 8·V·D bytes against 6·rows·V·D FLOPs. By published rates
+  that traffic is 15% of the GEMMs' time at 2,626 rows of an H100 (8 / 3.35e12 against 6 · rows / 989e12 seconds per
+  element of d_weight), 1,361 of an A100 and 2,501 of a B200. 1,536 MiB hold 3,072 bf16 rows of V = 262,144, and
+  beyond 4,096 rows there is little left to win. Arithmetic (bench/evidence/roofline.py), not a measurement.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from contextlib import contextmanager
 __all__ = ["budget_mb", "chunk_rows", "get_budget_mb", "set_budget_mb"]
 
 ENV = "TRAPO_KERNELS_BUDGET_MB"
-_DEFAULT_MB = {"cpu": 144.0, "cuda": 1024.0}
+_DEFAULT_MB = {"cpu": 144.0, "cuda": 1536.0}
 _FULL_SPEED_ROWS = {"cpu": 512, "cuda": 4096}
 _ROW_MULTIPLE = 16
 
@@ -28,7 +30,7 @@ _chosen_mb: float | None = None
 
 
 def get_budget_mb(device_type: str = "cpu") -> float:
-    """The budget in MiB: what `set_budget_mb` chose, else TRAPO_KERNELS_BUDGET_MB, else 144 (1024 on CUDA)."""
+    """The budget in MiB: what `set_budget_mb` chose, else TRAPO_KERNELS_BUDGET_MB, else 144 (1536 on CUDA)."""
     if _chosen_mb is not None:
         return _chosen_mb
     if ENV in os.environ:

@@ -80,7 +80,7 @@ class Recompute:
             if d_weight is not None:
                 torch.mm(dx.t(), hidden, out=d_weight[columns])
             if d_bias is not None:
-                torch.sum(dx, 0, dtype=wide, out=d_bias[columns])
+                _column_sums(dx, d_bias[columns])
             if d_hidden is not None:
                 _add_product(d_hidden, dx, weight[columns])
         return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias
@@ -102,6 +102,16 @@ class Recompute:
             local = torch.where((local >= 0) & (local < size), local, size)
             self.kernel.grad_(buffer[:, : size + _SPARE], local, self.stats, g_lp, g_entropy, self.head.cap)
             yield columns, x
+
+
+def _column_sums(a: Tensor, out: Tensor) -> None:
+    """out = a summed over its rows, in the precision of `out`; a CPU would widen the whole of `a` first."""
+    step = a.shape[1]
+    if a.dtype != out.dtype and a.device.type == "cpu":
+        step = max(1, _WIDE_BYTES // (out.dtype.itemsize * a.shape[0]))
+    for start in range(0, a.shape[1], step):
+        at = slice(start, start + step)
+        torch.sum(a[:, at], 0, dtype=out.dtype, out=out[at])
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -124,13 +124,16 @@ def _without_values() -> Iterator[None]:
     def choose(active: Tensor, live: Tensor | None = None, drop_others: bool = False) -> Rows:
         return Rows(active.numel(), None, active.numel(), active.numel())
 
+    def nothing(*args: Any, **kwargs: Any) -> None:  # no Mock, which would keep every argument alive
+        return None
+
     with (
         tk.budget_mb(budget._DEFAULT_MB["cuda"]),
         mock.patch.dict(budget._FULL_SPEED_ROWS, cpu=budget._FULL_SPEED_ROWS["cuda"]),
         mock.patch.object(Rows, "choose", choose),
-        mock.patch.object(validate, "check_range"),
-        mock.patch.object(InterpretedFunction, "run", return_value=None),
-        mock.patch("trl.kernels.chunked_logprob._addmm_fp32") if peers.installed("trl") else nullcontext(),
+        mock.patch.object(validate, "check_range", nothing),
+        mock.patch.object(InterpretedFunction, "run", nothing),
+        mock.patch("trl.kernels.chunked_logprob._addmm_fp32", nothing) if peers.installed("trl") else nullcontext(),
     ):
         yield
 

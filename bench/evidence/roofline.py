@@ -12,6 +12,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from trapo_kernels.budget import budget_mb, chunk_rows
+from trapo_kernels.columns import block_columns
+
 __all__ = ["APPROACHES", "CARDS", "SHAPES", "Card", "Phase", "bound", "rows_for_share"]
 
 
@@ -65,14 +68,16 @@ def _row_chunks(n: int, d: int, v: int, rows: int, d_weight_bytes: float) -> lis
 
 
 def ours(n: int, d: int, v: int) -> list[Phase]:
-    """Chunks of a 1 GiB budget, fused row kernel, d_weight in fp32, one conversion at the end."""
-    rows = max(16, min(4096, 2**30 // (2 * v)) // 16 * 16)
+    """Chunks of the default budget, fused row kernel, d_weight in fp32, one conversion at the end."""
+    with budget_mb(None):
+        rows = chunk_rows(n, 2 * v, 0, "cuda")
     return [*_row_chunks(n, d, v, rows, 4), Phase("d_weight to bf16", 0, 6.0 * v * d)]
 
 
 def ours_recomputing(n: int, d: int, v: int) -> list[Phase]:
     """linear_logprobs: the tile kernel forward, blocks of columns backward: a fourth GEMM."""
-    columns = max(64, 2**30 // (2 * n) // 64 * 64)
+    with budget_mb(None):
+        columns = block_columns(n, v, 2, "cuda")
     phases = [Phase("tile kernel", 2.0 * n * d * v, 2.0 * (n * d + d * v))]
     for i, c in enumerate(_chunks(v, columns)):
         phases += [
