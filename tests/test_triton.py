@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import TOLERANCE, assert_close, make_case
+from kernel_cases import EVERYTHING, TOLERANCE, assert_close, make_case, run
 
 import trapo_kernels as tk
+from trapo_kernels import stream
 from trapo_kernels.head import Head
 from trapo_kernels.rows import torch as torch_rows
 from trapo_kernels.rows import triton as rows
@@ -60,10 +61,11 @@ def test_a_target_outside_the_vocabulary_has_an_infinite_loss_and_reads_nothing(
 def test_every_size_in_the_table_is_a_whole_number_of_wide_accesses():
     for vocab in (1, 1_000, 32_000, 50_257, 152_064, 262_144):
         for dtype in (*DTYPES, torch.float64):
-            size = rows.sizes(vocab, dtype)
-            assert size.K * dtype.itemsize == 16
-            assert size.R % (32 * size.warps) == 0
-            assert size.R & (size.R - 1) == 0
+            for capped in (False, True):
+                size = rows.sizes(vocab, dtype, capped)
+                assert size.K * dtype.itemsize == 16
+                assert size.R % (32 * size.warps) == 0
+                assert size.R & (size.R - 1) == 0
 
 
 def test_the_operators_have_fake_kernels_that_agree_with_them():
@@ -153,13 +155,21 @@ def test_old_logprobs_of_an_unchanged_policy_are_those_of_the_loss():
 
 def test_shares_fill_the_card_in_whole_waves():
     for arch, processors in ((80, 108), (90, 132), (100, 148), (120, 170)):
-        tile = tiles.tile(arch, 2)
+        tile = tiles.tile(arch, 2, 3_584)
         for rows_, vocab in ((64, 151_936), (8_192, 152_064), (32_768, 128_256), (1, 32_000)):
             parts = tiles.shares(rows_, vocab, tile, processors)
             blocks, all_tiles = -(-rows_ // tile.BM), -(-vocab // tile.BN)
             queue = -(-blocks * parts // processors) * -(-all_tiles // parts)
             assert 1 <= parts <= all_tiles
             assert queue <= 1.25 * -(-blocks * all_tiles // processors) + 1
+
+
+def test_descriptors_are_for_rows_at_multiples_of_16_bytes_and_masks_for_a_ragged_width():
+    assert not tiles.tile(80, 2, 3_584).descriptors
+    assert tiles.tile(90, 2, 3_584).descriptors
+    assert not tiles.tile(90, 2, 3_584, aligned=False).descriptors
+    assert tiles.tile(103, 2, 3_584) == tiles.tile(100, 2, 3_584)
+    assert tiles.tile(90, 2, 1_001, aligned=False) == tiles._UNEVEN
 
 
 def test_what_the_tile_kernel_does_not_take_is_streamed():
@@ -198,3 +208,33 @@ def test_the_search_for_waiting_calls_finds_one(tmp_path):
     path = tmp_path / "f.py"
     path.write_text("def f(x):\n    return x.sum().item()\n")
     assert waiting_calls(path) == ["f.py: f: item"]
+
+
+# Under capture -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_inside_a_graph_capture_every_row_is_computed_and_the_result_is_the_same(backend, monkeypatch):
+    case = make_case(12, 70, dtype=torch.float32, with_bias=True)
+    case.inputs["mask"][0], case.targets[0], case.targets[1] = False, 3, -100
+    inactive = ~case.inputs["mask"] | (case.targets == -100)
+    with torch.no_grad():
+        case.hidden[inactive] = torch.nan
+    expected, chosen = run(case, EVERYTHING, backend), run_logprobs(case, backend)
+    monkeypatch.setattr(stream, "_capturing", lambda device: True)
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda *_: pytest.fail("a capture may not wait for a number of rows"))
+    actual, captured = run(case, EVERYTHING, backend), run_logprobs(case, backend)
+    for name in ("loss", "logprobs", "entropy"):
+        assert_close(getattr(actual, name), getattr(expected, name), 1e-5, name)
+    for name, value in expected.metrics.items():
+        assert_close(actual.metrics[name], value, 1e-5, name)
+    for a, b in zip([*actual.grads, *captured], [*expected.grads, *chosen], strict=True):
+        assert_close(a, b, 1e-5, "gradient")
+
+
+def run_logprobs(case, backend):
+    """Log-probabilities and gradients of a sum over half of them."""
+    case = case.to(torch.float32).requires_grad()
+    out = tk.linear_logprobs(case.hidden, case.weight, case.targets, bias=case.bias, backend=backend).logprobs
+    weights = (torch.arange(12) % 2 == 0) & case.inputs["mask"]
+    return out.detach()[case.inputs["mask"]], *torch.autograd.grad(out.masked_fill(~weights, 0).sum(), case.params())

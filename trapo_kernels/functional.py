@@ -253,6 +253,8 @@ class _Job:
         hidden, weight, bias = params
         assert hidden is not None
         assert weight is not None
+        # Zero times what a caller padded with would be NaN in d_weight.
+        hidden = rows.counting(hidden)
         return LinearSource(hidden, weight, bias, self.head, rows, (wants[0], wants[1], wants[2]))
 
     def forward_only(self, params: _Params, entropy: bool) -> RowStats:
@@ -261,7 +263,8 @@ class _Job:
         if tiles is not None and len(params) == 3:
             hidden, weight, bias = params
             assert hidden is not None
-            found: RowStats | None = tiles(self.rows.take(hidden), weight, bias, self.targets, self.head, entropy)
+            hidden = self.rows.counting(self.rows.take(hidden))
+            found: RowStats | None = tiles(hidden, weight, bias, self.targets, self.head, entropy)
             if found is not None:
                 return found
         source = self.source(params, self.rows, (False,) * len(params))
@@ -324,11 +327,14 @@ class _TokenLogprobs(torch.autograd.Function):
         live = g_lp != 0 if g_entropy is None else (g_lp != 0) | (g_entropy != 0)
         rows, kept = job.rows.narrow(live)
         g_lp, g_entropy = kept.take(g_lp), None if g_entropy is None else kept.take(g_entropy)
+        g_lp, g_entropy = rows.counting(g_lp), None if g_entropy is None else rows.counting(g_entropy)
+        stats = stats.map(lambda t: rows.counting(kept.take(t)))
         if job.by_columns(params, rows):
             hidden, weight, bias = params
+            hidden = rows.counting(hidden)
             recompute = columns.Recompute(
                 job.kernel, job.head, rows.take(hidden), weight, bias, kept.take(job.targets),
-                stats.map(kept.take), g_lp, g_entropy,
+                stats, g_lp, g_entropy,
             )  # fmt: skip
             d_hidden, *others = recompute.gradients(job.wants)
             grads = (None if d_hidden is None else rows.spread(d_hidden), *others)
@@ -336,7 +342,7 @@ class _TokenLogprobs(torch.autograd.Function):
         source = job.source(params, rows, job.wants)
         stream.backward(
             source, job.kernel, rows, kept.take(job.targets), job.head,
-            stats.map(kept.take),
+            stats,
             lambda at, _: (g_lp[at], None if g_entropy is None else g_entropy[at]),
         )  # fmt: skip
         return None, None, *_finished(source.gradients(), params, None)
@@ -363,7 +369,7 @@ def _logprobs(
     vocab = params[1].shape[0] if len(params) > 1 else params[0].shape[1]  # type: ignore[union-attr]
     validate.check_range(caller, flat, active, vocab, head.ignore_index)
     rows = Rows.choose(active)
-    logprobs, entropies = _token_logprobs(params, rows, rows.take(flat), head, kernel, entropy)
+    logprobs, entropies = _token_logprobs(params, rows, rows.counting(rows.take(flat)), head, kernel, entropy)
     shape = targets.shape
     return TokenLogprobs(
         rows.spread(logprobs).reshape(shape),
@@ -393,20 +399,29 @@ class _Batch:
 
     def slopes(self, at: slice, stats: RowStats) -> tuple[Tensor, Tensor | None]:
         assert stats.entropy is not None
-        return self.objective.slopes(self.tokens(stats.logprobs, stats.entropy, at))
+        g_lp, g_entropy = self.objective.slopes(self.tokens(stats.logprobs, stats.entropy, at))
+        if self.rows.inside is not None:
+            outside = ~self.rows.inside[at]
+            g_lp = g_lp.masked_fill(outside, 0)
+            g_entropy = None if g_entropy is None else g_entropy.masked_fill(outside, 0)
+        return g_lp, g_entropy
 
     def fused(self, kernel: RowKernel) -> stream.Fused | None:
         """For kernels that compute the slopes of these terms themselves."""
         verb, terms = getattr(kernel, "fused_", None), self.objective.fused()
-        if verb is None or terms is None:
+        if verb is None or terms is None or self.rows.inside is not None:
             return None
         if self.normalizer.dtype == torch.float64 and not getattr(kernel, "FUSED_FLOAT64", True):
             return None
         return stream.Fused(verb, terms, RowInputs(self.expert, **self.inputs))
 
+    def parts(self, tokens: Tokens) -> dict[str, Tensor]:
+        """`Objective.losses` of the tokens that count."""
+        return {name: self.rows.counting(values) for name, values in self.objective.losses(tokens).items()}
+
     def losses(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(the loss, its weighted parts per token)."""
-        parts = self.objective.losses(self.tokens(logprobs, entropy))
+        parts = self.parts(self.tokens(logprobs, entropy))
         total = sum(parts.values(), torch.zeros_like(logprobs))
         return total.sum() / self.normalizer, parts
 
@@ -414,8 +429,8 @@ class _Batch:
         with torch.no_grad():
             logprobs, entropy = logprobs.detach(), entropy.detach()
             tokens = self.tokens(logprobs, entropy)
-            parts = self.objective.losses(tokens)
-            metrics = policy_metrics(self.objective, tokens, parts, self.normalizer, self.counts)
+            parts = self.parts(tokens)
+            metrics = policy_metrics(self.objective, tokens, parts, self.normalizer, self.counts, self.rows.inside)
         spread = self.rows.spread
         return PolicyLoss(loss, metrics, spread(logprobs).reshape(self.shape), spread(entropy).reshape(self.shape))
 
@@ -458,7 +473,7 @@ def _batch(
     return _Batch(
         objective=objective,
         rows=rows,
-        targets=rows.take(flat),
+        targets=rows.counting(rows.take(flat)),
         expert=rows.take(expert),
         inputs={n: None if t is None else rows.take(t.reshape(-1)).to(dtype) for n, t in floats.items()},
         normalizer=_scalar(normalizer, dtype, flat.device),

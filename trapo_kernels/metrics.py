@@ -50,10 +50,18 @@ METRICS: dict[str, Metric] = {
 
 
 def policy_metrics(
-    objective: Objective, tokens: Tokens, losses: Mapping[str, Tensor], normalizer: Tensor, counts: Mapping[str, Tensor]
+    objective: Objective,
+    tokens: Tokens,
+    losses: Mapping[str, Tensor],
+    normalizer: Tensor,
+    counts: Mapping[str, Tensor],
+    inside: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The metrics of computed tokens [n]. `losses` as `Objective.losses` gives them; `counts` are reported as given."""
+    """The metrics of computed tokens [n], or of those `inside` [n]. `losses` as `Objective.losses` gives them; `counts`
+    are reported as given."""
     expert, own = tokens.expert, ~tokens.expert
+    if inside is not None:
+        expert, own = expert & inside, own & inside
     mine = tokens.only(own)
 
     def mean(values: Tensor, region: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ precision, so that fp16 does not lose to underflow what a loss scale is there to
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -56,17 +56,22 @@ _WIDE_BYTES = 2**21
 class Rows:
     """Which rows of the input take part, and in which order: those with a gradient first, then the others.
 
-    The one place where rows are left out. `order` None = every row, as it lies, so that chunks are views.
+    The one place where rows are left out. `order` None = every row, as it lies, so that chunks are views. Leaving rows
+    out takes their number, for which a GPU is waited for once per call; inside a CUDA graph capture, where nothing may
+    be waited for, every row takes part, and `inside` [N] says which ones count.
     """
 
     total: int
     order: Tensor | None
     size: int
     with_gradient: int
+    inside: Tensor | None = None
 
     @classmethod
     def choose(cls, active: Tensor, live: Tensor | None = None, drop_others: bool = False) -> Rows:
         """Rows that are `active` [N]; those not `live` [N] have no gradient (None: all have one)."""
+        if _capturing(active.device):
+            return cls(active.numel(), None, active.numel(), active.numel(), inside=active)
         first = active if live is None else active & live
         others = None if live is None or drop_others else active & ~live
         index = first.nonzero().squeeze(1)
@@ -85,16 +90,29 @@ class Rows:
     def narrow(self, keep: Tensor) -> tuple[Rows, Rows]:
         """(fewer rows: those of these compact rows to `keep` [n]; the choice among the compact rows)."""
         kept = Rows.choose(keep)
+        if kept.inside is not None:
+            inside = kept.inside if self.inside is None else kept.inside & self.inside
+            return replace(self, inside=inside), Rows(self.size, None, self.size, self.size)
         if kept.order is None:
             return self, kept
         order = kept.order if self.order is None else self.order[kept.order]
         return Rows(self.total, order, kept.size, kept.size), kept
 
+    def counting(self, values: Tensor) -> Tensor:
+        """Compact `values` [n, ...], zero in the rows that do not count."""
+        if self.inside is None:
+            return values
+        return values.masked_fill(~self.inside.reshape(-1, *[1] * (values.ndim - 1)), 0)
+
     def spread(self, values: Tensor) -> Tensor:
         """Compact `values` [n, ...] over all rows [N, ...], zero where none."""
         if self.order is None:
-            return values
+            return self.counting(values)
         return values.new_zeros(self.total, *values.shape[1:]).index_copy(0, self.order, values)
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class Source(Protocol):

@@ -55,19 +55,22 @@ def row_launches() -> Iterator[tuple[str, Launch]]:
 def tile_launches(arch: int) -> Iterator[tuple[str, Launch]]:
     """(config, launch) of the tile kernel for one architecture, by descriptors and by pointers, and of the merge."""
     shapes = ((152_064, 3_584, torch.bfloat16, None), (262_144, 2_304, torch.bfloat16, 30.0),
-              (152_064, 3_584, torch.float32, None), (50_257, 1_000, torch.float16, None))  # fmt: skip
+              (152_064, 3_584, torch.float32, None), (50_257, 1_001, torch.float16, 30.0))  # fmt: skip
     for vocab, width, dtype, cap in shapes:
-        chosen = tiles.tile(arch, dtype.itemsize)
         hidden, weight = torch.empty(256, width, dtype=dtype), torch.empty(vocab, width, dtype=dtype)
         targets = torch.zeros(256, dtype=torch.int64)
-        for descriptors in sorted({chosen.descriptors, False}):
-            option = chosen._replace(descriptors=descriptors)
+        descriptors = tiles.tile(arch, dtype.itemsize, width, width * dtype.itemsize % 16 == 0)
+        for option in dict.fromkeys((descriptors, tiles.tile(arch, dtype.itemsize, width, False))):
             with recorded() as launches:
                 tiles.launch(hidden, weight, None, targets, 1.0, cap, option, 4)
             for launch in launches:
-                if launch.name == "merge_stats" and (vocab, descriptors) != (152_064, False):
+                if launch.name == "merge_stats" and (vocab, dtype, option.descriptors) != (
+                    152_064,
+                    torch.bfloat16,
+                    False,
+                ):
                     continue
                 head = "" if cap is None else f" softcap={cap:g}"
-                way = "TMA descriptors" if descriptors else "pointers"
+                way = "TMA descriptors" if option.descriptors else "pointers"
                 block = f"{option.BM}x{option.BN}x{option.BK}"
                 yield f"V={vocab} D={width} {str(dtype).removeprefix('torch.')}{head} {block} {way}", launch

@@ -49,9 +49,11 @@ class Sizes(NamedTuple):
 _TABLE = ((4_096, 4, 1), (32_768, 8, 2), (131_072, 16, 2), (2**62, 32, 2))
 
 
-def sizes(vocab: int, dtype: torch.dtype) -> Sizes:
-    """From the table, by bytes of a row."""
+def sizes(vocab: int, dtype: torch.dtype, capped: bool = False) -> Sizes:
+    """From the table, by bytes of a row. At 64 registers a thread a soft-cap leaves room for one access in flight."""
     _, warps, accesses = next(entry for entry in _TABLE if vocab * dtype.itemsize <= entry[0])
+    if capped and warps == 32:
+        accesses = 1
     return Sizes(32 * warps * accesses, 16 // dtype.itemsize, warps)
 
 
@@ -95,7 +97,7 @@ def _vectors(logits: Tensor, count: int) -> list[Tensor]:
 
 def _common(logits: Tensor, cap: float | None) -> dict[str, Any]:
     """Keyword arguments of every kernel."""
-    size = sizes(logits.shape[1], logits.dtype)
+    size = sizes(logits.shape[1], logits.dtype, cap is not None)
     return {"cap": cap, "WIDE": _wide(logits.dtype), "R": size.R, "K": size.K, "num_warps": size.warps}
 
 

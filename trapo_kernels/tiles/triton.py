@@ -66,9 +66,18 @@ def _interpreted_tile(vocab: int) -> Tile:
     return Tile(16, 64 if vocab < 4_096 else 2_048, 32, 1, 1, False)
 
 
-def tile(arch: int, itemsize: int) -> Tile:
-    """The table's entry for an architecture (80, 90, ...): its own, or the nearest below."""
-    return _TABLE[max(known for known in _TABLE if known[1] == itemsize and known[0] <= max(arch, 80))]
+# By pointers where D is no multiple of BK: a mask per element takes registers.
+_UNEVEN = Tile(128, 64, 32, 8, 3, False)
+
+
+def tile(arch: int, itemsize: int, width: int, aligned: bool = True) -> Tile:
+    """The table's entry for an architecture (80, 90, ...): its own, or the nearest below. `aligned`: rows of both
+    operands start at multiples of 16 bytes, which descriptors need; without them, sm_80's tiles serve everywhere."""
+    chosen = _TABLE[max(known for known in _TABLE if known[1] == itemsize and known[0] <= max(arch, 80))]
+    if chosen.descriptors and aligned:
+        return chosen
+    plain = _TABLE[80, itemsize]
+    return plain if width % plain.BK == 0 else _UNEVEN
 
 
 def shares(rows: int, vocab: int, tile: Tile, processors: int) -> int:
@@ -103,13 +112,12 @@ def _able(hidden: Tensor, weight: Tensor) -> bool:
 
 
 def _launch_options(hidden: Tensor, weight: Tensor) -> tuple[Tile, int]:
-    """(tile, multiprocessors) for these operands. Descriptors need rows at multiples of 16 bytes."""
+    """(tile, multiprocessors) for these operands."""
     if interpreted() and not hidden.is_cuda:
         return _interpreted_tile(weight.shape[0]), _INTERPRETED_PROCESSORS
     arch, processors = _card(hidden.device.index)
-    chosen = tile(arch, hidden.dtype.itemsize)
     aligned = all(t.stride(0) * t.dtype.itemsize % 16 == 0 and t.data_ptr() % 16 == 0 for t in (hidden, weight))
-    return chosen._replace(descriptors=chosen.descriptors and aligned), processors
+    return tile(arch, hidden.dtype.itemsize, weight.shape[1], aligned), processors
 
 
 def _operands(hidden: Tensor, weight: Tensor, tile: Tile) -> tuple[Any, Any]:
