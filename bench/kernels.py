@@ -18,7 +18,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,19 @@ CHECKED_ROWS = 128
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 # Of bench/providers.py, what runs on any device as it is.
 SHARED = ("eager", "torch.compile", "TRL chunked head", "eager, no entropy", "TRL chunked head, no entropy")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was asked for."""
+
+    device: str
+    dtype: torch.dtype
+    repeats: int
+    only: tuple[str, ...]
+
+    def wants(self, name: str) -> bool:
+        return not self.only or any(word in name for word in self.only)
 
 
 def ours(backend: str) -> Callable[[Case], Tensor]:
@@ -191,23 +204,25 @@ def peak_bytes(step: Callable[[], Any], device: str) -> int | None:
     return int(torch.cuda.max_memory_allocated() - before)
 
 
-def measured(name: str, part: str, step: Callable[[], Any], device: str, repeats: int) -> dict[str, Any]:
+def measured(row: dict[str, Any], check: Callable[[], float], step: Callable[[], Any], run: Run) -> dict[str, Any]:
+    """The row with its error, and, if that is small enough, with time and memory."""
     try:
-        return {
-            "provider": name,
-            "part": part,
-            "peak_bytes": peak_bytes(step, device),
-            "ms": median_ms(step, device, repeats),
-        }
+        row = {**row, "error": check()}
+        if not row["error"] <= TOLERANCE[run.dtype]:
+            return {**row, "failed": f"wrong: error {row['error']:.1e}"}
+        return {**row, "peak_bytes": peak_bytes(step, run.device), "ms": median_ms(step, run.device, run.repeats)}
+    except ImportError as error:
+        return {**row, "failed": str(error)}
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
-        return {"provider": name, "part": part, "failed": "out of memory"}
+        return {**row, "failed": "out of memory"}
 
 
-def bench_shape(case: Case, device: str, repeats: int, only: list[str]) -> list[dict[str, Any]]:
+def loss_rows(case: Case, run: Run) -> list[dict[str, Any]]:
+    """Forward, backward and both gradients of everybody."""
     rows = []
-    for provider in providers(device):
-        if only and not any(word in provider.name for word in only):
+    for provider in providers(run.device):
+        if not run.wants(provider.name):
             continue
 
         def step(provider: Provider = provider) -> None:
@@ -215,36 +230,32 @@ def bench_shape(case: Case, device: str, repeats: int, only: list[str]) -> list[
             if loss is not None:
                 torch.autograd.grad(loss, (case.hidden, case.weight))
 
-        row: dict[str, Any] = {"provider": provider.name, "part": "loss and gradients", "gives": provider.gives}
-        if provider.gives != "gemms":
-            try:
-                row["error"] = error_of(provider, case)
-            except ImportError as error:
-                rows.append({**row, "failed": str(error)})
-                continue
-            if not row["error"] <= TOLERANCE[case.hidden.dtype]:
-                rows.append({**row, "failed": f"wrong: error {row['error']:.1e}"})
-                continue
-        rows.append({**row, **measured(provider.name, row["part"], step, device, repeats)})
-    with torch.no_grad():
-        exact = rows_of(case, CHECKED_ROWS).double()
-        right = _eager_logprobs(replace(exact, hidden=exact.hidden.detach()))
-        for name, run in forward_only(device):
-            if only and not any(word in name for word in only):
-                continue
-            try:
-                found = run(rows_of(case, CHECKED_ROWS))
-            except ImportError as missing:
-                rows.append({"provider": name, "part": "forward only", "failed": str(missing)})
-                continue
-            error = max(
-                ((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(found, right, strict=False)
-            )
-            row = {"provider": name, "part": "forward only", "error": error}
-            if not error <= TOLERANCE[case.hidden.dtype]:
-                rows.append({**row, "failed": f"wrong: error {error:.1e}"})
-                continue
-            rows.append({**row, **measured(name, row["part"], lambda run=run: run(case), device, repeats)})  # type: ignore[misc]
+        def check(provider: Provider = provider) -> float:
+            return 0.0 if provider.gives == "gemms" else error_of(provider, case)
+
+        row = {"provider": provider.name, "part": "loss and gradients", "gives": provider.gives}
+        rows.append(measured(row, check, step, run))
+    return rows
+
+
+@torch.no_grad()
+def forward_rows(case: Case, run: Run) -> list[dict[str, Any]]:
+    """Log-probabilities and entropies alone."""
+    few = rows_of(case, CHECKED_ROWS)
+    right = _eager_logprobs(few.double())
+    rows = []
+    for name, logprobs in forward_only(run.device):
+        if not run.wants(name):
+            continue
+
+        def check(logprobs: Callable[[Case], Any] = logprobs) -> float:
+            pairs = zip(logprobs(few), right, strict=False)
+            return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+        def step(logprobs: Callable[[Case], Any] = logprobs) -> None:
+            logprobs(case)
+
+        rows.append(measured({"provider": name, "part": "forward only"}, check, step, run))
     return rows
 
 
@@ -269,6 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA device here; --device cpu exercises the script")
+    run = Run(options.device, getattr(torch, options.dtype), options.repeats, tuple(options.only))
     results: dict[str, Any] = {
         "device": options.device,
         "card": torch.cuda.get_device_name() if options.device == "cuda" else "CPU",
@@ -279,9 +291,8 @@ def main(arguments: list[str] | None = None) -> int:
     }
     for text in options.shapes:
         shape = tuple(int(part) for part in text.split(","))
-        case = make_case(*shape, getattr(torch, options.dtype), options.device)
-        found = bench_shape(case, options.device, options.repeats, options.only)
-        results["rows"] += [{"shape": shape, **row} for row in found]
+        case = make_case(*shape, run.dtype, run.device)
+        results["rows"] += [{"shape": shape, **row} for row in loss_rows(case, run) + forward_rows(case, run)]
         del case
     out = options.out or Path(__file__).parent / "results" / f"kernels_{options.device}.json"
     out.parent.mkdir(parents=True, exist_ok=True)

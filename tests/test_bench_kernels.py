@@ -23,7 +23,7 @@ def test_every_part_is_checked_and_timed_and_written_down(tmp_path, capsys):
     assert {part for _, part in rows} == {"loss and gradients", "forward only"}
     for (provider, _), row in rows.items():
         assert row["ms"] > 0
-        assert "GEMMs" in provider or row["error"] < 1e-4
+        assert row["error"] < 1e-4, provider
     printed = capsys.readouterr().out
     assert all(provider in printed for provider, _ in rows)
 
