@@ -106,7 +106,8 @@ def _stats(logits: Tensor, targets: Tensor, cap: float | None) -> tuple[Tensor, 
     rows, vocab = logits.shape
     out = _vectors(logits, 4)
     if rows:
-        _kernels().row_stats[(rows,)](logits, targets, *out, vocab, logits.stride(0), **_common(logits, cap))
+        with torch.cuda.device_of(logits):
+            _kernels().row_stats[(rows,)](logits, targets, *out, vocab, logits.stride(0), **_common(logits, cap))
     return out[0], out[1], out[2], out[3]
 
 
@@ -135,10 +136,11 @@ def _grad_(
 ) -> None:
     rows, vocab = logits.shape
     if rows:
-        _kernels().row_grad[(rows,)](
-            logits, targets, logprobs, top, log_sum, entropy, g_lp, g_entropy, vocab, logits.stride(0),
-            ENTROPY=g_entropy is not None, **_common(logits, cap),
-        )  # fmt: skip
+        with torch.cuda.device_of(logits):
+            _kernels().row_grad[(rows,)](
+                logits, targets, logprobs, top, log_sum, entropy, g_lp, g_entropy, vocab, logits.stride(0),
+                ENTROPY=g_entropy is not None, **_common(logits, cap),
+            )  # fmt: skip
 
 
 @_grad_.register_fake
@@ -179,13 +181,14 @@ def _fused_(
     out = _vectors(logits, 4)
     t = FusedTerms(int(terms[0]), int(terms[1]), *terms[2:])
     if rows:
-        _kernels().row_fused[(rows,)](
-            logits, targets, expert, advantages, old_logprobs, ref_logprobs, rollout_logprobs, *out, vocab,
-            logits.stride(0), scale, t.expert_coef, t.alpha, t.luffy_gamma, t.clip_low, t.clip_high, t.dual_clip,
-            t.entropy_coef, t.kl_coef, t.tis_cap,
-            EXPERT=t.expert, POLICY=t.policy, ADVANTAGES=advantages is not None, OLD=old_logprobs is not None,
-            TIS=t.tis_cap != 0, KL=t.kl_coef != 0, ENTROPY=t.entropy_coef != 0, **_common(logits, cap),
-        )  # fmt: skip
+        with torch.cuda.device_of(logits):
+            _kernels().row_fused[(rows,)](
+                logits, targets, expert, advantages, old_logprobs, ref_logprobs, rollout_logprobs, *out, vocab,
+                logits.stride(0), scale, t.expert_coef, t.alpha, t.luffy_gamma, t.clip_low, t.clip_high, t.dual_clip,
+                t.entropy_coef, t.kl_coef, t.tis_cap,
+                EXPERT=t.expert, POLICY=t.policy, ADVANTAGES=advantages is not None, OLD=old_logprobs is not None,
+                TIS=t.tis_cap != 0, KL=t.kl_coef != 0, ENTROPY=t.entropy_coef != 0, **_common(logits, cap),
+            )  # fmt: skip
     return out[0], out[1], out[2], out[3]
 
 

@@ -175,7 +175,8 @@ def _linear_stats(
         return empty[0].clone(), empty[1].clone(), empty[2].clone(), empty[3].clone()
     chosen, processors = _launch_options(hidden, weight)
     parts = shares(hidden.shape[0], weight.shape[0], chosen, processors)
-    out = launch(hidden, weight, bias, targets, scale, cap, chosen, parts)
+    with torch.cuda.device_of(hidden):
+        out = launch(hidden, weight, bias, targets, scale, cap, chosen, parts)
     return out[0], out[1], out[2], out[3]
 
 
