@@ -14,12 +14,14 @@ from .functional import (
     TokenLogprobs,
     linear_logprobs,
     linear_policy_loss,
+    linear_statistics,
     logprobs_from_logits,
     policy_loss_from_logits,
 )
 from .metrics import METRICS, Metric, merge_metrics
 from .modules import TrapoLoss
 from .objective import EXPERT_TERMS, POLICY_TERMS, Objective, Term, Tokens
+from .terms import Sequences
 
 __all__ = [
     "EXPERT_TERMS",
@@ -29,6 +31,7 @@ __all__ = [
     "Metric",
     "Objective",
     "PolicyLoss",
+    "Sequences",
     "Term",
     "TokenLogprobs",
     "Tokens",
@@ -39,6 +42,7 @@ __all__ = [
     "get_budget_mb",
     "linear_logprobs",
     "linear_policy_loss",
+    "linear_statistics",
     "logprobs_from_logits",
     "merge_metrics",
     "policy_loss_from_logits",

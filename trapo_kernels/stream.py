@@ -4,7 +4,7 @@
         x = scale · (hidden[rows] Wᵀ + b)        GEMM 1, into one reused buffer           [C, V]
         row kernel: statistics -> logp, H        vectors of length C
         slopes: g_lp = scale · ∂loss/∂logp, g_H = scale · ∂loss/∂H
-        row kernel: x becomes scale · dL/dx in place
+        row kernel: x becomes scale · dL/dx in place; where a loss reads z_y, scale · ∂loss/∂z_y is added in column y
         d_hidden[rows] = x W                     GEMM 2
         d_W += xᵀ hidden[rows]                   GEMM 3, accumulated in fp32 (fp64 for fp64)
 
@@ -28,11 +28,12 @@ from torch import Tensor
 from .budget import chunk_rows
 from .head import Head
 from .rows.base import FusedTerms, FusedVerb, RowInputs, RowKernel, RowStats, stats_dtype
+from .statistics import Collector
 
-__all__ = ["LinearSource", "LogitsSource", "Rows", "Slopes", "Source", "backward", "forward"]
+__all__ = ["LinearSource", "LogitsSource", "Rows", "Slopes", "Source", "backward", "forward", "target_logits"]
 
-# (compact rows, their statistics) -> g_lp [C], g_H [C] or None
-Slopes = Callable[[slice, RowStats], tuple[Tensor, Tensor | None]]
+# (compact rows, their statistics) -> g_lp [C], g_H [C] or None, g_z [C] or None
+Slopes = Callable[[slice, RowStats], tuple[Tensor | None, Tensor | None, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -215,9 +216,13 @@ class LogitsSource:
         return (self.grad,)
 
 
-def _chunks(source: Source, kernel: RowKernel, *spans: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
+def _chunks(
+    source: Source, kernel: RowKernel, *spans: tuple[int, int], extras: Collector | None = None
+) -> Iterator[tuple[slice, Tensor]]:
     """(rows, buffer [C, V]) over the spans, none of which shares a chunk with another; one buffer for all."""
     scratch = kernel.scratch_bytes(source.vocab, source.dtype, source.device) + source.extra_bytes
+    if extras is not None:
+        scratch += extras.scratch_bytes(source.vocab, source.dtype, source.device)
     longest = max(stop - start for start, stop in spans)
     step = chunk_rows(longest, source.row_bytes, scratch, source.device.type)
     buffer = torch.empty(min(step, longest), source.vocab, dtype=source.dtype, device=source.device)
@@ -242,8 +247,10 @@ def forward(
     entropy: bool,
     slopes: Slopes | None = None,
     fused: Fused | None = None,
+    extras: Collector | None = None,
 ) -> RowStats:
-    """Statistics of the compact rows [n]; with `slopes` also the gradients, put into the source, in the same pass.
+    """Statistics of the compact rows [n]; with `slopes` also the gradients, put into the source, in the same pass;
+    `extras` collects further statistics.
 
     `targets` [n] are compact, as everything that `slopes` reads. With `fused` the kernel does both verbs at once.
     """
@@ -253,7 +260,7 @@ def forward(
     vectors = [torch.empty(rows.size, dtype=dtype, device=source.device) for _ in range(4)]
     out = RowStats(vectors[0], vectors[1], vectors[2], vectors[3] if entropy else None)
     middle = rows.with_gradient if slopes is not None else 0
-    for at, buffer in _chunks(source, kernel, (0, middle), (middle, rows.size)):
+    for at, buffer in _chunks(source, kernel, (0, middle), (middle, rows.size), extras=extras):
         logits = source.logits(at, buffer)
         has_gradient = slopes is not None and at.stop <= middle
         if has_gradient and fused is not None:
@@ -261,6 +268,8 @@ def forward(
             source.put(at, logits)
         else:
             found = kernel.stats(logits, targets[at], head.cap, entropy).finish()
+            if extras is not None:
+                extras.take(at, logits, targets[at], found, head.cap)
         for whole, part in zip(out, found, strict=True):
             if whole is not None and part is not None:
                 whole[at] = part
@@ -290,7 +299,24 @@ def _grad(
     head: Head,
     slopes: Slopes,
 ) -> None:
-    g_lp, g_entropy = slopes(at, stats)
+    g_lp, g_entropy, g_logit = slopes(at, stats)
+    g_lp = torch.zeros_like(stats.logprobs) if g_lp is None else g_lp * head.scale
     g_entropy = None if g_entropy is None else g_entropy * head.scale
-    kernel.grad_(logits, targets[at], stats, g_lp * head.scale, g_entropy, head.cap)
+    kernel.grad_(logits, targets[at], stats, g_lp, g_entropy, head.cap)
+    if g_logit is not None:
+        _add_at_target(logits, targets[at], stats, g_logit * head.scale, head.cap)
     source.put(at, logits)
+
+
+def _add_at_target(logits: Tensor, targets: Tensor, stats: RowStats, g_logit: Tensor, cap: float | None) -> None:
+    """The gradient of z_y: on one column of each row, so that row kernels need not know of it."""
+    if cap is not None:  # dz/dx = 1 − (z / cap)²
+        g_logit = g_logit * (1 - (target_logits(stats) / cap).square())
+    column = targets[:, None]
+    at_target = logits.gather(1, column).squeeze(1)
+    logits.scatter_(1, column, (at_target.to(g_logit.dtype) + g_logit).to(logits.dtype)[:, None])
+
+
+def target_logits(stats: RowStats) -> Tensor:
+    """z_y [C]."""
+    return stats.logprobs + (stats.max + stats.log_sum)

@@ -6,6 +6,7 @@ index assertion reports a target out of range.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 
 from .head import Head
+from .terms import Sequences
 
 __all__ = ["check_group", "check_head", "check_linear", "check_logits", "check_normalizer", "check_targets"]
-__all__ += ["check_token_inputs"]
+__all__ += ["check_sequences", "check_token_inputs"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -131,6 +133,26 @@ def check_token_inputs(
             raise ValueError(f"{caller}: {name} must be {list(shape)} as targets{also}; got {list(value.shape)}")
         out[name] = value.detach().expand(shape)
     return {name: out[name] for name in floats}, {name: out[name] for name in masks}
+
+
+def check_sequences(caller: str, targets: Tensor, sequence_ids: Any) -> Sequences:
+    """Which sequence each token belongs to: the last dimension of targets, or what `sequence_ids` say."""
+    if sequence_ids is None:
+        if targets.ndim < 2:
+            raise ValueError(
+                f"{caller}: targets must be [B, T] or sequence_ids given, for an objective that reads sequences; "
+                f"got {list(targets.shape)}"
+            )
+        length = targets.shape[-1]
+        return Sequences(torch.arange(targets.numel(), device=targets.device), math.prod(targets.shape[:-1]), length)
+    if _tensor(caller, "sequence_ids", sequence_ids).dtype != torch.int64:
+        raise TypeError(f"{caller}: sequence_ids must be int64; got {_dtype(sequence_ids)}")
+    _same(caller, "sequence_ids", sequence_ids, "targets", targets, dtype=False)
+    if sequence_ids.shape != targets.shape:
+        raise ValueError(
+            f"{caller}: sequence_ids must be {list(targets.shape)} as targets; got {list(sequence_ids.shape)}"
+        )
+    return Sequences.of(sequence_ids.reshape(-1))
 
 
 def check_normalizer(caller: str, normalizer: Any) -> None:
