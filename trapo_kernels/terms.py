@@ -490,25 +490,36 @@ _INPUTS = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs")
 _DIFFERENTIABLE = ("logprobs", "entropy", "target_logits")
 
 
+def function_name(fn: Any) -> str:
+    """How messages call a function of the user's."""
+    return getattr(fn, "__name__", None) or function_name(getattr(fn, "func", type(fn)))
+
+
+def _is_constant(p: inspect.Parameter) -> bool:
+    number = isinstance(p.default, (int, float))
+    return number and p.name not in _INPUTS and p.name not in _DIFFERENTIABLE and not is_statistic(p.name)
+
+
 @lru_cache(maxsize=256)
 def own_term(fn: Callable[..., Tensor]) -> Term:
     """A function of per-token tensors [n] as a term: its parameters' names say what it reads.
 
     Names: logprobs, entropy, target_logits, which have a gradient; advantages, old_logprobs, ref_logprobs,
     rollout_logprobs, which must be given to the loss unless the parameter has a default; statistics of a row
-    (top20_mass, top20_entropy, sum_sq, argmax_match, mean_logit). It returns the loss of each token [n]. It is called
-    on chunks of tokens, in any order: one token's loss must not depend on another's.
+    (top20_mass, top20_entropy, sum_sq, argmax_match, mean_logit). Any other parameter has a number as its default, and
+    keeps it. The function returns the loss of each token [n]. It is called on chunks of tokens, in any order: one
+    token's loss must not depend on another's.
 
     Raises:
-        TypeError: a parameter has another name.
+        TypeError: a parameter is none of these.
     """
-    name = getattr(fn, "__name__", type(fn).__name__)
-    parameters = inspect.signature(fn).parameters.values()
+    name = function_name(fn)
+    parameters = [p for p in inspect.signature(fn).parameters.values() if not _is_constant(p)]
     for p in parameters:
         known = p.name in _INPUTS or p.name in _DIFFERENTIABLE or is_statistic(p.name)
         if not known or p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
-            accepted = ", ".join((*_DIFFERENTIABLE, *_INPUTS))
-            raise TypeError(f"{name}: parameters must be among {accepted} or statistics of a row; got {p}")
+            accepted = ", ".join((*_DIFFERENTIABLE, *_INPUTS, "statistics of a row"))
+            raise TypeError(f"{name}: parameters must be among {accepted}, or have a number as default; got {p}")
     names = tuple(p.name for p in parameters)
     given = {p.name for p in parameters if p.name in _INPUTS}
     needs = tuple(p.name for p in parameters if p.name in _INPUTS and p.default is p.empty)
