@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference, stream, validate
+from . import reference, stream, validate, vocab_parallel
 from .dispatch import pick
 from .head import Head
 from .metrics import policy_metrics
@@ -19,6 +19,7 @@ from .rows.base import RowInputs, RowKernel, RowStats, stats_dtype
 from .statistics import Collector, check_statistics
 from .stream import LinearSource, LogitsSource, Rows, Source
 from .terms import Sequences, Slopes
+from .vocab_parallel import ShardedKernel, ShardedSource
 
 __all__ = [
     "PolicyLoss",
@@ -76,21 +77,22 @@ def linear_logprobs(
         temperature, softcap, logit_scale: z = softcap · tanh(logit_scale · (h Wᵀ + b) / softcap) / temperature.
         entropy: also return the entropy of each token's distribution.
         backend: "torch", "reference", ...; None = the fastest here. See `backends()`.
-        group: reserved for vocabulary-parallel heads.
+        group: a ProcessGroup whose ranks hold the rows of weight (and bias) in order, in parts of any size; hidden and
+            targets (ids in the whole vocabulary) are the same on all. A DTensor weight that is Shard(0) brings its
+            own. The gradient of hidden is whole on every rank, that of weight is of the part.
 
     Raises:
         TypeError, ValueError: one line naming the argument, what it accepts and what it got. Values of targets are
             checked on the CPU; on an accelerator one out of range trips the device's index assertion.
     """
     caller = "linear_logprobs"
-    validate.check_group(caller, group)
+    hidden, weight, bias, group = vocab_parallel.local_parts(caller, hidden, weight, bias, group)
     head = validate.check_head(
         caller, temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
     )
-    validate.check_linear(caller, hidden, weight, bias)
+    validate.check_linear(caller, hidden, weight, bias, sharded=group is not None)
     validate.check_targets(caller, targets, "hidden", hidden)
-    kernel = pick(backend, caller, hidden.device).kernel
-    params = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+    kernel, params = _linear(caller, hidden, weight, bias, targets, backend, group)
     return _logprobs(caller, params, targets, head, kernel, entropy)
 
 
@@ -156,7 +158,7 @@ def linear_statistics(
     validate.check_range(caller, flat, active, weight.shape[0], ignore_index)
     rows = Rows.choose(active)
     params = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
-    kernel = pick(backend, caller).kernel
+    kernel = pick(backend, caller, hidden.device).kernel
     found = _token_values(params, rows, rows.take(flat), head, kernel, False, statistics=names).statistics
     return {name: rows.spread(values).reshape(targets.shape) for name, values in found.items()}
 
@@ -223,20 +225,22 @@ def linear_policy_loss(
         TypeError, ValueError: as `linear_logprobs`.
     """
     caller = "linear_policy_loss"
-    validate.check_group(caller, group)
+    hidden, weight, bias, group = vocab_parallel.local_parts(caller, hidden, weight, bias, group)
     head = validate.check_head(
         caller, temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
     )
-    validate.check_linear(caller, hidden, weight, bias)
+    validate.check_linear(caller, hidden, weight, bias, sharded=group is not None)
     validate.check_targets(caller, targets, "hidden", hidden)
+    kernel, params = _linear(caller, hidden, weight, bias, targets, backend, group)
     batch = _batch(
-        caller, objective, targets, weight.shape[0], stats_dtype(hidden.dtype), head, skip_inactive, normalizer,
+        caller, objective, targets, _vocab(kernel, params), stats_dtype(hidden.dtype), head, skip_inactive, normalizer,
         {"advantages": advantages, "old_logprobs": old_logprobs,
          "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs},
         {"expert_mask": expert_mask, "mask": mask}, sequence_ids, statistics,
     )  # fmt: skip
-    kernel = pick(backend, caller, hidden.device).kernel
-    params = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+    if batch.statistics and isinstance(kernel, ShardedKernel):
+        names = ", ".join(batch.statistics)
+        raise NotImplementedError(f"{caller}: group must be None where statistics of a row are read; got {names}")
     if kernel is None or objective.coupled:
         return _two_pass(params, batch, head, kernel)
     job = _Job(kernel, head, batch.rows, batch.targets, _wanted(params))
@@ -292,6 +296,27 @@ def policy_loss_from_logits(
 _Params = tuple[Tensor | None, ...]
 
 
+def _linear(
+    caller: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, backend: str | None, group: Any
+) -> tuple[RowKernel | None, _Params]:
+    """The backend's kernel and the parameters of a linear head; those of the group where there is one."""
+    kernel = pick(backend, caller, hidden.device).kernel
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    if group is None:
+        return kernel, (flat, weight, bias)
+    shard = vocab_parallel.agree(caller, group, weight, targets)
+    if kernel is not None:
+        return ShardedKernel(kernel, shard), (flat, weight, bias)
+    whole = vocab_parallel.gather(weight, shard)
+    return None, (flat, whole, None if bias is None else vocab_parallel.gather(bias, shard))
+
+
+def _vocab(kernel: RowKernel | None, params: _Params) -> int:
+    if isinstance(kernel, ShardedKernel):
+        return kernel.shard.vocab
+    return params[1].shape[0] if len(params) > 1 else params[0].shape[1]  # type: ignore[union-attr]
+
+
 @dataclass(frozen=True)
 class _Job:
     """One call of the stream: everything but the tensors that have a gradient."""
@@ -310,7 +335,10 @@ class _Job:
         hidden, weight, bias = params
         assert hidden is not None
         assert weight is not None
-        return LinearSource(hidden, weight, bias, self.head, rows, (wants[0], wants[1], wants[2]))
+        which = (wants[0], wants[1], wants[2])
+        if isinstance(self.kernel, ShardedKernel):
+            return ShardedSource(self.kernel.shard, hidden, weight, bias, self.head, rows, which)
+        return LinearSource(hidden, weight, bias, self.head, rows, which)
 
 
 def _wanted(params: _Params) -> tuple[bool, ...]:
@@ -411,8 +439,7 @@ def _logprobs(
 ) -> TokenLogprobs:
     flat = targets.reshape(-1)
     active = flat != head.ignore_index
-    vocab = params[1].shape[0] if len(params) > 1 else params[0].shape[1]  # type: ignore[union-attr]
-    validate.check_range(caller, flat, active, vocab, head.ignore_index)
+    validate.check_range(caller, flat, active, _vocab(kernel, params), head.ignore_index)
     rows = Rows.choose(active)
     logprobs, entropies, _, _ = _token_values(params, rows, rows.take(flat), head, kernel, entropy)
     shape = targets.shape

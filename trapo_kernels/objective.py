@@ -27,7 +27,19 @@ import torch
 from torch import Tensor
 
 from .rows.base import FusedTerms
-from .terms import ENTROPY, EXPERT_TERMS, K3, POLICY_TERMS, Slopes, Term, Tokens, _given, own_term, tis_weight
+from .terms import (
+    ENTROPY,
+    EXPERT_TERMS,
+    K3,
+    POLICY_TERMS,
+    Slopes,
+    Term,
+    Tokens,
+    _given,
+    function_name,
+    own_term,
+    tis_weight,
+)
 
 __all__ = ["EXPERT_TERMS", "POLICY_TERMS", "REDUCTIONS", "Objective", "Term", "Tokens"]
 
@@ -386,7 +398,7 @@ def _term(setting: str | Callable[..., Tensor], table: dict[str, Term]) -> Term:
 
 
 def _shown(setting: Any) -> str:
-    return getattr(setting, "__name__", repr(setting)) if callable(setting) else repr(setting)
+    return function_name(setting) if callable(setting) else repr(setting)
 
 
 def _region(name: str, tokens: Tokens) -> Tensor:

@@ -77,8 +77,9 @@ class Collector:
 
     def scratch_bytes(self, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
         """A block of z, one of what is computed from it, and what a top-k selection takes."""
-        block = _block_rows(vocab, device) * vocab
-        return block * (2 * stats_dtype(dtype).itemsize + 8) if self.values else 0
+        if not self.values:
+            return 0
+        return _block_rows(vocab, device) * vocab * (2 * stats_dtype(dtype).itemsize + 8)
 
     def take(self, at: slice, logits: Tensor, targets: Tensor, stats: RowStats, cap: float | None) -> None:
         """Compact rows `at`, whose logits [C, V] the stream holds; targets and stats are those of the chunk."""

@@ -304,12 +304,17 @@ def _grad(
     g_entropy = None if g_entropy is None else g_entropy * head.scale
     kernel.grad_(logits, targets[at], stats, g_lp, g_entropy, head.cap)
     if g_logit is not None:
-        _add_at_target(logits, targets[at], stats, g_logit * head.scale, head.cap)
+        columns = getattr(kernel, "columns", None)  # of a kernel that holds a part of them
+        column, here = (targets[at], None) if columns is None else columns(targets[at])
+        g_logit = g_logit * head.scale if here is None else g_logit * head.scale * here
+        _add_at_target(logits, column, stats, g_logit, head.cap)
     source.put(at, logits)
 
 
 def _add_at_target(logits: Tensor, targets: Tensor, stats: RowStats, g_logit: Tensor, cap: float | None) -> None:
     """The gradient of z_y: on one column of each row, so that row kernels need not know of it."""
+    if logits.shape[1] == 0:
+        return
     if cap is not None:  # dz/dx = 1 − (z / cap)²
         g_logit = g_logit * (1 - (target_logits(stats) / cap).square())
     column = targets[:, None]

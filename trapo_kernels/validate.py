@@ -16,15 +16,10 @@ from torch import Tensor
 from .head import Head
 from .terms import Sequences
 
-__all__ = ["check_group", "check_head", "check_linear", "check_logits", "check_normalizer", "check_targets"]
+__all__ = ["check_head", "check_linear", "check_logits", "check_normalizer", "check_targets"]
 __all__ += ["check_sequences", "check_token_inputs"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def check_group(caller: str, group: Any) -> None:
-    if group is not None:
-        raise NotImplementedError(f"{caller}: group must be None; vocabulary-parallel heads are not in this version")
 
 
 def check_head(caller: str, **options: Any) -> Head:
@@ -59,13 +54,13 @@ def _same(caller: str, name: str, value: Tensor, like_name: str, like: Tensor, d
         raise ValueError(f"{caller}: {name} must be on the device of {like_name}, {like.device}; got {value.device}")
 
 
-def check_linear(caller: str, hidden: Any, weight: Any, bias: Any) -> None:
-    """hidden [..., D], weight [V, D], bias [V] or None: of one dtype, on one device."""
+def check_linear(caller: str, hidden: Any, weight: Any, bias: Any, sharded: bool = False) -> None:
+    """hidden [..., D], weight [V, D], bias [V] or None: of one dtype, on one device. A shard may have no rows."""
     for name, value in (("hidden", hidden), ("weight", weight)):
         _float_tensor(caller, name, value)
     if hidden.ndim < 1 or hidden.shape[-1] < 1:
         raise ValueError(f"{caller}: hidden must be [..., D] with D >= 1; got {list(hidden.shape)}")
-    if weight.ndim != 2 or weight.shape[0] < 1 or weight.shape[1] != hidden.shape[-1]:
+    if weight.ndim != 2 or (weight.shape[0] < 1 and not sharded) or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{caller}: weight must be [V, D] with V >= 1 and D={hidden.shape[-1]} as in hidden; "
             f"got {list(weight.shape)}"
