@@ -104,7 +104,7 @@ def test_nan_in_a_token_stays_in_that_token():
     [
         (
             {"expert": "trfst"},
-            "Objective: expert must be one of 'sft', 'trsft', 'dft', 'luffy', 'chord', 'sed', 'eaft', 'pear', "
+            "Objective: expert must be one of 'sft', 'trsft', 'dft', 'luffy', 'chord', 'sed', 'eaft', 'asft', 'pear', "
             "'lco_mse', 'lco_logcosh', a function or None; got 'trfst'",
         ),
         (

@@ -63,7 +63,7 @@ OLD = {
 
 def test_every_term_in_the_tables_is_tried_here():
     tried = {(o.expert, o.policy) for o in (NEW | OLD).values()}
-    assert {expert for expert, _ in tried} >= set(tk.EXPERT_TERMS)
+    assert {expert for expert, _ in tried} | {"asft"} >= set(tk.EXPERT_TERMS)  # asft: the next test but one
     assert {policy for _, policy in tried} >= set(tk.POLICY_TERMS)
 
 
@@ -254,6 +254,45 @@ def test_every_branch_of_the_formula_happens_in_the_cases(name):
         metrics = policy_loss(case, o, "reference").metrics
         assert metrics["clip_high"] > 0
         assert o.clip_low is None or metrics["clip_low"] > 0
+
+
+@backends
+@pytest.mark.parametrize("head", ["plain", "all"])
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+def test_asft_is_dft_with_a_kl_to_the_reference_over_the_whole_vocabulary(reduction, head, backend):
+    case = sequence_case(seed=3, **HEADS[head])
+    o = Objective(expert="asft", policy="clip", asft_kl=0.3, expert_coef=0.7, entropy_coef=0.01, reduction=reduction)
+    g = torch.Generator().manual_seed(1)
+    ref_hidden = torch.randn(8, 6, 5, generator=g, dtype=torch.float64)
+    ref_weight = torch.randn(33, 5, generator=g, dtype=torch.float64)
+
+    def log_softmax(hidden, weight, bias):
+        z = (hidden @ weight.T + (0 if bias is None else bias)) * case.head.get("logit_scale", 1.0)
+        if case.head.get("softcap"):
+            z = case.head["softcap"] * torch.tanh(z / case.head["softcap"])
+        return (z / case.head.get("temperature", 1.0)).log_softmax(-1)
+
+    log_pi, log_ref = log_softmax(case.hidden, case.weight, case.bias), log_softmax(ref_hidden, ref_weight, None)
+    lp = log_pi.gather(-1, case.targets.clamp(min=0)[..., None]).squeeze(-1)
+    kl = (log_ref.exp() * (log_ref - log_pi)).sum(-1)
+    expert, advantages = case.inputs["expert_mask"], case.inputs["advantages"]
+    own = -(lp - case.inputs["old_logprobs"]).exp() * advantages
+    token = torch.where(expert, 0.7 * (-lp.detach().exp() * lp + 0.3 * kl), own)
+    token = token + 0.01 * (log_pi.exp() * log_pi).sum(-1)
+    active = case.inputs["mask"] & (case.targets != -100)
+    if reduction == "token_mean":
+        expected = (token * active).sum() / active.sum()
+    else:
+        expected = ((token * active).sum(1) / active.sum(1)).mean()
+    out = policy_loss(case, o, backend, ref_hidden=ref_hidden, ref_weight=ref_weight)
+    assert_close(out.loss, expected, 1e-11, "loss")
+    assert_close(out.metrics["loss"], expected, 1e-11, "metric")
+    grads = torch.autograd.grad(out.loss, case.params())
+    for a, b in zip(grads, torch.autograd.grad(expected, case.params()), strict=True):
+        assert_close(a, b, 1e-11, "gradient")
+    assert "4 GEMMs: student's and reference's logits" in o.explain()
+    with pytest.raises(ValueError, match=r"^linear_policy_loss: ref_hidden must be a tensor, which expert="):
+        policy_loss(case, o, backend)
 
 
 # Backends --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ out.loss.backward()
 
 from .budget import budget_mb, get_budget_mb, set_budget_mb
 from .dispatch import Backend, backends, default_backend, set_backend
+from .divergence import Divergence, linear_divergence
 from .functional import (
     PolicyLoss,
     TokenLogprobs,
@@ -28,6 +29,7 @@ __all__ = [
     "METRICS",
     "POLICY_TERMS",
     "Backend",
+    "Divergence",
     "Metric",
     "Objective",
     "PolicyLoss",
@@ -40,6 +42,7 @@ __all__ = [
     "budget_mb",
     "default_backend",
     "get_budget_mb",
+    "linear_divergence",
     "linear_logprobs",
     "linear_policy_loss",
     "linear_statistics",

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference, stream, validate, vocab_parallel
+from . import ops, reference, stream, validate, vocab_parallel
 from .dispatch import pick
+from .divergence import linear_divergence
 from .head import Head
 from .metrics import policy_metrics
 from .objective import Objective, Tokens
@@ -118,7 +119,7 @@ def logprobs_from_logits(
     )
     validate.check_logits(caller, logits)
     validate.check_targets(caller, targets, "logits", logits)
-    kernel = pick(backend, caller, logits.device).kernel
+    kernel = _picked(backend, caller, logits.device)
     return _logprobs(caller, (logits.reshape(-1, logits.shape[-1]),), targets, head, kernel, entropy)
 
 
@@ -156,10 +157,11 @@ def linear_statistics(
     flat = targets.reshape(-1)
     active = flat != ignore_index
     validate.check_range(caller, flat, active, weight.shape[0], ignore_index)
-    rows = Rows.choose(active)
+    dense = active if torch.compiler.is_compiling() else None
+    rows = Rows.choose(active) if dense is None else Rows.every(active)
     params = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
-    kernel = pick(backend, caller, hidden.device).kernel
-    found = _token_values(params, rows, rows.take(flat), head, kernel, False, statistics=names).statistics
+    kernel = _picked(backend, caller, hidden.device)
+    found = _token_values(params, rows, rows.take(flat), head, kernel, False, statistics=names, active=dense).statistics
     return {name: rows.spread(values).reshape(targets.shape) for name, values in found.items()}
 
 
@@ -179,6 +181,9 @@ def linear_policy_loss(
     normalizer: float | Tensor | None = None,
     skip_inactive: bool = False,
     statistics: Sequence[str] = (),
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -217,6 +222,7 @@ def linear_policy_loss(
             objective's sequences nothing).
         statistics: names of statistics of a row (statistics.py has them) whose means over computed tokens are added to
             the metrics.
+        ref_hidden, ref_weight, ref_bias: [..., D'], [V, D'] and [V] of a frozen reference, for expert="asft".
         bias, temperature, softcap, logit_scale, ignore_index, backend, group: as `linear_logprobs`.
 
     Advantages and the given logprobs are constants: no gradient flows into them.
@@ -241,11 +247,16 @@ def linear_policy_loss(
     if batch.statistics and isinstance(kernel, ShardedKernel):
         names = ", ".join(batch.statistics)
         raise NotImplementedError(f"{caller}: group must be None where statistics of a row are read; got {names}")
-    if kernel is None or objective.coupled:
-        return _two_pass(params, batch, head, kernel)
+    ref = (ref_hidden, ref_weight, ref_bias)
+    if batch.objective.reference_head:
+        _check_reference_head(caller, kernel, ref)
+    if isinstance(kernel, ops.Named):
+        return _compiled(params, batch, head, kernel)
+    if kernel is None or batch.objective.coupled:
+        return _anchored(_two_pass(params, batch, head, kernel), params, ref, batch, head, kernel)
     job = _Job(kernel, head, batch.rows, batch.targets, _wanted(params))
-    loss, *values = _PolicyLoss.apply(job, batch, *params)
-    return batch.result(loss, batch.values(*values))
+    loss, *values = _applied(_PolicyLoss, caller, job, batch, *params)
+    return _anchored(batch.result(loss, batch.values(*values)), params, ref, batch, head, kernel)
 
 
 def policy_loss_from_logits(
@@ -286,7 +297,9 @@ def policy_loss_from_logits(
          "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs},
         {"expert_mask": expert_mask, "mask": mask}, sequence_ids, statistics,
     )  # fmt: skip
-    kernel = pick(backend, caller, logits.device).kernel
+    if objective.reference_head:
+        raise ValueError(f"{caller}: objective must not need a reference head; got expert='asft'")
+    kernel = _picked(backend, caller, logits.device)
     return _two_pass((logits.reshape(-1, logits.shape[-1]),), batch, head, kernel)
 
 
@@ -296,22 +309,36 @@ def policy_loss_from_logits(
 _Params = tuple[Tensor | None, ...]
 
 
+# A row kernel; its name, inside torch.compile; None: materialise.
+_Kernel = RowKernel | ops.Named | None
+
+
+def _picked(backend: str | None, caller: str, device: torch.device) -> _Kernel:
+    if not torch.compiler.is_compiling():
+        return pick(backend, caller, device).kernel
+    name = ops.backend_name(backend, caller, device)
+    return None if name == "reference" else ops.Named(name)
+
+
 def _linear(
     caller: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, backend: str | None, group: Any
-) -> tuple[RowKernel | None, _Params]:
+) -> tuple[_Kernel, _Params]:
     """The backend's kernel and the parameters of a linear head; those of the group where there is one."""
-    kernel = pick(backend, caller, hidden.device).kernel
+    kernel = _picked(backend, caller, hidden.device)
     flat = hidden.reshape(-1, hidden.shape[-1])
+    if group is not None and torch.compiler.is_compiling():
+        raise NotImplementedError(f"{caller}: group must be None under torch.compile; got {type(group).__name__}")
     if group is None:
         return kernel, (flat, weight, bias)
     shard = vocab_parallel.agree(caller, group, weight, targets)
+    assert not isinstance(kernel, ops.Named)
     if kernel is not None:
         return ShardedKernel(kernel, shard), (flat, weight, bias)
     whole = vocab_parallel.gather(weight, shard)
     return None, (flat, whole, None if bias is None else vocab_parallel.gather(bias, shard))
 
 
-def _vocab(kernel: RowKernel | None, params: _Params) -> int:
+def _vocab(kernel: _Kernel, params: _Params) -> int:
     if isinstance(kernel, ShardedKernel):
         return kernel.shard.vocab
     return params[1].shape[0] if len(params) > 1 else params[0].shape[1]  # type: ignore[union-attr]
@@ -367,6 +394,15 @@ def _refuse_second_derivative(caller: str) -> None:
         )
 
 
+def _applied(function: Any, caller: str, *args: Any) -> Any:
+    try:
+        return function.apply(*args)
+    except RuntimeError as error:
+        if "functorch transforms" not in str(error):
+            raise
+    raise RuntimeError(f"{caller}: a streamed loss is not for torch.func transforms; use backend='reference'")
+
+
 class _TokenLogprobs(torch.autograd.Function):
     """Statistics in one pass; the backward recomputes the logits of rows that have an incoming gradient."""
 
@@ -416,32 +452,62 @@ def _token_values(
     rows: Rows,
     targets: Tensor,
     head: Head,
-    kernel: RowKernel | None,
+    kernel: _Kernel,
     entropy: bool,
     target_logits: bool = False,
     statistics: tuple[str, ...] = (),
+    active: Tensor | None = None,
 ) -> TokenValues:
-    """What is asked for of the compact rows [n]; all but the statistics differentiable."""
+    """What is asked for of the compact rows [n]; all but the statistics differentiable. With `active`, for a compiler:
+    of all rows [N], zero where not active."""
     first = params[0]
     assert first is not None
+    if active is not None:
+        return _dense_token_values(params, active, targets, head, kernel, entropy, statistics)
+    assert not isinstance(kernel, ops.Named)
     if kernel is not None:
         job = _Job(kernel, head, rows, targets, _wanted(params))
         extras = Collector(statistics, rows.size, stats_dtype(first.dtype), first.device)
-        logprobs, entropies, target = _TokenLogprobs.apply(job, _Ask(entropy, target_logits, extras), *params)
+        ask = _Ask(entropy, target_logits, extras)
+        logprobs, entropies, target = _applied(_TokenLogprobs, "linear_logprobs", job, ask, *params)
         return TokenValues(logprobs, entropies, target, extras.values)
     first = rows.take(first)
     logits = first if len(params) == 1 else reference.linear_logits(first, *params[1:])  # type: ignore[arg-type]
     return reference.token_values(logits, targets, head, statistics)
 
 
+def _dense_token_values(
+    params: _Params,
+    active: Tensor,
+    targets: Tensor,
+    head: Head,
+    kernel: _Kernel,
+    entropy: bool,
+    statistics: tuple[str, ...],
+) -> TokenValues:
+    if isinstance(kernel, ops.Named):
+        logprobs, entropies, target, _, _, found = torch.ops.trapo_kernels.token_values(
+            *ops.three(params), targets, active, entropy, list(statistics), *ops.plain(head, kernel, _wanted(params))
+        )
+    else:
+        first = torch.where(active[:, None], params[0], 0)  # type: ignore[arg-type]
+        logits = first if len(params) == 1 else reference.linear_logits(first, *params[1:])  # type: ignore[arg-type]
+        values = reference.token_values(logits, torch.where(active, targets, 0), head, statistics)
+        logprobs, entropies, target = (torch.where(active, t, 0) for t in values[:3])  # type: ignore[arg-type]
+        found = [torch.where(active, t, 0) for t in values.statistics.values()]
+    by_name = {name: found[i] for i, name in enumerate(statistics)}
+    return TokenValues(logprobs, entropies if entropy else None, target, by_name)
+
+
 def _logprobs(
-    caller: str, params: _Params, targets: Tensor, head: Head, kernel: RowKernel | None, entropy: bool
+    caller: str, params: _Params, targets: Tensor, head: Head, kernel: _Kernel, entropy: bool
 ) -> TokenLogprobs:
     flat = targets.reshape(-1)
     active = flat != head.ignore_index
     validate.check_range(caller, flat, active, _vocab(kernel, params), head.ignore_index)
-    rows = Rows.choose(active)
-    logprobs, entropies, _, _ = _token_values(params, rows, rows.take(flat), head, kernel, entropy)
+    dense = active if torch.compiler.is_compiling() else None
+    rows = Rows.choose(active) if dense is None else Rows.every(active)
+    logprobs, entropies, _, _ = _token_values(params, rows, rows.take(flat), head, kernel, entropy, active=dense)
     shape = targets.shape
     return TokenLogprobs(
         rows.spread(logprobs).reshape(shape),
@@ -467,6 +533,10 @@ class _Batch:
     normalizer: Tensor
     counts: dict[str, Tensor]
     shape: torch.Size
+    # Under torch.compile the rows are all there are, and these say which count; else None.
+    own: Tensor | None = None
+    active: Tensor | None = None
+    live: Tensor | None = None
 
     def tokens(self, values: TokenValues, at: slice = slice(None)) -> Tokens:
         """Rows `at`, whose values these are."""
@@ -480,6 +550,7 @@ class _Batch:
             target_logits=values.target_logits,
             statistics=values.statistics,
             sequences=self.sequences,
+            own=None if self.own is None else self.own[at],
         )
 
     def values(self, logprobs: Tensor, entropy: Tensor, *others: Tensor) -> TokenValues:
@@ -548,9 +619,9 @@ def _batch(
     if not isinstance(objective, Objective):
         raise TypeError(f"{caller}: objective must be an Objective; got {type(objective).__name__}")
     floats, masks = validate.check_token_inputs(caller, targets, floats, masks)
-    for name, setting in objective.needs.items():
+    for name in objective.needed:
         if floats[name] is None:
-            raise ValueError(f"{caller}: {name} must be a tensor, which {setting} needs; got None")
+            raise ValueError(f"{caller}: {name} must be a tensor, which {objective.needs[name]} needs; got None")
     names = check_statistics(caller, (*objective.statistics, *check_statistics(caller, statistics)))
     flat = targets.reshape(-1)
     active = flat != head.ignore_index
@@ -563,8 +634,15 @@ def _batch(
         expert = masks["expert_mask"].reshape(-1)
     advantages = floats["advantages"]
     live = objective.has_gradient(expert, None if advantages is None else advantages.reshape(-1))
-    # The tokens of a coupled objective stay together and in order: no others are known before all are.
-    rows = Rows.choose(active) if objective.coupled else Rows.choose(active, live, drop_others=skip_inactive)
+    masks = {"own": None, "active": None, "live": None}
+    if torch.compiler.is_compiling():
+        rows, computed = Rows.every(active), active & live if skip_inactive and not objective.coupled else active
+        masks = {"own": computed & ~expert, "active": computed, "live": live}
+        expert = computed & expert
+    elif objective.coupled:  # its tokens stay together and in order: no others are known before all are
+        rows = Rows.choose(active)
+    else:
+        rows = Rows.choose(active, live, drop_others=skip_inactive)
     sequences = None
     if objective.needs_sequences:
         sequences = validate.check_sequences(caller, targets, sequence_ids)
@@ -588,6 +666,7 @@ def _batch(
         normalizer=torch.as_tensor(normalizer, device=flat.device).to(dtype),
         counts={"tokens": count, "zero_gradient_tokens": (active & ~live).sum()},
         shape=targets.shape,
+        **masks,
     )
 
 
@@ -639,10 +718,53 @@ class _PolicyLoss(torch.autograd.Function):
         return None, None, *_finished(grads, params, g_loss / ctx.batch.normalizer)
 
 
-def _two_pass(params: _Params, batch: _Batch, head: Head, kernel: RowKernel | None) -> PolicyLoss:
+def _check_reference_head(caller: str, kernel: _Kernel, ref: _Params) -> None:
+    for name, value in zip(("ref_hidden", "ref_weight"), ref[:2], strict=True):
+        if value is None:
+            raise ValueError(f"{caller}: {name} must be a tensor, which expert='asft' needs; got None")
+    if isinstance(kernel, (ShardedKernel, ops.Named)):
+        where = "under torch.compile" if isinstance(kernel, ops.Named) else "with group="
+        raise NotImplementedError(f"{caller}: objective must not need a reference head {where}; got expert='asft'")
+
+
+def _anchored(out: PolicyLoss, params: _Params, ref: _Params, batch: _Batch, head: Head, kernel: _Kernel) -> PolicyLoss:
+    """The loss and the divergence of its expert tokens from a reference, where the objective has one."""
+    o = batch.objective
+    if not o.reference_head:
+        return out
+    weights = batch.expert.to(batch.normalizer.dtype) * (o.expert_coef * o.asft_kl)
+    weights = batch.rows.spread(weights if batch.weights is None else weights * batch.weights)
+    (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias) = params, ref
+    assert hidden is not None
+    assert weight is not None
+    assert ref_hidden is not None
+    assert ref_weight is not None
+    anchor = linear_divergence(
+        hidden, weight, ref_hidden.reshape(-1, ref_hidden.shape[-1]), ref_weight, mask=weights != 0, weights=weights,
+        normalizer=batch.normalizer, bias=bias, ref_bias=ref_bias, temperature=head.temperature, softcap=head.softcap,
+        logit_scale=head.logit_scale, backend="reference" if kernel is None else "torch",
+    ).loss  # fmt: skip
+    more = {name: out.metrics[name] + anchor.detach() for name in ("loss", "loss_expert")}
+    return out._replace(loss=out.loss + anchor, metrics={**out.metrics, **more})
+
+
+def _two_pass(params: _Params, batch: _Batch, head: Head, kernel: _Kernel) -> PolicyLoss:
     """Log-probabilities first, then the objective on vectors, by autograd."""
     o = batch.objective
     values = _token_values(
-        params, batch.rows, batch.targets, head, kernel, True, target_logits=o.reads_logit, statistics=batch.statistics
-    )
+        params, batch.rows, batch.targets, head, kernel, True,
+        target_logits=o.reads_logit, statistics=batch.statistics, active=batch.active,
+    )  # fmt: skip
     return batch.result(batch.loss(values), values)
+
+
+def _compiled(params: _Params, batch: _Batch, head: Head, kernel: ops.Named) -> PolicyLoss:
+    """Inside torch.compile: a single pass is one operator."""
+    if batch.objective.coupled:
+        return _two_pass(params, batch, head, kernel)
+    total, values, *_ = torch.ops.trapo_kernels.policy_loss(
+        *ops.three(params), batch.targets, batch.active, batch.live, batch.expert, *batch.inputs.values(),
+        batch.weights, ops.objective_key(batch.objective), list(batch.statistics),
+        *ops.plain(head, kernel, _wanted(params)),
+    )  # fmt: skip
+    return batch.result(total / batch.normalizer, batch.values(*values.unbind(0)))

@@ -67,6 +67,7 @@ class Objective:
         luffy_gamma: γ of LUFFY's p/(p + γ).
         sed_coef, sed_k, sed_tau: λ, k and τ of SED-SFT. METHODS.md records no published values; these are ours.
         eaft_power: a of EAFT.
+        asft_kl: λ of ASFT, the weight of KL(reference ‖ policy) over the whole vocabulary, on expert tokens.
         pear_gamma, pear_low, pear_high: γ of PEAR (no published value on record), and its clip of log ratios.
         lco_beta: β of LCO for A > 0; 100 times that for the others (no published value on record).
         sapo_tau_pos, sapo_tau_neg: τ of SAPO for A > 0 and for the others.
@@ -92,6 +93,7 @@ class Objective:
     sed_k: int = 20
     sed_tau: float = 0.9
     eaft_power: float = 1.0
+    asft_kl: float = 0.05
     pear_gamma: float = 1.0
     pear_low: float = -0.08
     pear_high: float = 0.3
@@ -109,7 +111,7 @@ class Objective:
         self._number("tis_cap", "above 0 or None", lambda x: x > 0, optional=True)
         for name in ("entropy_coef", "pear_low", "pear_high"):
             self._number(name, "that is finite", lambda x: True)
-        for name in ("expert_coef", "policy_coef", "kl_coef", "sed_coef", "eaft_power"):
+        for name in ("expert_coef", "policy_coef", "kl_coef", "sed_coef", "eaft_power", "asft_kl"):
             self._number(name, "at least 0", lambda x: x >= 0)
         for name in ("luffy_gamma", "sed_tau", "pear_gamma", "lco_beta", "sapo_tau_pos", "sapo_tau_neg"):
             self._number(name, "above 0", lambda x: x > 0)
@@ -143,14 +145,18 @@ class Objective:
         if not (number and ok(value)):
             raise ValueError(f"Objective: {name} must be a number {accepted}; got {value!r}")
 
+    def _term(self, name: str, table: dict[str, Term]) -> Term:
+        setting = getattr(self, name)
+        return own_term(setting) if callable(setting) else table[setting]
+
     @property
     def _parts(self) -> list[tuple[str, str, float, Term]]:
         """(region, name, weight, term) of everything with a weight."""
         parts = []
         if self.expert is not None:
-            parts.append(("expert", "expert", self.expert_coef, _term(self.expert, EXPERT_TERMS)))
+            parts.append(("expert", "expert", self.expert_coef, self._term("expert", EXPERT_TERMS)))
         if self.policy is not None:
-            parts.append(("own", "policy", self.policy_coef, _term(self.policy, POLICY_TERMS)))
+            parts.append(("own", "policy", self.policy_coef, self._term("policy", POLICY_TERMS)))
         parts.append(("own", "kl", self.kl_coef, K3))
         parts.append(("all", "entropy", -self.entropy_coef, ENTROPY))
         return [part for part in parts if part[2] != 0]
@@ -170,9 +176,15 @@ class Objective:
         return needs
 
     @property
+    def needed(self) -> tuple[str, ...]:
+        """The names of `needs`."""
+        names = [name for _, _, _, term in self._parts for name in term.needs]
+        return tuple(dict.fromkeys(names if self.tis_cap is None else [*names, "rollout_logprobs"]))
+
+    @property
     def reads(self) -> frozenset[str]:
         """Names of the inputs that change the loss where given: `needs`, and old_logprobs for a ratio."""
-        return frozenset(self.needs) | {name for _, _, _, term in self._parts for name in term.reads}
+        return frozenset(self.needed) | {name for _, _, _, term in self._parts for name in term.reads}
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -183,6 +195,11 @@ class Objective:
     def reads_logit(self) -> bool:
         """A term is a function of z_y."""
         return any(term.reads_logit for _, _, _, term in self._parts)
+
+    @property
+    def reference_head(self) -> bool:
+        """A divergence from a reference's whole distribution is part of the loss."""
+        return any(term.reference_head for _, _, _, term in self._parts)
 
     @property
     def coupled(self) -> bool:
@@ -225,6 +242,11 @@ class Objective:
             lines.append(
                 "path: a single pass, loss and gradients together: 3 GEMMs (2·N·D·V FLOPs each); tokens without "
                 "gradient 1, frozen weight or hidden states one less"
+            )
+        if self.reference_head:
+            lines.append(
+                "reference head: ref_hidden and ref_weight needed; a second stream over expert tokens, "
+                "4 GEMMs: student's and reference's logits, two gradients"
             )
         if self.statistics:
             lines.append(f"statistics: {', '.join(self.statistics)}, one more pass over the logits each")
@@ -358,6 +380,12 @@ class Objective:
         return cls(**{"expert": "eaft", "policy": None, **overrides})
 
     @classmethod
+    def asft(cls, **overrides: Any) -> Objective:
+        """ASFT: DFT anchored by 0.05 · KL(reference ‖ policy) over the whole vocabulary; the loss takes ref_hidden and
+        ref_weight."""
+        return cls(**{"expert": "asft", "policy": None, **overrides})
+
+    @classmethod
     def pear(cls, **overrides: Any) -> Objective:
         """PEAR (arXiv 2602.01058), token level: old_logprobs are those of the behaviour policy. Two passes."""
         return cls(**{"expert": "pear", "policy": None, **overrides})
@@ -391,10 +419,6 @@ _REDUCTION_TEXT = {
     "sequence_mean": "mean over sequences of the mean over their active tokens",
     "sum": "sum over active tokens",
 }
-
-
-def _term(setting: str | Callable[..., Tensor], table: dict[str, Term]) -> Term:
-    return table[setting] if isinstance(setting, str) else own_term(setting)
 
 
 def _shown(setting: Any) -> str:

@@ -32,8 +32,10 @@ from .statistics import Collector
 
 __all__ = ["LinearSource", "LogitsSource", "Rows", "Slopes", "Source", "backward", "forward", "target_logits"]
 
-# (compact rows, their statistics) -> g_lp [C], g_H [C] or None, g_z [C] or None
-Slopes = Callable[[slice, RowStats], tuple[Tensor | None, Tensor | None, Tensor | None]]
+# (compact rows, their statistics) -> g_lp [C], g_H [C] or None
+Slopes = Callable[[slice, RowStats], tuple[Tensor, Tensor | None]]
+# The same with g_z [C] or None, the slope in the target's logit; g_lp may be None too
+AllSlopes = Callable[[slice, RowStats], tuple[Tensor | None, Tensor | None, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,11 @@ class Rows:
             index = torch.cat([index, others.nonzero().squeeze(1)])
         whole = with_gradient == active.numel()
         return cls(active.numel(), None if whole else index, index.numel(), with_gradient)
+
+    @classmethod
+    def every(cls, active: Tensor) -> Rows:
+        """All rows, active [N] or not."""
+        return cls(active.numel(), None, active.numel(), active.numel())
 
     def take(self, values: Tensor, rows: slice | None = None) -> Tensor:
         """`values` [N, ...] of the compact rows (all of them, or a slice)."""
@@ -245,7 +252,7 @@ def forward(
     targets: Tensor,
     head: Head,
     entropy: bool,
-    slopes: Slopes | None = None,
+    slopes: AllSlopes | None = None,
     fused: Fused | None = None,
     extras: Collector | None = None,
 ) -> RowStats:
@@ -279,7 +286,7 @@ def forward(
 
 
 def backward(
-    source: Source, kernel: RowKernel, rows: Rows, targets: Tensor, head: Head, stats: RowStats, slopes: Slopes
+    source: Source, kernel: RowKernel, rows: Rows, targets: Tensor, head: Head, stats: RowStats, slopes: AllSlopes
 ) -> None:
     """The gradients of compact rows whose statistics `forward` gave, by recomputing their logits."""
     if (passes := _own_passes(kernel, source)) is not None:
@@ -297,7 +304,7 @@ def _grad(
     targets: Tensor,
     stats: RowStats,
     head: Head,
-    slopes: Slopes,
+    slopes: AllSlopes,
 ) -> None:
     g_lp, g_entropy, g_logit = slopes(at, stats)
     g_lp = torch.zeros_like(stats.logprobs) if g_lp is None else g_lp * head.scale

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -295,6 +295,13 @@ EXPERT_TERMS: dict[str, Term] = {
         source="EAFT, the authors' code: −sg((H_top20/3)^a) log p",
         statistics=lambda o: ("top20_entropy",),
     ),
+    "asft": Term(
+        _dft_value,
+        _dft_slope,
+        source="ASFT, the authors' code: −sg(p) log p + λ·KL(π_ref ‖ π), the latter by divergence.py",
+        reference_head=True,
+        fused=3,
+    ),
     "pear": Term(
         _pear_value,
         _pear_slope,
@@ -500,7 +507,6 @@ def _is_constant(p: inspect.Parameter) -> bool:
     return number and p.name not in _INPUTS and p.name not in _DIFFERENTIABLE and not is_statistic(p.name)
 
 
-@lru_cache(maxsize=256)
 def own_term(fn: Callable[..., Tensor]) -> Term:
     """A function of per-token tensors [n] as a term: its parameters' names say what it reads.
 
@@ -545,17 +551,27 @@ def own_term(fn: Callable[..., Tensor]) -> Term:
 
 
 def _slopes_by_autograd(term: Term, o: Objective, t: Tokens) -> Slopes:
-    """Slopes of a term that has none in closed form. By torch.func: that also works inside an operator, below
-    autograd."""
+    """Slopes of a term that has none in closed form."""
     assert term.own is not None
     names = tuple(n for n in _DIFFERENTIABLE if n in term.own)
     if not names:
         return Slopes(None)
+    with _autograd():
+        inputs: dict[str, Any] = {n: _given(getattr(t, n)).detach().requires_grad_() for n in names}
+        loss = term.value(o, replace(t, **inputs))
+        if not loss.requires_grad:
+            return Slopes(None)
+        found = torch.autograd.grad(loss.sum(), list(inputs.values()), allow_unused=True)
+    slopes = dict(zip(names, found, strict=True))
+    return Slopes(*(slopes.get(n) for n in _DIFFERENTIABLE))
 
-    def value(*inputs: Tensor) -> Tensor:
-        changed: dict[str, Any] = dict(zip(names, inputs, strict=True))
-        return term.value(o, replace(t, **changed))
 
-    loss, pull = torch.func.vjp(value, *(_given(getattr(t, n)) for n in names))  # type: ignore[misc]
-    found = dict(zip(names, pull(torch.ones_like(loss)), strict=True))
-    return Slopes(*(found.get(n) for n in _DIFFERENTIABLE))
+@contextmanager
+def _autograd() -> Iterator[None]:
+    """Autograd, where it is off, and inside an operator (ops.py) too, which runs below autograd: its dispatch keys are
+    excluded there. torch.func would be public, but does not go together with the dispatch modes of torch.compile."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        yield
