@@ -165,7 +165,8 @@ def test_a_compiled_step_keeps_to_three_gemms_and_to_the_budget(dtype, backend):
 
     with tk.budget_mb(7):
         run()
-        assert compiled_gemms(run, case) == 3
+        if backend != "cpu":  # whose own GEMMs the profiler does not see
+            assert compiled_gemms(run, case) == 3
         # The gradient of the weight: accumulated, scaled, in the parameter's dtype.
         gradients = sum(p.numel() for p in case.params()) * 14
         assert memory(run).peak <= 7 * 2**20 + gradients + 400 * 8 * 100

@@ -430,6 +430,7 @@ class _TokenLogprobs(torch.autograd.Function):
             source, job.kernel, rows, kept.take(job.targets), job.head,
             stats.map(kept.take),
             lambda at, _: (_at(g_lp, at), _at(g_entropy, at), _at(g_logit, at)),
+            by_logit=g_logit is not None,
         )  # fmt: skip
         return None, None, *_finished(source.gradients(), params, None)
 
@@ -701,7 +702,10 @@ class _PolicyLoss(torch.autograd.Function):
         slopes, fused = None, None
         if any(job.wants):
             slopes, fused = (lambda at, stats: batch.slopes(at, stats, extras)), batch.fused(job.kernel)
-        stats = stream.forward(source, job.kernel, job.rows, job.targets, job.head, True, slopes, fused, extras)
+        stats = stream.forward(
+            source, job.kernel, job.rows, job.targets, job.head, True, slopes, fused, extras,
+            by_logit=batch.objective.reads_logit,
+        )  # fmt: skip
         return batch.flat(stats, extras), source.gradients()
 
     @staticmethod

@@ -187,6 +187,7 @@ def token_values_backward(
     stream.backward(
         source, job.kernel, rows, job.targets, job.head, stats,
         lambda at, _: (functional._at(g_lp, at), functional._at(g_h, at), functional._at(g_z, at)),
+        by_logit=g_z is not None,
     )  # fmt: skip
     return _three(source.gradients(), logprobs)
 

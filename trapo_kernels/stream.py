@@ -181,7 +181,7 @@ class LinearSource:
     def _sum_widened(self, grad: Tensor) -> None:
         """The same with operands widened, a block of columns at a time."""
         chunk = self.chunk.to(self.wide)
-        step = min(self.vocab, max(1, _WIDE_BYTES // (self.wide.itemsize * grad.shape[0])))
+        step = max(1, min(self.vocab, _WIDE_BYTES // (self.wide.itemsize * grad.shape[0])))  # a shard may be empty
         widened = chunk.new_empty(grad.shape[0], step)
         for start in range(0, self.vocab, step):
             columns = slice(start, min(start + step, self.vocab))
@@ -245,6 +245,16 @@ def _own_passes(kernel: RowKernel, source: Source) -> Any:
     return passes if passes is not None and passes.takes(source) else None
 
 
+def _two(slopes: AllSlopes) -> Slopes:
+    """Slopes of a loss that has none in the target's logit."""
+
+    def two(at: slice, stats: RowStats) -> tuple[Tensor, Tensor | None]:
+        g_lp, g_entropy, _ = slopes(at, stats)
+        return torch.zeros_like(stats.logprobs) if g_lp is None else g_lp, g_entropy
+
+    return two
+
+
 def forward(
     source: Source,
     kernel: RowKernel,
@@ -255,14 +265,16 @@ def forward(
     slopes: AllSlopes | None = None,
     fused: Fused | None = None,
     extras: Collector | None = None,
+    by_logit: bool = False,
 ) -> RowStats:
     """Statistics of the compact rows [n]; with `slopes` also the gradients, put into the source, in the same pass;
-    `extras` collects further statistics.
+    `extras` collects further statistics. `by_logit`: there are slopes in the target's logit.
 
     `targets` [n] are compact, as everything that `slopes` reads. With `fused` the kernel does both verbs at once.
     """
-    if (passes := _own_passes(kernel, source)) is not None:
-        return passes.forward(source, rows, targets, head, entropy, slopes)
+    passes = None if by_logit or (extras is not None and extras.values) else _own_passes(kernel, source)
+    if passes is not None:
+        return passes.forward(source, rows, targets, head, entropy, None if slopes is None else _two(slopes))
     dtype = stats_dtype(source.dtype)
     vectors = [torch.empty(rows.size, dtype=dtype, device=source.device) for _ in range(4)]
     out = RowStats(vectors[0], vectors[1], vectors[2], vectors[3] if entropy else None)
@@ -286,11 +298,19 @@ def forward(
 
 
 def backward(
-    source: Source, kernel: RowKernel, rows: Rows, targets: Tensor, head: Head, stats: RowStats, slopes: AllSlopes
+    source: Source,
+    kernel: RowKernel,
+    rows: Rows,
+    targets: Tensor,
+    head: Head,
+    stats: RowStats,
+    slopes: AllSlopes,
+    by_logit: bool = False,
 ) -> None:
     """The gradients of compact rows whose statistics `forward` gave, by recomputing their logits."""
-    if (passes := _own_passes(kernel, source)) is not None:
-        return passes.backward(source, rows, targets, head, stats, slopes)
+    passes = None if by_logit else _own_passes(kernel, source)
+    if passes is not None:
+        return passes.backward(source, rows, targets, head, stats, _two(slopes))
     for at, buffer in _chunks(source, kernel, (0, rows.size)):
         logits = source.logits(at, buffer)
         _grad(source, kernel, at, logits, targets, stats.map(lambda t, at=at: t[at]), head, slopes)  # type: ignore[misc]
