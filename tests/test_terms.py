@@ -6,6 +6,7 @@ writes sg(·) around is computed at the point itself and kept while logits move.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -206,34 +207,45 @@ def supervised_everywhere(o, case):
     return case
 
 
+@functools.cache
+def differentiated(name, head):
+    """(the published loss, and for each parameter some directions with its slope along them), by finite differences."""
+    o = (NEW | OLD)[name]
+    case = supervised_everywhere(o, sequence_case(seed=3, **HEADS[head]))
+    params = [p.detach().clone() for p in case.params()]
+    held = rows_of(case, *(params if len(params) > 2 else [*params, None]), o.sed_k)
+    expert, active = case.inputs["expert_mask"].reshape(-1), (case.inputs["mask"] & (case.targets != -100)).reshape(-1)
+
+    def value(*params):
+        rows = rows_of(case, *(params if len(params) > 2 else [*params, None]), o.sed_k)
+        return published(o, rows, held, expert, case.targets.shape, active)
+
+    step, g, slopes = 1e-5, torch.Generator().manual_seed(0), []
+    for i, parameter in enumerate(params):
+        for _ in range(4):
+            direction = torch.randn(parameter.shape, generator=g, dtype=torch.float64)
+
+            def moved(by, i=i, direction=direction):
+                return value(*(p + by * direction if j == i else p for j, p in enumerate(params)))
+
+            slope = (8 * (moved(step) - moved(-step)) - (moved(2 * step) - moved(-2 * step))) / (12 * step)
+            slopes.append((i, direction, slope))
+    return value(*params), slopes
+
+
 @backends
 @pytest.mark.parametrize("head", ["plain", "all"])
 @pytest.mark.parametrize("name", NEW | OLD)
 def test_loss_and_gradients_are_those_of_the_published_formula(name, head, backend):
     o = (NEW | OLD)[name]
     case = supervised_everywhere(o, sequence_case(seed=3, **HEADS[head]))
-    params = [p.detach().clone() for p in case.params()]
-    bias = params[2] if len(params) > 2 else None
-    held = rows_of(case, params[0], params[1], bias, o.sed_k)
-    expert, active = case.inputs["expert_mask"].reshape(-1), (case.inputs["mask"] & (case.targets != -100)).reshape(-1)
-
-    def value(*params):
-        rows = rows_of(case, params[0], params[1], params[2] if len(params) > 2 else None, o.sed_k)
-        return published(o, rows, held, expert, case.targets.shape, active)
-
+    value, slopes = differentiated(name, head)
     out = policy_loss(case, o, backend)
-    assert out.loss.item() == pytest.approx(value(*params), rel=1e-11, abs=1e-12)
+    assert out.loss.item() == pytest.approx(value, rel=1e-11, abs=1e-12)
     grads = torch.autograd.grad(out.loss, case.params())
-    step, g = 1e-5, torch.Generator().manual_seed(0)
-    for i, grad in enumerate(grads):
-        for _ in range(4):  # directional derivatives, of the fourth order in the step
-            direction = torch.randn(grad.shape, generator=g, dtype=torch.float64)
-
-            def moved(by, i=i, direction=direction):
-                return value(*(p + by * direction if j == i else p for j, p in enumerate(params)))
-
-            slope = (8 * (moved(step) - moved(-step)) - (moved(2 * step) - moved(-2 * step))) / (12 * step)
-            assert (grad * direction).sum().item() == pytest.approx(slope, rel=1e-7, abs=1e-9), (name, i)
+    assert {i for i, _, _ in slopes} == set(range(len(grads)))
+    for i, direction, slope in slopes:
+        assert (grads[i] * direction).sum().item() == pytest.approx(slope, rel=1e-7, abs=1e-9), (name, i)
 
 
 @pytest.mark.parametrize("name", NEW)
