@@ -129,8 +129,8 @@ WRONG = [
     ({"backend": "cudnn"}, ValueError, "backend must be one of 'cpu', 'torch', 'reference' or None; got 'cudnn'"),
     (
         {"group": object()},
-        NotImplementedError,
-        "group must be None; vocabulary-parallel heads are not in this version",
+        TypeError,
+        "group must be a torch.distributed ProcessGroup or None; got object",
     ),
 ]
 
