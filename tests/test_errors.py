@@ -133,8 +133,8 @@ WRONG = [
     ),
     (
         {"group": object()},
-        NotImplementedError,
-        "group must be None; vocabulary-parallel heads are not in this version",
+        TypeError,
+        "group must be a torch.distributed ProcessGroup or None; got object",
     ),
 ]
 

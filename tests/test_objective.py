@@ -35,6 +35,9 @@ def make_tokens(seed, n=64, dtype=torch.float64):
         old_logprobs=old,
         ref_logprobs=logprobs + torch.randn(n, generator=g, dtype=dtype),
         rollout_logprobs=old + 0.5 * torch.randn(n, generator=g, dtype=dtype),
+        target_logits=5 * random() - 2,
+        statistics={"top20_mass": random(), "top20_entropy": 3 * random()},
+        sequences=tk.Sequences(torch.arange(n), n // 8, 8),
     )
 
 
@@ -46,15 +49,17 @@ def test_slopes_are_the_derivatives_of_the_values(name, on_policy, seed):
     o, t = TERMS[name], make_tokens(seed)
     if on_policy:
         t = replace(t, old_logprobs=None)
-    logprobs, entropy = t.logprobs.clone().requires_grad_(), t.entropy.clone().requires_grad_()
-    value = sum(part.sum() for part in o.losses(replace(t, logprobs=logprobs, entropy=entropy)).values())
-    by_autograd = torch.autograd.grad(value, (logprobs, entropy), allow_unused=True)
-    g_lp, g_entropy = o.slopes(t)
-    torch.testing.assert_close(g_lp, by_autograd[0], rtol=1e-12, atol=1e-14)
-    if o.entropy_coef == 0:
-        assert g_entropy is None
-    else:
-        torch.testing.assert_close(g_entropy, by_autograd[1], rtol=1e-12, atol=1e-14)
+    inputs = [x.clone().requires_grad_() for x in (t.logprobs, t.entropy, t.target_logits)]
+    live = replace(t, **dict(zip(("logprobs", "entropy", "target_logits"), inputs, strict=True)))
+    value = sum(part.sum() for part in o.losses(live).values())
+    by_autograd = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
+    slopes = o.all_slopes(t)
+    for slope, expected in zip(slopes, by_autograd, strict=True):
+        actual = torch.zeros(64, dtype=torch.float64) if slope is None else slope
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+    assert (slopes.entropy is None) == (o.entropy_coef == 0)
+    assert (slopes.target_logits is None) == (not o.reads_logit)
+    assert o.slopes(t)[1] is slopes.entropy is None or torch.equal(o.slopes(t)[0], slopes.logprobs)
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -65,7 +70,7 @@ def test_slopes_and_values_at_probability_zero_are_finite_or_honestly_infinite(n
         given_old = replace(t, old_logprobs=old)
         total = sum(o.losses(given_old).values())
         slope, _ = o.slopes(given_old)
-        infinite = (t.expert & (o.expert == "sft")) | (~t.expert & (o.kl_coef != 0))
+        infinite = (t.expert & (o.expert in ("sft", "sed", "eaft", "pear"))) | (~t.expert & (o.kl_coef != 0))
         if o.tis_cap is None or old is t.old_logprobs:
             assert torch.isfinite(total[~infinite]).all()
             assert torch.isfinite(slope[~(~t.expert & (o.kl_coef != 0))]).all()
@@ -76,11 +81,13 @@ def test_slopes_and_values_at_probability_zero_are_finite_or_honestly_infinite(n
 def test_tokens_declared_without_gradient_have_none_and_the_others_may(name):
     o, t = TERMS[name], make_tokens(3)
     live = o.has_gradient(t.expert, t.advantages)
-    g_lp, g_entropy = o.slopes(t)
+    g_lp, g_entropy, g_logit = o.all_slopes(t)
     assert not g_lp[~live].any()
     assert g_entropy is None or live.all()
-    if o.entropy_coef == 0 and o.kl_coef == 0 and o.clip_low is None:
-        assert g_lp[live].all()
+    assert g_logit is None or not g_logit[~live].any()
+    # A far ratio shuts SAPO's gate to exactly 0.
+    if o.entropy_coef == 0 and o.kl_coef == 0 and o.clip_low is None and o.policy != "sapo":
+        assert (g_lp if g_logit is None else g_logit)[live].all()
 
 
 def test_nan_in_a_token_stays_in_that_token():
@@ -95,8 +102,27 @@ def test_nan_in_a_token_stays_in_that_token():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"expert": "trfst"}, "Objective: expert must be one of 'sft', 'trsft', 'dft', 'luffy' or None; got 'trfst'"),
-        ({"policy": "ppo"}, "Objective: policy must be one of 'unclipped', 'clip' or None; got 'ppo'"),
+        (
+            {"expert": "trfst"},
+            "Objective: expert must be one of 'sft', 'trsft', 'dft', 'luffy', 'chord', 'sed', 'eaft', 'asft', 'pear', "
+            "'lco_mse', 'lco_logcosh', a function or None; got 'trfst'",
+        ),
+        (
+            {"policy": "ppo"},
+            "Objective: policy must be one of 'unclipped', 'clip', 'gspo', 'cispo', 'sapo', a function or None; "
+            "got 'ppo'",
+        ),
+        (
+            {"reduction": "mean"},
+            "Objective: reduction must be one of 'token_mean', 'sequence_mean', 'sum'; got 'mean'",
+        ),
+        ({"policy_coef": -1.0}, "Objective: policy_coef must be a number at least 0; got -1.0"),
+        ({"sed_k": 2.5}, "Objective: sed_k must be a number that is whole and above 0; got 2.5"),
+        ({"lco_beta": 0}, "Objective: lco_beta must be a number above 0; got 0"),
+        (
+            {"policy": "cispo", "dual_clip": 3.0},
+            "Objective: dual_clip must be None unless policy='clip'; got policy='cispo'",
+        ),
         ({"alpha": 0.0}, "Objective: alpha must be a number in (0, 1]; got 0.0"),
         ({"alpha": None}, "Objective: alpha must be a number in (0, 1]; got None"),
         ({"alpha": "0.1"}, "Objective: alpha must be a number in (0, 1]; got '0.1'"),
@@ -110,7 +136,8 @@ def test_nan_in_a_token_stays_in_that_token():
         ({"luffy_gamma": 0}, "Objective: luffy_gamma must be a number above 0; got 0"),
         (
             {"policy": "unclipped", "clip_low": 0.2},
-            "Objective: clip_low must be None unless policy='clip'; got policy='unclipped'",
+            "Objective: clip_low must be None unless policy='clip' or policy='gspo' or policy='cispo'; "
+            "got policy='unclipped'",
         ),
         (
             {"policy": None, "tis_cap": 2.0},
@@ -154,15 +181,15 @@ def test_every_term_names_its_source():
 
 
 def test_a_new_term_is_one_entry_in_one_place(monkeypatch):
-    """CHORD-φ, −sg(p(1−p)) log p, as an entry; it then runs on every backend."""
+    """−sg(p(1−p)) log p as an entry of another name; it then runs on every backend."""
     from kernel_cases import BACKENDS, assert_same_result, make_case, oracle, run
 
     def weight(t):
         return (t.logprobs.exp() * -torch.expm1(t.logprobs)).detach()
 
     chord = tk.Term(lambda o, t: -weight(t) * t.logprobs, lambda o, t: -weight(t), source="CHORD")
-    monkeypatch.setitem(tk.EXPERT_TERMS, "chord", chord)
-    o, case = tk.Objective(expert="chord", policy=None), make_case(30, 33)
+    monkeypatch.setitem(tk.EXPERT_TERMS, "mine", chord)
+    o, case = tk.Objective(expert="mine", policy=None), make_case(30, 33)
     expected = oracle(case, o)
     assert expected.grads[0].any()
     for backend in BACKENDS:

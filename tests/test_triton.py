@@ -213,23 +213,54 @@ def test_the_search_for_waiting_calls_finds_one(tmp_path):
 # Under capture -------------------------------------------------------------------------------------------------
 
 
+CAPTURED = {
+    "everything": (EVERYTHING, {}),
+    "skip_inactive": (tk.Objective.trapo(), {"skip_inactive": True}),
+    "coupled": (tk.Objective.gspo(expert="pear"), {}),
+    "target logit": (tk.Objective.lco(policy="cispo"), {}),
+    "statistics": (tk.Objective.eaft(reduction="sequence_mean"), {"statistics": ("argmax_match",)}),
+}
+
+
+@pytest.mark.parametrize("name", CAPTURED)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_inside_a_graph_capture_every_row_is_computed_and_the_result_is_the_same(backend, monkeypatch):
+def test_inside_a_graph_capture_every_row_is_computed_and_the_result_is_the_same(backend, name, monkeypatch):
+    objective, options = CAPTURED[name]
     case = make_case(12, 70, dtype=torch.float32, with_bias=True)
     case.inputs["mask"][0], case.targets[0], case.targets[1] = False, 3, -100
     inactive = ~case.inputs["mask"] | (case.targets == -100)
     with torch.no_grad():
         case.hidden[inactive] = torch.nan
-    expected, chosen = run(case, EVERYTHING, backend), run_logprobs(case, backend)
+    expected, chosen = run(case, objective, backend, **options), run_logprobs(case, backend)
     monkeypatch.setattr(stream, "_capturing", lambda device: True)
     monkeypatch.setattr(torch.Tensor, "nonzero", lambda *_: pytest.fail("a capture may not wait for a number of rows"))
-    actual, captured = run(case, EVERYTHING, backend), run_logprobs(case, backend)
+    actual, captured = run(case, objective, backend, **options), run_logprobs(case, backend)
     for name in ("loss", "logprobs", "entropy"):
         assert_close(getattr(actual, name), getattr(expected, name), 1e-5, name)
     for name, value in expected.metrics.items():
         assert_close(actual.metrics[name], value, 1e-5, name)
     for a, b in zip([*actual.grads, *captured], [*expected.grads, *chosen], strict=True):
         assert_close(a, b, 1e-5, "gradient")
+
+
+def test_a_divergence_inside_a_graph_capture_counts_the_same_tokens(monkeypatch):
+    case, ref = make_case(12, 70, dtype=torch.float32), make_case(12, 70, dtype=torch.float32, seed=1)
+    mask = case.inputs["mask"].clone()
+    mask[0] = False
+    with torch.no_grad():
+        case.hidden[~mask], ref.hidden[~mask] = torch.nan, torch.nan
+
+    def found(backend):
+        out = tk.linear_divergence(
+            case.hidden, case.weight, ref.hidden.detach(), ref.weight.detach(), mask=mask, backend=backend
+        )
+        return *out[:2], *torch.autograd.grad(out.loss, [case.hidden, case.weight])
+
+    expected = found("torch")
+    monkeypatch.setattr(stream, "_capturing", lambda device: True)
+    for backend in ("torch", "reference"):
+        for a, b in zip(found(backend), expected, strict=True):
+            assert_close(a, b, 1e-5, backend)
 
 
 def run_logprobs(case, backend):

@@ -9,26 +9,31 @@ out.loss.backward()
 
 from .budget import budget_mb, get_budget_mb, set_budget_mb
 from .dispatch import Backend, backends, default_backend, set_backend
+from .divergence import Divergence, linear_divergence
 from .functional import (
     PolicyLoss,
     TokenLogprobs,
     linear_logprobs,
     linear_policy_loss,
+    linear_statistics,
     logprobs_from_logits,
     policy_loss_from_logits,
 )
 from .metrics import METRICS, Metric, merge_metrics
 from .modules import TrapoLoss
 from .objective import EXPERT_TERMS, POLICY_TERMS, Objective, Term, Tokens
+from .terms import Sequences
 
 __all__ = [
     "EXPERT_TERMS",
     "METRICS",
     "POLICY_TERMS",
     "Backend",
+    "Divergence",
     "Metric",
     "Objective",
     "PolicyLoss",
+    "Sequences",
     "Term",
     "TokenLogprobs",
     "Tokens",
@@ -37,8 +42,10 @@ __all__ = [
     "budget_mb",
     "default_backend",
     "get_budget_mb",
+    "linear_divergence",
     "linear_logprobs",
     "linear_policy_loss",
+    "linear_statistics",
     "logprobs_from_logits",
     "merge_metrics",
     "policy_loss_from_logits",

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import columns, reference, stream, validate
+from . import columns, ops, reference, stream, validate, vocab_parallel
 from .dispatch import pick
+from .divergence import linear_divergence
 from .head import Head
 from .metrics import policy_metrics
 from .objective import Objective, Tokens
+from .reference import TokenValues
 from .rows.base import RowInputs, RowKernel, RowStats, stats_dtype
+from .statistics import Collector, check_statistics
 from .stream import LinearSource, LogitsSource, Rows, Source
+from .terms import Sequences, Slopes
+from .vocab_parallel import ShardedKernel, ShardedSource
 
 __all__ = [
     "PolicyLoss",
     "TokenLogprobs",
     "linear_logprobs",
     "linear_policy_loss",
+    "linear_statistics",
     "logprobs_from_logits",
     "policy_loss_from_logits",
 ]
@@ -71,21 +78,22 @@ def linear_logprobs(
         temperature, softcap, logit_scale: z = softcap · tanh(logit_scale · (h Wᵀ + b) / softcap) / temperature.
         entropy: also return the entropy of each token's distribution.
         backend: "torch", "reference", ...; None = the fastest here. See `backends()`.
-        group: reserved for vocabulary-parallel heads.
+        group: a ProcessGroup whose ranks hold the rows of weight (and bias) in order, in parts of any size; hidden and
+            targets (ids in the whole vocabulary) are the same on all. A DTensor weight that is Shard(0) brings its
+            own. The gradient of hidden is whole on every rank, that of weight is of the part.
 
     Raises:
         TypeError, ValueError: one line naming the argument, what it accepts and what it got. Values of targets are
             checked on the CPU; on an accelerator one out of range trips the device's index assertion.
     """
     caller = "linear_logprobs"
-    validate.check_group(caller, group)
+    hidden, weight, bias, group = vocab_parallel.local_parts(caller, hidden, weight, bias, group)
     head = validate.check_head(
         caller, temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
     )
-    validate.check_linear(caller, hidden, weight, bias)
+    validate.check_linear(caller, hidden, weight, bias, sharded=group is not None)
     validate.check_targets(caller, targets, "hidden", hidden)
-    kernel = pick(backend, caller, hidden.device).kernel
-    params = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+    kernel, params = _linear(caller, hidden, weight, bias, targets, backend, group)
     return _logprobs(caller, params, targets, head, kernel, entropy)
 
 
@@ -111,8 +119,51 @@ def logprobs_from_logits(
     )
     validate.check_logits(caller, logits)
     validate.check_targets(caller, targets, "logits", logits)
-    kernel = pick(backend, caller, logits.device).kernel
+    kernel = _picked(backend, caller, logits.device)
     return _logprobs(caller, (logits.reshape(-1, logits.shape[-1]),), targets, head, kernel, entropy)
+
+
+@torch.no_grad()
+def linear_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    statistics: Sequence[str],
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    backend: str | None = None,
+) -> dict[str, Tensor]:
+    """Statistics of each token's distribution under a linear head [...], without the `[tokens, vocab]` logits and
+    without gradient: "top20_mass", "top20_entropy" (any k), "sum_sq", "argmax_match", "mean_logit". One GEMM.
+
+    Args:
+        statistics: names; statistics.py says what each is. Zero at ignored tokens.
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, ignore_index, backend: as `linear_logprobs`.
+
+    Raises:
+        TypeError, ValueError: as `linear_logprobs`.
+    """
+    caller = "linear_statistics"
+    head = validate.check_head(
+        caller, temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
+    )
+    validate.check_linear(caller, hidden, weight, bias)
+    validate.check_targets(caller, targets, "hidden", hidden)
+    names = check_statistics(caller, statistics)
+    flat = targets.reshape(-1)
+    active = flat != ignore_index
+    validate.check_range(caller, flat, active, weight.shape[0], ignore_index)
+    dense = active if torch.compiler.is_compiling() else None
+    rows = Rows.choose(active) if dense is None else Rows.every(active)
+    params = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+    kernel = _picked(backend, caller, hidden.device)
+    compact = rows.counting(rows.take(flat))
+    found = _token_values(params, rows, compact, head, kernel, False, statistics=names, active=dense).statistics
+    return {name: rows.spread(values).reshape(targets.shape) for name, values in found.items()}
 
 
 def linear_policy_loss(
@@ -127,8 +178,13 @@ def linear_policy_loss(
     rollout_logprobs: Tensor | None = None,
     expert_mask: Tensor | None = None,
     mask: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     skip_inactive: bool = False,
+    statistics: Sequence[str] = (),
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -157,9 +213,17 @@ def linear_policy_loss(
         expert_mask: [...] bool: True = expert-prefix token (expert term), False = own token (policy term). None: all
             own; all expert where the objective has an expert term and no policy term.
         mask: [...] bool, None = all.
-        normalizer: the sum of token losses is divided by this number (above 0) or 0-dim tensor; None = the number of
-            active tokens, or 1. Across micro-batches and ranks pass one global number, and sum.
-        skip_inactive: leave active tokens without gradient out of everything but the count.
+        sequence_ids: [...] int64: which sequence a token belongs to, for objectives that need to know
+            (`Objective.needs_sequences`); None = the last dimension of targets is one. In a sequence, tokens stand in
+            order.
+        normalizer: the weighted sum of token losses is divided by this number (above 0) or 0-dim tensor; None = what
+            the objective's reduction says (by default the number of active tokens), or 1. Across micro-batches and
+            ranks pass one global number, and sum.
+        skip_inactive: leave active tokens without gradient out of everything but the count (and of a coupled
+            objective's sequences nothing).
+        statistics: names of statistics of a row (statistics.py has them) whose means over computed tokens are added to
+            the metrics.
+        ref_hidden, ref_weight, ref_bias: [..., D'], [V, D'] and [V] of a frozen reference, for expert="asft".
         bias, temperature, softcap, logit_scale, ignore_index, backend, group: as `linear_logprobs`.
 
     Advantages and the given logprobs are constants: no gradient flows into them.
@@ -168,25 +232,32 @@ def linear_policy_loss(
         TypeError, ValueError: as `linear_logprobs`.
     """
     caller = "linear_policy_loss"
-    validate.check_group(caller, group)
+    hidden, weight, bias, group = vocab_parallel.local_parts(caller, hidden, weight, bias, group)
     head = validate.check_head(
         caller, temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
     )
-    validate.check_linear(caller, hidden, weight, bias)
+    validate.check_linear(caller, hidden, weight, bias, sharded=group is not None)
     validate.check_targets(caller, targets, "hidden", hidden)
+    kernel, params = _linear(caller, hidden, weight, bias, targets, backend, group)
     batch = _batch(
-        caller, objective, targets, weight.shape[0], stats_dtype(hidden.dtype), head, skip_inactive, normalizer,
+        caller, objective, targets, _vocab(kernel, params), stats_dtype(hidden.dtype), head, skip_inactive, normalizer,
         {"advantages": advantages, "old_logprobs": old_logprobs,
          "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs},
-        {"expert_mask": expert_mask, "mask": mask},
+        {"expert_mask": expert_mask, "mask": mask}, sequence_ids, statistics,
     )  # fmt: skip
-    kernel = pick(backend, caller, hidden.device).kernel
-    params = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
-    if kernel is None:
-        return _two_pass(params, batch, head, kernel)
+    if batch.statistics and isinstance(kernel, ShardedKernel):
+        names = ", ".join(batch.statistics)
+        raise NotImplementedError(f"{caller}: group must be None where statistics of a row are read; got {names}")
+    ref = (ref_hidden, ref_weight, ref_bias)
+    if batch.objective.reference_head:
+        _check_reference_head(caller, kernel, ref)
+    if isinstance(kernel, ops.Named):
+        return _compiled(params, batch, head, kernel)
+    if kernel is None or batch.objective.coupled:
+        return _anchored(_two_pass(params, batch, head, kernel), params, ref, batch, head, kernel)
     job = _Job(kernel, head, batch.rows, batch.targets, _wanted(params))
-    loss, logprobs, entropy = _PolicyLoss.apply(job, batch, *params)
-    return batch.result(loss, logprobs, entropy)
+    loss, *values = _applied(_PolicyLoss, caller, job, batch, *params)
+    return _anchored(batch.result(loss, batch.values(*values)), params, ref, batch, head, kernel)
 
 
 def policy_loss_from_logits(
@@ -200,8 +271,10 @@ def policy_loss_from_logits(
     rollout_logprobs: Tensor | None = None,
     expert_mask: Tensor | None = None,
     mask: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     skip_inactive: bool = False,
+    statistics: Sequence[str] = (),
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -223,9 +296,11 @@ def policy_loss_from_logits(
         caller, objective, targets, logits.shape[-1], stats_dtype(logits.dtype), head, skip_inactive, normalizer,
         {"advantages": advantages, "old_logprobs": old_logprobs,
          "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs},
-        {"expert_mask": expert_mask, "mask": mask},
+        {"expert_mask": expert_mask, "mask": mask}, sequence_ids, statistics,
     )  # fmt: skip
-    kernel = pick(backend, caller, logits.device).kernel
+    if objective.reference_head:
+        raise ValueError(f"{caller}: objective must not need a reference head; got expert='asft'")
+    kernel = _picked(backend, caller, logits.device)
     return _two_pass((logits.reshape(-1, logits.shape[-1]),), batch, head, kernel)
 
 
@@ -233,6 +308,41 @@ def policy_loss_from_logits(
 
 # (hidden [N, D], weight [V, D], bias [V] or None), or (logits [N, V],)
 _Params = tuple[Tensor | None, ...]
+
+
+# A row kernel; its name, inside torch.compile; None: materialise.
+_Kernel = RowKernel | ops.Named | None
+
+
+def _picked(backend: str | None, caller: str, device: torch.device) -> _Kernel:
+    if not torch.compiler.is_compiling():
+        return pick(backend, caller, device).kernel
+    name = ops.backend_name(backend, caller, device)
+    return None if name == "reference" else ops.Named(name)
+
+
+def _linear(
+    caller: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, backend: str | None, group: Any
+) -> tuple[_Kernel, _Params]:
+    """The backend's kernel and the parameters of a linear head; those of the group where there is one."""
+    kernel = _picked(backend, caller, hidden.device)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    if group is not None and torch.compiler.is_compiling():
+        raise NotImplementedError(f"{caller}: group must be None under torch.compile; got {type(group).__name__}")
+    if group is None:
+        return kernel, (flat, weight, bias)
+    shard = vocab_parallel.agree(caller, group, weight, targets)
+    assert not isinstance(kernel, ops.Named)
+    if kernel is not None:
+        return ShardedKernel(kernel, shard), (flat, weight, bias)
+    whole = vocab_parallel.gather(weight, shard)
+    return None, (flat, whole, None if bias is None else vocab_parallel.gather(bias, shard))
+
+
+def _vocab(kernel: _Kernel, params: _Params) -> int:
+    if isinstance(kernel, ShardedKernel):
+        return kernel.shard.vocab
+    return params[1].shape[0] if len(params) > 1 else params[0].shape[1]  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)
@@ -255,20 +365,23 @@ class _Job:
         assert weight is not None
         # Zero times what a caller padded with would be NaN in d_weight.
         hidden = rows.counting(hidden)
-        return LinearSource(hidden, weight, bias, self.head, rows, (wants[0], wants[1], wants[2]))
+        which = (wants[0], wants[1], wants[2])
+        if isinstance(self.kernel, ShardedKernel):
+            return ShardedSource(self.kernel.shard, hidden, weight, bias, self.head, rows, which)
+        return LinearSource(hidden, weight, bias, self.head, rows, which)
 
-    def forward_only(self, params: _Params, entropy: bool) -> RowStats:
-        """Statistics of the rows, by the kernel that writes no logits where there is one for these parameters."""
-        tiles = getattr(self.kernel, "linear_stats", None)
-        if tiles is not None and len(params) == 3:
+    def forward_only(self, params: _Params, ask: _Ask) -> RowStats:
+        """Statistics of the rows, by the kernel that writes no logits where there is one and nothing else is asked."""
+        tiles = getattr(self.kernel, "linear_stats", None)  # a ShardedKernel has none
+        if tiles is not None and len(params) == 3 and ask.stats_alone:
             hidden, weight, bias = params
             assert hidden is not None
             hidden = self.rows.counting(self.rows.take(hidden))
-            found: RowStats | None = tiles(hidden, weight, bias, self.targets, self.head, entropy)
+            found: RowStats | None = tiles(hidden, weight, bias, self.targets, self.head, ask.entropy)
             if found is not None:
                 return found
         source = self.source(params, self.rows, (False,) * len(params))
-        return stream.forward(source, self.kernel, self.rows, self.targets, self.head, entropy)
+        return stream.forward(source, self.kernel, self.rows, self.targets, self.head, ask.entropy, extras=ask.extras)
 
     def by_columns(self, params: _Params, rows: Rows) -> bool:
         """Whether to recompute over blocks of the vocabulary rather than over chunks of rows."""
@@ -306,35 +419,42 @@ def _refuse_second_derivative(caller: str) -> None:
         )
 
 
+def _applied(function: Any, caller: str, *args: Any) -> Any:
+    try:
+        return function.apply(*args)
+    except RuntimeError as error:
+        if "functorch transforms" not in str(error):
+            raise
+    raise RuntimeError(f"{caller}: a streamed loss is not for torch.func transforms; use backend='reference'")
+
+
 class _TokenLogprobs(torch.autograd.Function):
     """Statistics in one pass; the backward recomputes the logits of rows that have an incoming gradient."""
 
     @staticmethod
-    def forward(ctx: Any, job: _Job, entropy: bool, *params: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        stats = job.forward_only(params, entropy)
+    def forward(ctx: Any, job: _Job, ask: _Ask, *params: Tensor | None) -> tuple[Tensor | None, ...]:
+        stats = job.forward_only(params, ask)
         ctx.job, ctx.params = job, len(params)
         ctx.save_for_backward(*params, *stats)
         ctx.set_materialize_grads(False)
-        return stats.logprobs, stats.entropy
+        return stats.logprobs, stats.entropy, stream.target_logits(stats) if ask.target_logits else None
 
     @staticmethod
-    def backward(ctx: Any, g_lp: Tensor | None, g_entropy: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Any, ...]:
         _refuse_second_derivative("linear_logprobs")
         job, saved = ctx.job, ctx.saved_tensors
         params, stats = saved[: ctx.params], RowStats(*saved[ctx.params :])
-        if g_lp is None:
-            g_lp = torch.zeros_like(stats.logprobs)
-        live = g_lp != 0 if g_entropy is None else (g_lp != 0) | (g_entropy != 0)
+        live = torch.zeros_like(stats.logprobs, dtype=torch.bool)
+        for g in incoming:
+            live = live if g is None else live | (g != 0)
         rows, kept = job.rows.narrow(live)
-        g_lp, g_entropy = kept.take(g_lp), None if g_entropy is None else kept.take(g_entropy)
-        g_lp, g_entropy = rows.counting(g_lp), None if g_entropy is None else rows.counting(g_entropy)
+        g_lp, g_entropy, g_logit = (None if g is None else rows.counting(kept.take(g)) for g in incoming)
         stats = stats.map(lambda t: rows.counting(kept.take(t)))
-        if job.by_columns(params, rows):
+        if g_logit is None and job.by_columns(params, rows):
             hidden, weight, bias = params
-            hidden = rows.counting(hidden)
             recompute = columns.Recompute(
-                job.kernel, job.head, rows.take(hidden), weight, bias, kept.take(job.targets),
-                stats, g_lp, g_entropy,
+                job.kernel, job.head, rows.counting(rows.take(hidden)), weight, bias, kept.take(job.targets), stats,
+                torch.zeros_like(stats.logprobs) if g_lp is None else g_lp, g_entropy,
             )  # fmt: skip
             d_hidden, *others = recompute.gradients(job.wants)
             grads = (None if d_hidden is None else rows.spread(d_hidden), *others)
@@ -343,33 +463,91 @@ class _TokenLogprobs(torch.autograd.Function):
         stream.backward(
             source, job.kernel, rows, kept.take(job.targets), job.head,
             stats,
-            lambda at, _: (g_lp[at], None if g_entropy is None else g_entropy[at]),
+            lambda at, _: (_at(g_lp, at), _at(g_entropy, at), _at(g_logit, at)),
+            by_logit=g_logit is not None,
         )  # fmt: skip
         return None, None, *_finished(source.gradients(), params, None)
 
 
-def _token_logprobs(
-    params: _Params, rows: Rows, targets: Tensor, head: Head, kernel: RowKernel | None, entropy: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(logprobs, entropy) of the compact rows [n], differentiable."""
+def _at(values: Tensor | None, rows: slice) -> Tensor | None:
+    return None if values is None else values[rows]
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """What is wanted of each token beside its log-probability."""
+
+    entropy: bool = False
+    target_logits: bool = False
+    extras: Collector | None = None
+
+    @property
+    def stats_alone(self) -> bool:
+        return not self.target_logits and (self.extras is None or not self.extras.values)
+
+
+def _token_values(
+    params: _Params,
+    rows: Rows,
+    targets: Tensor,
+    head: Head,
+    kernel: _Kernel,
+    entropy: bool,
+    target_logits: bool = False,
+    statistics: tuple[str, ...] = (),
+    active: Tensor | None = None,
+) -> TokenValues:
+    """What is asked for of the compact rows [n]; all but the statistics differentiable. With `active`, for a compiler:
+    of all rows [N], zero where not active."""
+    first = params[0]
+    assert first is not None
+    if active is not None:
+        return _dense_token_values(params, active, targets, head, kernel, entropy, statistics)
+    assert not isinstance(kernel, ops.Named)
     if kernel is not None:
         job = _Job(kernel, head, rows, targets, _wanted(params))
-        out: tuple[Tensor, Tensor | None] = _TokenLogprobs.apply(job, entropy, *params)
-        return out
-    first = rows.take(params[0])  # type: ignore[arg-type]
+        extras = Collector(statistics, rows.size, stats_dtype(first.dtype), first.device)
+        ask = _Ask(entropy, target_logits, extras)
+        logprobs, entropies, target = _applied(_TokenLogprobs, "linear_logprobs", job, ask, *params)
+        return TokenValues(logprobs, entropies, target, extras.values)
+    first = rows.counting(rows.take(first))
     logits = first if len(params) == 1 else reference.linear_logits(first, *params[1:])  # type: ignore[arg-type]
-    return reference.token_logprobs(logits, targets, head)
+    return reference.token_values(logits, targets, head, statistics)
+
+
+def _dense_token_values(
+    params: _Params,
+    active: Tensor,
+    targets: Tensor,
+    head: Head,
+    kernel: _Kernel,
+    entropy: bool,
+    statistics: tuple[str, ...],
+) -> TokenValues:
+    if isinstance(kernel, ops.Named):
+        logprobs, entropies, target, _, _, found = torch.ops.trapo_kernels.token_values(
+            *ops.three(params), targets, active, entropy, list(statistics), *ops.plain(head, kernel, _wanted(params))
+        )
+    else:
+        first = torch.where(active[:, None], params[0], 0)  # type: ignore[arg-type]
+        logits = first if len(params) == 1 else reference.linear_logits(first, *params[1:])  # type: ignore[arg-type]
+        values = reference.token_values(logits, torch.where(active, targets, 0), head, statistics)
+        logprobs, entropies, target = (torch.where(active, t, 0) for t in values[:3])  # type: ignore[arg-type]
+        found = [torch.where(active, t, 0) for t in values.statistics.values()]
+    by_name = {name: found[i] for i, name in enumerate(statistics)}
+    return TokenValues(logprobs, entropies if entropy else None, target, by_name)
 
 
 def _logprobs(
-    caller: str, params: _Params, targets: Tensor, head: Head, kernel: RowKernel | None, entropy: bool
+    caller: str, params: _Params, targets: Tensor, head: Head, kernel: _Kernel, entropy: bool
 ) -> TokenLogprobs:
     flat = targets.reshape(-1)
     active = flat != head.ignore_index
-    vocab = params[1].shape[0] if len(params) > 1 else params[0].shape[1]  # type: ignore[union-attr]
-    validate.check_range(caller, flat, active, vocab, head.ignore_index)
-    rows = Rows.choose(active)
-    logprobs, entropies = _token_logprobs(params, rows, rows.counting(rows.take(flat)), head, kernel, entropy)
+    validate.check_range(caller, flat, active, _vocab(kernel, params), head.ignore_index)
+    dense = active if torch.compiler.is_compiling() else None
+    rows = Rows.choose(active) if dense is None else Rows.every(active)
+    compact = rows.counting(rows.take(flat))
+    logprobs, entropies, _, _ = _token_values(params, rows, compact, head, kernel, entropy, active=dense)
     shape = targets.shape
     return TokenLogprobs(
         rows.spread(logprobs).reshape(shape),
@@ -389,48 +567,83 @@ class _Batch:
     targets: Tensor
     expert: Tensor
     inputs: dict[str, Tensor | None]
+    sequences: Sequences | None
+    weights: Tensor | None  # of token losses; None: all 1
+    statistics: tuple[str, ...]
     normalizer: Tensor
     counts: dict[str, Tensor]
     shape: torch.Size
+    # Under torch.compile the rows are all there are, and these say which count; else None.
+    own: Tensor | None = None
+    active: Tensor | None = None
+    live: Tensor | None = None
 
-    def tokens(self, logprobs: Tensor, entropy: Tensor, at: slice = slice(None)) -> Tokens:
+    def tokens(self, values: TokenValues, at: slice = slice(None)) -> Tokens:
+        """Rows `at`, whose values these are."""
+        assert values.entropy is not None
         inputs = {name: None if t is None else t[at] for name, t in self.inputs.items()}
-        return Tokens(logprobs, entropy, self.expert[at], **inputs)
-
-    def slopes(self, at: slice, stats: RowStats) -> tuple[Tensor, Tensor | None]:
-        assert stats.entropy is not None
-        g_lp, g_entropy = self.objective.slopes(self.tokens(stats.logprobs, stats.entropy, at))
+        expert, own = self.expert[at], None if self.own is None else self.own[at]
         if self.rows.inside is not None:
-            outside = ~self.rows.inside[at]
-            g_lp = g_lp.masked_fill(outside, 0)
-            g_entropy = None if g_entropy is None else g_entropy.masked_fill(outside, 0)
-        return g_lp, g_entropy
+            inside = self.rows.inside[at]
+            expert, own = expert & inside, ~expert & inside
+        return Tokens(
+            values.logprobs,
+            values.entropy,
+            expert,
+            **inputs,
+            target_logits=values.target_logits,
+            statistics=values.statistics,
+            sequences=self.sequences,
+            own=own,
+        )
+
+    def values(self, logprobs: Tensor, entropy: Tensor, *others: Tensor) -> TokenValues:
+        """As `flat` gave them."""
+        target, found = (others[0], others[1:]) if self.objective.reads_logit else (None, others)
+        return TokenValues(logprobs, entropy, target, dict(zip(self.statistics, found, strict=True)))
+
+    def flat(self, stats: RowStats, extras: Collector) -> tuple[Tensor, ...]:
+        """The values of all rows, one after the other."""
+        assert stats.entropy is not None
+        target = [stream.target_logits(stats)] if self.objective.reads_logit else []
+        return (stats.logprobs, stats.entropy, *target, *extras.values.values())
+
+    def slopes(self, at: slice, stats: RowStats, extras: Collector) -> Slopes:
+        target = stream.target_logits(stats) if self.objective.reads_logit else None
+        values = TokenValues(stats.logprobs, stats.entropy, target, extras.at(at))
+        slopes = self.objective.all_slopes(self.tokens(values, at))
+        if self.weights is None:
+            return slopes
+        weights = self.weights[at]
+        return Slopes(*(None if slope is None else slope * weights for slope in slopes))
 
     def fused(self, kernel: RowKernel) -> stream.Fused | None:
         """For kernels that compute the slopes of these terms themselves."""
         verb, terms = getattr(kernel, "fused_", None), self.objective.fused()
-        if verb is None or terms is None or self.rows.inside is not None:
+        if verb is None or terms is None or self.statistics or self.weights is not None or self.rows.inside is not None:
             return None
         if self.normalizer.dtype == torch.float64 and not getattr(kernel, "FUSED_FLOAT64", True):
             return None
         return stream.Fused(verb, terms, RowInputs(self.expert, **self.inputs))
 
-    def parts(self, tokens: Tokens) -> dict[str, Tensor]:
-        """`Objective.losses` of the tokens that count."""
-        return {name: self.rows.counting(values) for name, values in self.objective.losses(tokens).items()}
+    def parts(self, values: TokenValues) -> dict[str, Tensor]:
+        """The weighted parts of the loss per token [n]."""
+        parts = self.objective.losses(self.tokens(values))
+        return parts if self.weights is None else {name: part * self.weights for name, part in parts.items()}
 
-    def losses(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """(the loss, its weighted parts per token)."""
-        parts = self.parts(self.tokens(logprobs, entropy))
-        total = sum(parts.values(), torch.zeros_like(logprobs))
-        return total.sum() / self.normalizer, parts
+    def loss(self, values: TokenValues) -> Tensor:
+        total = sum(self.parts(values).values(), torch.zeros_like(values.logprobs))
+        return total.sum() / self.normalizer
 
-    def result(self, loss: Tensor, logprobs: Tensor, entropy: Tensor) -> PolicyLoss:
+    def result(self, loss: Tensor, values: TokenValues) -> PolicyLoss:
         with torch.no_grad():
+            logprobs, entropy, target, statistics = values
+            assert entropy is not None
             logprobs, entropy = logprobs.detach(), entropy.detach()
-            tokens = self.tokens(logprobs, entropy)
-            parts = self.parts(tokens)
-            metrics = policy_metrics(self.objective, tokens, parts, self.normalizer, self.counts, self.rows.inside)
+            values = TokenValues(logprobs, entropy, None if target is None else target.detach(), statistics)
+            metrics = policy_metrics(
+                self.objective, self.tokens(values), self.parts(values), self.normalizer, self.counts
+            )
         spread = self.rows.spread
         return PolicyLoss(loss, metrics, spread(logprobs).reshape(self.shape), spread(entropy).reshape(self.shape))
 
@@ -446,13 +659,16 @@ def _batch(
     normalizer: float | Tensor | None,
     floats: dict[str, Tensor | None],
     masks: dict[str, Tensor | None],
+    sequence_ids: Tensor | None,
+    statistics: Sequence[str],
 ) -> _Batch:
     if not isinstance(objective, Objective):
         raise TypeError(f"{caller}: objective must be an Objective; got {type(objective).__name__}")
     floats, masks = validate.check_token_inputs(caller, targets, floats, masks)
-    for name, setting in objective.needs.items():
+    for name in objective.needed:
         if floats[name] is None:
-            raise ValueError(f"{caller}: {name} must be a tensor, which {setting} needs; got None")
+            raise ValueError(f"{caller}: {name} must be a tensor, which {objective.needs[name]} needs; got None")
+    names = check_statistics(caller, (*objective.statistics, *check_statistics(caller, statistics)))
     flat = targets.reshape(-1)
     active = flat != head.ignore_index
     if masks["mask"] is not None:
@@ -464,10 +680,24 @@ def _batch(
         expert = masks["expert_mask"].reshape(-1)
     advantages = floats["advantages"]
     live = objective.has_gradient(expert, None if advantages is None else advantages.reshape(-1))
-    rows = Rows.choose(active, live, drop_others=skip_inactive)
-    count = active.sum()
+    masks = {"own": None, "active": None, "live": None}
+    if torch.compiler.is_compiling():
+        rows, computed = Rows.every(active), active & live if skip_inactive and not objective.coupled else active
+        masks = {"own": computed & ~expert, "active": computed, "live": live}
+        expert = computed & expert
+    elif objective.coupled:  # its tokens stay together and in order: no others are known before all are
+        rows = Rows.choose(active)
+    else:
+        rows = Rows.choose(active, live, drop_others=skip_inactive)
+    sequences = None
+    if objective.needs_sequences:
+        sequences = validate.check_sequences(caller, targets, sequence_ids)
+    weights, count = None, active.sum()
+    if objective.reduction == "sequence_mean":
+        assert sequences is not None
+        weights = 1 / sequences.total(active.to(dtype)).clamp(min=1)
     if normalizer is None:
-        normalizer = count.clamp(min=1)
+        normalizer = _default_normalizer(objective, active, count, sequences)
     else:
         validate.check_normalizer(caller, normalizer)
     return _Batch(
@@ -476,9 +706,13 @@ def _batch(
         targets=rows.counting(rows.take(flat)),
         expert=rows.take(expert),
         inputs={n: None if t is None else rows.take(t.reshape(-1)).to(dtype) for n, t in floats.items()},
+        sequences=replace(sequences, place=rows.take(sequences.place)) if sequences and objective.coupled else None,
+        weights=None if weights is None else rows.take(weights),
+        statistics=names,
         normalizer=_scalar(normalizer, dtype, flat.device),
         counts={"tokens": count, "zero_gradient_tokens": (active & ~live).sum()},
         shape=targets.shape,
+        **masks,
     )
 
 
@@ -489,33 +723,50 @@ def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> 
     return torch.full((), value, dtype=dtype, device=device)
 
 
+def _default_normalizer(
+    objective: Objective, active: Tensor, count: Tensor, sequences: Sequences | None
+) -> float | Tensor:
+    if objective.reduction == "sum":
+        return 1.0
+    if objective.reduction == "token_mean":
+        return count.clamp(min=1)
+    assert sequences is not None
+    return sequences.with_any(active).clamp(min=1)
+
+
 class _PolicyLoss(torch.autograd.Function):
     """Loss and gradients in one pass over the logits; the backward hands the gradients over."""
 
     @staticmethod
-    def forward(ctx: Any, job: _Job, batch: _Batch, *params: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        stats, ctx.grads = _PolicyLoss.run(job, batch, params)
-        assert stats.entropy is not None
-        loss, _ = batch.losses(stats.logprobs, stats.entropy)
+    def forward(ctx: Any, job: _Job, batch: _Batch, *params: Tensor | None) -> tuple[Tensor, ...]:
+        values, ctx.grads = _PolicyLoss.run(job, batch, params)
+        loss = batch.loss(batch.values(*values))
         ctx.job, ctx.batch = job, batch
         ctx.save_for_backward(*params)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(stats.logprobs, stats.entropy)
-        return loss, stats.logprobs, stats.entropy
+        ctx.mark_non_differentiable(*values)
+        return loss, *values
 
     @staticmethod
-    def run(job: _Job, batch: _Batch, params: _Params) -> tuple[RowStats, tuple[Tensor | None, ...]]:
-        if not any(job.wants):
-            return job.forward_only(params, entropy=True), (None,) * len(params)
+    def run(job: _Job, batch: _Batch, params: _Params) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
         source = job.source(params, job.rows, job.wants)
-        slopes, fused = batch.slopes, batch.fused(job.kernel)
-        stats = stream.forward(source, job.kernel, job.rows, job.targets, job.head, True, slopes, fused)
-        return stats, source.gradients()
+        extras = Collector(batch.statistics, job.rows.size, stats_dtype(source.dtype), source.device)
+        slopes, fused = None, None
+        if any(job.wants):
+            slopes, fused = (lambda at, stats: batch.slopes(at, stats, extras)), batch.fused(job.kernel)
+        else:
+            stats = job.forward_only(params, _Ask(True, batch.objective.reads_logit, extras))
+            return batch.flat(stats, extras), source.gradients()
+        stats = stream.forward(
+            source, job.kernel, job.rows, job.targets, job.head, True, slopes, fused, extras,
+            by_logit=batch.objective.reads_logit,
+        )  # fmt: skip
+        return batch.flat(stats, extras), source.gradients()
 
     @staticmethod
     def backward(ctx: Any, g_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
         _refuse_second_derivative("linear_policy_loss")
-        params = ctx.saved_tensors
+        params: _Params = ctx.saved_tensors
         if g_loss is None:
             return (None,) * (2 + len(params))
         # The first backward gives its gradients away (they are scaled in place, and become `.grad`); a second one
@@ -526,9 +777,53 @@ class _PolicyLoss(torch.autograd.Function):
         return None, None, *_finished(grads, params, g_loss / ctx.batch.normalizer)
 
 
-def _two_pass(params: _Params, batch: _Batch, head: Head, kernel: RowKernel | None) -> PolicyLoss:
+def _check_reference_head(caller: str, kernel: _Kernel, ref: _Params) -> None:
+    for name, value in zip(("ref_hidden", "ref_weight"), ref[:2], strict=True):
+        if value is None:
+            raise ValueError(f"{caller}: {name} must be a tensor, which expert='asft' needs; got None")
+    if isinstance(kernel, (ShardedKernel, ops.Named)):
+        where = "under torch.compile" if isinstance(kernel, ops.Named) else "with group="
+        raise NotImplementedError(f"{caller}: objective must not need a reference head {where}; got expert='asft'")
+
+
+def _anchored(out: PolicyLoss, params: _Params, ref: _Params, batch: _Batch, head: Head, kernel: _Kernel) -> PolicyLoss:
+    """The loss and the divergence of its expert tokens from a reference, where the objective has one."""
+    o = batch.objective
+    if not o.reference_head:
+        return out
+    weights = batch.expert.to(batch.normalizer.dtype) * (o.expert_coef * o.asft_kl)
+    weights = batch.rows.spread(weights if batch.weights is None else weights * batch.weights)
+    (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias) = params, ref
+    assert hidden is not None
+    assert weight is not None
+    assert ref_hidden is not None
+    assert ref_weight is not None
+    anchor = linear_divergence(
+        hidden, weight, ref_hidden.reshape(-1, ref_hidden.shape[-1]), ref_weight, mask=weights != 0, weights=weights,
+        normalizer=batch.normalizer, bias=bias, ref_bias=ref_bias, temperature=head.temperature, softcap=head.softcap,
+        logit_scale=head.logit_scale, backend="reference" if kernel is None else "torch",
+    ).loss  # fmt: skip
+    more = {name: out.metrics[name] + anchor.detach() for name in ("loss", "loss_expert")}
+    return out._replace(loss=out.loss + anchor, metrics={**out.metrics, **more})
+
+
+def _two_pass(params: _Params, batch: _Batch, head: Head, kernel: _Kernel) -> PolicyLoss:
     """Log-probabilities first, then the objective on vectors, by autograd."""
-    logprobs, entropy = _token_logprobs(params, batch.rows, batch.targets, head, kernel, entropy=True)
-    assert entropy is not None
-    loss, _ = batch.losses(logprobs, entropy)
-    return batch.result(loss, logprobs, entropy)
+    o = batch.objective
+    values = _token_values(
+        params, batch.rows, batch.targets, head, kernel, True,
+        target_logits=o.reads_logit, statistics=batch.statistics, active=batch.active,
+    )  # fmt: skip
+    return batch.result(batch.loss(values), values)
+
+
+def _compiled(params: _Params, batch: _Batch, head: Head, kernel: ops.Named) -> PolicyLoss:
+    """Inside torch.compile: a single pass is one operator."""
+    if batch.objective.coupled:
+        return _two_pass(params, batch, head, kernel)
+    total, values, *_ = torch.ops.trapo_kernels.policy_loss(
+        *ops.three(params), batch.targets, batch.active, batch.live, batch.expert, *batch.inputs.values(),
+        batch.weights, ops.objective_key(batch.objective), list(batch.statistics),
+        *ops.plain(head, kernel, _wanted(params)),
+    )  # fmt: skip
+    return batch.result(total / batch.normalizer, batch.values(*values.unbind(0)))

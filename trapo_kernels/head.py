@@ -26,7 +26,8 @@ class Head:
             if value is None and name == "softcap":
                 continue
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (number and math.isfinite(value) and value > 0):
+            # Not math.isfinite: under torch.compile with dynamic shapes a number is a symbol.
+            if not (number and 0 < value < math.inf):
                 accepted = "a finite number above 0" + (" or None" if name == "softcap" else "")
                 raise ValueError(f"{name} must be {accepted}; got {value!r}")
         if not isinstance(self.ignore_index, int) or isinstance(self.ignore_index, bool):

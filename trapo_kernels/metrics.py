@@ -8,7 +8,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .objective import Objective, Tokens, clipped, log_ratio, tis_weight
+from .objective import Objective, Tokens
+from .statistics import is_statistic
+from .terms import clipped, log_ratio, tis_weight
 
 __all__ = ["METRICS", "Metric", "merge_metrics", "policy_metrics"]
 
@@ -49,19 +51,15 @@ METRICS: dict[str, Metric] = {
 }
 
 
+# Statistics of rows that a caller or an objective asked for are reported under their own names.
+_STATISTIC = Metric("mean", "computed_tokens", "a statistic of statistics.py")
+
+
 def policy_metrics(
-    objective: Objective,
-    tokens: Tokens,
-    losses: Mapping[str, Tensor],
-    normalizer: Tensor,
-    counts: Mapping[str, Tensor],
-    inside: Tensor | None = None,
+    objective: Objective, tokens: Tokens, losses: Mapping[str, Tensor], normalizer: Tensor, counts: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The metrics of computed tokens [n], or of those `inside` [n]. `losses` as `Objective.losses` gives them; `counts`
-    are reported as given."""
-    expert, own = tokens.expert, ~tokens.expert
-    if inside is not None:
-        expert, own = expert & inside, own & inside
+    """The metrics of computed tokens [n]. `losses` as `Objective.losses` gives them; `counts` are reported as given."""
+    expert, own = tokens.expert, tokens.own_tokens
     mine = tokens.only(own)
 
     def mean(values: Tensor, region: Tensor) -> Tensor:
@@ -90,6 +88,7 @@ def policy_metrics(
         out["kl_ref_k1"], out["kl_ref_k3"] = mean(-delta, own), mean(torch.expm1(delta) - delta, own)
     if objective.tis_cap is not None:
         out["tis_weight"] = mean(tis_weight(objective, mine), own)
+    out |= {name: mean(values, expert | own) for name, values in tokens.statistics.items()}
     return out
 
 
@@ -106,7 +105,8 @@ def merge_metrics(calls: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """
     calls = list(calls)
     out: dict[str, Tensor] = {}
-    for name, metric in METRICS.items():
+    seen = dict.fromkeys(name for call in calls for name in call if is_statistic(name))
+    for name, metric in {**METRICS, **dict.fromkeys(seen, _STATISTIC)}.items():
         present = [call for call in calls if name in call]
         if not present:
             continue

@@ -1,255 +1,85 @@
-"""What a token's loss is: the terms as data, with their values and slopes. The one place for formulas.
+"""The objective: which terms a token's loss is made of, as data; what it needs and what it costs.
 
-Notation: y is a token's target, logp = log π(y), p = exp(logp), H the entropy of π, A the advantage,
-r = exp(logp − old_logp) the ratio (1 with the gradient of logp where no old_logprobs are given), sg stop-gradient.
 The loss of a token is
 
-    expert token:   expert_coef · E                                     − entropy_coef · H
-    own token:      P · sg(min(exp(old − rollout), tis_cap))            − entropy_coef · H  + kl_coef · K
+    expert token:   expert_coef · E                                            − entropy_coef · H
+    own token:      policy_coef · P · sg(min(exp(old − rollout), tis_cap))     − entropy_coef · H  + kl_coef · K
 
-with E an entry of EXPERT_TERMS, P one of POLICY_TERMS and K the k3 estimate of the KL divergence to the reference.
-K is on own tokens alone: it is an estimate from samples, and expert tokens were not sampled from the policy.
+with E an entry of EXPERT_TERMS, P one of POLICY_TERMS (either may be a function of yours) and K the k3 estimate of the
+KL divergence to the reference. K is on own tokens alone: it is an estimate from samples, and expert tokens were not
+sampled from the policy. The formulas are in terms.py.
 
-A term is one `Term`: its value, differentiable by autograd (the oracle and the two-pass path use that), and its
-slope ∂value/∂logp (the streamed path uses that, since dL/dz_j = g_lp (1[j=y] − π_j) − g_H π_j (log π_j + H) needs no
-more). tests/test_objective.py holds the two together in float64. To add a term, add an entry to a table.
+The loss of a batch is Σ w_t · loss_t / normalizer, where `reduction` says what w_t and the default normalizer are:
+
+    token_mean      w = 1                                      the number of active tokens
+    sequence_mean   w = 1 / active tokens of the sequence      the number of sequences with an active token
+    sum             w = 1                                      1
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .rows.base import FusedTerms
-
-__all__ = ["EXPERT_TERMS", "POLICY_TERMS", "Objective", "Term", "Tokens"]
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Everything a term may read, one entry per token [n]; `None` where the caller gave nothing."""
-
-    logprobs: Tensor
-    entropy: Tensor
-    expert: Tensor  # bool: True = expert-prefix token, False = own token
-    advantages: Tensor | None = None
-    old_logprobs: Tensor | None = None
-    ref_logprobs: Tensor | None = None
-    rollout_logprobs: Tensor | None = None
-
-    def map(self, fn: Callable[[Tensor], Tensor]) -> Tokens:
-        """The same tokens with `fn` applied to every tensor."""
-        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-        return replace(self, **{name: fn(values) for name, values in given.items()})
-
-    def only(self, region: Tensor) -> Tokens:
-        """Zeros outside `region`, so that what a caller padded other tokens with can neither give nor poison
-        anything: 0 · NaN in a backward would."""
-        outside = ~region
-        kept = self.map(lambda t: t if t.dtype == torch.bool else t.masked_fill(outside, 0))
-        return replace(kept, expert=self.expert)
-
-
-@dataclass(frozen=True)
-class Term:
-    """A loss of one token. `slope` is ∂value/∂logp; `entropy_slope` is ∂value/∂H where the value depends on H."""
-
-    value: Callable[[Objective, Tokens], Tensor]
-    slope: Callable[[Objective, Tokens], Tensor] | None
-    source: str
-    needs: tuple[str, ...] = ()  # inputs without which the term has no value
-    reads: tuple[str, ...] = ()  # inputs used where given
-    scales_with_advantage: bool = False  # A = 0 gives no gradient
-    entropy_slope: Callable[[Objective, Tokens], Tensor] | None = None
-    fused: int = 0  # the term's number in row kernels that compute slopes themselves; 0: none of them knows it
-
-
-def _given(values: Tensor | None) -> Tensor:
-    assert values is not None  # functional.py has checked `Objective.needs`
-    return values
-
-
-# Expert terms ------------------------------------------------------------------------------------------------
-
-
-def _sft_value(o: Objective, t: Tokens) -> Tensor:
-    return -t.logprobs
-
-
-def _sft_slope(o: Objective, t: Tokens) -> Tensor:
-    return torch.full_like(t.logprobs, -1.0)
-
-
-def _trsft_value(o: Objective, t: Tokens) -> Tensor:
-    # ℓ(p) = −log p for p ≥ α, else 1 − log α − p/α: C¹, with the gradient of the authors' −p/sg(max(p, α)).
-    inside = t.logprobs >= math.log(o.alpha)
-    return torch.where(inside, -t.logprobs, 1 - math.log(o.alpha) - t.logprobs.exp() / o.alpha)
-
-
-def _trsft_slope(o: Objective, t: Tokens) -> Tensor:
-    return -(t.logprobs.exp() / o.alpha).clamp(max=1)
-
-
-def _dft_value(o: Objective, t: Tokens) -> Tensor:
-    # p log p → 0 as p → 0, which 0 · −inf would not give.
-    return -t.logprobs.detach().exp() * t.logprobs.masked_fill(t.logprobs == -torch.inf, 0)
-
-
-def _dft_slope(o: Objective, t: Tokens) -> Tensor:
-    return -t.logprobs.exp()
-
-
-def _luffy_value(o: Objective, t: Tokens) -> Tensor:
-    p = t.logprobs.exp()
-    return -_given(t.advantages) * p / (p + o.luffy_gamma)
-
-
-def _luffy_slope(o: Objective, t: Tokens) -> Tensor:
-    p = t.logprobs.exp()
-    return -_given(t.advantages) * o.luffy_gamma * p / (p + o.luffy_gamma) ** 2
-
-
-EXPERT_TERMS: dict[str, Term] = {
-    "sft": Term(_sft_value, _sft_slope, source="negative log-likelihood", fused=1),
-    "trsft": Term(_trsft_value, _trsft_slope, source="TRAPO, arXiv 2512.17636: weight 1/max(p, α) on ∇p", fused=2),
-    "dft": Term(_dft_value, _dft_slope, source="Dynamic Fine-Tuning, the authors' code: −sg(p) log p", fused=3),
-    "luffy": Term(
-        _luffy_value,
-        _luffy_slope,
-        source="LUFFY, the authors' code: off-policy shaping p/(p+γ), A over on- and off-policy rollouts",
-        needs=("advantages",),
-        scales_with_advantage=True,
-        fused=4,
-    ),
-}
-
-
-# Policy terms ------------------------------------------------------------------------------------------------
-
-
-def log_ratio(t: Tokens) -> Tensor:
-    """log r = logp − old_logp [n]. A token of probability zero has log r = −inf whatever the old probability."""
-    old = t.logprobs.detach() if t.old_logprobs is None else t.old_logprobs
-    impossible = t.logprobs == -torch.inf
-    # Filled before the subtraction: −inf − −inf would leave NaN in its backward.
-    difference = t.logprobs.masked_fill(impossible, 0) - old.masked_fill(impossible, 0)
-    return difference.masked_fill(impossible, -torch.inf)
-
-
-def _unclipped_value(o: Objective, t: Tokens) -> Tensor:
-    return -log_ratio(t).exp() * _given(t.advantages)
-
-
-def _unclipped_slope(o: Objective, t: Tokens) -> Tensor:
-    return _unclipped_value(o, t)  # d exp(x) = exp(x) dx
-
-
-def clipped(o: Objective, t: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the clip takes the gradient away [n]: ratio too low (A < 0), too high (A > 0), beyond the dual clip."""
-    r, advantages = log_ratio(t).exp(), _given(t.advantages)
-    none = torch.zeros_like(t.expert)
-    low = none if o.clip_low is None else (advantages < 0) & (r < 1 - o.clip_low)
-    high = none if o.clip_high is None else (advantages > 0) & (r > 1 + o.clip_high)
-    dual = none if o.dual_clip is None else (advantages < 0) & (r > o.dual_clip)
-    return low, high, dual
-
-
-def _clip_value(o: Objective, t: Tokens) -> Tensor:
-    r, advantages = log_ratio(t).exp(), _given(t.advantages)
-    low = 0.0 if o.clip_low is None else 1 - o.clip_low
-    high = math.inf if o.clip_high is None else 1 + o.clip_high
-    loss = -torch.minimum(r * advantages, r.clamp(low, high) * advantages)
-    if o.dual_clip is not None:
-        loss = torch.where(advantages < 0, torch.minimum(loss, -o.dual_clip * advantages), loss)
-    return loss
-
-
-def _clip_slope(o: Objective, t: Tokens) -> Tensor:
-    low, high, dual = clipped(o, t)
-    return _unclipped_value(o, t).masked_fill(low | high | dual, 0)
-
-
-_POLICY_INPUTS: dict[str, Any] = {
-    "needs": ("advantages",),
-    "reads": ("old_logprobs",),
-    "scales_with_advantage": True,
-    "fused": 1,  # unclipped is clip without bounds
-}
-
-POLICY_TERMS: dict[str, Term] = {
-    "unclipped": Term(
-        _unclipped_value, _unclipped_slope, source="importance-weighted policy gradient", **_POLICY_INPUTS
-    ),
-    "clip": Term(
-        _clip_value,
-        _clip_slope,
-        source="PPO, arXiv 1707.06347; dual clip: arXiv 1912.09729; asymmetric: DAPO, arXiv 2503.14476",
-        **_POLICY_INPUTS,
-    ),
-}
-
-
-def tis_weight(o: Objective, t: Tokens) -> Tensor:
-    """sg(min(π_old / π_rollout, C)) [n]: truncated importance sampling of the engine that sampled the tokens."""
-    old = t.logprobs.detach() if t.old_logprobs is None else t.old_logprobs
-    return (old - _given(t.rollout_logprobs)).exp().clamp(max=o.tis_cap).detach()
-
-
-# Terms beside those two --------------------------------------------------------------------------------------
-
-
-def _k3_value(o: Objective, t: Tokens) -> Tensor:
-    difference = _given(t.ref_logprobs) - t.logprobs
-    # Beyond 80 the exponential has absorbed the rest; unclamped, inf − inf would be NaN at logp = −inf.
-    return torch.expm1(difference) - difference.clamp(max=80)
-
-
-def _k3_slope(o: Objective, t: Tokens) -> Tensor:
-    return -torch.expm1(_given(t.ref_logprobs) - t.logprobs)
-
-
-K3 = Term(_k3_value, _k3_slope, source="Schulman 2020, 'Approximating KL divergence'", needs=("ref_logprobs",))
-
-ENTROPY = Term(
-    lambda o, t: t.entropy,
-    None,
-    source="Shannon entropy of the whole distribution, in nats",
-    entropy_slope=lambda o, t: torch.ones_like(t.entropy),
+from .terms import (
+    ENTROPY,
+    EXPERT_TERMS,
+    K3,
+    POLICY_TERMS,
+    Slopes,
+    Term,
+    Tokens,
+    _given,
+    function_name,
+    own_term,
+    tis_weight,
 )
 
+__all__ = ["EXPERT_TERMS", "POLICY_TERMS", "REDUCTIONS", "Objective", "Term", "Tokens"]
 
-# The objective -----------------------------------------------------------------------------------------------
+REDUCTIONS = ("token_mean", "sequence_mean", "sum")
+_CLIPPED = ("clip", "gspo", "cispo")
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of a token, as data: an expert term, a policy term and what is added to them.
+    """The loss of a token, as data: an expert term, a policy term and what is added to them. `explain()` says what it
+    needs and what it costs.
 
     Args:
-        expert: term on expert-prefix tokens: "trsft", "sft", "dft", "luffy", or None for none.
+        expert: term on expert-prefix tokens: a name in EXPERT_TERMS, a function of yours (`own_term`), or None.
         alpha: TrSFT's trust region: below this probability the slope is p/α instead of 1. In (0, 1].
         expert_coef: weight of expert tokens against own tokens.
-        policy: term on own tokens: "clip", "unclipped", or None for none.
+        policy: term on own tokens: a name in POLICY_TERMS, a function of yours, or None for none.
+        policy_coef: weight of the policy term.
         clip_low, clip_high: the ratio is clipped to [1 − clip_low, 1 + clip_high]; None = not on that side.
         dual_clip: for A < 0 the loss of a token is at most dual_clip · |A|; above 1, or None.
         entropy_coef: weight of the entropy bonus, on all active tokens (expert tokens too). Nats.
         kl_coef: weight of the k3 estimate of KL(policy ‖ reference), on own tokens.
         tis_cap: cap of the weight π_old / π_rollout on the policy term, or None for no weight.
+        reduction: "token_mean", "sequence_mean" or "sum": weights of tokens and the default normalizer.
         luffy_gamma: γ of LUFFY's p/(p + γ).
+        sed_coef, sed_k, sed_tau: λ, k and τ of SED-SFT. METHODS.md records no published values; these are ours.
+        eaft_power: a of EAFT.
+        asft_kl: λ of ASFT, the weight of KL(reference ‖ policy) over the whole vocabulary, on expert tokens.
+        pear_gamma, pear_low, pear_high: γ of PEAR (no published value on record), and its clip of log ratios.
+        lco_beta: β of LCO for A > 0; 100 times that for the others (no published value on record).
+        sapo_tau_pos, sapo_tau_neg: τ of SAPO for A > 0 and for the others.
 
     Raises:
-        ValueError: a field is out of its range; the message names it and what it accepts.
+        TypeError, ValueError: a field is out of its range; the message names it and what it accepts.
     """
 
-    expert: str | None = "trsft"
+    expert: str | Callable[..., Tensor] | None = "trsft"
     alpha: float = 0.1
     expert_coef: float = 1.0
-    policy: str | None = "clip"
+    policy: str | Callable[..., Tensor] | None = "clip"
     clip_low: float | None = None
     clip_high: float | None = None
     dual_clip: float | None = None
@@ -257,30 +87,55 @@ class Objective:
     kl_coef: float = 0.0
     tis_cap: float | None = None
     luffy_gamma: float = 0.1
+    policy_coef: float = 1.0
+    reduction: str = "token_mean"
+    sed_coef: float = 1.0
+    sed_k: int = 20
+    sed_tau: float = 0.9
+    eaft_power: float = 1.0
+    asft_kl: float = 0.05
+    pear_gamma: float = 1.0
+    pear_low: float = -0.08
+    pear_high: float = 0.3
+    lco_beta: float = 1.0
+    sapo_tau_pos: float = 1.0
+    sapo_tau_neg: float = 1.05
 
     def __post_init__(self) -> None:
         self._one_of("expert", EXPERT_TERMS)
         self._one_of("policy", POLICY_TERMS)
         self._number("alpha", "in (0, 1]", lambda x: 0 < x <= 1)
-        self._number("expert_coef", "at least 0", lambda x: x >= 0)
         self._number("clip_low", "in [0, 1] or None", lambda x: 0 <= x <= 1, optional=True)
         self._number("clip_high", "at least 0 or None", lambda x: x >= 0, optional=True)
         self._number("dual_clip", "above 1 or None", lambda x: x > 1, optional=True)
-        self._number("entropy_coef", "that is finite", lambda x: True)
-        self._number("kl_coef", "at least 0", lambda x: x >= 0)
         self._number("tis_cap", "above 0 or None", lambda x: x > 0, optional=True)
-        self._number("luffy_gamma", "above 0", lambda x: x > 0)
-        for name in ("clip_low", "clip_high", "dual_clip"):
-            if self.policy != "clip" and getattr(self, name) is not None:
-                raise ValueError(f"Objective: {name} must be None unless policy='clip'; got policy={self.policy!r}")
+        for name in ("entropy_coef", "pear_low", "pear_high"):
+            self._number(name, "that is finite", lambda x: True)
+        for name in ("expert_coef", "policy_coef", "kl_coef", "sed_coef", "eaft_power", "asft_kl"):
+            self._number(name, "at least 0", lambda x: x >= 0)
+        for name in ("luffy_gamma", "sed_tau", "pear_gamma", "lco_beta", "sapo_tau_pos", "sapo_tau_neg"):
+            self._number(name, "above 0", lambda x: x > 0)
+        self._number("sed_k", "that is whole and above 0", lambda x: x > 0 and x == int(x))
+        if self.reduction not in REDUCTIONS:
+            accepted = ", ".join(map(repr, REDUCTIONS))
+            raise ValueError(f"Objective: reduction must be one of {accepted}; got {self.reduction!r}")
+        self._fits_the_policy_term()
+
+    def _fits_the_policy_term(self) -> None:
+        for name, terms in (("clip_low", _CLIPPED), ("clip_high", _CLIPPED), ("dual_clip", _CLIPPED[:1])):
+            if self.policy not in terms and getattr(self, name) is not None:
+                accepted = " or ".join(f"policy={term!r}" for term in terms)
+                raise ValueError(f"Objective: {name} must be None unless {accepted}; got policy={self.policy!r}")
         if self.policy is None and self.tis_cap is not None:
             raise ValueError("Objective: tis_cap must be None unless there is a policy term; got policy=None")
 
     def _one_of(self, name: str, table: dict[str, Term]) -> None:
         value = getattr(self, name)
-        if value is not None and value not in table:
+        if callable(value):
+            own_term(value)
+        elif value is not None and value not in table:
             accepted = ", ".join(map(repr, table))
-            raise ValueError(f"Objective: {name} must be one of {accepted} or None; got {value!r}")
+            raise ValueError(f"Objective: {name} must be one of {accepted}, a function or None; got {value!r}")
 
     def _number(self, name: str, accepted: str, ok: Callable[[float], bool], optional: bool = False) -> None:
         value = getattr(self, name)
@@ -290,14 +145,18 @@ class Objective:
         if not (number and ok(value)):
             raise ValueError(f"Objective: {name} must be a number {accepted}; got {value!r}")
 
+    def _term(self, name: str, table: dict[str, Term]) -> Term:
+        setting = getattr(self, name)
+        return own_term(setting) if callable(setting) else table[setting]
+
     @property
     def _parts(self) -> list[tuple[str, str, float, Term]]:
         """(region, name, weight, term) of everything with a weight."""
         parts = []
         if self.expert is not None:
-            parts.append(("expert", "expert", self.expert_coef, EXPERT_TERMS[self.expert]))
+            parts.append(("expert", "expert", self.expert_coef, self._term("expert", EXPERT_TERMS)))
         if self.policy is not None:
-            parts.append(("own", "policy", 1.0, POLICY_TERMS[self.policy]))
+            parts.append(("own", "policy", self.policy_coef, self._term("policy", POLICY_TERMS)))
         parts.append(("own", "kl", self.kl_coef, K3))
         parts.append(("all", "entropy", -self.entropy_coef, ENTROPY))
         return [part for part in parts if part[2] != 0]
@@ -306,30 +165,102 @@ class Objective:
 
     @property
     def needs(self) -> dict[str, str]:
-        """Inputs that must be given (some of advantages, ref_logprobs, rollout_logprobs), each with what needs it."""
+        """Inputs that must be given (some of advantages, old_logprobs, ref_logprobs, rollout_logprobs), each with what
+        needs it."""
         needs: dict[str, str] = {}
         for _, part, _, term in self._parts:
             setting = "kl_coef" if part == "kl" else part
-            needs |= {name: f"{setting}={getattr(self, setting)!r}" for name in term.needs}
+            needs |= {name: f"{setting}={_shown(getattr(self, setting))}" for name in term.needs}
         if self.tis_cap is not None:
             needs["rollout_logprobs"] = f"tis_cap={self.tis_cap!r}"
         return needs
 
     @property
+    def needed(self) -> tuple[str, ...]:
+        """The names of `needs`."""
+        names = [name for _, _, _, term in self._parts for name in term.needs]
+        return tuple(dict.fromkeys(names if self.tis_cap is None else [*names, "rollout_logprobs"]))
+
+    @property
     def reads(self) -> frozenset[str]:
         """Names of the inputs that change the loss where given: `needs`, and old_logprobs for a ratio."""
-        return frozenset(self.needs) | {name for _, _, _, term in self._parts for name in term.reads}
+        return frozenset(self.needed) | {name for _, _, _, term in self._parts for name in term.reads}
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Statistics of a row that the terms read, beside log-probability, log-sum-exp and entropy."""
+        return tuple(dict.fromkeys(name for _, _, _, term in self._parts for name in term.statistics(self)))
+
+    @property
+    def reads_logit(self) -> bool:
+        """A term is a function of z_y."""
+        return any(term.reads_logit for _, _, _, term in self._parts)
+
+    @property
+    def reference_head(self) -> bool:
+        """A divergence from a reference's whole distribution is part of the loss."""
+        return any(term.reference_head for _, _, _, term in self._parts)
+
+    @property
+    def coupled(self) -> bool:
+        """A token's loss depends on others of its sequence: no gradient is known before all log-probabilities are."""
+        return any(term.coupled for _, _, _, term in self._parts)
+
+    @property
+    def needs_sequences(self) -> bool:
+        return self.coupled or self.reduction == "sequence_mean"
 
     @property
     def supervised(self) -> bool:
         """No policy term: without an expert_mask every token is an expert token."""
         return self.policy is None and self.expert is not None
 
+    def explain(self) -> str:
+        """What this objective computes, by which path, and at what cost, as text."""
+        lines = ["loss of a token:"]
+        for region, name, coef, term in self._parts:
+            where = {"expert": "expert tokens", "own": "own tokens", "all": "all active tokens"}[region]
+            label = f"{name} {_shown(getattr(self, name))}" if name in ("expert", "policy") else name
+            lines.append(f"  {coef:g} · {label} on {where}: {term.source}")
+        if self.tis_cap is not None:
+            lines.append(f"  policy weighted by min(π_old / π_rollout, {self.tis_cap:g}), a constant")
+        lines.append(f"reduction: {_REDUCTION_TEXT[self.reduction]}; `normalizer` replaces the divisor")
+        lines.append(f"inputs: {', '.join(sorted(self.needs)) or 'none'} needed")
+        optional = sorted(self.reads - set(self.needs))
+        if optional:
+            lines[-1] += f"; {', '.join(optional)} used where given"
+        if self.needs_sequences:
+            lines[-1] += "; targets [B, T], a row a sequence, or sequence_ids"
+        if self.coupled:
+            terms = " and ".join(f"{name}={_shown(getattr(self, name))}" for _, name, _, t in self._parts if t.coupled)
+            lines.append(
+                f"path: two passes, because {terms} couples the tokens of a sequence: log-probabilities of all tokens "
+                "first, then the terms on vectors, then the logits again for the gradients: 4 GEMMs (2·N·D·V FLOPs "
+                "each); tokens without gradient 1, frozen weight or hidden states one less"
+            )
+        else:
+            lines.append(
+                "path: a single pass, loss and gradients together: 3 GEMMs (2·N·D·V FLOPs each); tokens without "
+                "gradient 1, frozen weight or hidden states one less"
+            )
+        if self.reference_head:
+            lines.append(
+                "reference head: ref_hidden and ref_weight needed; a second stream over expert tokens, "
+                "4 GEMMs: student's and reference's logits, two gradients"
+            )
+        if self.statistics:
+            lines.append(f"statistics: {', '.join(self.statistics)}, one more pass over the logits each")
+        slopes = "computed in the row kernel where it can" if self.fused() else "vectors, in torch"
+        if any(term.own is not None for _, _, _, term in self._parts):
+            slopes = "vectors, a function of yours by autograd"
+        lines.append(f"slopes: {slopes}")
+        return "\n".join(lines)
+
     # What it gives
 
     def losses(self, tokens: Tokens) -> dict[str, Tensor]:
         """Weighted loss per token [n] of each part ("expert", "policy", "kl", "entropy"); their sum is the token's
-        loss. Differentiable in `tokens.logprobs` and `tokens.entropy`."""
+        loss. Differentiable in `tokens.logprobs`, `tokens.entropy` and `tokens.target_logits`."""
         out = {}
         for region, name, coef, term in self._parts:
             inside = _region(region, tokens)
@@ -340,25 +271,30 @@ class Objective:
             out[name] = torch.where(inside, value, 0)
         return out
 
-    def slopes(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
-        """(∂loss/∂logp [n], ∂loss/∂H [n]) per token, in closed form; the second is None where no part depends on H."""
-        g_lp, g_entropy = torch.zeros_like(tokens.logprobs), None
+    def all_slopes(self, tokens: Tokens) -> Slopes:
+        """∂loss/∂logp, ∂loss/∂H and ∂loss/∂z_y per token [n]; the last two are None where no part depends on them."""
+        total: list[Tensor | None] = [torch.zeros_like(tokens.logprobs), None, None]
         for region, name, coef, term in self._parts:
             inside = _region(region, tokens)
             seen = tokens.only(inside)
             weight = tis_weight(self, seen) * coef if name == "policy" and self.tis_cap is not None else coef
-            if term.slope is not None:
-                g_lp = g_lp + torch.where(inside, weight * term.slope(self, seen), 0)
-            if term.entropy_slope is not None:
-                part = torch.where(inside, weight * term.entropy_slope(self, seen), 0)
-                g_entropy = part if g_entropy is None else g_entropy + part
+            for i, slope in enumerate(term.slopes(self, seen)):
+                if slope is not None:
+                    part, before = torch.where(inside, weight * slope, 0), total[i]
+                    total[i] = part if before is None else before + part
+        return Slopes(*total)
+
+    def slopes(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        """The first two of `all_slopes`."""
+        g_lp, g_entropy, _ = self.all_slopes(tokens)
+        assert g_lp is not None
         return g_lp, g_entropy
 
     def fused(self) -> FusedTerms | None:
         """This objective as numbers for row kernels that compute slopes themselves; None: they cannot express it."""
         parts = {name: term for _, name, _, term in self._parts}
         numbers = [parts[name].fused if name in parts else None for name in ("expert", "policy")]
-        if 0 in numbers:
+        if 0 in numbers or self.policy_coef not in (0, 1):
             return None
         return FusedTerms(
             expert=numbers[0] or 0,
@@ -425,8 +361,71 @@ class Objective:
         gradient on own tokens. A over on- and off-policy rollouts together, no std."""
         return cls(**{"expert": "luffy", "luffy_gamma": 0.1, "policy": "clip", **overrides})
 
+    @classmethod
+    def chord(cls, mu: float = 0.1, **overrides: Any) -> Objective:
+        """CHORD-φ (arXiv 2508.11408): μ · (−sg(p(1−p)) log p) on expert tokens, (1 − μ) · GRPO on own tokens. The
+        schedule of μ is the caller's: an objective per step."""
+        if not (isinstance(mu, (int, float)) and 0 <= mu <= 1):
+            raise ValueError(f"Objective.chord: mu must be a number in [0, 1]; got {mu!r}")
+        return cls.grpo(**{"expert": "chord", "expert_coef": mu, "policy_coef": 1 - mu, **overrides})
+
+    @classmethod
+    def sed(cls, **overrides: Any) -> Objective:
+        """SED-SFT: −log p + λ (p − ½)² where the k likeliest classes hold less than τ."""
+        return cls(**{"expert": "sed", "policy": None, **overrides})
+
+    @classmethod
+    def eaft(cls, **overrides: Any) -> Objective:
+        """EAFT: −log p weighted by the entropy of the 20 likeliest classes, over 3."""
+        return cls(**{"expert": "eaft", "policy": None, **overrides})
+
+    @classmethod
+    def asft(cls, **overrides: Any) -> Objective:
+        """ASFT: DFT anchored by 0.05 · KL(reference ‖ policy) over the whole vocabulary; the loss takes ref_hidden and
+        ref_weight."""
+        return cls(**{"expert": "asft", "policy": None, **overrides})
+
+    @classmethod
+    def pear(cls, **overrides: Any) -> Objective:
+        """PEAR (arXiv 2602.01058), token level: old_logprobs are those of the behaviour policy. Two passes."""
+        return cls(**{"expert": "pear", "policy": None, **overrides})
+
+    @classmethod
+    def lco(cls, loss: str = "mse", **overrides: Any) -> Objective:
+        """LCO: a regression of the target's logit alone onto z_y + A/β'; loss "mse" or "logcosh"."""
+        return cls(**{"expert": f"lco_{loss}", "policy": None, **overrides})
+
+    @classmethod
+    def gspo(cls, **overrides: Any) -> Objective:
+        """GSPO (arXiv 2507.18071): the sequence's ratio clipped at 1 − 3e-4, 1 + 4e-4; mean over sequences of token
+        means. Two passes."""
+        defaults = {"policy": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "reduction": "sequence_mean"}
+        return cls(**{"expert": None, **defaults, **overrides})
+
+    @classmethod
+    def cispo(cls, **overrides: Any) -> Objective:
+        """CISPO (arXiv 2506.13585): −sg(clip r)·A·log p; as published only the upper side is clipped, at a value that
+        is tuned: 1 + clip_high."""
+        return cls(**{"expert": None, "policy": "cispo", "clip_high": 0.28, **overrides})
+
+    @classmethod
+    def sapo(cls, **overrides: Any) -> Objective:
+        """SAPO: a soft gate instead of the clip, τ = 1 for A > 0 and 1.05 for the others."""
+        return cls(**{"expert": None, "policy": "sapo", **overrides})
+
+
+_REDUCTION_TEXT = {
+    "token_mean": "sum over active tokens / their number",
+    "sequence_mean": "mean over sequences of the mean over their active tokens",
+    "sum": "sum over active tokens",
+}
+
+
+def _shown(setting: Any) -> str:
+    return function_name(setting) if callable(setting) else repr(setting)
+
 
 def _region(name: str, tokens: Tokens) -> Tensor:
     if name == "all":
-        return torch.ones_like(tokens.expert)
-    return tokens.expert if name == "expert" else ~tokens.expert
+        return tokens.expert | tokens.own_tokens
+    return tokens.expert if name == "expert" else tokens.own_tokens

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .head import Head
 from .rows.base import stats_dtype
+from .statistics import row_statistics
 
-__all__ = ["linear_logits", "token_logprobs"]
+__all__ = ["TokenValues", "linear_logits", "token_values"]
+
+
+class TokenValues(NamedTuple):
+    """What a loss is a function of [n]: log π(y), H, z_y (None where not asked for) and statistics of the row."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    target_logits: Tensor | None
+    statistics: dict[str, Tensor]
 
 
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -19,12 +31,21 @@ def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
         return F.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
 
 
-def token_logprobs(logits: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """(log π(y) [n], H [n]) of logits [n, V] as the head gives them, before scale and soft-cap."""
+def token_values(logits: Tensor, targets: Tensor, head: Head, statistics: tuple[str, ...] = ()) -> TokenValues:
+    """All of them, of logits [n, V] as the head gives them, before scale and soft-cap."""
     z = logits.to(stats_dtype(logits.dtype)) * head.scale
     if head.cap is not None:
         z = head.cap * torch.tanh(z / head.cap)
     log_pi = F.log_softmax(z, dim=-1)
     # π log π → 0 as π → 0; filled before the product, whose backward would be 0 · −inf.
     entropy = -(log_pi.exp() * log_pi.masked_fill(log_pi == -torch.inf, 0)).sum(-1)
-    return log_pi.gather(-1, targets[:, None]).squeeze(-1), entropy
+    logprobs, target = (values.gather(-1, targets[:, None]).squeeze(-1) for values in (log_pi, z))
+    with torch.no_grad():
+        found = _statistics(z, targets, statistics) if statistics else {}
+    return TokenValues(logprobs, entropy, target, found)
+
+
+def _statistics(z: Tensor, targets: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+    top = z.amax(-1)
+    shifted = z - top[:, None]
+    return row_statistics(names, shifted, targets, top, shifted.exp().sum(-1).log())

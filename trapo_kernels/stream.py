@@ -4,7 +4,7 @@
         x = scale · (hidden[rows] Wᵀ + b)        GEMM 1, into one reused buffer           [C, V]
         row kernel: statistics -> logp, H        vectors of length C
         slopes: g_lp = scale · ∂loss/∂logp, g_H = scale · ∂loss/∂H
-        row kernel: x becomes scale · dL/dx in place
+        row kernel: x becomes scale · dL/dx in place; where a loss reads z_y, scale · ∂loss/∂z_y is added in column y
         d_hidden[rows] = x W                     GEMM 2
         d_W += xᵀ hidden[rows]                   GEMM 3, accumulated in fp32 (fp64 for fp64)
 
@@ -28,11 +28,14 @@ from torch import Tensor
 from .budget import chunk_rows
 from .head import Head
 from .rows.base import FusedTerms, FusedVerb, RowInputs, RowKernel, RowStats, stats_dtype
+from .statistics import Collector
 
-__all__ = ["LinearSource", "LogitsSource", "Rows", "Slopes", "Source", "backward", "forward"]
+__all__ = ["LinearSource", "LogitsSource", "Rows", "Slopes", "Source", "backward", "forward", "target_logits"]
 
 # (compact rows, their statistics) -> g_lp [C], g_H [C] or None
 Slopes = Callable[[slice, RowStats], tuple[Tensor, Tensor | None]]
+# The same with g_z [C] or None, the slope in the target's logit; g_lp may be None too
+AllSlopes = Callable[[slice, RowStats], tuple[Tensor | None, Tensor | None, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ class Rows:
     def choose(cls, active: Tensor, live: Tensor | None = None, drop_others: bool = False) -> Rows:
         """Rows that are `active` [N]; those not `live` [N] have no gradient (None: all have one)."""
         if _capturing(active.device):
-            return cls(active.numel(), None, active.numel(), active.numel(), inside=active)
+            inside = active & live if drop_others and live is not None else active
+            return cls(active.numel(), None, active.numel(), active.numel(), inside=inside)
         first = active if live is None else active & live
         others = None if live is None or drop_others else active & ~live
         index = first.nonzero().squeeze(1)
@@ -80,6 +84,11 @@ class Rows:
             index = torch.cat([index, others.nonzero().squeeze(1)])
         whole = with_gradient == active.numel()
         return cls(active.numel(), None if whole else index, index.numel(), with_gradient)
+
+    @classmethod
+    def every(cls, active: Tensor) -> Rows:
+        """All rows, active [N] or not."""
+        return cls(active.numel(), None, active.numel(), active.numel())
 
     def take(self, values: Tensor, rows: slice | None = None) -> Tensor:
         """`values` [N, ...] of the compact rows (all of them, or a slice)."""
@@ -191,7 +200,7 @@ class LinearSource:
     def _sum_widened(self, grad: Tensor) -> None:
         """The same with operands widened, a block of columns at a time."""
         chunk = self.chunk.to(self.wide)
-        step = min(self.vocab, max(1, _WIDE_BYTES // (self.wide.itemsize * grad.shape[0])))
+        step = max(1, min(self.vocab, _WIDE_BYTES // (self.wide.itemsize * grad.shape[0])))  # a shard may be empty
         widened = chunk.new_empty(grad.shape[0], step)
         for start in range(0, self.vocab, step):
             columns = slice(start, min(start + step, self.vocab))
@@ -233,9 +242,13 @@ class LogitsSource:
         return (self.grad,)
 
 
-def _chunks(source: Source, kernel: RowKernel, *spans: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
+def _chunks(
+    source: Source, kernel: RowKernel, *spans: tuple[int, int], extras: Collector | None = None
+) -> Iterator[tuple[slice, Tensor]]:
     """(rows, buffer [C, V]) over the spans, none of which shares a chunk with another; one buffer for all."""
     scratch = kernel.scratch_bytes(source.vocab, source.dtype, source.device) + source.extra_bytes
+    if extras is not None:
+        scratch += extras.scratch_bytes(source.vocab, source.dtype, source.device)
     longest = max(stop - start for start, stop in spans)
     # Padded rows keep wide accesses, of the kernel and of the GEMMs, where V is ragged.
     unit = max(1, getattr(kernel, "ROW_ALIGNMENT", 1) // source.dtype.itemsize)
@@ -255,6 +268,16 @@ def _own_passes(kernel: RowKernel, source: Source) -> Any:
     return passes if passes is not None and passes.takes(source) else None
 
 
+def _two(slopes: AllSlopes) -> Slopes:
+    """Slopes of a loss that has none in the target's logit."""
+
+    def two(at: slice, stats: RowStats) -> tuple[Tensor, Tensor | None]:
+        g_lp, g_entropy, _ = slopes(at, stats)
+        return torch.zeros_like(stats.logprobs) if g_lp is None else g_lp, g_entropy
+
+    return two
+
+
 def forward(
     source: Source,
     kernel: RowKernel,
@@ -262,20 +285,24 @@ def forward(
     targets: Tensor,
     head: Head,
     entropy: bool,
-    slopes: Slopes | None = None,
+    slopes: AllSlopes | None = None,
     fused: Fused | None = None,
+    extras: Collector | None = None,
+    by_logit: bool = False,
 ) -> RowStats:
-    """Statistics of the compact rows [n]; with `slopes` also the gradients, put into the source, in the same pass.
+    """Statistics of the compact rows [n]; with `slopes` also the gradients, put into the source, in the same pass;
+    `extras` collects further statistics. `by_logit`: there are slopes in the target's logit.
 
     `targets` [n] are compact, as everything that `slopes` reads. With `fused` the kernel does both verbs at once.
     """
-    if (passes := _own_passes(kernel, source)) is not None:
-        return passes.forward(source, rows, targets, head, entropy, slopes)
+    passes = None if by_logit or (extras is not None and extras.values) else _own_passes(kernel, source)
+    if passes is not None:
+        return passes.forward(source, rows, targets, head, entropy, None if slopes is None else _two(slopes))
     dtype = stats_dtype(source.dtype)
     vectors = [torch.empty(rows.size, dtype=dtype, device=source.device) for _ in range(4)]
     out = RowStats(vectors[0], vectors[1], vectors[2], vectors[3] if entropy else None)
     middle = rows.with_gradient if slopes is not None else 0
-    for at, buffer in _chunks(source, kernel, (0, middle), (middle, rows.size)):
+    for at, buffer in _chunks(source, kernel, (0, middle), (middle, rows.size), extras=extras):
         logits = source.logits(at, buffer)
         has_gradient = slopes is not None and at.stop <= middle
         if has_gradient and fused is not None:
@@ -283,6 +310,8 @@ def forward(
             source.put(at, logits)
         else:
             found = kernel.stats(logits, targets[at], head.cap, entropy).finish()
+            if extras is not None:
+                extras.take(at, logits, targets[at], found, head.cap)
         for whole, part in zip(out, found, strict=True):
             if whole is not None and part is not None:
                 whole[at] = part
@@ -292,11 +321,19 @@ def forward(
 
 
 def backward(
-    source: Source, kernel: RowKernel, rows: Rows, targets: Tensor, head: Head, stats: RowStats, slopes: Slopes
+    source: Source,
+    kernel: RowKernel,
+    rows: Rows,
+    targets: Tensor,
+    head: Head,
+    stats: RowStats,
+    slopes: AllSlopes,
+    by_logit: bool = False,
 ) -> None:
     """The gradients of compact rows whose statistics `forward` gave, by recomputing their logits."""
-    if (passes := _own_passes(kernel, source)) is not None:
-        return passes.backward(source, rows, targets, head, stats, slopes)
+    passes = None if by_logit else _own_passes(kernel, source)
+    if passes is not None:
+        return passes.backward(source, rows, targets, head, stats, _two(slopes))
     for at, buffer in _chunks(source, kernel, (0, rows.size)):
         logits = source.logits(at, buffer)
         _grad(source, kernel, at, logits, targets, stats.map(lambda t, at=at: t[at]), head, slopes)  # type: ignore[misc]
@@ -310,9 +347,31 @@ def _grad(
     targets: Tensor,
     stats: RowStats,
     head: Head,
-    slopes: Slopes,
+    slopes: AllSlopes,
 ) -> None:
-    g_lp, g_entropy = slopes(at, stats)
+    g_lp, g_entropy, g_logit = slopes(at, stats)
+    g_lp = torch.zeros_like(stats.logprobs) if g_lp is None else g_lp * head.scale
     g_entropy = None if g_entropy is None else g_entropy * head.scale
-    kernel.grad_(logits, targets[at], stats, g_lp * head.scale, g_entropy, head.cap)
+    kernel.grad_(logits, targets[at], stats, g_lp, g_entropy, head.cap)
+    if g_logit is not None:
+        columns = getattr(kernel, "columns", None)  # of a kernel that holds a part of them
+        column, here = (targets[at], None) if columns is None else columns(targets[at])
+        g_logit = g_logit * head.scale if here is None else g_logit * head.scale * here
+        _add_at_target(logits, column, stats, g_logit, head.cap)
     source.put(at, logits)
+
+
+def _add_at_target(logits: Tensor, targets: Tensor, stats: RowStats, g_logit: Tensor, cap: float | None) -> None:
+    """The gradient of z_y: on one column of each row, so that row kernels need not know of it."""
+    if logits.shape[1] == 0:
+        return
+    if cap is not None:  # dz/dx = 1 − (z / cap)²
+        g_logit = g_logit * (1 - (target_logits(stats) / cap).square())
+    column = targets[:, None]
+    at_target = logits.gather(1, column).squeeze(1)
+    logits.scatter_(1, column, (at_target.to(g_logit.dtype) + g_logit).to(logits.dtype)[:, None])
+
+
+def target_logits(stats: RowStats) -> Tensor:
+    """z_y [C]."""
+    return stats.logprobs + (stats.max + stats.log_sum)

@@ -6,6 +6,7 @@ index assertion reports a target out of range.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,16 +14,12 @@ import torch
 from torch import Tensor
 
 from .head import Head
+from .terms import Sequences
 
-__all__ = ["check_group", "check_head", "check_linear", "check_logits", "check_normalizer", "check_targets"]
-__all__ += ["check_token_inputs"]
+__all__ = ["check_head", "check_linear", "check_logits", "check_normalizer", "check_targets"]
+__all__ += ["check_sequences", "check_token_inputs"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def check_group(caller: str, group: Any) -> None:
-    if group is not None:
-        raise NotImplementedError(f"{caller}: group must be None; vocabulary-parallel heads are not in this version")
 
 
 def check_head(caller: str, **options: Any) -> Head:
@@ -57,23 +54,23 @@ def _same(caller: str, name: str, value: Tensor, like_name: str, like: Tensor, d
         raise ValueError(f"{caller}: {name} must be on the device of {like_name}, {like.device}; got {value.device}")
 
 
-def check_linear(caller: str, hidden: Any, weight: Any, bias: Any) -> None:
-    """hidden [..., D], weight [V, D], bias [V] or None: of one dtype, on one device."""
-    for name, value in (("hidden", hidden), ("weight", weight)):
+def check_linear(caller: str, hidden: Any, weight: Any, bias: Any, sharded: bool = False, prefix: str = "") -> None:
+    """hidden [..., D], weight [V, D], bias [V] or None: of one dtype, on one device. A shard may have no rows."""
+    h, w, b = (f"{prefix}{name}" for name in ("hidden", "weight", "bias"))
+    for name, value in ((h, hidden), (w, weight)):
         _float_tensor(caller, name, value)
     if hidden.ndim < 1 or hidden.shape[-1] < 1:
-        raise ValueError(f"{caller}: hidden must be [..., D] with D >= 1; got {list(hidden.shape)}")
-    if weight.ndim != 2 or weight.shape[0] < 1 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"{caller}: {h} must be [..., D] with D >= 1; got {list(hidden.shape)}")
+    if weight.ndim != 2 or (weight.shape[0] < 1 and not sharded) or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"{caller}: weight must be [V, D] with V >= 1 and D={hidden.shape[-1]} as in hidden; "
-            f"got {list(weight.shape)}"
+            f"{caller}: {w} must be [V, D] with V >= 1 and D={hidden.shape[-1]} as in {h}; got {list(weight.shape)}"
         )
-    _same(caller, "weight", weight, "hidden", hidden)
+    _same(caller, w, weight, h, hidden)
     if bias is not None:
-        _float_tensor(caller, "bias", bias)
+        _float_tensor(caller, b, bias)
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"{caller}: bias must be [V] with V={weight.shape[0]}; got {list(bias.shape)}")
-        _same(caller, "bias", bias, "hidden", hidden)
+            raise ValueError(f"{caller}: {b} must be [V] with V={weight.shape[0]}; got {list(bias.shape)}")
+        _same(caller, b, bias, h, hidden)
 
 
 def check_logits(caller: str, logits: Any) -> None:
@@ -110,7 +107,7 @@ def check_range(caller: str, targets: Tensor, active: Tensor, vocab: int, ignore
 
 
 def check_token_inputs(
-    caller: str, targets: Tensor, floats: Mapping[str, Any], masks: Mapping[str, Any]
+    caller: str, targets: Tensor, floats: Mapping[str, Any], masks: Mapping[str, Any], like: str = "targets"
 ) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
     """Per-token inputs of the shape of targets; advantages may also be one per sequence, which is broadcast here."""
     out: dict[str, Tensor | None] = {}
@@ -123,14 +120,34 @@ def check_token_inputs(
             raise TypeError(f"{caller}: {name} must be bool; got {_dtype(value)}")
         if name in floats:
             _float_tensor(caller, name, value)
-        _same(caller, name, value, "targets", targets, dtype=False)
+        _same(caller, name, value, like, targets, dtype=False)
         if name == "advantages" and value.shape == shape[:-1]:
             value = value[..., None]
         if value.shape != shape and not (name == "advantages" and value.shape == (*shape[:-1], 1)):
             also = f" or one per sequence, {list(shape[:-1])}" if name == "advantages" else ""
-            raise ValueError(f"{caller}: {name} must be {list(shape)} as targets{also}; got {list(value.shape)}")
+            raise ValueError(f"{caller}: {name} must be {list(shape)} as {like}{also}; got {list(value.shape)}")
         out[name] = value.detach().expand(shape)
     return {name: out[name] for name in floats}, {name: out[name] for name in masks}
+
+
+def check_sequences(caller: str, targets: Tensor, sequence_ids: Any) -> Sequences:
+    """Which sequence each token belongs to: the last dimension of targets, or what `sequence_ids` say."""
+    if sequence_ids is None:
+        if targets.ndim < 2:
+            raise ValueError(
+                f"{caller}: targets must be [B, T] or sequence_ids given, for an objective that reads sequences; "
+                f"got {list(targets.shape)}"
+            )
+        length = targets.shape[-1]
+        return Sequences(torch.arange(targets.numel(), device=targets.device), math.prod(targets.shape[:-1]), length)
+    if _tensor(caller, "sequence_ids", sequence_ids).dtype != torch.int64:
+        raise TypeError(f"{caller}: sequence_ids must be int64; got {_dtype(sequence_ids)}")
+    _same(caller, "sequence_ids", sequence_ids, "targets", targets, dtype=False)
+    if sequence_ids.shape != targets.shape:
+        raise ValueError(
+            f"{caller}: sequence_ids must be {list(targets.shape)} as targets; got {list(sequence_ids.shape)}"
+        )
+    return Sequences.of(sequence_ids.reshape(-1))
 
 
 def check_normalizer(caller: str, normalizer: Any) -> None:

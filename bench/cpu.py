@@ -1,0 +1,310 @@
+"""`make bench`: the losses on this machine's CPU, every provider in one run.
+
+    python -m bench.cpu table [--shape N,D,V ...] [--rounds 7]     time, ratio, memory, gradient error
+    python -m bench.cpu savings                                    masked tokens, tokens without advantage, forward only
+    python -m bench.cpu budget                                     time against memory
+    python -m bench.cpu sweep                                      time and memory against N and against V
+    python -m bench.cpu plot                                       bench/results/cpu.png from what the others left
+    python -m bench.cpu all                                        everything
+
+Results: bench/results/cpu.json and cpu.md; each part replaces its own. Times are the best of several rounds in which
+every provider runs once, so that what else the machine does meets them all; compare ratios, not seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import platform
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import trapo_kernels as tk
+from bench.measure import Shape, Worker, extra_memory, load_case, step, write_inputs, write_oracle
+from bench.providers import CHUNK, PROVIDERS, Case, Provider, ours
+
+RESULTS = Path(__file__).parent / "results"
+SHAPES = [Shape(2048, 576, 49152), Shape(1024, 896, 151936), Shape(512, 3584, 152064)]
+FLOOR = PROVIDERS[0].name
+PACKAGES = ("torch", "trl", "liger-kernel", "cut-cross-entropy", "transformers")
+
+
+def machine() -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "cpu": model,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+# Parts: each returns what goes under its name in cpu.json -------------------------------------------------------
+
+
+def table(shapes: Sequence[Shape], rounds: int, providers: Sequence[Provider] = PROVIDERS) -> dict[str, Any]:
+    return {str(shape): _one_shape(shape, rounds, providers) for shape in shapes}
+
+
+def _one_shape(shape: Shape, rounds: int, providers: Sequence[Provider]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        inputs = write_inputs(shape, Path(folder))
+        kinds = sorted({p.gives for p in providers} - {"gemms"})
+        expected = {gives: _in_a_process(write_oracle, inputs, gives) for gives in kinds}
+        workers = []
+        for provider in providers:
+            print(f"{shape}: {provider.name}", flush=True)
+            workers.append(Worker(provider, inputs, expected.get(provider.gives), torch.get_num_threads()))
+        able = [w for w in workers if not w.failed]
+        for turn in range(rounds):
+            print(f"{shape}: round {turn + 1} of {rounds}", flush=True)
+            for worker in able:
+                worker.time()
+        for worker in able:
+            worker.stop()
+    base = min(next(w for w in able if w.provider.name == FLOOR).seconds)
+    rows = []
+    for w in workers:
+        row = {"provider": w.provider.name, "gives": w.provider.gives, "bounded": w.provider.bounded, **w.found}
+        if not w.failed:
+            row |= {"seconds": min(w.seconds), "ratio": min(w.seconds) / base, "all_seconds": w.seconds}
+        rows.append(row)
+    return {"rounds": rounds, "machine": machine(), "rows": rows}
+
+
+def _in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run where its memory is given back."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """Best seconds of each, in turns."""
+    best = {name: float("inf") for name in runs}
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            seconds = run()
+            if turn:  # the first turn warms up
+                best[name] = min(best[name], seconds)
+    return best
+
+
+def _case(shape: Shape) -> Case:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        case = load_case(write_inputs(shape, Path(folder)))
+        case = replace(case, hidden=case.hidden.clone(), weight=case.weight.clone())
+    case.hidden.requires_grad_(), case.weight.requires_grad_()
+    return case
+
+
+def savings(rounds: int = 7) -> dict[str, Any]:
+    """Forward only against one GEMM; masked tokens; tokens with A = 0."""
+    return {str(shape): _savings_of(_case(shape), rounds) for shape in SHAPES[:2]}
+
+
+def _savings_of(case: Case, rounds: int) -> dict[str, Any]:
+    n = case.targets.numel()
+    part = torch.rand(n, generator=torch.Generator().manual_seed(1)) < 0.6
+    plain = tk.Objective.trapo()  # no entropy term: A = 0 leaves no gradient
+
+    def loss(**changes: Any) -> Callable[[], float]:
+        inputs = {"advantages": case.advantages, "expert_mask": torch.zeros(n, dtype=torch.bool), **changes}
+
+        def run(c: Case) -> torch.Tensor:
+            return tk.linear_policy_loss(c.hidden, c.weight, c.targets, plain, backend="cpu", **inputs).loss
+
+        return lambda: step(Provider("", run, "logprobs", True), case)
+
+    @torch.no_grad()
+    def forward(c: Case) -> None:
+        tk.linear_logprobs(c.hidden, c.weight, c.targets, entropy=True, backend="cpu")
+
+    @torch.no_grad()
+    def gemm(c: Case) -> None:
+        logits = torch.empty(CHUNK, c.weight.shape[0])
+        for chunk in c.hidden.split(CHUNK):
+            torch.mm(chunk, c.weight.t(), out=logits[: chunk.shape[0]])
+
+    zero = case.advantages.masked_fill(part, 0)
+    runs = {
+        "one GEMM": lambda: step(Provider("", gemm, "gemms", True), case),
+        "logprobs and entropy, no gradient": lambda: step(Provider("", forward, "logprobs", True), case),
+        "every token": loss(),
+        "60% of tokens masked": loss(mask=~part),
+        "60% at A = 0": loss(advantages=zero),
+        "60% at A = 0, skip_inactive": loss(advantages=zero, skip_inactive=True),
+    }
+    best = _interleaved(runs, rounds)
+    return {"rounds": rounds, "left_out": float(part.float().mean()), "seconds": best, "machine": machine()}
+
+
+def budget(rounds: int = 3) -> list[dict[str, Any]]:
+    """Time and memory of one shape as the budget changes."""
+    shape = SHAPES[1]
+    case = _case(shape)
+    rows = []
+    for megabytes in (16, 32, 64, 96, 144, 288, 576):
+        with tk.budget_mb(megabytes):
+            for backend in ("cpu", "torch"):
+                run = Provider("", ours(backend), "entropy", True)
+                best = _interleaved({"": lambda run=run: step(run, case)}, rounds)[""]
+                rows.append(
+                    {
+                        "shape": str(shape), "backend": backend, "budget_mb": megabytes * 2**20 / 1e6,
+                        "seconds": best, "extra_mb": extra_memory(run, case) / 1e6,
+                    }
+                )  # fmt: skip
+    return rows
+
+
+def sweep(rounds: int = 3) -> list[dict[str, Any]]:
+    """Time and memory against N and against V."""
+    names = ("trapo_kernels cpu", "eager", "TRL chunked head", FLOOR)
+    chosen = [p for p in PROVIDERS if p.name in names]
+    shapes = [Shape(n, 576, 49152) for n in (512, 1024, 2048, 4096)]
+    shapes += [Shape(1024, 576, v) for v in (16384, 32768, 65536, 131072)]
+    rows = []
+    for shape in shapes:
+        found = _one_shape(shape, rounds, chosen)
+        rows += [{"tokens": shape.tokens, "width": shape.width, "vocab": shape.vocab, **row} for row in found["rows"]]
+    # Ours alone where others would take the machine's memory or the day.
+    long = [p for p in PROVIDERS if p.name in ("trapo_kernels cpu", FLOOR)]
+    for shape in (Shape(16384, 576, 49152), Shape(65536, 576, 49152)):
+        found = _one_shape(shape, 1, [replace(p) for p in long])
+        rows += [{"tokens": shape.tokens, "width": shape.width, "vocab": shape.vocab, **row} for row in found["rows"]]
+    return rows
+
+
+# Output ----------------------------------------------------------------------------------------------------------
+
+
+def save(part: str, value: Any, keep_keys: bool) -> dict[str, Any]:
+    """Write a part into cpu.json; the tables of other shapes stay."""
+    path = RESULTS / "cpu.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results[part] = {**results.get(part, {}), **value} if keep_keys else value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    (RESULTS / "cpu.md").write_text(markdown(results))
+    return results
+
+
+def markdown(results: dict[str, Any]) -> str:
+    lines = [
+        "# Losses on a CPU",
+        "",
+        "Written by `python -m bench.cpu`; fp32, forward + backward, best of the rounds.",
+        "",
+    ]
+    for shape, found in results.get("table", {}).items():
+        m = found["machine"]
+        lines += [
+            f"## {shape}", "",
+            f"{m['cpu']}, {m['capability']}, {m['threads']} threads, torch {m['versions']['torch']}, {m['date']}; "
+            f"{found['rounds']} rounds.", "",
+            "| provider | gives | seconds | × three GEMMs | extra memory, MB | error d_hidden | error d_weight |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]  # fmt: skip
+        lines += [_table_row(row) for row in found["rows"]] + [""]
+    for shape, found in results.get("savings", {}).items():
+        seconds = found["seconds"]
+        lines += [f"## What is left out, {shape}", "", "| | seconds | ratio |", "| --- | --- | --- |"]
+        for name, value in seconds.items():
+            base = "one GEMM" if name in ("one GEMM", "logprobs and entropy, no gradient") else "every token"
+            lines.append(f"| {name} | {value:.3f} | {value / seconds[base]:.2f} × {base} |")
+        lines.append("")
+    if results.get("budget"):
+        lines += ["## Time against memory", "", "| shape | backend | budget, MB | extra memory, MB | seconds |"]
+        lines += ["| --- | --- | --- | --- | --- |"]
+        for row in results["budget"]:
+            cells = [row["shape"], row["backend"], f"{row['budget_mb']:.0f}", f"{row['extra_mb']:.0f}"]
+            lines.append("| " + " | ".join([*cells, f"{row['seconds']:.2f}"]) + " |")
+        lines.append("")
+    if results.get("sweep"):
+        lines += ["## Against N and V", "", "| N | D | V | provider | seconds | × three GEMMs | extra memory, MB |"]
+        lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+        for row in results["sweep"]:
+            where = f"| {row['tokens']} | {row['width']} | {row['vocab']} | {row['provider']} "
+            lines.append(where + f"| {row['seconds']:.2f} | {row['ratio']:.2f} | {row['extra_mb']:.0f} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _table_row(row: dict[str, Any]) -> str:
+    if "failed" in row:
+        return f"| {row['provider']} | {row['gives']} | failed: {row['failed']} | | | | |"
+    errors = [f"{row[name]:.1e}" if name in row else "" for name in ("d_hidden", "d_weight")]
+    cells = [row["provider"], row["gives"], f"{row['seconds']:.2f}", f"{row['ratio']:.2f}", f"{row['extra_mb']:.0f}"]
+    return "| " + " | ".join([*cells, *errors]) + " |"
+
+
+def plot() -> None:
+    """Time and memory against N and against V."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = json.loads((RESULTS / "cpu.json").read_text())["sweep"]
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), constrained_layout=True, facecolor="white")
+    sides = [("tokens", "vocab", 49152, "N, tokens"), ("vocab", "tokens", 1024, "V, vocabulary")]
+    for column, (x, fixed, value, label) in enumerate(sides):
+        chosen = [r for r in rows if r[fixed] == value and (x == "vocab" or r["tokens"] <= 4096)]
+        for name in dict.fromkeys(r["provider"] for r in chosen):
+            mine = sorted((r[x], r["seconds"], r["extra_mb"]) for r in chosen if r["provider"] == name)
+            for line, index in ((axes[0][column], 1), (axes[1][column], 2)):
+                if not (index == 2 and name == FLOOR):
+                    line.plot([m[0] for m in mine], [m[index] for m in mine], marker="o", label=name)
+        title = f"D = 576, {'V' if x == 'tokens' else 'N'} = {value}"
+        axes[0][column].set(title=title, xlabel=label, ylabel="seconds, forward + backward", ylim=(0, None))
+        axes[1][column].set(xlabel=label, ylabel="memory beyond inputs and gradients, MB", yscale="log")
+        for line in axes[:, column]:
+            line.grid(alpha=0.3)
+            line.legend()
+    figure.savefig(RESULTS / "cpu.png", dpi=110)
+    print(RESULTS / "cpu.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["table", "savings", "budget", "sweep", "plot", "all"])
+    parser.add_argument("--shape", action="append", help="N,D,V; default: the three of the README")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    shapes = [Shape(*map(int, s.split(","))) for s in arguments.shape] if arguments.shape else SHAPES
+    everything = arguments.part == "all"
+    if everything or arguments.part == "table":
+        for shape in shapes:
+            save("table", table([shape], arguments.rounds), keep_keys=True)
+    if everything or arguments.part == "savings":
+        save("savings", savings(), keep_keys=True)
+    if everything or arguments.part == "budget":
+        save("budget", budget(), keep_keys=False)
+    if everything or arguments.part == "sweep":
+        save("sweep", sweep(), keep_keys=False)
+    if everything or arguments.part == "plot":
+        plot()
+    print((RESULTS / "cpu.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""One provider in one process: time, memory and gradient error of a loss, as the process that asked for it is told.
+
+Inputs lie in a file of shared memory that every process maps, so that many providers can wait side by side and be timed
+in turns. Memory is the process's own high-water mark, reset before the step, less what was resident before and less
+the gradients themselves.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench.providers import PROVIDERS, Case, Provider, oracle
+
+SEED = 0
+# d_weight is compared in this many rows at most, those of the first targets among them.
+COMPARED_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Shape:
+    tokens: int
+    width: int
+    vocab: int
+
+    def __str__(self) -> str:
+        return f"N={self.tokens} D={self.width} V={self.vocab}"
+
+
+def write_inputs(shape: Shape, folder: Path) -> Path:
+    """Random inputs of the scale of a trained head's: logits of about unit variance."""
+    g = torch.Generator().manual_seed(SEED)
+    n, d, v = shape.tokens, shape.width, shape.vocab
+    inputs = {
+        "hidden": torch.randn(n, d, generator=g),
+        "weight": torch.randn(v, d, generator=g).div_(d**0.5),
+        "targets": torch.randint(0, v, (n,), generator=g),
+        "advantages": torch.randn(n, generator=g),
+        "expert_mask": torch.rand(n, generator=g) < 0.3,
+    }
+    path = folder / "inputs.pt"
+    torch.save(inputs, path)
+    return path
+
+
+def load_case(path: Path) -> Case:
+    """The inputs, mapped and touched."""
+    inputs = torch.load(path, mmap=True, weights_only=True)
+    for t in inputs.values():
+        t.sum()
+    return Case(**inputs)
+
+
+def compared_rows(case: Case) -> Tensor:
+    """The rows of d_weight in which gradients are compared."""
+    spread = torch.arange(0, case.weight.shape[0], max(1, case.weight.shape[0] // (COMPARED_ROWS // 2)))
+    return torch.cat([spread, case.targets[: COMPARED_ROWS // 2]]).unique()
+
+
+def write_oracle(inputs: Path, gives: str) -> Path:
+    """float64 gradients of the loss that some providers give."""
+    case = load_case(inputs)
+    rows = compared_rows(case)
+    case = case.double()
+    case.hidden.requires_grad_(), case.weight.requires_grad_()
+    d_hidden, d_weight = torch.autograd.grad(oracle(case, gives), (case.hidden, case.weight))
+    path = inputs.with_name(f"oracle-{gives}.pt")
+    torch.save({"d_hidden": d_hidden, "d_weight": d_weight[rows].clone()}, path)
+    return path
+
+
+def step(provider: Provider, case: Case) -> float:
+    """Seconds of one forward and backward, gradients freed first."""
+    case.hidden.grad = case.weight.grad = None
+    gc.collect()
+    start = time.perf_counter()
+    loss = provider.run(case)
+    if loss is not None:
+        loss.backward()
+    return time.perf_counter() - start
+
+
+def resident(key: str) -> int:
+    """VmRSS or VmHWM of this process, bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+
+
+def extra_memory(provider: Provider, case: Case) -> int:
+    """Bytes at the peak of a step beyond what was there before and the gradients."""
+    case.hidden.grad = case.weight.grad = None
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    step(provider, case)
+    return resident("VmHWM") - before - 4 * (case.hidden.numel() + case.weight.numel())
+
+
+def gradient_error(case: Case, expected: Path) -> dict[str, float]:
+    """Largest error of each gradient relative to its largest entry."""
+    want = torch.load(expected, weights_only=True)
+    assert case.hidden.grad is not None
+    assert case.weight.grad is not None
+    got = {"d_hidden": case.hidden.grad.double(), "d_weight": case.weight.grad[compared_rows(case)].double()}
+    return {name: float((got[name] - want[name]).abs().max() / want[name].abs().max()) for name in want}
+
+
+def work(connection: Connection, name: str, inputs: Path, expected: Path | None, threads: int) -> None:
+    """The process of a provider: reports memory and error once, then times a step for every message that comes."""
+    torch.set_num_threads(threads)
+    provider = next(p for p in PROVIDERS if p.name == name)
+    try:
+        case = load_case(inputs)
+        case.hidden.requires_grad_(), case.weight.requires_grad_()
+        step(provider, case)
+        found = {"extra_mb": extra_memory(provider, case) / 1e6}
+        if expected is not None:
+            found |= gradient_error(case, expected)
+        connection.send(found)
+        while connection.recv():
+            connection.send(step(provider, case))
+            case.hidden.grad = case.weight.grad = None
+    except EOFError:
+        pass
+    except Exception as error:  # a peer that cannot do this shape is a row of the table, not the end of it
+        connection.send({"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"})
+
+
+class Worker:
+    """A provider's process, from outside."""
+
+    def __init__(self, provider: Provider, inputs: Path, expected: Path | None, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.provider = provider
+        self.connection, theirs = context.Pipe()
+        arguments = (theirs, provider.name, inputs, expected, threads)
+        self.process = context.Process(target=work, args=arguments, daemon=True)
+        self.process.start()
+        self.found: dict = self.connection.recv()
+        self.seconds: list[float] = []
+
+    @property
+    def failed(self) -> bool:
+        return "failed" in self.found
+
+    def time(self) -> None:
+        self.connection.send(True)
+        self.seconds.append(self.connection.recv())
+
+    def stop(self) -> None:
+        self.connection.close()
+        self.process.join(10)

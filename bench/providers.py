@@ -1,0 +1,197 @@
+"""Who computes the loss: every provider behind one signature, each through its package's public function.
+
+All get the same inputs and, where their head returns log-probabilities, the same terms (`Objective.losses`): what
+differs is how hidden states become log-probabilities, and their gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import trapo_kernels as tk
+
+CHUNK = 512  # rows, of the bare GEMMs and of chunked checkpointing
+# TRAPO's objective and the entropy bonus of its authors' code.
+OBJECTIVE = tk.Objective.trapo(entropy_coef=0.001)
+
+
+@dataclass(frozen=True)
+class Case:
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    targets: Tensor  # [N]
+    advantages: Tensor  # [N]
+    expert_mask: Tensor  # [N]
+
+    def tokens(self, logprobs: Tensor, entropy: Tensor) -> tk.Tokens:
+        return tk.Tokens(logprobs, entropy, self.expert_mask, advantages=self.advantages)
+
+    def double(self) -> Case:
+        return replace(
+            self, hidden=self.hidden.double(), weight=self.weight.double(), advantages=self.advantages.double()
+        )
+
+
+@dataclass(frozen=True)
+class Provider:
+    """`run(case)` -> the loss, to be differentiated; `gives`: which loss that is.
+
+    "entropy": the whole objective. "logprobs": without the entropy bonus. "grpo": all tokens own, no entropy bonus.
+    "gemms": no loss, the bare products.
+    """
+
+    name: str
+    run: Callable[[Case], Tensor | None]
+    gives: str
+    bounded: bool  # never holds [N, V]
+    package: str | None = None
+
+
+def _loss(case: Case, logprobs: Tensor, entropy: Tensor | None) -> Tensor:
+    objective = OBJECTIVE if entropy is not None else replace(OBJECTIVE, entropy_coef=0.0)
+    parts = objective.losses(case.tokens(logprobs, torch.zeros_like(logprobs) if entropy is None else entropy))
+    return sum(parts.values(), torch.zeros_like(logprobs)).sum() / logprobs.numel()
+
+
+def ours(backend: str, **options: object) -> Callable[[Case], Tensor]:
+    def run(case: Case) -> Tensor:
+        return tk.linear_policy_loss(
+            case.hidden, case.weight, case.targets, OBJECTIVE, advantages=case.advantages,
+            expert_mask=case.expert_mask, backend=backend, **options,
+        ).loss  # fmt: skip
+
+    return run
+
+
+def floor(case: Case) -> None:
+    """The three GEMMs of exact gradients, and nothing else."""
+    hidden, weight = case.hidden.detach(), case.weight.detach()
+    logits = torch.empty(CHUNK, weight.shape[0])
+    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
+    for start in range(0, hidden.shape[0], CHUNK):
+        chunk = hidden[start : start + CHUNK]
+        z = logits[: chunk.shape[0]]
+        torch.mm(chunk, weight.t(), out=z)
+        torch.mm(z, weight, out=d_hidden[start : start + CHUNK])
+        d_weight.addmm_(z.t(), chunk, beta=float(start > 0))
+
+
+def _head(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    log_pi = F.log_softmax(F.linear(hidden, weight), dim=-1)
+    return log_pi.gather(1, targets[:, None]).squeeze(1), -(log_pi.exp() * log_pi).sum(1)
+
+
+def eager(case: Case) -> Tensor:
+    return _loss(case, *_head(case.hidden, case.weight, case.targets))
+
+
+def eager_without_entropy(case: Case) -> Tensor:
+    nll = F.cross_entropy(F.linear(case.hidden, case.weight), case.targets, reduction="none")
+    return _loss(case, -nll, None)
+
+
+@cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_head, fullgraph=True)
+
+
+def compiled(case: Case) -> Tensor:
+    return _loss(case, *_compiled()(case.hidden, case.weight, case.targets))
+
+
+def chunked_checkpoint(case: Case) -> Tensor:
+    found = [
+        checkpoint(_head, hidden, case.weight, targets, use_reentrant=False)
+        for hidden, targets in zip(case.hidden.split(CHUNK), case.targets.split(CHUNK), strict=True)
+    ]
+    return _loss(case, torch.cat([lp for lp, _ in found]), torch.cat([h for _, h in found]))
+
+
+def _trl(case: Case, outputs: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    logprobs, entropy, *_ = ChunkedLogProbFunction.apply(
+        case.hidden, case.weight, None, case.targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, outputs
+    )
+    return logprobs, entropy
+
+
+def trl(case: Case) -> Tensor:
+    return _loss(case, *_trl(case, ("entropy",)))
+
+
+def trl_without_entropy(case: Case) -> Tensor:
+    return _loss(case, *_trl(case, ()))
+
+
+@cache
+def _liger_loss() -> Callable[..., tuple]:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    return LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, epsilon_low=1e6, epsilon_high=1e6, loss_type="dapo")
+
+
+def liger(case: Case) -> Tensor:
+    # Sequences of 64 tokens, each with the advantage of its first; no ratio bounds, so the gradient is −A ∂logp.
+    length = 64
+    shape = (case.hidden.shape[0] // length, length)
+    loss, _ = _liger_loss()(
+        case.hidden.view(*shape, -1), case.weight, case.targets.view(shape), torch.ones(shape),
+        case.advantages.view(shape)[:, 0],
+    )  # fmt: skip
+    return loss
+
+
+def cce(case: Case) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    nll = linear_cross_entropy(case.hidden, case.weight, case.targets, reduction="none", impl="torch_compile")
+    return _loss(case, -nll, None)
+
+
+def torch_lce(case: Case) -> Tensor:
+    return _loss(case, -F.linear_cross_entropy(case.hidden, case.weight, case.targets, reduction="none"), None)
+
+
+def torch_lce_chunked(case: Case) -> Tensor:
+    """Plain cross-entropy: its chunked form gives no differentiable value per token."""
+    from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
+
+    options = LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(case.hidden, case.weight, case.targets, options=options)
+
+
+PROVIDERS = [
+    Provider("three bare GEMMs", floor, "gemms", True),
+    Provider("trapo_kernels cpu", ours("cpu"), "entropy", True),
+    Provider("trapo_kernels torch", ours("torch"), "entropy", True),
+    Provider("eager", eager, "entropy", False),
+    Provider("torch.compile", compiled, "entropy", False),
+    Provider("chunked checkpoint", chunked_checkpoint, "entropy", True),
+    Provider("TRL chunked head", trl, "entropy", True, "trl"),
+    Provider("eager, no entropy", eager_without_entropy, "logprobs", False),
+    Provider("TRL chunked head, no entropy", trl_without_entropy, "logprobs", True, "trl"),
+    Provider("Liger PPO head", liger, "grpo", True, "liger-kernel"),
+    Provider("CCE torch_compile", cce, "logprobs", False, "cut-cross-entropy"),
+    Provider("torch linear_cross_entropy", torch_lce, "logprobs", False),
+    Provider("torch linear_cross_entropy, chunked", torch_lce_chunked, "nll", True),
+]
+
+
+def oracle(case: Case, gives: str) -> Tensor:
+    """The loss that a provider gives, in the dtype of the case and with everything in memory."""
+    if gives == "nll":
+        return F.cross_entropy(F.linear(case.hidden, case.weight), case.targets)
+    if gives == "grpo":
+        advantages = case.advantages.view(-1, 64)[:, :1].expand(-1, 64).reshape(-1)
+        case = replace(case, advantages=advantages, expert_mask=torch.zeros_like(case.expert_mask))
+    logprobs, entropy = _head(case.hidden, case.weight, case.targets)
+    return _loss(case, logprobs, entropy if gives == "entropy" else None)

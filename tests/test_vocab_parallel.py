@@ -1,0 +1,48 @@
+"""Vocabulary-parallel heads on 2 and 4 gloo ranks against the oracle of the whole head."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from vocab_parallel_ranks import CHECKS
+
+SCRIPT = Path(__file__).with_name("vocab_parallel_ranks.py")
+
+
+def start(rank: int, world: int, port: int) -> subprocess.Popen:
+    environment = {
+        **os.environ,
+        "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    command = [sys.executable, str(SCRIPT)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
+def ranks(request):
+    """What every rank reports: by check, None or a traceback."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    running = [start(rank, request.param, port) for rank in range(request.param)]
+    reports = []
+    for process in running:
+        out, err = process.communicate(timeout=600)
+        lines = out.strip().splitlines()
+        assert lines, err[-3000:]
+        reports.append(json.loads(lines[-1]))
+    return reports
+
+
+@pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
+def test_vocabulary_parallel(ranks, check):
+    for rank, report in enumerate(ranks):
+        assert check in report, f"rank {rank} stopped before: {[name for name, error in report.items() if error]}"
+        assert report[check] is None, f"rank {rank}: {report[check]}"

@@ -1,0 +1,252 @@
+"""What each rank does for test_vocab_parallel.py: run with torch.distributed's environment; prints one JSON line.
+
+Each check is a function of (group, rank, world); it raises on any rank where something is wrong.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+from kernel_cases import EVERYTHING, HEADS, TOLERANCE, assert_close, make_case, oracle
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import trapo_kernels as tk
+
+VOCAB = 257
+LCO = tk.Objective(expert="lco_mse", policy="clip", entropy_coef=0.02)
+GSPO = tk.Objective.gspo(entropy_coef=0.01, clip_low=0.1, clip_high=0.2)
+
+
+def sizes_of(vocab, world):
+    """Uneven shards; of four, one is empty."""
+    return {2: [vocab - 100, 100], 4: [vocab - 150, 0, 100, 50]}[world]
+
+
+def shard(t, rank, world):
+    sizes = sizes_of(t.shape[0], world)
+    start = sum(sizes[:rank])
+    return t.detach()[start : start + sizes[rank]].clone().requires_grad_()
+
+
+def run_sharded(case, objective, group, rank, world, backend="torch", **options):
+    """(result, gradients of hidden and of the whole parameters, put together)."""
+    hidden = case.hidden.detach().clone().requires_grad_()
+    parts = [shard(p, rank, world) for p in case.params()[1:]]
+    out = tk.linear_policy_loss(
+        hidden, parts[0], case.targets, objective, bias=parts[1] if len(parts) > 1 else None,
+        backend=backend, group=group, **{**case.inputs, **case.head, **options},
+    )  # fmt: skip
+    grads = torch.autograd.grad(out.loss, [hidden, *parts])
+    return out, [grads[0], *(whole(g, p, world) for g, p in zip(grads[1:], case.params()[1:], strict=True))]
+
+
+def whole(part, like, world):
+    sizes = sizes_of(like.shape[0], world)
+    padded = part.new_zeros(max(sizes), *like.shape[1:])
+    padded[: part.shape[0]] = part
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([rows[:size] for rows, size in zip(parts, sizes, strict=True)])
+
+
+def compare(case, objective, group, rank, world, dtype=torch.float64, **options):
+    with tk.budget_mb(options.pop("budget", 0.05)):
+        out, grads = run_sharded(case, objective, group, rank, world, **options)
+    options.pop("backend", None)
+    expected = oracle(case, objective, **options)
+    tolerance = TOLERANCE[dtype]
+    for name in ("loss", "logprobs", "entropy"):
+        assert_close(getattr(out, name), getattr(expected, name), tolerance, name, floor=1.0)
+    for name in expected.metrics:
+        assert_close(out.metrics[name], expected.metrics[name], tolerance, name, floor=1.0)
+    for name, a, b in zip(("d_hidden", "d_weight", "d_bias"), grads, expected.grads, strict=False):
+        assert a.dtype == dtype
+        assert_close(a, b, tolerance, name)
+
+
+def loss_and_gradients_are_the_oracles_in_every_dtype(*ranks):
+    for dtype in TOLERANCE:
+        compare(make_case(60, VOCAB, dtype=dtype), EVERYTHING, *ranks, dtype=dtype)
+
+
+def loss_and_gradients_are_the_oracles_under_every_head(*ranks):
+    for head in HEADS.values():
+        compare(make_case(60, VOCAB, **head), EVERYTHING, *ranks)
+        compare(make_case(60, VOCAB, **head), LCO, *ranks)
+
+
+def the_reference_backend_takes_a_group_too(*ranks):
+    compare(make_case(40, VOCAB, with_bias=True), EVERYTHING, *ranks, backend="reference")
+
+
+def coupled_objectives_and_skipped_tokens_work(*ranks):
+    case = make_case(40, VOCAB)
+    compare(case, tk.Objective.trapo(), *ranks, skip_inactive=True)
+    ids = torch.arange(40) // 8
+    compare(case, GSPO, *ranks, sequence_ids=ids)
+
+
+def logprobs_and_entropies_are_differentiable(group, rank, world):
+    case = make_case(40, VOCAB, with_bias=True, softcap=3.0)
+    hidden = case.hidden.detach().clone().requires_grad_()
+    weight, bias = (shard(p, rank, world) for p in case.params()[1:])
+    out = tk.linear_logprobs(hidden, weight, case.targets, bias=bias, entropy=True, softcap=3.0, group=group)
+    full = tk.linear_logprobs(
+        case.hidden, case.weight, case.targets, bias=case.bias, entropy=True, softcap=3.0, backend="reference"
+    )
+    u = torch.randn(40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grads = torch.autograd.grad((u * (out.logprobs + out.entropy)).sum(), (hidden, weight, bias))
+    expected = torch.autograd.grad((u * (full.logprobs + full.entropy)).sum(), case.params())
+    assert_close(out.logprobs, full.logprobs, 1e-11, "logprobs")
+    assert_close(out.entropy, full.entropy, 1e-11, "entropy")
+    assert_close(grads[0], expected[0], 1e-11, "d_hidden")
+    assert_close(whole(grads[1], case.weight, world), expected[1], 1e-11, "d_weight")
+    assert_close(whole(grads[2], case.bias, world), expected[2], 1e-11, "d_bias")
+
+
+def hostile_numbers_are_those_of_the_oracle(*ranks):
+    case = make_case(30, VOCAB, with_bias=True)
+    with torch.no_grad():  # a shard without a possible class, and huge logits
+        case.bias[-60:] = -torch.inf
+        case.targets[case.targets >= VOCAB - 60] = 3
+        case.hidden.mul_(40).round_()
+        case.weight.mul_(100).round_()
+    case.inputs["old_logprobs"] = case.inputs["ref_logprobs"] = None
+    compare(case, tk.Objective.trapo(entropy_coef=0.1), *ranks)
+    case = make_case(30, VOCAB, dtype=torch.float32)
+    with torch.no_grad():
+        case.hidden[0, 0] = torch.nan
+    case.targets[0], case.inputs["mask"][0] = 1, True
+    out, grads = run_sharded(case, EVERYTHING, *ranks)
+    assert out.loss.isnan()
+    assert grads[0][0].isnan().all()
+    assert torch.isfinite(grads[0][1:]).all()
+
+
+def a_second_backward_is_right(group, rank, world):
+    case = make_case(30, VOCAB)
+    hidden, weight = case.hidden.detach().clone().requires_grad_(), shard(case.weight, rank, world)
+    loss = tk.linear_policy_loss(hidden, weight, case.targets, EVERYTHING, group=group, **case.inputs).loss
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert_close(hidden.grad, 2 * oracle(case, EVERYTHING).grads[0], 1e-11, "d_hidden")
+
+
+def nothing_of_the_size_of_the_vocabulary_is_sent(group, rank, world):
+    case = make_case(50, VOCAB, width=8)
+    case.targets.clamp_(min=0)
+    case.inputs["mask"] = None
+    sent, real = [], {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
+
+    def counted(name):
+        def call(first, *args, **kwargs):
+            sent.append((name, first.numel() if name == "all_reduce" else sum(t.numel() for t in first)))
+            return real[name](first, *args, **kwargs)
+
+        return call
+
+    for name in real:
+        setattr(dist, name, counted(name))
+    try:
+        weight = shard(case.weight, rank, world)
+        with torch.no_grad():
+            tk.linear_logprobs(case.hidden, weight, case.targets, group=group)
+        assert sent == [("all_gather", 4 * world), ("all_reduce", 50), ("all_reduce", 100)], sent
+        sent.clear()
+        hidden = case.hidden.detach().clone().requires_grad_()
+        tk.linear_policy_loss(hidden, weight, case.targets, EVERYTHING, group=group, **case.inputs).loss.backward()
+        assert sent == [("all_gather", 4 * world), ("all_reduce", 50), ("all_reduce", 150), ("all_reduce", 400)], sent
+    finally:
+        for name, fn in real.items():
+            setattr(dist, name, fn)
+
+
+def a_dtensor_weight_brings_its_group_and_gets_a_dtensor_gradient(group, rank, world):
+    mesh = init_device_mesh("cpu", (world,))
+    for vocab in (VOCAB, 5):  # 257 over 4: 65, 65, 65, 62; 5 over 4: 2, 2, 1, 0
+        case = make_case(30, vocab, with_bias=True)
+        weight = distribute_tensor(case.weight.detach(), mesh, [Shard(0)]).requires_grad_()
+        bias = distribute_tensor(case.bias.detach(), mesh, [Shard(0)]).requires_grad_()
+        hidden = distribute_tensor(case.hidden.detach(), mesh, [Replicate()]).requires_grad_()
+        out = tk.linear_policy_loss(hidden, weight, case.targets, EVERYTHING, bias=bias, **case.inputs)
+        out.loss.backward()
+        expected = oracle(case, EVERYTHING)
+        assert_close(out.loss, expected.loss, 1e-11, "loss")
+        for name, p, right in zip("hwb", (hidden, weight, bias), expected.grads, strict=True):
+            assert isinstance(p.grad, DTensor)
+            assert p.grad.placements == p.placements
+            assert_close(p.grad.full_tensor(), right, 1e-11, name)
+
+
+def what_cannot_be_is_refused_on_every_rank(group, rank, world):
+    case = make_case(20, VOCAB)
+    case.inputs["mask"] = None
+    weight = shard(case.weight, rank, world)
+
+    def refused(kind, message, *, hidden=case.hidden, weight=weight, targets=case.targets, **options):
+        inputs = {n: None if v is None else v[: len(targets)] for n, v in case.inputs.items()}
+        with pytest.raises(kind) as error:
+            tk.linear_policy_loss(hidden, weight, targets, EVERYTHING, **inputs, **options)
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+
+    refused(ValueError, "got targets: different ones", targets=(case.targets + rank).clamp(0, VOCAB - 1), group=group)
+    n = 20 - rank
+    refused(ValueError, "the number of tokens", hidden=case.hidden[:n], targets=case.targets[:n], group=group)
+    refused(NotImplementedError, "statistics", statistics=["sum_sq"], group=group)
+    refused(ValueError, f"with V={VOCAB}", targets=case.targets.masked_fill(case.targets > -1, VOCAB), group=group)
+    mesh = init_device_mesh("cpu", (world,))
+    sideways = distribute_tensor(case.weight.detach(), mesh, [Shard(1)])
+    refused(ValueError, "weight must be a plain tensor or a DTensor, replicated or Shard(0)", weight=sideways)
+    rows = distribute_tensor(case.hidden.detach(), mesh, [Shard(0)])
+    refused(ValueError, "hidden must be a plain tensor or a replicated DTensor", hidden=rows)
+
+
+CHECKS = [
+    loss_and_gradients_are_the_oracles_in_every_dtype,
+    loss_and_gradients_are_the_oracles_under_every_head,
+    the_reference_backend_takes_a_group_too,
+    coupled_objectives_and_skipped_tokens_work,
+    logprobs_and_entropies_are_differentiable,
+    hostile_numbers_are_those_of_the_oracle,
+    a_second_backward_is_right,
+    nothing_of_the_size_of_the_vocabulary_is_sent,
+    a_dtensor_weight_brings_its_group_and_gets_a_dtensor_gradient,
+    what_cannot_be_is_refused_on_every_rank,
+]
+
+
+def main():
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    results = {}
+    for check in CHECKS:
+        try:
+            check(dist.group.WORLD, rank, world)
+            results[check.__name__] = None
+        except Exception:
+            results[check.__name__] = traceback.format_exc()
+            print(results[check.__name__], file=sys.stderr, flush=True)
+        # A rank that failed has left the others waiting: nothing after it can be trusted.
+        failed = torch.tensor(float(results[check.__name__] is not None))
+        try:
+            dist.all_reduce(failed)
+        except Exception:
+            failed.fill_(1)
+        if failed:
+            break
+    print(json.dumps(results), flush=True)
+    os._exit(0 if all(v is None for v in results.values()) else 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

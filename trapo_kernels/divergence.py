@@ -1,0 +1,316 @@
+"""Divergences over the whole vocabulary between two heads, a student π and a frozen reference p, without either's
+`[tokens, vocab]` logits: for distillation, and for ASFT's anchor.
+
+    forward_kl   KL(p ‖ π) = Σ p (log p − log π)                         dD/dz = π − p
+    reverse_kl   KL(π ‖ p) = Σ π (log π − log p)                         dD/dz_j = π_j (log π_j − log p_j − D)
+    jsd          β KL(p ‖ M) + (1−β) KL(π ‖ M), M = β p + (1−β) π        dD/dz_j = (1−β) π_j (a_j − Σ π a), a = log π/M
+
+One stream over chunks of rows: the student's logits and the reference's (a GEMM each), value and gradient in place of
+the student's logits, then the GEMMs of the gradients: 4 in all, 2·N·D·V FLOPs each. The budget holds both buffers and
+the scratch of a block of rows (4 times [block, V], and a mask).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import reference, validate
+from .budget import chunk_rows
+from .dispatch import pick
+from .head import Head
+from .rows.base import stats_dtype
+from .stream import LinearSource, Rows
+
+__all__ = ["KINDS", "Divergence", "linear_divergence"]
+
+KINDS = ("forward_kl", "reverse_kl", "jsd")
+_BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
+
+
+class Divergence(NamedTuple):
+    """A loss (scalar, fp32; fp64 for fp64 inputs), and the detached divergence of each token [...] in nats, zero at
+    masked ones."""
+
+    loss: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
+class _Job:
+    kind: str
+    beta: float
+    head: Head
+    ref_head: Head
+    rows: Rows
+    weights: Tensor  # compact [n], of the tokens' divergences
+    normalizer: Tensor
+    wants: tuple[bool, bool, bool]
+
+
+def linear_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    kind: str = "forward_kl",
+    beta: float = 0.5,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ref_options: Mapping[str, float | None] | None = None,
+    backend: str | None = None,
+) -> Divergence:
+    """Σ weights · D(student, reference) / normalizer over tokens, with exact gradients of hidden, weight and bias.
+
+    The reference is frozen: no gradient flows into its tensors. Gradients are computed in the forward and handed over
+    in the backward, as by `linear_policy_loss`.
+
+    Args:
+        hidden, weight, bias: the student's, [..., D], [V, D] and [V] or None, of one floating dtype.
+        ref_hidden, ref_weight, ref_bias: the reference's, [..., D'], [V, D'] and [V] or None: of another width or
+            dtype if you like, over the same vocabulary.
+        kind: "forward_kl" = KL(reference ‖ student), "reverse_kl" = KL(student ‖ reference), "jsd".
+        beta: weight of the reference in the mixture of "jsd", in (0, 1).
+        mask: [...] bool, None = all tokens; others cost nothing and give 0.
+        weights: [...] of the tokens, constants; None = 1.
+        normalizer: a number above 0 or 0-dim tensor; None = the number of tokens in the mask, or 1.
+        temperature, softcap, logit_scale: of both heads.
+        ref_options: those of the three that are different for the reference.
+        backend: "torch" (streamed), "reference" (materialises both); None = streamed.
+
+    Raises:
+        TypeError, ValueError: one line naming the argument, what it accepts and what it got.
+    """
+    caller = "linear_divergence"
+    options = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+    head = validate.check_head(caller, **options)
+    ref_head = validate.check_head(f"{caller}: ref_options", **{**options, **(ref_options or {})})
+    _check(caller, (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias), kind, beta)
+    shape = hidden.shape[:-1]
+    floats, masks = validate.check_token_inputs(caller, hidden[..., 0], {"weights": weights}, {"mask": mask}, "hidden")
+    streamed = _streamed(caller, backend, hidden.device)
+    dtype = stats_dtype(hidden.dtype)
+    given, active = floats["weights"], hidden.new_ones(shape.numel(), dtype=torch.bool)
+    if masks["mask"] is not None:
+        active = masks["mask"].reshape(-1)
+    if normalizer is None:
+        normalizer = active.sum().clamp(min=1)
+    else:
+        validate.check_normalizer(caller, normalizer)
+    of_tokens = hidden.new_ones(shape.numel(), dtype=dtype) if given is None else given.reshape(-1).to(dtype)
+    rows = Rows.choose(active, of_tokens != 0)
+    params = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+    wants = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in params)
+    scale = torch.as_tensor(normalizer, device=hidden.device).to(dtype)
+    of_rows = rows.counting(rows.take(of_tokens))
+    job = _Job(kind, beta, head, ref_head, rows, of_rows, scale, (wants[0], wants[1], wants[2]))
+    ref = (ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), ref_weight.detach(), _detached(ref_bias))
+    loss, tokens = (_StreamedDivergence.apply if streamed else _materialised)(job, ref, *params)
+    return Divergence(loss, rows.spread(tokens.detach()).reshape(shape))
+
+
+def _detached(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach()
+
+
+def _streamed(caller: str, backend: str | None, device: torch.device) -> bool:
+    if backend not in (None, "torch", "reference"):
+        raise ValueError(f"{caller}: backend must be 'torch', 'reference' or None; got {backend!r}")
+    return backend == "torch" or pick(backend, caller, device).kernel is not None
+
+
+def _check(caller: str, student: tuple[Any, Any, Any], ref: tuple[Any, Any, Any], kind: Any, beta: Any) -> None:
+    validate.check_linear(caller, *student)
+    validate.check_linear(caller, *ref, prefix="ref_")
+    (hidden, weight, _), (ref_hidden, ref_weight, _) = student, ref
+    if ref_weight.shape[0] != weight.shape[0]:
+        vocab = weight.shape[0]
+        raise ValueError(f"{caller}: ref_weight must have V={vocab} rows as weight; got {ref_weight.shape[0]}")
+    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
+        tokens, got = list(hidden.shape[:-1]), list(ref_hidden.shape[:-1])
+        raise ValueError(f"{caller}: ref_hidden must be {tokens} tokens as hidden; got {got}")
+    if ref_hidden.device != hidden.device:
+        raise ValueError(
+            f"{caller}: ref_hidden must be on the device of hidden, {hidden.device}; got {ref_hidden.device}"
+        )
+    if kind not in KINDS:
+        raise ValueError(f"{caller}: kind must be one of {', '.join(map(repr, KINDS))}; got {kind!r}")
+    if not (isinstance(beta, (int, float)) and 0 < beta < 1):
+        raise ValueError(f"{caller}: beta must be a number in (0, 1); got {beta!r}")
+
+
+# The oracle --------------------------------------------------------------------------------------------------
+
+
+def _materialised(job: _Job, ref: tuple[Any, ...], *params: Any) -> tuple[Tensor, Tensor]:
+    def log_softmax(head: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        z = reference.linear_logits(job.rows.counting(job.rows.take(hidden)), weight, bias) * head.scale
+        return F.log_softmax(z if head.cap is None else head.cap * torch.tanh(z / head.cap), -1)
+
+    log_pi, log_p = log_softmax(job.head, *params), log_softmax(job.ref_head, *ref).to(job.weights.dtype)
+    if job.kind == "forward_kl":
+        tokens = _kl(log_p, log_pi)
+    elif job.kind == "reverse_kl":
+        tokens = _kl(log_pi, log_p)
+    else:
+        none = (log_p == -torch.inf) & (log_pi == -torch.inf)  # where the derivative of logaddexp is none
+        either = [t.masked_fill(none, 0) for t in (log_p, log_pi)]
+        log_m = torch.logaddexp(either[0] + math.log(job.beta), either[1] + math.log(1 - job.beta))
+        tokens = job.beta * _kl(log_p, log_m) + (1 - job.beta) * _kl(log_pi, log_m)
+    return (job.weights * tokens).sum() / job.normalizer, tokens
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """Σ a (log a − log b); a class with a = 0 gives 0, and nothing to the gradient."""
+    none = log_a == -torch.inf
+    return (log_a.exp() * (log_a.masked_fill(none, 0) - log_b.masked_fill(none, 0))).sum(-1)
+
+
+# The stream --------------------------------------------------------------------------------------------------
+
+
+class _StreamedDivergence(torch.autograd.Function):
+    """Loss and gradients in one pass over the logits; the backward hands the gradients over."""
+
+    @staticmethod
+    def forward(ctx: Any, job: _Job, ref: tuple[Any, ...], *params: Any) -> tuple[Tensor, Tensor]:
+        tokens, ctx.grads = _run(job, ref, params)
+        ctx.job, ctx.ref = job, len(params)
+        ctx.save_for_backward(*params, *ref)
+        ctx.mark_non_differentiable(tokens)
+        ctx.set_materialize_grads(False)
+        return (job.weights * tokens).sum() / job.normalizer, tokens
+
+    @staticmethod
+    def backward(ctx: Any, g_loss: Tensor | None, _: Any) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "linear_divergence: create_graph must be False, a streamed loss has no second derivative; "
+                "use backend='reference'"
+            )
+        params, ref = ctx.saved_tensors[: ctx.ref], ctx.saved_tensors[ctx.ref :]
+        if g_loss is None:
+            return None, None, *(None for _ in params)
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:  # a second backward through a retained graph
+            _, grads = _run(ctx.job, ref, params)
+        scale = g_loss / ctx.job.normalizer
+        scaled = (
+            None if d is None else d.to(stats_dtype(d.dtype)).mul_(scale).to(like.dtype)
+            for d, like in zip(grads, params, strict=True)
+        )  # fmt: skip
+        return None, None, *scaled
+
+
+def _run(job: _Job, ref: Any, params: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Divergences of the compact rows [n], and the gradients of their weighted sum."""
+    hidden, weight, bias = params
+    source = LinearSource(job.rows.counting(hidden), weight, bias, job.head, job.rows, job.wants)
+    hidden, weight, bias = ref
+    other = LinearSource(job.rows.counting(hidden), weight, bias, job.ref_head, job.rows)
+    size, middle = job.rows.size, job.rows.with_gradient if any(job.wants) else 0
+    tokens = torch.empty(size, dtype=job.weights.dtype, device=source.device)
+    step = _chunk(job, source, other)
+    mine, theirs = (torch.empty(step, s.vocab, dtype=s.dtype, device=s.device) for s in (source, other))
+    for start, stop in ((0, middle), (middle, size)):
+        for first in range(start, stop, step):
+            at = slice(first, min(first + step, stop))
+            x = source.logits(at, mine[: at.stop - first])
+            _divergence_(job, x, other.logits(at, theirs[: at.stop - first]), at, tokens, with_gradient=stop <= middle)
+            if stop <= middle:
+                source.put(at, x)
+    return tokens, source.gradients()
+
+
+def _chunk(job: _Job, source: LinearSource, other: LinearSource) -> int:
+    wide = stats_dtype(source.dtype).itemsize
+    scratch = _block_rows(source.vocab, source.device) * source.vocab * (4 * wide + 2)
+    row_bytes = source.row_bytes + other.row_bytes
+    longest = max(job.rows.size, 1)
+    return min(longest, chunk_rows(longest, row_bytes, scratch + source.extra_bytes, source.device.type))
+
+
+def _block_rows(vocab: int, device: torch.device) -> int:
+    return max(1, _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS["cuda"]) // vocab)
+
+
+def _blocks(x: Tensor, wide: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, four scratch blocks [4, rows, V]) over all rows; the scratch is reused."""
+    rows, vocab = x.shape
+    step = min(_block_rows(vocab, x.device), max(rows, 1))
+    scratch = x.new_empty(4, step, vocab, dtype=wide)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        yield slice(start, stop), scratch[:, : stop - start]
+
+
+def _log_softmax(x: Tensor, cap: float | None, out: Tensor, spare: Tensor) -> Tensor:
+    """log π of a block of logits, before the soft-cap, written to `out`."""
+    out.copy_(x)
+    if cap is not None:
+        out.div_(cap).tanh_().mul_(cap)
+    out.sub_(out.amax(1, keepdim=True))
+    return out.sub_(torch.exp(out, out=spare).sum(1, keepdim=True).log_())
+
+
+def _divergence_(job: _Job, x: Tensor, r: Tensor, at: slice, tokens: Tensor, with_gradient: bool) -> None:
+    """Divergences of a chunk into `tokens`; with the gradient, the student's logits x become that of their weighted
+    sum."""
+    values, weights = tokens[at], job.weights[at] * job.head.scale
+    for rows, (log_pi, log_p, a, b) in _blocks(x, tokens.dtype):
+        _log_softmax(x[rows], job.head.cap, log_pi, a)
+        _log_softmax(r[rows], job.ref_head.cap, log_p, a)
+        values[rows] = _KERNELS[job.kind](job.beta, log_pi, log_p, a, b)
+        if not with_gradient:
+            continue
+        a.mul_(weights[rows][:, None])  # dD/dz
+        if job.head.cap is not None:  # dz/dx = 1 − tanh²(x / cap)
+            a.addcmul_(a, b.copy_(x[rows]).div_(job.head.cap).tanh_().square_(), value=-1)
+        x[rows] = a.to(x.dtype)
+
+
+# Each gives D [block] and leaves dD/dz in `a`. Where a class has no probability, its logarithm of −∞ is masked.
+
+
+def _forward_kl(beta: float, log_pi: Tensor, log_p: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    torch.exp(log_p, out=b)
+    torch.sub(log_p, log_pi, out=a).masked_fill_(b == 0, 0).mul_(b)
+    value = a.sum(1)
+    torch.exp(log_pi, out=a).sub_(b)
+    return value
+
+
+def _reverse_kl(beta: float, log_pi: Tensor, log_p: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    torch.exp(log_pi, out=b)
+    torch.sub(log_pi, log_p, out=a).masked_fill_(b == 0, 0)
+    value = torch.mul(a, b, out=log_p).sum(1)
+    a.sub_(value[:, None]).mul_(b)
+    return value
+
+
+def _jsd(beta: float, log_pi: Tensor, log_p: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    torch.add(log_p, math.log(beta), out=a)
+    torch.logaddexp(a, torch.add(log_pi, math.log(1 - beta), out=b), out=b)  # log M
+    torch.exp(log_p, out=a)
+    value = beta * log_p.sub_(b).masked_fill_(a == 0, 0).mul_(a).sum(1)
+    torch.exp(log_pi, out=a)
+    log_pi.sub_(b).masked_fill_(a == 0, 0)  # log π/M
+    mean = torch.mul(log_pi, a, out=b).sum(1)
+    a.mul_(log_pi.sub_(mean[:, None])).mul_(1 - beta)
+    return value + (1 - beta) * mean
+
+
+_KERNELS = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}

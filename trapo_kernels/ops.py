@@ -1,0 +1,293 @@
+"""The streamed losses as operators of torch.library, for torch.compile: what a compiled graph calls instead of tracing
+into chunk loops whose sizes depend on data.
+
+    trapo_kernels::token_values            log π(y), H, z_y and statistics of every row
+    trapo_kernels::token_values_backward   its gradients, by recomputing the logits
+    trapo_kernels::policy_loss             Σ of token losses, the same values, the gradients of that sum: one pass
+
+Operators take and give all rows [N], with zeros at those that are left out: their shapes follow from shapes. Inside is
+the code that runs without a compiler. Gradients that are not wanted are empty tensors. An objective travels as a string
+(`objective_key`), so that a graph holds no Python object.
+
+No vocabulary-parallel heads: their collectives would be hidden from the compiler.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import functional, stream  # functional calls these operators
+from .dispatch import pick
+from .head import Head
+from .objective import Objective
+from .rows.base import RowStats, stats_dtype
+from .statistics import Collector
+
+__all__ = ["Named", "backend_name", "objective_key", "plain", "policy_loss", "three", "token_values"]
+__all__ += ["token_values_backward"]
+
+_HEAD = "float temperature, float? softcap, float logit_scale, str backend"
+_PARAMS = "Tensor first, Tensor? weight, Tensor? bias"
+_WANTS = "bool want_first, bool want_weight, bool want_bias"
+
+_objectives: dict[str, Objective] = {}
+
+
+# A graph is compiled for one objective, and for another that is not equal to it there is another graph.
+torch.utils._pytree.register_constant(Objective)
+
+
+@torch.compiler.assume_constant_result
+def objective_key(objective: Objective) -> str:
+    """A name for an objective inside a graph. Equal objectives have equal names, in every process."""
+    key = repr(objective)  # a function shows its address, and stays alive here
+    _objectives[key] = objective
+    return key
+
+
+@torch.compiler.assume_constant_result
+def backend_name(name: str | None, caller: str, device: torch.device) -> str:
+    return pick(name, caller, device).name
+
+
+@dataclass(frozen=True)
+class Named:
+    """A row kernel, inside a graph."""
+
+    name: str
+
+
+def three(params: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """(first, weight, bias): logits have neither of the others."""
+    return params if len(params) == 3 else (params[0], None, None)
+
+
+def plain(head: Head, kernel: Named, wants: tuple[bool, ...]) -> tuple[Any, ...]:
+    """The last arguments of all operators."""
+    first, weight, bias = (*wants, False, False)[:3]
+    return head.temperature, head.softcap, head.logit_scale, kernel.name, first, weight, bias
+
+
+def _params(first: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (first,) if weight is None else (first, weight, bias)
+
+
+def _job(rows: stream.Rows, targets: Tensor, params: Any, *head_and_wants: Any) -> functional._Job:
+    *options, backend, first, weight, bias = head_and_wants
+    kernel = pick(backend, "torch.compile", params[0].device).kernel
+    assert kernel is not None
+    wants = (first, weight, bias)[: len(params)]
+    return functional._Job(kernel, Head(*options), rows, rows.counting(rows.take(targets)), wants)
+
+
+def _three(found: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    first, weight, bias = (like.new_empty(0) if d is None else d for d in (*found, None, None)[:3])
+    return first, weight, bias
+
+
+def _fake_gradients(first: Tensor, weight: Any, bias: Any, wants: Any) -> tuple[Tensor, Tensor, Tensor]:
+    wide = stats_dtype(first.dtype)
+    dtypes = (first.dtype, wide, wide)
+    found = [
+        torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format) if wanted else None
+        for t, dtype, wanted in zip((first, weight, bias), dtypes, wants, strict=True)
+    ]
+    return _three(tuple(found), first.new_empty(0, dtype=wide))
+
+
+def _finished(grads: Any, params: Any, wants: Any, scale: Tensor | None) -> list[Tensor | None]:
+    """Gradients in the dtypes of the parameters; scaled in the accumulators' precision."""
+
+    def finish(grad: Tensor, like: Tensor | None, wanted: bool) -> Tensor | None:
+        if not wanted or like is None:
+            return None
+        wide = grad if scale is None else grad.to(stats_dtype(grad.dtype)) * scale
+        return wide.to(like.dtype)
+
+    return [finish(*each) for each in zip(grads, params, wants, strict=True)]
+
+
+def _op(name: str, schema: str) -> Any:
+    return torch.library.custom_op(f"trapo_kernels::{name}", mutates_args=(), schema=schema)
+
+
+# Values of tokens --------------------------------------------------------------------------------------------
+
+
+@_op(
+    "token_values",
+    f"({_PARAMS}, Tensor targets, Tensor active, bool entropy, str[] statistics, {_HEAD}, {_WANTS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def token_values(
+    first: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    targets: Tensor,
+    active: Tensor,
+    entropy: bool,
+    statistics: list[str],
+    *head_and_wants: Any,
+) -> tuple[Tensor, ...]:
+    """(log π(y), H or empty, z_y, max z, log Σ e^(z − max z), statistics [s, N]) of all rows."""
+    params, rows = _params(first, weight, bias), stream.Rows.choose(active)
+    job = _job(rows, targets, params, *head_and_wants)
+    source = job.source(params, rows, (False,) * len(params))
+    extras = Collector(tuple(statistics), rows.size, stats_dtype(first.dtype), first.device)
+    stats = stream.forward(source, job.kernel, rows, job.targets, job.head, entropy, extras=extras)
+    values = (stats.logprobs, stats.entropy, stream.target_logits(stats), stats.max, stats.log_sum)
+    # Every output is a tensor of its own, as operators' must be.
+    spread = [stats.logprobs.new_empty(0) if t is None else rows.spread(t).clone() for t in values]
+    found = [rows.spread(t) for t in extras.values.values()]
+    return *spread, torch.stack(found) if found else stats.logprobs.new_empty(0, rows.total)
+
+
+@token_values.register_fake
+def _(
+    first: Tensor, weight: Any, bias: Any, targets: Any, active: Any, entropy: bool, statistics: list[str], *_: Any
+) -> tuple[Tensor, ...]:
+    n, wide = first.shape[0], first.new_empty(0, dtype=stats_dtype(first.dtype))
+    sizes = (n, n if entropy else 0, n, n, n)
+    return *(wide.new_empty(size) for size in sizes), wide.new_empty(len(statistics), n)
+
+
+@_op(
+    "token_values_backward",
+    f"({_PARAMS}, Tensor targets, Tensor active, Tensor logprobs, Tensor entropy, Tensor max, Tensor log_sum, "
+    f"Tensor? g_logprobs, Tensor? g_entropy, Tensor? g_target, {_HEAD}, {_WANTS}) -> (Tensor, Tensor, Tensor)",
+)
+def token_values_backward(
+    first: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    targets: Tensor,
+    active: Tensor,
+    logprobs: Tensor,
+    entropy: Tensor,
+    top: Tensor,
+    log_sum: Tensor,
+    g_logprobs: Tensor | None,
+    g_entropy: Tensor | None,
+    g_target: Tensor | None,
+    *head_and_wants: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of first, weight and bias, accumulated in the statistics' precision."""
+    params, incoming, live = _params(first, weight, bias), (g_logprobs, g_entropy, g_target), torch.zeros_like(active)
+    for g in incoming:
+        live = live if g is None else live | (g != 0)
+    rows = stream.Rows.choose(active & live)
+    job = _job(rows, targets, params, *head_and_wants)
+    stats = RowStats(logprobs, top, log_sum, entropy if entropy.numel() else None).map(rows.take)
+    g_lp, g_h, g_z = (None if g is None else rows.counting(rows.take(g)) for g in incoming)
+    source = job.source(params, rows, job.wants)
+    stream.backward(
+        source, job.kernel, rows, job.targets, job.head, stats,
+        lambda at, _: (functional._at(g_lp, at), functional._at(g_h, at), functional._at(g_z, at)),
+        by_logit=g_z is not None,
+    )  # fmt: skip
+    return _three(source.gradients(), logprobs)
+
+
+@token_values_backward.register_fake
+def _(first: Tensor, weight: Any, bias: Any, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_gradients(first, weight, bias, others[-3:])
+
+
+def _save_token_values(ctx: Any, inputs: Any, output: Any) -> None:
+    first, weight, bias, targets, active, _, _, *ctx.others = inputs
+    logprobs, entropy, _, top, log_sum, statistics = output
+    ctx.mark_non_differentiable(top, log_sum, statistics)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(first, weight, bias, targets, active, logprobs, entropy, top, log_sum)
+
+
+def _token_values_backward(ctx: Any, *incoming: Tensor | None) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    found = token_values_backward(*saved, *incoming[:3], *ctx.others)
+    return *_finished(found, saved[:3], ctx.others[-3:], None), *(None,) * (4 + len(ctx.others))
+
+
+token_values.register_autograd(_token_values_backward, setup_context=_save_token_values)
+
+
+# Policy losses -----------------------------------------------------------------------------------------------
+
+
+@_op(
+    "policy_loss",
+    f"({_PARAMS}, Tensor targets, Tensor active, Tensor live, Tensor expert, Tensor? advantages, Tensor? old_logprobs, "
+    "Tensor? ref_logprobs, Tensor? rollout_logprobs, Tensor? weights, str objective, str[] statistics, "
+    f"{_HEAD}, {_WANTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def policy_loss(
+    first: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    targets: Tensor,
+    active: Tensor,
+    live: Tensor,
+    expert: Tensor,
+    advantages: Tensor | None,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    weights: Tensor | None,
+    objective: str,
+    statistics: list[str],
+    *head_and_wants: Any,
+) -> tuple[Tensor, ...]:
+    """(Σ of token losses, its values [k, N] as `_Batch.flat` has them, and the gradients of the sum)."""
+    params, rows = _params(first, weight, bias), stream.Rows.choose(active, live)
+    job = _job(rows, targets, params, *head_and_wants)
+    inputs = {
+        "advantages": advantages,
+        "old_logprobs": old_logprobs,
+        "ref_logprobs": ref_logprobs,
+        "rollout_logprobs": rollout_logprobs,
+    }
+    batch = functional._Batch(
+        objective=_objectives[objective],
+        rows=rows,
+        targets=job.targets,
+        expert=rows.take(expert),
+        inputs={name: None if t is None else rows.take(t) for name, t in inputs.items()},
+        sequences=None,
+        weights=None if weights is None else rows.take(weights),
+        statistics=tuple(statistics),
+        normalizer=torch.ones((), dtype=stats_dtype(first.dtype), device=first.device),
+        counts={},
+        shape=targets.shape,
+    )
+    values, grads = functional._PolicyLoss.run(job, batch, params)
+    total = batch.loss(batch.values(*values))
+    return total, torch.stack([rows.spread(t) for t in values]), *_three(grads, total)
+
+
+@policy_loss.register_fake
+def _(first: Tensor, weight: Any, bias: Any, *others: Any) -> tuple[Tensor, ...]:
+    objective, statistics = others[9:11]
+    count = 2 + _objectives[objective].reads_logit + len(statistics)
+    wide = first.new_empty((), dtype=stats_dtype(first.dtype))
+    return wide, wide.new_empty(count, first.shape[0]), *_fake_gradients(first, weight, bias, others[-3:])
+
+
+def _save_policy_loss(ctx: Any, inputs: Any, output: Any) -> None:
+    _, values, *grads = output
+    ctx.mark_non_differentiable(values, *grads)
+    ctx.set_materialize_grads(False)
+    ctx.wants, ctx.inputs = inputs[-3:], len(inputs)
+    ctx.save_for_backward(*inputs[:3], *grads)
+
+
+def _policy_loss_backward(ctx: Any, g_total: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if g_total is None:
+        return (None,) * ctx.inputs
+    saved = ctx.saved_tensors
+    return *_finished(saved[3:], saved[:3], ctx.wants, g_total), *(None,) * (ctx.inputs - 3)
+
+
+policy_loss.register_autograd(_policy_loss_backward, setup_context=_save_policy_loss)

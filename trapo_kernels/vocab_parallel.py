@@ -1,0 +1,221 @@
+"""Heads whose vocabulary is sharded over the ranks of a group (tensor parallel): rank r holds the rows from offset_r to
+offset_r + V_r of the weight, of any sizes; hidden states and targets (ids in the whole vocabulary) are the same on all.
+
+    per chunk, forward     all-reduce max z                              C numbers, maximum
+                           all-reduce Σ e^(z−m), Σ e^(z−m)(z−m), z_y     3 C numbers, sum
+    per call               all-gather shard sizes and what must agree    4 integers
+                           all-reduce d_hidden                           N·D numbers, where hidden states are trained
+
+Nothing of the size of the vocabulary is sent; the gradient of a shard stays with its rank. A chunk of rows has the same
+size everywhere, by the largest shard.
+
+The stream knows nothing of this: a row kernel is wrapped in another, whose `stats` merges the states of the shards,
+which are states of disjoint columns, and whose `grad_` is told the statistics of the whole row.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .budget import get_budget_mb
+from .rows.base import RowKernel, RowState, RowStats, stats_dtype
+from .stream import LinearSource
+
+__all__ = ["Shard", "ShardedKernel", "ShardedSource", "agree", "gather", "local_parts"]
+
+_FLOOR = -1e4  # e^-1e4 is 0 in fp64 too; 0 · −∞ is not
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of a vocabulary of `vocab`: `size` rows from `offset` on; `largest` is the largest part."""
+
+    group: Any
+    offset: int
+    size: int
+    vocab: int
+    largest: int
+    sizes: tuple[int, ...]
+
+    def columns(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(the column of each target here [n], whether it is here at all [n]); somewhere in range where it is not."""
+        here = (targets >= self.offset) & (targets < self.offset + self.size)
+        return (targets - self.offset).clamp(0, max(self.size - 1, 0)), here
+
+
+def agree(caller: str, group: Any, weight: Tensor, targets: Tensor) -> Shard:
+    """The shards of a group, after checking that its ranks were given the same tokens and budget.
+
+    Raises:
+        TypeError, ValueError: the group is none, or its ranks differ where they must not; on every rank at once.
+    """
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"{caller}: group must be a torch.distributed ProcessGroup or None; got {type(group).__name__}")
+    flat = targets.reshape(-1)
+    places = torch.arange(1, flat.numel() + 1, device=flat.device)
+    # Wraps around; what matters is that different targets give different numbers.
+    check = (flat * places).sum()
+    budget = int(get_budget_mb(weight.device.type) * 2**20)
+    mine = torch.stack([check, *(check.new_tensor(x) for x in (weight.shape[0], flat.numel(), budget))])
+    all_of_them = mine.new_empty(dist.get_world_size(group), 4)
+    dist.all_gather(list(all_of_them.unbind(0)), mine, group=group)
+    checks, sizes, counts, budgets = all_of_them.t().tolist()
+    for name, values in (("the number of tokens", counts), ("targets", checks), ("the memory budget", budgets)):
+        if len(set(values)) > 1:
+            shown = "different ones" if name == "targets" else values
+            raise ValueError(
+                f"{caller}: group must have ranks with the same tokens (data-parallel ranks need the whole weight); "
+                f"got {name}: {shown}"
+            )
+    rank = dist.get_rank(group)
+    return Shard(group, sum(sizes[:rank]), sizes[rank], sum(sizes), max(sizes), tuple(sizes))
+
+
+class ShardedKernel:
+    """A row kernel over the whole vocabulary, made of one over this rank's columns."""
+
+    def __init__(self, kernel: RowKernel, shard: Shard) -> None:
+        self.kernel, self.shard = kernel, shard
+        self.columns = shard.columns
+
+    def scratch_bytes(self, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+        return self.kernel.scratch_bytes(self.shard.largest, dtype, device)
+
+    def stats(self, logits: Tensor, targets: Tensor, cap: float | None, entropy: bool) -> RowState:
+        column, here = self.shard.columns(targets)
+        top, sums = self._local(logits, column, here, cap, entropy)
+        whole = top.clone()
+        dist.all_reduce(whole, dist.ReduceOp.MAX, group=self.shard.group)
+        moved = (top - whole).masked_fill(top == -torch.inf, 0)  # from this shard's maximum to that of the row
+        factor = moved.exp()
+        if entropy:
+            sums[1] += moved * sums[0]
+        sums[:-1] *= factor
+        dist.all_reduce(sums, group=self.shard.group)
+        return RowState(whole, sums[0], sums[1] if entropy else None, sums[-1])
+
+    def _local(
+        self, logits: Tensor, column: Tensor, here: Tensor, cap: float | None, entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        """(max z [C], the sums of this shard [2 or 3, C]): no weight where a shard has no column, or none possible."""
+        rows, dtype = logits.shape[0], stats_dtype(logits.dtype)
+        if self.shard.size == 0:
+            none = logits.new_full((rows,), -torch.inf, dtype=dtype)
+            return none, none.new_zeros(3 if entropy else 2, rows)
+        state = self.kernel.stats(logits, column, cap, entropy)
+        parts = [state.sum, state.dot, state.target] if state.dot is not None else [state.sum, state.target]
+        sums = torch.stack(parts)
+        sums[:-1].masked_fill_(state.max == -torch.inf, 0)
+        sums[-1].masked_fill_(~here, 0)
+        return state.max, sums
+
+    def grad_(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        stats: RowStats,
+        g_lp: Tensor,
+        g_entropy: Tensor | None,
+        cap: float | None,
+    ) -> None:
+        if self.shard.size == 0:
+            return
+        column, here = self.shard.columns(targets)
+        # The kernel takes the column it is given for the target's. Where it is not, the gradient is put right after.
+        x = logits.gather(1, column[:, None]).squeeze(1).to(stats.max.dtype)
+        self.kernel.grad_(logits, column, stats, g_lp, g_entropy, cap)
+        ordinary = _not_target(x, stats, g_lp, g_entropy, cap).to(logits.dtype)
+        found = logits.gather(1, column[:, None]).squeeze(1)
+        logits.scatter_(1, column[:, None], torch.where(here, found, ordinary)[:, None])
+
+
+def _not_target(x: Tensor, stats: RowStats, g_lp: Tensor, g_entropy: Tensor | None, cap: float | None) -> Tensor:
+    """−π_j (g_lp + g_H (log π_j + H)), times the slope of the soft-cap, of one logit a row [C]."""
+    z = x if cap is None else cap * torch.tanh(x / cap)
+    log_p = (z - stats.max) - stats.log_sum
+    pull = g_lp
+    if g_entropy is not None:
+        assert stats.entropy is not None
+        pull = pull + g_entropy * (log_p.clamp(min=_FLOOR) + stats.entropy)
+    dz = -log_p.exp() * pull
+    return dz if cap is None else dz * (1 - (z / cap).square())
+
+
+class ShardedSource(LinearSource):
+    """Logits of this rank's columns; the gradient of the hidden states is summed over the ranks."""
+
+    def __init__(self, shard: Shard, *args: Any) -> None:
+        super().__init__(*args)
+        self.shard = shard
+        self.row_bytes = shard.largest * self.dtype.itemsize
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight, d_bias = super().gradients()
+        if d_hidden is not None:
+            # Summed in the accumulators' precision, so that it is rounded once more at most.
+            wide = d_hidden.to(self.wide)
+            dist.all_reduce(wide, group=self.shard.group)
+            d_hidden = wide.to(d_hidden.dtype)
+        return d_hidden, d_weight, d_bias
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all shards [V, ...]. Every rank computes the whole gradient, and keeps its rows."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, shard: Shard) -> Tensor:
+        ctx.shard = shard
+        padded = part.new_zeros(shard.largest, *part.shape[1:])
+        padded[: shard.size] = part
+        parts = [torch.empty_like(padded) for _ in shard.sizes]
+        dist.all_gather(parts, padded, group=shard.group)
+        return torch.cat([rows[:size] for rows, size in zip(parts, shard.sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad[ctx.shard.offset : ctx.shard.offset + ctx.shard.size], None
+
+
+def gather(part: Tensor, shard: Shard) -> Tensor:
+    """The whole of a sharded weight or bias, for the backend that materialises."""
+    whole: Tensor = _Gather.apply(part, shard)
+    return whole
+
+
+def local_parts(caller: str, hidden: Any, weight: Any, bias: Any, group: Any) -> tuple[Any, Any, Any, Any]:
+    """(hidden, weight, bias, group) with DTensors unwrapped: a weight that is Shard(0) brings its group along. Their
+    gradients become DTensors again on the way back."""
+    if "torch.distributed.tensor" not in sys.modules:  # then there are none
+        return hidden, weight, bias, group
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(hidden, DTensor):
+        if not all(p.is_replicate() for p in hidden.placements):
+            raise ValueError(
+                f"{caller}: hidden must be a plain tensor or a replicated DTensor; got placements {hidden.placements}"
+            )
+        hidden = hidden.to_local()
+    if not isinstance(weight, DTensor):
+        return hidden, weight, bias, group
+    sharded = [i for i, p in enumerate(weight.placements) if not p.is_replicate()]
+    if len(sharded) > 1 or not all(weight.placements[i].is_shard(0) for i in sharded):
+        raise ValueError(
+            f"{caller}: weight must be a plain tensor or a DTensor, replicated or Shard(0) over one dimension of its "
+            f"mesh; got placements {weight.placements}"
+        )
+    if isinstance(bias, DTensor) != (bias is not None) or (bias is not None and bias.placements != weight.placements):
+        raise ValueError(f"{caller}: bias must be a DTensor with the placements of weight, {weight.placements}")
+    if sharded:
+        own = weight.device_mesh.get_group(sharded[0])
+        if group is not None and group is not own:
+            raise ValueError(
+                f"{caller}: group must be None or that of weight's mesh, for a DTensor weight; got another"
+            )
+        group = own
+    return hidden, weight.to_local(), None if bias is None else bias.to_local(), group
