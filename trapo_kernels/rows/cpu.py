@@ -83,7 +83,13 @@ def _register_fakes() -> None:
         return tuple(hidden.new_empty(hidden.shape[0]) for _ in range(4))
 
     torch.library.register_fake("trapo_kernels_cpu::row_stats", four_vectors)
+
+    def masses(hidden: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        vocab = weight.shape[0]
+        return hidden.new_empty(vocab), hidden.new_empty(-(-vocab // passes.PANEL), hidden.shape[0])
+
     torch.library.register_fake("trapo_kernels_cpu::panel_stats", four_vectors_of_panels)
+    torch.library.register_fake("trapo_kernels_cpu::panel_mass", masses)
     for nothing in ("panel_grad_", "advise_huge_pages"):
         torch.library.register_fake(f"trapo_kernels_cpu::{nothing}", lambda *_: None)
     torch.library.register_fake("trapo_kernels_cpu::row_fused_", four_vectors)
