@@ -112,6 +112,8 @@ class PatchedForward:
     Subclasses say in `forward` which calls that is; `hidden_states` then runs the model's own forward.
     """
 
+    follows_autocast = True  # the product is in autocast's dtype where that is on, else in the weight's
+
     def __init__(self, model: PreTrainedModel) -> None:
         caller = type(self).__name__
         if "logits_to_keep" not in inspect.signature(type(model).forward).parameters:
@@ -161,7 +163,9 @@ class PatchedForward:
         finally:
             self._capturing = False
         assert hidden is not None  # the hook ran
-        head = linear_head(self.model).cast(hidden)
+        head = linear_head(self.model)
+        if self.follows_autocast:
+            head = head.cast(hidden)
         hidden = hidden.to(head.weight.dtype)
         if not self._checked:
             self._check(head, hidden[:, :1].detach(), outputs.logits.detach())
