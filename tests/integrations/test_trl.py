@@ -116,7 +116,15 @@ def loss_gradients_metrics(trainer, inputs):
     return loss.detach(), grads, {name: values[-1] for name, values in trainer._metrics["train"].items()}
 
 
-@pytest.mark.parametrize("name", [*LOSSES, *TWO_PASSES])
+# Half a minute of building trainers is kept for `make test-slow`.
+QUICK = {"dapo", "grpo", "dapo+entropy", "bnpo+kl+entropy", "delta", "gspo", "top entropy", "off-policy mask"}
+
+
+def slow_unless(quick, names):
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", slow_unless(QUICK, [*LOSSES, *TWO_PASSES]))
 def test_loss_gradients_and_metrics_are_those_of_trl(name, tiny_model_path, tmp_path):
     settings = {**LOSSES, **TWO_PASSES}[name]
     stock = make_trainer(GRPOTrainer, tiny_model_path, tmp_path, **settings)
@@ -136,7 +144,7 @@ def test_loss_gradients_and_metrics_are_those_of_trl(name, tiny_model_path, tmp_
         assert metrics[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
 
 
-@pytest.mark.parametrize("name", ["dapo", "grpo+entropy", "dapo+kl"])
+@pytest.mark.parametrize("name", slow_unless({"dapo+kl"}, ["dapo", "grpo+entropy", "dapo+kl"]))
 def test_real_steps_give_the_losses_and_metrics_of_trl(name, tiny_model_path, tmp_path):
     logs = []
     for kind in (GRPOTrainer, TrapoGRPOTrainer):
