@@ -7,7 +7,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ACCENT, SECOND = "#e8710a", "#1a8a7d"  # readable on white and on black
-STYLE = 'font-family="inherit" font-size="13" fill="currentColor" stroke="none"'
+STYLE = 'font-family="inherit" font-size="13" stroke="none"'
 
 
 def svg(width: int, height: int, title: str, parts: list[str]) -> str:
@@ -19,8 +19,9 @@ def svg(width: int, height: int, title: str, parts: list[str]) -> str:
     )
 
 
-def text(x: float, y: float, words: str, anchor: str = "start", extra: str = "") -> str:
-    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" {STYLE} {extra}>{words}</text>'
+def text(x: float, y: float, words: str, anchor: str = "start", color: str = "currentColor", bold: bool = False) -> str:
+    weight = ' font-weight="600"' if bold else ""
+    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" fill="{color}" {STYLE}{weight}>{words}</text>'
 
 
 def box(x: float, y: float, w: float, h: float, color: str = "currentColor", fill: float = 0.08) -> str:
@@ -46,22 +47,22 @@ def arrow(x1: float, y1: float, x2: float, y2: float, color: str = "currentColor
 def chunks() -> str:
     """The chunk loop: what is held, what is multiplied."""
     p = [
-        text(8, 18, "hidden states [N, D]", extra='font-weight="600"'),
+        text(8, 18, "hidden states [N, D]", bold=True),
         box(8, 28, 60, 200),
         box(8, 88, 60, 36, ACCENT, 0.35),
-        text(76, 110, "C rows", extra=f'fill="{ACCENT}"'),
-        text(170, 18, "one buffer [C, V], reused", extra='font-weight="600"'),
+        text(76, 110, "C rows", color=ACCENT),
+        text(170, 18, "one buffer [C, V], reused", bold=True),
         box(170, 28, 330, 36, ACCENT, 0.35),
         text(335, 51, "logits, then their gradient, in place", "middle"),
         arrow(68, 96, 166, 50, ACCENT),
-        text(100, 62, "① · Wᵀ", extra=f'fill="{ACCENT}"'),
+        text(100, 62, "① · Wᵀ", color=ACCENT),
         text(170, 96, "row kernel: max, Σe, Σe·z → log π(y), entropy"),
         text(170, 116, "terms: loss, ∂/∂logp, ∂/∂H: vectors of length C"),
         text(170, 136, "row kernel: g_lp(1[j=y] − π) − g_H π(log π + H)"),
         arrow(335, 146, 230, 188, SECOND),
         arrow(335, 146, 430, 188, SECOND),
-        text(240, 162, "② · W", "end", extra=f'fill="{SECOND}"'),
-        text(430, 162, "③ ᵀ · hidden", extra=f'fill="{SECOND}"'),
+        text(240, 162, "② · W", "end", color=SECOND),
+        text(430, 162, "③ ᵀ · hidden", color=SECOND),
         box(170, 192, 110, 36, SECOND, 0.2),
         text(225, 215, "d hidden, C rows", "middle"),
         box(370, 192, 130, 36, SECOND, 0.2),
@@ -84,11 +85,11 @@ def trust_region() -> str:
         def place(p: float, value: float) -> tuple[float, float]:
             return left + p * w, base - min(value, top) / top * h
 
-        parts.append(text(left, 24, title, extra='font-weight="600"'))
+        parts.append(text(left, 24, title, bold=True))
         parts.append(line([(left, base - h), (left, base), (left + w, base)], width=1.2))
         for p in (0.0, alpha, 0.5, 1.0):
             label = "α = 0.1" if p == alpha else f"{p:g}"
-            parts.append(text(left + p * w, base + 18, label, "middle"))
+            parts.append(text(left + p * w - 4 * (p == alpha), base + 18, label, "start" if p == alpha else "middle"))
         parts.append(text(left + w / 2, base + 38, "probability p of the expert's token", "middle"))
         parts.append(line([place(alpha, 0), place(alpha, top)], width=1, dash="3 4"))
         for step in range(1, int(top) + 1, max(1, int(top) // 4)):
@@ -97,7 +98,7 @@ def trust_region() -> str:
             visible = [(p, v) for p, v in points if v <= top]
             parts.append(line([place(p, v) for p, v in visible], color, 2.4))
             x, y = place(*visible[len(visible) * 2 // 5])
-            parts.append(text(x + 10, y - 8, name, extra=f'fill="{color}" font-weight="600"'))
+            parts.append(text(x + 10, y - 8, name, color=color, bold=True))
 
     grid = [i / 400 for i in range(1, 401)]
     panel(40, "loss, nats", 5, {
@@ -108,20 +109,16 @@ def trust_region() -> str:
         "SFT: 1": (SECOND, [(p, 1.0) for p in grid]),
         "": (ACCENT, [(p, min(1.0, p / alpha)) for p in grid]),
     })  # fmt: skip
-    parts.append(text(72, 70, "TrSFT", extra=f'fill="{ACCENT}" font-weight="600"'))
-    parts.append(text(424, 150, "TrSFT: p/α below α, then 1", extra=f'fill="{ACCENT}" font-weight="600"'))
+    parts.append(text(72, 70, "TrSFT", color=ACCENT, bold=True))
+    parts.append(text(424, 150, "TrSFT: p/α below α, then 1", color=ACCENT, bold=True))
     return svg(690, 262, "Loss and slope of SFT and of TrSFT", parts)
 
 
 def micro_groups() -> str:
     """One prompt's eight rollouts."""
-    groups = [
-        (4, 0.0, "always unguided"),
-        (2, 0.2, "mean &lt; 0.5"),
-        (1, 0.5, "mean &lt; 0.7"),
-        (1, 1.0, "mean &lt; 0.9"),
-    ]
-    parts, y = [text(8, 20, "one prompt, eight rollouts, drawn in four micro-groups", extra='font-weight="600"')], 34
+    below = "guided while mean &lt; "
+    groups = [(4, 0.0, "never guided"), (2, 0.2, below + "0.5"), (1, 0.5, below + "0.7"), (1, 1.0, below + "0.9")]
+    parts, y = [text(8, 20, "one prompt, eight rollouts, drawn in four micro-groups", bold=True)], 34
     for size, ratio, condition in groups:
         top = y
         for _ in range(size):
