@@ -2,10 +2,10 @@
 
     python bench/trl_run.py --out bench/results/trl_run            # writes .json and .md
 
-SmolLM2-135M-Instruct on arithmetic word problems (trapo.tasks.word_problems), T = 1, one prompt a step with four rollouts of
-at most 16 tokens: small, so that three runs end within the hour on two cores. The first two runs see the same data in the same order from the same seed; they
-differ by rounding only until a sampled token differs, and are then two samples of one process. What is compared is the
-loss, its metrics and the memory, not the learning of 20 steps.
+SmolLM2-135M-Instruct on arithmetic word problems (trapo.tasks.word_problems), T = 1, one prompt a step with four
+rollouts of at most 16 tokens: small, so that three runs end within the hour on two cores. The first two runs see the
+same data in the same order from the same seed; they differ by rounding only until a sampled token differs, and are then
+two samples of one process. What is compared is the loss, its metrics and the memory, not the learning of 20 steps.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = [
         "# 20 steps of TRL's GRPOTrainer and of TrapoGRPOTrainer",
         "",
-        "SmolLM2-135M-Instruct, word problems, one prompt and 4 rollouts of at most 16 tokens a step, dapo, fp32 on a CPU; made by `bench/trl_run.py`. "
+        "SmolLM2-135M-Instruct, word problems, one prompt and 4 rollouts of at most 16 tokens a step, dapo, fp32 on a "
+        "CPU; made by `bench/trl_run.py`. "
         "`trl` and `trapo` start from the same seed: equal up to rounding until a sampled token differs.",
         "",
     ]
