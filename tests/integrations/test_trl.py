@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import random
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -250,6 +255,24 @@ def test_guided_training_supervises_the_prefixes_and_scores_whole_responses(tiny
                 assert inputs["completion_mask"][i].sum() == len(expert)  # nothing of its own
     assert whole == len(seen)  # a quarter of the rows
     assert seen[0]["num_items_in_batch"] == sum(int(inputs["completion_mask"].sum()) for inputs in seen[:2])
+
+
+@pytest.mark.slow
+def test_two_ranks_score_their_own_rollouts_and_keep_one_model(tiny_model_path, tmp_path):
+    script = Path(__file__).with_name("two_ranks.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29533"]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    subprocess.run([*command, str(script), str(tiny_model_path), str(tmp_path)], check=True, env=env, timeout=500)
+    ranks = [json.loads((tmp_path / f"rank{i}.json").read_text()) for i in range(2)]
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    assert ranks[0]["log"][0]["expert/guided"] == 0.5
+    for rank in ranks:
+        assert len(rank["seen"]) == 2
+        for batch in rank["seen"]:
+            mean = sum(batch["rewards"]) / 4
+            assert batch["advantages"] == pytest.approx([r - mean for r in batch["rewards"]], abs=1e-6)
+            assert max(map(abs, batch["advantages"])) > 0.01
+    assert ranks[0]["seen"][0]["rewards"] != ranks[1]["seen"][0]["rewards"]
 
 
 def test_a_given_objective_decides_the_loss(tiny_model_path, tmp_path):
