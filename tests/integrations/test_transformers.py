@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -289,6 +292,45 @@ def test_trainer_learns_with_trsft(tmp_path):
     trainer.save_model(tmp_path / "saved")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.slow
+def test_two_ranks_of_fsdp2_have_the_gradients_of_one():
+    script = Path(__file__).with_name("fsdp_ranks.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29534"]
+    subprocess.run([*command, str(script)], check=True, timeout=400)
+
+
+def test_lora_on_the_body_trains_and_on_the_head_is_refused():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model, batch = make_model("llama"), make_batch()
+    stock = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    patch_causal_lm_loss(model, tk.Objective.sft())
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted.load_state_dict(stock.state_dict())
+    expected, expected_grads = loss_and_gradients(stock, batch)
+    out, grads = loss_and_gradients(adapted, batch)
+    assert_close(out.loss, expected.loss, 1e-5, "loss")
+    assert_same_gradients(grads, expected_grads, 1e-5)
+    on_the_head = peft.get_peft_model(make_model("llama"), peft.LoraConfig(target_modules=["lm_head"])).get_base_model()
+    with pytest.raises(TypeError, match=r"must be nn.Linear; got Linear"):
+        patch_causal_lm_loss(on_the_head, tk.Objective.sft())
+
+
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same():
+    model, batch = make_model("qwen3"), make_batch()
+    patch_causal_lm_loss(model, tk.Objective.sft())
+    expected, expected_grads = loss_and_gradients(model, batch)
+    compiled = torch.compile(model, backend="eager")  # dynamo's half: no code is generated
+    for _ in range(2):
+        model.zero_grad()
+        loss = compiled(**batch).loss
+        loss.backward()
+        assert_close(loss, expected.loss, 1e-5, "loss")
+    assert_same_gradients({n: p.grad for n, p in model.named_parameters()}, expected_grads, 1e-5)
 
 
 def test_linear_head_knows_the_transforms():
