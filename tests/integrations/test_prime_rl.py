@@ -92,6 +92,12 @@ def test_what_log_probabilities_cannot_give_is_refused(policy_loss):
         policy_loss(inputs, kl_coef=0.1)
 
 
+@pytest.mark.parametrize("settings", [{"policy": "gspo"}, {"expert": "lco_mse"}], ids=str)
+def test_terms_that_read_more_than_tokens_are_refused(policy_loss, settings):
+    with pytest.raises(ValueError, match="policy_loss: objective must read log-probabilities of tokens alone"):
+        policy_loss(make(), **settings)
+
+
 def test_a_sequence_without_tokens_gives_zero(policy_loss):
     inputs = make()
     inputs.loss_mask = torch.zeros_like(inputs.loss_mask)

@@ -56,6 +56,8 @@ def policy_loss(inputs: Any, **settings: Any) -> LossOutputs:
     objective = _objective(tuple(sorted(settings.items())))
     if objective.entropy_coef:
         raise ValueError(f"policy_loss: entropy_coef must be 0, without entropies; got {objective.entropy_coef}")
+    if objective.coupled or objective.reads_logit or objective.reference_head or objective.statistics:
+        raise ValueError(f"policy_loss: objective must read log-probabilities of tokens alone; got {objective}")
     mask = inputs.loss_mask.bool()
     expert = getattr(inputs, "expert_mask", None)
     sampled = inputs.inference_logprobs[mask].detach()

@@ -25,6 +25,7 @@ from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
 
 from ..functional import linear_logprobs
 from ..objective import Objective, Tokens
+from ..terms import clipped, log_ratio
 
 __all__ = ["FusedLinearForPPO", "actor_loss", "actor_objective", "trapo_policy_loss", "use_fused_head"]
 
@@ -150,14 +151,17 @@ def _token_losses(
     for name, setting in objective.needs.items():
         if inputs.get(name) is None:
             raise ValueError(f"actor_loss: {name} must be in the batch, which {setting} needs; got None")
+    if objective.coupled or objective.reads_logit or objective.reference_head or objective.statistics:
+        raise ValueError(f"actor_loss: objective must read log-probabilities and entropies of tokens; got {objective}")
     active = mask.bool()
     expert = torch.zeros_like(active) if expert_mask is None else expert_mask.bool()
     at = active.nonzero(as_tuple=True)
+    given: dict[str, Any] = {n: None if t is None else t.expand(active.shape)[at].float() for n, t in inputs.items()}
     tokens = Tokens(
         logprobs=log_prob[at].float(),
         entropy=torch.zeros_like(log_prob[at]).float() if entropy is None else entropy[at].float(),
         expert=expert[at],
-        **{name: None if t is None else t.expand(active.shape)[at].float() for name, t in inputs.items()},
+        **given,
     )
     parts = objective.losses(tokens)
     if weights is not None and "policy" in parts:
@@ -169,8 +173,6 @@ def _token_losses(
 @torch.no_grad()
 def _metrics(objective: Objective, tokens: Tokens) -> dict[str, Any]:
     """verl's names where it has one; means over no token are 0."""
-    from ..objective import clipped, log_ratio
-
     expert, own = tokens.expert, ~tokens.expert
     mine = tokens.only(own)
     low, high, dual = clipped(objective, mine) if mine.advantages is not None else (own & False,) * 3
