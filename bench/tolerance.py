@@ -104,7 +104,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         "# grad_tolerance on real hidden states", "",
         f"SmolLM2-135M-Instruct, {results['tokens']} tokens, D=576, V=49152, fp32. {m['cpu']}, {m['capability']}, "
-        f"{m['threads']} threads, {m['date']}. Times relative to exact gradients, best of {results['rounds']} in turns. "
+        f"{m['threads']} threads, {m['date']}. Times relative to exact gradients, best of {results['rounds']}. "
         "Errors are Frobenius norms relative to the exact gradient.", "",
         "| text | mean entropy | objective | ε | left out | time | error d_hidden | error d_weight |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
