@@ -113,7 +113,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 // What the threads of a block tell each other, at the start of its shared memory.
 template <class A>
 struct Scratch {
-  RowState<A> warps[kMaxThreadsOfLongRow / kWarp];
+  RowState<A> warps[kLargestBlock / kWarp];
   RowState<A> block;
   A target;
 };

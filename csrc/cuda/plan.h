@@ -8,10 +8,14 @@ namespace trapo::cuda {
 
 constexpr int kPiece = 16;       // bytes of one access, the widest there is
 constexpr int kLine = 128;       // bytes of a cache line: rows are cut where these begin, so that no warp shares a sector
-constexpr int kMaxThreads = 512;
-constexpr int kMaxThreadsOfLongRow = 1024;  // of a row that is read twice: few rows at once, so that L2 holds them
+constexpr int kLargestBlock = 1024;
 constexpr int kMaxStages = 4;
 constexpr int kReserved = 1024;  // bytes of shared memory that CUDA takes for each block
+
+// Most threads a block. fp64 takes twice the registers. A row that is read twice gets many, so that few rows are under way
+// at once and L2 holds them.
+constexpr int max_threads(int64_t itemsize) { return itemsize == 8 ? 256 : 512; }
+constexpr int max_threads_of_long_row(int64_t itemsize) { return itemsize == 8 ? 256 : kLargestBlock; }
 
 struct Device {
   int arch;           // compute capability 9.0 is 90
@@ -50,7 +54,7 @@ inline int threads_for(int64_t pieces, int most) {
 }
 
 // stats, grad_, and fused_ where the row does not stay on chip.
-inline Plan streamed_plan(int64_t vocab, int64_t itemsize, int scratch, int most = kMaxThreads) {
+inline Plan streamed_plan(int64_t vocab, int64_t itemsize, int scratch, int most) {
   return {threads_for(pieces_of(vocab, itemsize), most), 1, 1, 0, scratch};
 }
 
@@ -60,11 +64,11 @@ inline Plan fused_plan(int64_t vocab, int64_t itemsize, int scratch, Device devi
     const int64_t slots = round_up(div_up(pieces_of(vocab, itemsize), choice.cluster), kLine / kPiece);
     const int64_t shared = scratch + slots * kPiece;
     if (shared + kReserved > device.shared_per_sm / choice.blocks_per_sm) continue;
-    const int threads = threads_for(slots, kMaxThreads);
+    const int threads = threads_for(slots, max_threads(itemsize));
     const int stages = int(std::clamp<int64_t>(div_up(slots, threads) / 2, 1, kMaxStages));
     return {threads, choice.cluster, stages, int(slots), int(shared)};
   }
-  return streamed_plan(vocab, itemsize, scratch, kMaxThreadsOfLongRow);
+  return streamed_plan(vocab, itemsize, scratch, max_threads_of_long_row(itemsize));
 }
 
 }  // namespace trapo::cuda

@@ -92,8 +92,7 @@ __device__ __forceinline__ RowState<Acc<T>> edge_state(bool has_edge, Acc<T> x, 
 }
 
 // Pieces that a thread has on their way at once where the row is not kept.
-template <class T>
-constexpr int kBatch = sizeof(Acc<T>) == sizeof(float) ? 4 : 2;
+constexpr int kBatch = 2;
 
 template <class T, bool kCap>
 __device__ __forceinline__ RowState<Acc<T>> read_state(const Row<T>& row, const SoftCap<Acc<T>, kCap>& cap) {
@@ -101,11 +100,11 @@ __device__ __forceinline__ RowState<Acc<T>> read_state(const Row<T>& row, const 
   const A nothing = -std::numeric_limits<A>::infinity();
   const int edge = row.edge(threadIdx.x), threads = blockDim.x;
   RowState<A> state = edge_state<T>(edge >= 0, edge >= 0 ? widen(row.base[edge]) : nothing, cap);
-  for (int at = threadIdx.x; at < row.hi; at += kBatch<T> * threads) {
-    Piece<T> pieces[kBatch<T>];
+  for (int at = threadIdx.x; at < row.hi; at += kBatch * threads) {
+    Piece<T> pieces[kBatch];
     const auto each = [&](auto f) {
 #pragma unroll
-      for (int u = 0; u < kBatch<T>; ++u)
+      for (int u = 0; u < kBatch; ++u)
         if (row.whole(at + u * threads)) f(pieces[u], at + u * threads);
     };
     each([&](Piece<T>& piece, int mine) { piece = *row.piece(mine); });
@@ -174,13 +173,13 @@ __device__ __forceinline__ void write_edge(const Row<T>& row, const Gradient<T, 
 // Reads and writes the row, from its end, where what was read last still is in the caches; or writes zeros.
 template <class T, bool kCap>
 __device__ __forceinline__ void write_gradient(const Row<T>& row, const Gradient<T, kCap>& gradient, int target) {
-  const int threads = blockDim.x, batch = kBatch<T> * threads, edge = row.edge(threadIdx.x);
+  const int threads = blockDim.x, batch = kBatch * threads, edge = row.edge(threadIdx.x);
   for (int first = (row.hi - 1) / batch * batch; first >= 0; first -= batch) {
     const int at = first + int(threadIdx.x);
-    Piece<T> pieces[kBatch<T>];
+    Piece<T> pieces[kBatch];
     const auto each = [&](auto f) {
 #pragma unroll
-      for (int u = 0; u < kBatch<T>; ++u)
+      for (int u = 0; u < kBatch; ++u)
         if (row.whole(at + u * threads)) f(pieces[u], at + u * threads);
     };
     if (!gradient.zero) each([&](Piece<T>& piece, int mine) { piece = *row.piece(mine); });
@@ -197,7 +196,7 @@ struct State {
 };
 
 template <class T, bool kCap>
-__global__ void __launch_bounds__(kMaxThreads) stats_kernel(Rows<T> rows, State<Acc<T>> out) {
+__global__ void __launch_bounds__(max_threads(sizeof(T))) stats_kernel(Rows<T> rows, State<Acc<T>> out) {
   using A = Acc<T>;
   const int64_t i = blockIdx.x;
   const Row<T> row(rows.x + i * rows.stride, rows.vocab);
@@ -215,7 +214,7 @@ struct GivenGradient {
 };
 
 template <class T, bool kCap>
-__global__ void __launch_bounds__(kMaxThreads) grad_kernel(Rows<T> rows, GivenGradient<Acc<T>> in) {
+__global__ void __launch_bounds__(max_threads(sizeof(T))) grad_kernel(Rows<T> rows, GivenGradient<Acc<T>> in) {
   using A = Acc<T>;
   const int64_t i = blockIdx.x;
   const Row<T> row(rows.x + i * rows.stride, rows.vocab);
@@ -253,8 +252,8 @@ struct Found {
 };
 
 template <class T, bool kCap>
-__global__ void __launch_bounds__(kMaxThreadsOfLongRow) fused_streamed(Rows<T> rows, Tokens<Acc<T>> tokens,
-                                                                      Found<Acc<T>> out) {
+__global__ void __launch_bounds__(max_threads_of_long_row(sizeof(T)))
+    fused_streamed(Rows<T> rows, Tokens<Acc<T>> tokens, Found<Acc<T>> out) {
   using A = Acc<T>;
   const int64_t i = blockIdx.x;
   const Row<T> row(rows.x + i * rows.stride, rows.vocab);
@@ -311,8 +310,8 @@ struct Part {
 };
 
 template <class T, bool kCap>
-__global__ void __launch_bounds__(kMaxThreads, 2) fused_on_chip(Rows<T> rows, Tokens<Acc<T>> tokens, Found<Acc<T>> out,
-                                                               Plan plan) {
+__global__ void __launch_bounds__(max_threads(sizeof(T)), 2)
+    fused_on_chip(Rows<T> rows, Tokens<Acc<T>> tokens, Found<Acc<T>> out, Plan plan) {
   using A = Acc<T>;
   const int rank = blockIdx.x % plan.cluster;
   const int64_t i = blockIdx.x / plan.cluster;
@@ -457,7 +456,7 @@ void stats(const Logits& logits, const StateOut& out) {
   with_dtype(logits.dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = Acc<T>;
-    const Call call{"stats", logits, streamed_plan(logits.vocab, sizeof(T), kScratch<A>)};
+    const Call call{"stats", logits, streamed_plan(logits.vocab, sizeof(T), kScratch<A>, max_threads(sizeof(T)))};
     const State<A> state{of<A>(out.max), of<A>(out.sum), of<A>(out.dot), of<A>(out.target)};
     call.launch(logits.cap != 0 ? stats_kernel<T, true> : stats_kernel<T, false>, rows_of<T>(logits), state);
   });
@@ -467,7 +466,7 @@ void grad(const Logits& logits, const GradIn& in) {
   with_dtype(logits.dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = Acc<T>;
-    const Call call{"grad_", logits, streamed_plan(logits.vocab, sizeof(T), 0)};
+    const Call call{"grad_", logits, streamed_plan(logits.vocab, sizeof(T), 0, max_threads(sizeof(T)))};
     const GivenGradient<A> given{of<A>(in.logprob), of<A>(in.max),       of<A>(in.log_sum),
                                  of<A>(in.entropy), of<A>(in.g_logprob), of<A>(in.g_entropy)};
     call.launch(logits.cap != 0 ? grad_kernel<T, true> : grad_kernel<T, false>, rows_of<T>(logits), given);

@@ -6,6 +6,7 @@
 // take the way of long ones: clusters on sm_90, reading twice on sm_80.
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -29,8 +30,12 @@ struct Buffer {
   std::unique_ptr<unsigned char, void (*)(void*)> bytes;
   T* data;
   Buffer(size_t skip, size_t count)
-      : bytes(static_cast<unsigned char*>(std::aligned_alloc(128, (skip + count) * sizeof(T))), std::free),
-        data(reinterpret_cast<T*>(bytes.get()) + skip) {}
+      : bytes(line((skip + count) * sizeof(T)), std::free), data(reinterpret_cast<T*>(bytes.get()) + skip) {}
+  static unsigned char* line(size_t count) {
+    void* out = nullptr;
+    if (posix_memalign(&out, 128, count) != 0) std::abort();
+    return static_cast<unsigned char*>(out);
+  }
 };
 
 float load(float x) { return x; }
