@@ -77,7 +77,7 @@ __device__ __forceinline__ Piece<T> filled(Acc<T> value) {
 __device__ __forceinline__ float fast_exp(float d) { return __expf(d); }
 __device__ __forceinline__ double fast_exp(double d) { return exp(d); }
 
-// A row as pieces that begin where cache lines do. Pieces [lo, hi) hold columns alone. The up to 2 · (16 / size − 1)
+// A row as pieces, counted from where a line begins. Pieces [lo, hi) hold columns alone. The up to 2 · (16 / size − 1)
 // columns before and after them, the edges, belong to one thread each.
 template <class T>
 struct Row {

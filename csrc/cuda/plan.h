@@ -6,8 +6,10 @@
 
 namespace trapo::cuda {
 
-constexpr int kPiece = 16;       // bytes of one access, the widest there is
-constexpr int kLine = 128;       // bytes of a cache line: rows are cut where these begin, so that no warp shares a sector
+constexpr int kPiece = 16;  // bytes of one access, the widest there is
+// Rows are cut where these begin: two sectors of 32 bytes, so that no two warps share one. Allocations of torch begin at a
+// multiple of it, on CPUs too, so sums do not depend on where a buffer lies.
+constexpr int kLine = 64;
 constexpr int kLargestBlock = 1024;
 constexpr int kMaxStages = 4;
 constexpr int kReserved = 1024;  // bytes of shared memory that CUDA takes for each block

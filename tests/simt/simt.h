@@ -52,7 +52,11 @@ struct dim3 {
 namespace simt {
 
 constexpr unsigned kLanes = 32;
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 constexpr size_t kStackBytes = 256 * 1024;
+#else
+constexpr size_t kStackBytes = 32 * 1024;
+#endif
 
 [[noreturn]] inline void die(const std::string& message) {
   std::fprintf(stderr, "simt: %s\n", message.c_str());
@@ -434,9 +438,13 @@ inline void prepare(Thread& thread, unsigned block, unsigned index) {
 #ifdef SIMT_ASAN
   ASAN_UNPOISON_MEMORY_REGION(stack.get(), kStackBytes);
 #endif
+  std::vector<Copy> copies = std::move(thread.copies);
+  copies.clear();
   thread = Thread{};
-  thread.block = block, thread.index = index;
-  const auto top = reinterpret_cast<uintptr_t>(stack.get() + kStackBytes) / 16 * 16;
+  thread.block = block, thread.index = index, thread.copies = std::move(copies);
+  // Staggered, or the tops of all stacks would contend for a few lines of the CPU's caches.
+  const size_t down = size_t(index) * 320 % 4096;
+  const auto top = reinterpret_cast<uintptr_t>(stack.get() + kStackBytes - down) / 16 * 16;
   auto* words = reinterpret_cast<uint64_t*>(top) - 2;  // the alignment that a function expects when it is entered
   *words = reinterpret_cast<uint64_t>(&run_thread);
   words -= 6;
