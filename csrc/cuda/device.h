@@ -73,6 +73,12 @@ __device__ __forceinline__ Piece<T> filled(Acc<T> value) {
   return out;
 }
 
+// One store of 16 bytes.
+template <class T>
+__device__ __forceinline__ void put(Piece<T>* at, const Piece<T>& piece) {
+  *reinterpret_cast<uint4*>(at) = reinterpret_cast<const uint4&>(piece);
+}
+
 // Errors of a few units in the last place of e^d, for d ≤ 0: |d| e^d 2⁻²⁴ and less.
 __device__ __forceinline__ float fast_exp(float d) { return __expf(d); }
 __device__ __forceinline__ double fast_exp(double d) { return exp(d); }

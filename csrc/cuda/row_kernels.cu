@@ -183,7 +183,7 @@ __device__ __forceinline__ void write_gradient(const Row<T>& row, const Gradient
         if (row.whole(at + u * threads)) f(pieces[u], at + u * threads);
     };
     if (!gradient.zero) each([&](Piece<T>& piece, int mine) { piece = *row.piece(mine); });
-    each([&](Piece<T>& piece, int mine) { *row.piece(mine) = gradient.of(piece, target - mine * Row<T>::kCount); });
+    each([&](Piece<T>& piece, int mine) { put(row.piece(mine), gradient.of(piece, target - mine * Row<T>::kCount)); });
   }
   write_edge(row, gradient, edge, edge >= 0 ? widen(row.base[edge]) : Acc<T>(0), target);
 }
@@ -357,7 +357,7 @@ __global__ void __launch_bounds__(max_threads(sizeof(T)), 2)
   const Gradient<T, kCap> gradient(cap, stats, tokens.slopes_of(token, stats), tokens.terms.entropy_coef != 0);
   part.each(0, plan.slots, [&](int slot) {
     const int piece = part.start + slot;
-    *row.piece(piece) = gradient.of(part.slots[slot], target - piece * Row<T>::kCount);
+    put(row.piece(piece), gradient.of(part.slots[slot], target - piece * Row<T>::kCount));
   });
   write_edge(row, gradient, edge, x_edge, target);
   if (plan.cluster > 1) cluster_wait();  // no block leaves while another reads its shared memory

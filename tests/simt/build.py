@@ -38,14 +38,17 @@ def flags(source: Path = CUDA) -> list[str]:
 
 def check(checker: str = "plain", source: Path = CUDA, options: Sequence[str] = ()) -> Path:
     """The program check.cpp with the kernels in `source`."""
-    build = [*flags(source), "-O1", *CHECKERS[checker], *options]
-    parts = [_object(path, build) for path in (source / "row_kernels.cu", HERE / "check.cpp")]
+    build = ["-O1", *CHECKERS[checker], *options]
+    parts = [
+        _object(source / "row_kernels.cu", [*flags(source), *build]),
+        _object(HERE / "check.cpp", [*flags(), *build]),
+    ]
     return _linked(f"check-{checker}", parts, CHECKERS[checker])
 
 
 def traffic() -> Path:
     """The program traffic.cpp: the kernels tell it of every access, through the hooks of ThreadSanitizer."""
-    kernels = _object(CUDA / "row_kernels.cu", [*flags(), "-O2", "-fsanitize=thread", "-DSIMT_TRAFFIC"])
+    kernels = _object(CUDA / "row_kernels.cu", [*flags(), "-O2", "-fsanitize=thread", "-fno-threadsafe-statics", "-DSIMT_TRAFFIC"])
     return _linked("traffic", [kernels, _object(HERE / "traffic.cpp", [*flags(), "-O2", "-DSIMT_TRAFFIC"])], [])
 
 
@@ -63,8 +66,8 @@ def library() -> Path:
 
 
 def _object(source: Path, options: Sequence[str]) -> Path:
-    folder = source.parent
-    known = [*folder.glob("*.h"), *HERE.glob("*.h"), *HERE.glob("include/*.h"), folder.parent / "row_math.h", source]
+    kernels = CUDA if source.parent == HERE else source.parent
+    known = [*kernels.glob("*.h"), *HERE.glob("*.h"), *HERE.glob("include/*.h"), kernels.parent / "row_math.h", source]
     content = hashlib.sha256(repr(options).encode())
     for path in sorted(known):
         content.update(path.read_bytes())

@@ -52,8 +52,10 @@ struct dim3 {
 namespace simt {
 
 constexpr unsigned kLanes = 32;
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr size_t kStackBytes = 256 * 1024;
+#if defined(SIMT_ASAN)
+constexpr size_t kStackBytes = 128 * 1024;
+#elif defined(SIMT_TSAN)
+constexpr size_t kStackBytes = 64 * 1024;
 #else
 constexpr size_t kStackBytes = 32 * 1024;
 #endif
@@ -289,6 +291,8 @@ inline void sync_threads(const char* what, int line, Barrier& barrier, unsigned 
   acquire(order);
 }
 
+inline const char* const kClusterBarrier = "cluster barrier";
+
 inline void cluster_arrive(int line) {
   char* order = nullptr;
   {
@@ -303,14 +307,11 @@ inline void cluster_arrive(int line) {
     die(name_of(thread) + " arrives twice at the cluster's barrier without waiting, line " + std::to_string(line));
   if (++d.cluster_barrier.arrived < d.threads.size()) return;
   d.cluster_barrier.arrived = 0;
-  const Place waiting{"cluster barrier", 0};
   ++d.cluster_barrier.phase;
   for (Thread& other : d.threads)
-    if (!other.done && other.place.what == waiting.what && other.cluster_waits != other.cluster_arrivals)
+    if (!other.done && other.place.what == kClusterBarrier && other.cluster_waits != other.cluster_arrivals)
       set_runnable(id_of(other), true);
 }
-
-inline const char* const kClusterBarrier = "cluster barrier";
 
 inline void cluster_wait(int line) {
   char* order = nullptr;

@@ -62,6 +62,8 @@ T __shfl_xor_sync(unsigned mask, T value, int by, int line = __builtin_LINE()) {
   return simt::shuffle(mask, value, (simt::self().index % simt::kLanes) ^ unsigned(by), "__shfl_xor_sync", line);
 }
 
+using uint4 = unsigned __attribute__((vector_size(16)));
+
 inline float __expf(float x) { return std::exp(x); }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
