@@ -27,7 +27,7 @@ DEVICES = {
 ORDERS = ["asc", "desc", "1", "2"]
 
 
-def run(program: Path, device: str = "H100", order: str = "asc", quick: bool = False) -> subprocess.CompletedProcess[str]:
+def run(program: Path, device="H100", order="asc", quick=False) -> subprocess.CompletedProcess[str]:
     arch, shared = DEVICES[device]
     environment = {
         **os.environ,
@@ -120,69 +120,103 @@ def _replace(path: Path, old: str, new: str) -> None:
 
 KERNELS, DEVICE = "row_kernels.cu", "device.h"
 WRONG = "instead of"  # check.cpp's words for a wrong number
+BARRIER = "  __syncthreads();\n"
+CLUSTER_BARRIER = "    cluster_arrive();\n    cluster_wait();\n"
+SUM = "  state = shifted(state, max);\n#pragma unroll\n  for (int by = kWarp / "
+TARGET_LATE = """[&] {
+    const auto state = block_state(read_state(row, cap), scratch);
+    return finish(state, read_target(row, target, cap) + 0 * z_target);
+  }()"""
 MUTANTS = [
     Mutant(
-        "read past the end of a row", DEVICE, "hi = end / kCount;", "hi = (end + kCount - 1) / kCount;",
-        "asan", "heap-buffer-overflow",
+        "read past the end of a row",
+        *(DEVICE, "hi = end / kCount;", "hi = (end + kCount - 1) / kCount;"),
+        *("asan", "heap-buffer-overflow"),
     ),
     Mutant(
-        "write past the end of a row", KERNELS, "row.base[edge] = narrowed", "row.base[edge + 1] = narrowed",
-        "asan", "heap-buffer-overflow",
+        "write past the end of a row",
+        *(KERNELS, "row.base[edge] = narrowed", "row.base[edge + 1] = narrowed"),
+        *("asan", "heap-buffer-overflow"),
     ),
     Mutant(
-        "write past the end of shared memory", KERNELS,
-        "const int end = min(hi, (stage + 1) * size);", "const int end = min(hi + 1, (stage + 1) * size);",
-        "asan", "heap-buffer-overflow", device="clusters",
+        "write past the end of shared memory",
+        *(KERNELS, "const int end = min(hi, (stage", "const int end = min(hi + 1, (stage"),
+        *("asan", "heap-buffer-overflow", "clusters"),
     ),
     Mutant(
-        "too little shared memory", DEVICE, "round_up(sizeof(Scratch<A>), kPiece)", "round_up(sizeof(Scratch<A>) / 2, kPiece)",
-        "asan", "heap-buffer-overflow",
-    ),
-    Mutant("misaligned pieces", DEVICE, "% kLine / sizeof(T));", "% kLine / sizeof(T)) * 0;", "asan", "misaligned address"),
-    Mutant("missing barrier", DEVICE, "  __syncthreads();\n", "", "tsan", "data race"),
-    Mutant("missing barrier, by order alone", DEVICE, "  __syncthreads();\n", "", "plain", WRONG, order="desc"),
-    Mutant("diverged barrier", DEVICE, "  __syncthreads();\n", "  if (warp == 0) __syncthreads();\n", "plain", "deadlock"),
-    Mutant(
-        "barriers at two lines", DEVICE, "  __syncthreads();\n",
-        "  if (warp == 0) __syncthreads();\n  else\n  __syncthreads();\n", "plain", "diverged barrier",
+        "too little shared memory",
+        *(DEVICE, "round_up(sizeof(Scratch<A>), kPiece)", "round_up(sizeof(Scratch<A>) / 2, kPiece)"),
+        *("asan", "heap-buffer-overflow"),
     ),
     Mutant(
-        "missing cluster barrier", KERNELS, "    cluster_arrive();\n    cluster_wait();\n", "",
-        "plain", WRONG, device="clusters",
+        "misaligned pieces",
+        *(DEVICE, "% kLine / sizeof(T));", "% kLine / sizeof(T)) * 0;"),
+        *("asan", "misaligned address"),
+    ),
+    Mutant("missing barrier", DEVICE, BARRIER, "", "tsan", "data race"),
+    Mutant("missing barrier, by order alone", DEVICE, BARRIER, "", "plain", WRONG, order="desc"),
+    Mutant(
+        "diverged barrier",
+        *(DEVICE, BARRIER, "  if (warp == 0) __syncthreads();\n"),
+        *("plain", "a barrier that not every thread reaches"),
     ),
     Mutant(
-        "cluster barrier without waiting", KERNELS, "    cluster_arrive();\n    cluster_wait();\n", "    cluster_arrive();\n",
-        "plain", "arrives twice", device="clusters",
+        "barriers at two lines",
+        *(DEVICE, BARRIER, "  if (warp == 0) __syncthreads();\n  else\n  __syncthreads();\n"),
+        *("plain", "diverged barrier"),
+    ),
+    Mutant("missing cluster barrier", KERNELS, CLUSTER_BARRIER, "", "plain", WRONG, "clusters"),
+    Mutant(
+        "cluster barrier without waiting",
+        *(KERNELS, CLUSTER_BARRIER, "    cluster_arrive();\n"),
+        *("plain", "arrives twice", "clusters"),
     ),
     Mutant(
-        "block leaves while it is read", KERNELS, "  if (plan.cluster > 1) cluster_wait();", "",
-        "asan", "use-after-poison", device="clusters",
-    ),
-    Mutant("wrong mask", DEVICE, "kAllLanes = 0xffffffffu", "kAllLanes = 0x7fffffffu", "plain", "not in its own mask"),
-    Mutant(
-        "lanes left out of a sum", DEVICE,
-        "  state = shifted(state, max);\n#pragma unroll\n  for (int by = kWarp / 2;",
-        "  state = shifted(state, max);\n#pragma unroll\n  for (int by = kWarp / 4;", "plain", WRONG,
+        "block leaves while it is read",
+        *(KERNELS, "  if (plan.cluster > 1) cluster_wait();", ""),
+        *("asan", "use-after-poison", "clusters"),
     ),
     Mutant(
-        "copies not waited for", KERNELS, "__pipeline_wait_prior(kMaxStages - 1 - stage)",
-        "__pipeline_wait_prior(kMaxStages - stage)", "plain", WRONG,
+        "wrong mask",
+        *(DEVICE, "kAllLanes = 0xffffffffu", "kAllLanes = 0x7fffffffu"),
+        *("plain", "reads a lane that is not in the mask"),
     ),
     Mutant(
-        "a piece that another thread copied", KERNELS, "slot % blockDim.x == threadIdx.x", "slot % blockDim.x == 0u * threadIdx.x",
-        "tsan", "data race",
+        "lanes left out of a sum",
+        *(DEVICE, SUM + "2;", SUM + "4;"),
+        *("plain", WRONG),
     ),
     Mutant(
-        "target read after the barrier", KERNELS, "finish(block_state(read_state(row, cap), scratch), z_target)",
-        "[&] { const auto s = block_state(read_state(row, cap), scratch); return finish(s, read_target(row, target, cap) + 0 * z_target); }()",
-        "tsan", "data race", device="read twice",
+        "copies not waited for",
+        *(KERNELS, "__pipeline_wait_prior(kMaxStages - 1 - stage)", "__pipeline_wait_prior(kMaxStages - stage)"),
+        *("plain", WRONG),
     ),
     Mutant(
-        "edges counted by every block", KERNELS, "rank == 0 ? row.edge(threadIdx.x) : -1", "row.edge(threadIdx.x)",
-        "plain", WRONG, device="clusters",
+        "a piece that another thread copied",
+        *(KERNELS, "slot % blockDim.x == threadIdx.x", "slot % blockDim.x == 0u * threadIdx.x"),
+        *("tsan", "data race"),
     ),
-    Mutant("target takes the others' formula", KERNELS, "k == target ? of(", "k == target + 99 ? of(", "plain", WRONG),
-]  # fmt: skip
+    Mutant(
+        "target read after the barrier",
+        *(KERNELS, "finish(block_state(read_state(row, cap), scratch), z_target)", TARGET_LATE),
+        *("tsan", "data race", "read twice"),
+    ),
+    Mutant(
+        "edges counted by every block",
+        *(KERNELS, "rank == 0 ? row.edge(threadIdx.x) : -1", "row.edge(threadIdx.x)"),
+        *("plain", WRONG, "clusters"),
+    ),
+    Mutant(
+        "target takes the others' formula",
+        *(KERNELS, "k == target ? of(", "k == target + 99 ? of("),
+        *("plain", WRONG),
+    ),
+    Mutant(
+        "no zero for a row without gradient",
+        *(KERNELS, "if (zero) return filled<T>(0);", "if (zero) return piece;"),
+        *("plain", WRONG),
+    ),
+]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
@@ -194,8 +228,11 @@ def test_a_planted_bug_is_caught(compiled, mutant):
 
 def test_a_deadlock_report_names_block_threads_and_line(compiled):
     report = run(compiled("diverged barrier"), quick=True).stderr
-    assert "simt: deadlock: a barrier that not every thread reaches.\n  block 0, threads 0 to 31: at __syncthreads (line" in report
-    assert "threads 32 to 63: at __shfl_xor_sync (line" in report
+    first, waiting, gone = report.splitlines()
+    assert first == "simt: deadlock: a barrier that not every thread reaches."
+    line = (build.CUDA / DEVICE).read_text().splitlines().index(BARRIER.rstrip()) + 1
+    assert waiting == f"  block 0, threads 0 to 31: at __syncthreads (line {line})"
+    assert gone == "  block 0, threads 32 to 63: returned"
 
 
 # Traffic -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Backend `cuda-on-cpu`: the operators of csrc/cuda for CPU tensors, on tests/simt's device. For tests; never picked."""
+"""Backend `cuda-on-cpu`: the operators of csrc/cuda for CPU tensors, on tests/simt's device. Never picked unasked."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ def _look() -> str | None:
     if reason is None:
         cuda.load(build.library())
     return reason
+
+
+def available() -> bool:
+    """Whether the operators can be called; compiles and loads them."""
+    return _look() is None
 
 
 def register() -> list[str]:

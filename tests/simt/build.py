@@ -48,8 +48,10 @@ def check(checker: str = "plain", source: Path = CUDA, options: Sequence[str] = 
 
 def traffic() -> Path:
     """The program traffic.cpp: the kernels tell it of every access, through the hooks of ThreadSanitizer."""
-    kernels = _object(CUDA / "row_kernels.cu", [*flags(), "-O2", "-fsanitize=thread", "-fno-threadsafe-statics", "-DSIMT_TRAFFIC"])
-    return _linked("traffic", [kernels, _object(HERE / "traffic.cpp", [*flags(), "-O2", "-DSIMT_TRAFFIC"])], [])
+    build = [*flags(), "-O2", "-DSIMT_TRAFFIC"]
+    hooked = [*build, "-fsanitize=thread", "-fno-threadsafe-statics"]
+    parts = [_object(CUDA / "row_kernels.cu", hooked), _object(HERE / "traffic.cpp", build)]
+    return _linked("traffic", parts, [])
 
 
 def library() -> Path:
