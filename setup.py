@@ -56,7 +56,7 @@ def build_options() -> dict:
     reason = _no_cuda()
     if reason is None:
         headers = sorted(glob("csrc/*.h") + glob("csrc/cuda/*.h"))
-        extensions.append(Extension(CUDA_NAME, sorted(glob("csrc/cuda/*.c*")), depends=headers))
+        extensions.append(Extension(CUDA_NAME, sorted(glob("csrc/cuda/*.c*")), depends=headers, optional=True))
     else:
         print(f"trapo_kernels: without the CUDA extension: {reason}", file=sys.stderr)
     return {"ext_modules": extensions, "cmdclass": {"build_ext": _optional(BuildExtension)}}
