@@ -55,8 +55,8 @@ def build_options() -> dict:
     extensions = [_cpu_extension(name, flags) for name, flags in here.items()]
     reason = _no_cuda()
     if reason is None:
-        headers = sorted(glob("csrc/*.h") + glob("csrc/cuda/*.h"))
-        extensions.append(Extension(CUDA_NAME, sorted(glob("csrc/cuda/*.c*")), depends=headers, optional=True))
+        # Without sources, or BuildExtension would look for the toolkit in its own way.
+        extensions.append(Extension(CUDA_NAME, [], optional=True))
     else:
         print(f"trapo_kernels: without the CUDA extension: {reason}", file=sys.stderr)
     return {"ext_modules": extensions, "cmdclass": {"build_ext": _optional(BuildExtension)}}
@@ -78,7 +78,7 @@ def _nvcc() -> str | None:
     return shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
 
 
-def nvcc_command(sources: list[str], out: str) -> list[str]:
+def nvcc_command(out: str) -> list[str]:
     """Compiles the CUDA extension. The CUDA runtime goes into it, so that it minds no other."""
     import torch
 
@@ -87,7 +87,7 @@ def nvcc_command(sources: list[str], out: str) -> list[str]:
         *(_nvcc() or "nvcc", "-shared", "-std=c++17", "-O3", "--expt-relaxed-constexpr", "--threads=0", *CUDA_CODE),
         *("-Xcompiler=-fPIC,-g0", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA"),
         *("-isystem", os.path.join(home, "include"), f"-L{os.path.join(home, 'lib')}", "-ltorch_cpu"),
-        *(*sources, "-o", out),
+        *(*sorted(glob("csrc/cuda/*.c*")), "-o", out),
     ]
 
 
@@ -117,7 +117,7 @@ def _optional(build_extension: type) -> type:
                 return super().build_extension(extension)
             out = self.get_ext_fullpath(extension.name)
             os.makedirs(os.path.dirname(out), exist_ok=True)
-            done = subprocess.run(nvcc_command(extension.sources, out), capture_output=True, text=True, check=False)
+            done = subprocess.run(nvcc_command(out), capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 lines = (done.stderr or done.stdout).splitlines()
                 reason = next((line for line in lines if "error" in line), lines[0] if lines else "nvcc failed")
