@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from simt import backend as cuda_on_cpu
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import trapo_kernels as tk
 
 # A new backend joins the whole suite by its name here; STREAMED ones bound their memory and leave work out.
-BACKENDS = ["reference", "torch", "cpu"]
+BACKENDS = ["reference", "torch", *cuda_on_cpu.register(), "cpu"]
 STREAMED = [name for name in BACKENDS if name != "reference"]
 
 # Largest error of a logprob and of a gradient, relative to the largest magnitude, against the float64 oracle on

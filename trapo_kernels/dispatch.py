@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .rows import cpu as cpu_rows
+from .rows import cuda as cuda_rows
 from .rows import torch as torch_rows
 from .rows.base import RowKernel
 
@@ -44,6 +45,7 @@ class Backend:
 
 # Fastest first.
 _BACKENDS = [
+    Backend("cuda", cuda_rows, "CUDA C++: rows on chip, sm_80 and newer", device="cuda", look=cuda_rows.missing),
     Backend("cpu", cpu_rows, "C++ for CPU tensors: AVX-512, AVX2 or neither", device="cpu", look=cpu_rows.missing),
     Backend("torch", torch_rows, "streamed in plain torch, any device"),
     Backend("reference", None, "materialises the logits; the oracle, any float dtype", automatic=False),
