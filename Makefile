@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup setup-integrations setup-verl setup-docs demo test test-verl test-slow check docs format clean
+.PHONY: setup setup-integrations setup-verl setup-docs setup-bench demo test test-verl test-slow bench bench-rows check docs
+.PHONY: format clean
 
 setup: $(STAMP)
 
@@ -68,6 +69,20 @@ docs: $(VENV)/.docs
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow
+
+setup-bench: $(VENV)/.bench
+
+$(VENV)/.bench: $(STAMP)
+	$(call EXTRA,bench)
+	touch $@
+
+# About an hour on two cores, and up to 15 GB of memory; `python -m bench.cpu --help` has the parts.
+bench: $(VENV)/.bench
+	$(BIN)/python -m bench.cpu all
+	$(BIN)/python -m bench.tolerance
+
+bench-rows: $(VENV)/.bench
+	$(BIN)/pytest bench/test_rows.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .
