@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow check format clean gpu-evidence
+.PHONY: setup setup-integrations setup-verl setup-docs setup-bench demo test test-verl test-slow bench bench-rows check docs
+.PHONY: format clean gpu-evidence
 
 setup: $(STAMP)
 
@@ -25,6 +26,47 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/pytest
 
+# The packages of one extra, without building this package again.
+EXTRA = $(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project'] \
+    ['optional-dependencies']['$(1)'], '$(TORCH)', sep='\n')" | $(BIN)/pip install -q --disable-pip-version-check -r /dev/stdin
+
+# The trainers and peers that tests/integrations and tests/peers hold this package against; without them those tests skip.
+setup-integrations: $(VENV)/.integrations
+
+$(VENV)/.integrations: $(STAMP)
+	$(call EXTRA,integrations)
+	touch $@
+
+# verl wants an older transformers and omegaconf than everything else here, so it lives in a venv of its own, on top of
+# the packages of the first: its loss functions run on a CPU, the rest of it does not. No --deps: it would pull a second
+# torch's worth of packages (vLLM's friends, wandb, ...).
+VERL := .venv-verl
+VERL_STAMP := $(VERL)/.installed
+VERL_PACKAGES := verl==0.9.1 tensordict==0.10.0 "ray>=2.41,<3" hydra-core==1.3.8 omegaconf==2.3.0 \
+    antlr4-python3-runtime==4.9.3 codetiming torchdata "pyvers>=0.1,<0.2" importlib_metadata zipp cloudpickle orjson \
+    dill msgpack jsonschema jsonschema-specifications referencing rpds-py protobuf
+
+setup-verl: $(VERL_STAMP)
+
+$(VERL_STAMP): $(STAMP)
+	$(PYTHON) -m venv $(VERL)
+	$(VERL)/bin/pip install -q --disable-pip-version-check --no-deps $(VERL_PACKAGES)
+	echo "import site; site.addsitedir('$$(ls -d $(CURDIR)/$(VENV)/lib/python*/site-packages)')" > \
+	    $$(ls -d $(VERL)/lib/python*/site-packages)/base.pth
+	touch $@
+
+test-verl: $(VERL_STAMP)
+	$(VERL)/bin/python -m pytest tests/integrations/test_verl.py
+
+setup-docs: $(VENV)/.docs
+
+$(VENV)/.docs: $(STAMP)
+	$(call EXTRA,docs)
+	touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
+
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow
 
@@ -32,6 +74,20 @@ test-slow: $(STAMP)
 # they are wanted with `pip install --no-deps liger-kernel cut-cross-entropy trl` (their dependencies pull a second torch).
 gpu-evidence: $(STAMP)
 	$(BIN)/python -m bench.gpu_evidence $(ARGS)
+
+setup-bench: $(VENV)/.bench
+
+$(VENV)/.bench: $(STAMP)
+	$(call EXTRA,bench)
+	touch $@
+
+# About an hour on two cores, and up to 15 GB of memory; `python -m bench.cpu --help` has the parts.
+bench: $(VENV)/.bench
+	$(BIN)/python -m bench.cpu all
+	$(BIN)/python -m bench.tolerance
+
+bench-rows: $(VENV)/.bench
+	$(BIN)/pytest bench/test_rows.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -43,4 +99,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VERL) build site *.egg-info

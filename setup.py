@@ -5,16 +5,22 @@ here: `make setup` installs torch first and then this package with --no-build-is
 one that will run the code. An install never fails for want of a compiler or of torch at build time; the package then
 runs in plain torch and `trapo_kernels.backends()` says why. TRAPO_KERNELS_BUILD=required makes that an error,
 TRAPO_KERNELS_BUILD=none skips compiling.
+
+The CUDA extension is compiled by nvcc (which takes half a minute) where the torch that is installed is one for CUDA, or
+TRAPO_KERNELS_CUDA=1 asks for it; TRAPO_KERNELS_CUDA=0 leaves it out. It holds code for sm_80, sm_90a and sm_100a, and
+PTX for what is newer, and uses torch through its stable ABI alone, so that one build serves torch 2.10 and newer.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from glob import glob
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 CAPABILITIES = {
     "default": [],
@@ -28,6 +34,14 @@ CAPABILITIES = {
 QUIET = ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 WANTED = os.environ.get("TRAPO_KERNELS_BUILD", "optional")
 
+CUDA_NAME = "trapo_kernels._cuda"
+CUDA_WANTED = os.environ.get("TRAPO_KERNELS_CUDA")
+CUDA_CODE = [
+    *("-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"),
+    *("-gencode=arch=compute_100a,code=sm_100a", "-gencode=arch=compute_90,code=compute_90"),
+]
+STABLE_ABI = "0x020a000000000000"  # of torch 2.10
+
 
 def build_options() -> dict:
     """ext_modules and cmdclass of `setup`; empty where nothing can be compiled."""
@@ -39,7 +53,42 @@ def build_options() -> dict:
         return _without(f"torch cannot be imported at build time ({error}); use --no-build-isolation")
     here = CAPABILITIES if platform.machine() in ("x86_64", "AMD64") else {"default": []}
     extensions = [_cpu_extension(name, flags) for name, flags in here.items()]
+    reason = _no_cuda()
+    if reason is None:
+        # Without sources, or BuildExtension would look for the toolkit in its own way.
+        extensions.append(Extension(CUDA_NAME, [], optional=True))
+    else:
+        print(f"trapo_kernels: without the CUDA extension: {reason}", file=sys.stderr)
     return {"ext_modules": extensions, "cmdclass": {"build_ext": _optional(BuildExtension)}}
+
+
+def _no_cuda() -> str | None:
+    """Why the CUDA extension is not to be compiled, or None."""
+    import torch
+
+    if CUDA_WANTED == "0":
+        return "TRAPO_KERNELS_CUDA=0"
+    if torch.version.cuda is None and CUDA_WANTED != "1":
+        return f"torch {torch.__version__} is not built for CUDA (TRAPO_KERNELS_CUDA=1 compiles it all the same)"
+    return None if _nvcc() else "nvcc is neither in CUDA_HOME nor in PATH"
+
+
+def _nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
+
+
+def nvcc_command(out: str) -> list[str]:
+    """Compiles the CUDA extension. The CUDA runtime goes into it, so that it minds no other."""
+    import torch
+
+    home = os.path.dirname(torch.__file__)
+    return [
+        *(_nvcc() or "nvcc", "-shared", "-std=c++17", "-O3", "--expt-relaxed-constexpr", "--threads=0", *CUDA_CODE),
+        *("-Xcompiler=-fPIC,-g0", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA"),
+        *("-isystem", os.path.join(home, "include"), f"-L{os.path.join(home, 'lib')}", "-ltorch_cpu"),
+        *(*sorted(glob("csrc/cuda/*.c*")), "-o", out),
+    ]
 
 
 def _cpu_extension(capability: str, flags: list[str]) -> object:
@@ -62,6 +111,17 @@ def _optional(build_extension: type) -> type:
     class Build(build_extension):  # type: ignore[misc]
         def __init__(self, *args: object, **kwargs: object) -> None:
             super().__init__(*args, **{**kwargs, "no_python_abi_suffix": True})
+
+        def build_extension(self, extension: Extension) -> None:
+            if extension.name != CUDA_NAME:
+                return super().build_extension(extension)
+            out = self.get_ext_fullpath(extension.name)
+            os.makedirs(os.path.dirname(out), exist_ok=True)
+            done = subprocess.run(nvcc_command(out), capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                lines = (done.stderr or done.stdout).splitlines()
+                reason = next((line for line in lines if "error" in line), lines[0] if lines else "nvcc failed")
+                print(f"trapo_kernels: without the CUDA extension: compiling it failed: {reason}", file=sys.stderr)
 
         def run(self) -> None:
             try:

@@ -289,12 +289,15 @@ def main() -> None:
     parser.add_argument("part", choices=["table", "savings", "budget", "sweep", "plot", "all"])
     parser.add_argument("--shape", action="append", help="N,D,V; default: the three of the README")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--provider", action="append", help="of the table; default: all")
     arguments = parser.parse_args()
     shapes = [Shape(*map(int, s.split(","))) for s in arguments.shape] if arguments.shape else SHAPES
+    names = [FLOOR, *arguments.provider] if arguments.provider else [p.name for p in PROVIDERS]
+    providers = [p for p in PROVIDERS if p.name in names]
     everything = arguments.part == "all"
     if everything or arguments.part == "table":
         for shape in shapes:
-            save("table", table([shape], arguments.rounds), keep_keys=True)
+            save("table", table([shape], arguments.rounds, providers), keep_keys=True)
     if everything or arguments.part == "savings":
         save("savings", savings(), keep_keys=True)
     if everything or arguments.part == "budget":

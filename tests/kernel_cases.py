@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from simt import backend as cuda_on_cpu
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +18,7 @@ import trapo_kernels as tk
 from trapo_kernels.rows.triton import interpreted
 
 # A new backend joins the whole suite by its name here; STREAMED ones bound their memory and leave work out.
-BACKENDS = ["reference", "torch", "cpu", "triton"]
+BACKENDS = ["reference", "torch", "triton", *cuda_on_cpu.register(), "cpu"]
 STREAMED = [name for name in BACKENDS if name != "reference"]
 
 # Largest error of a logprob and of a gradient, relative to the largest magnitude, against the float64 oracle on

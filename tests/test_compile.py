@@ -15,8 +15,13 @@ from torch import nn
 import trapo_kernels as tk
 from trapo_kernels import ops
 
-backends = pytest.mark.parametrize("backend", BACKENDS)
 streamed = pytest.mark.parametrize("backend", STREAMED)
+# The graph is the same whatever the row kernel: one backend by default, all of them in the slow suite.
+LAST = STREAMED[-1]
+
+
+def others_slow(names):
+    return [name if name == LAST else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(autouse=True)
@@ -83,9 +88,8 @@ def same(actual, expected, dtype=torch.float64):
 # Graphs ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "backend"), [
-    *(("everything", backend) for backend in BACKENDS), *((name, STREAMED[-1]) for name in list(OBJECTIVES)[1:]),
-])  # fmt: skip
+@pytest.mark.parametrize("backend", others_slow(BACKENDS))
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_model_with_its_loss_is_one_graph_with_the_eager_results(name, backend):
     torch.manual_seed(0)
     model = Model(OBJECTIVES[name], backend).double()
@@ -93,7 +97,7 @@ def test_a_model_with_its_loss_is_one_graph_with_the_eager_results(name, backend
     same(step(compiled, batch()), step(model, batch()))
 
 
-@streamed
+@pytest.mark.parametrize("backend", others_slow(STREAMED))
 def test_shapes_may_change_without_a_second_graph(backend):
     model = Model(EVERYTHING, backend).double()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -147,7 +151,7 @@ def test_logprobs_and_entropies_are_one_graph(which, backend):
 
 
 @streamed
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_a_compiled_step_keeps_to_three_gemms_and_to_the_budget(dtype, backend):
     case = make_case(400, 20011, 24, dtype=dtype)
     case.targets.clamp_(min=0)
@@ -172,7 +176,7 @@ def test_a_compiled_step_keeps_to_three_gemms_and_to_the_budget(dtype, backend):
         assert memory(run).peak <= 7 * 2**20 + gradients + 400 * 8 * 100
 
 
-@backends
+@pytest.mark.parametrize("backend", others_slow(BACKENDS))
 def test_what_padding_holds_does_not_reach_a_compiled_loss(backend):
     case = make_case(40, 33)
     inactive = ~case.inputs["mask"] | (case.targets == -100)

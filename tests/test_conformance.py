@@ -48,6 +48,8 @@ def logprobs_and_grads(case, backend):
 @pytest.mark.parametrize("vocab", [1, 2, 257, 50257])
 @pytest.mark.parametrize("n", [0, 1, 7, 300])
 def test_loss_and_gradients_at_every_size_and_dtype(backend, n, vocab, dtype):
+    if backend == "cuda-on-cpu" and n * vocab > 10**6:
+        pytest.skip("takes minutes on fibers; 7 rows of this vocabulary are run")
     case = make_case(affordable(backend, n, vocab), vocab, dtype=dtype)
     assert_same_result(run(case, EVERYTHING, backend), oracle(case, EVERYTHING), dtype)
 

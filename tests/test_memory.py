@@ -8,7 +8,8 @@ from kernel_cases import EVERYTHING, STREAMED, make_case, memory, policy_loss
 
 import trapo_kernels as tk
 
-backends = pytest.mark.parametrize("backend", STREAMED)
+# Chunks are the stream's; on fibers these sizes take minutes and the device's own memory would count.
+backends = pytest.mark.parametrize("backend", [name for name in STREAMED if name != "cuda-on-cpu"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 
 N, V, D = 400, 20011, 24

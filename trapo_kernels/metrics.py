@@ -34,6 +34,7 @@ METRICS: dict[str, Metric] = {
     "expert_tokens": Metric("sum", None, "expert tokens that were computed"),
     "own_tokens": Metric("sum", None, "own tokens that were computed"),
     "zero_gradient_tokens": Metric("sum", None, "active tokens known to have no gradient, computed or left out"),
+    "grad_left_out": Metric("max", None, "with grad_tolerance: share of the logit gradients' mass that was left out"),
     "computed_tokens": Metric("sum", None, "expert_tokens + own_tokens"),
     "entropy": Metric("mean", "computed_tokens", "entropy, nats"),
     "expert_prob": Metric("mean", "expert_tokens", "probability of expert tokens"),

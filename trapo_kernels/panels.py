@@ -22,12 +22,13 @@ from torch import Tensor
 from .budget import chunk_rows
 from .head import Head
 from .rows.base import RowState, RowStats
+from .sparse import Sparse
 from .stream import LinearSource, Rows, Slopes, Source
 
-__all__ = ["backward", "forward", "takes"]
+__all__ = ["PANEL", "backward", "forward", "takes"]
 
 # As in panels.cpp: rows of the weight in a panel, and in a group of panels.
-_PANEL, _GROUP = 256, 2048
+PANEL, _GROUP = 256, 2048
 # Beyond this many tokens a chunk gains nothing.
 _LONGEST = 1024
 
@@ -44,7 +45,7 @@ def takes(source: Source) -> bool:
 
 class _Chunk(NamedTuple):
     rows: slice
-    keep: Tensor | None  # logits [V, C] for the gradient
+    keep: Tensor | None  # logits [V, C], for the gradient
     in_d_weight: bool  # and where they lie
 
     @property
@@ -59,11 +60,18 @@ def forward(
     vectors = [torch.empty(rows.size, device=source.device) for _ in range(4)]
     out = RowStats(vectors[0], vectors[1], vectors[2], vectors[3] if entropy else None)
     middle = rows.with_gradient if slopes is not None else 0
+    sparse = Sparse(source, head) if source.tolerance else None
     for chunk in _keeping_chunks(source, middle):
         found = _stats(source, chunk, targets, head, entropy)
         _put(out, chunk.rows, found)
-        if slopes is not None:
+        if slopes is None:
+            continue
+        if sparse is None or chunk.keep is None:
             _grad(source, chunk, targets, head, found, slopes)
+        else:
+            sparse.add(chunk.rows, chunk.keep, targets[chunk.rows], found, slopes)
+    if sparse is not None:
+        source.left_out = sparse.left_out
     for chunk in _chunks(source, middle, rows.size):
         _put(out, chunk.rows, _stats(source, chunk, targets, head, entropy))
     return out
@@ -83,7 +91,7 @@ def _keeping_chunks(source: LinearSource, size: int) -> Iterator[_Chunk]:
         return
     step = chunk_rows(size, _row_bytes(source, keep=True), 0, "cpu", most=_LONGEST)
     start = 0
-    if source.d_weight is not None:
+    if source.d_weight is not None and not source.tolerance:
         torch.ops.trapo_kernels_cpu.advise_huge_pages(source.d_weight)
         first = min(size, source.weight.shape[1], _LONGEST)
         if first == size or 1 - (first - size) // step <= -(-size // step):
@@ -111,8 +119,8 @@ def _chunks(source: LinearSource, start: int, size: int) -> Iterator[_Chunk]:
 def _row_bytes(source: LinearSource, keep: bool) -> int:
     """What a token of a chunk holds: its logits, its part of a group's gradient, its panels' states, its hidden state
     and that one's gradient where rows are picked."""
-    picked = 0 if source.rows.order is None else 2 * source.weight.shape[1]
-    states = 3 * -(-source.vocab // _PANEL)
+    picked = 0 if source.rows.order is None and not source.tolerance else 2 * source.weight.shape[1]
+    states = 3 * -(-source.vocab // PANEL)
     return 4 * ((source.vocab if keep else 0) + _GROUP + states + picked)
 
 
@@ -152,6 +160,7 @@ def _grad(source: LinearSource, chunk: _Chunk, targets: Tensor, head: Head, stat
         source.d_weight,
         source.d_bias,
         source.beta != 0,
+        False,
     )
     if source.d_hidden is not None and d_hidden is not None and order is not None:
         source.d_hidden.index_copy_(0, order[at], d_hidden)

@@ -160,6 +160,8 @@ class LinearSource:
         self.row_bytes = self.vocab * self.dtype.itemsize
         self.extra_bytes = _WIDE_BYTES if self.widen else 0
         self.beta = 0.0  # of the next sum: the first one overwrites
+        self.tolerance = 0.0  # share of the gradient's mass that may be left out (sparse.py)
+        self.left_out: Tensor | None = None  # and the share that was; None: nothing
         self.d_hidden = self.d_weight = self.d_bias = None
         if wants[0]:
             self.d_hidden = hidden.new_empty(hidden.shape) if rows.order is None else hidden.new_zeros(hidden.shape)

@@ -163,3 +163,11 @@ def check_normalizer(caller: str, normalizer: Any) -> None:
     number = isinstance(normalizer, (int, float)) and not isinstance(normalizer, bool)
     if not (number and normalizer > 0):
         raise ValueError(f"{caller}: normalizer must be a number above 0 or a 0-dim tensor; got {normalizer!r}")
+
+
+def check_grad_tolerance(caller: str, tolerance: Any) -> float:
+    """A number in [0, 1)."""
+    number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
+    if not (number and 0 <= tolerance < 1):
+        raise ValueError(f"{caller}: grad_tolerance must be a number in [0, 1); got {tolerance!r}")
+    return float(tolerance)

@@ -6,9 +6,9 @@
 //                   dW_p (+)= G_p h               GEMM 3
 //                   dh += G_gᵀ W_g                GEMM 2, for a group g of panels
 //
-// Three GEMMs of 2·C·D·V FLOPs. The softmax works on what a GEMM has just left in the L2 cache, and the next GEMM on what
-// the softmax has: memory sees each logit once on the way out and once on the way in, against twice and four times when a
-// row kernel runs between whole GEMMs. Without gradients it sees none.
+// Three GEMMs of 2·C·D·V FLOPs. The softmax works on what a GEMM has just left in the L2 cache, and the next GEMM on
+// what the softmax has: memory sees each logit once on the way out and once on the way in, against twice and four times
+// when a row kernel runs between whole GEMMs. Without gradients it sees none.
 //
 // Where the logits wait for the gradient: in a buffer [V, C], or, for the first C ≤ D tokens, in d_weight itself: row
 // v of d_weight holds the logits of v until its own gradient is written there. Without either they are computed again.
@@ -20,9 +20,12 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <utility>
+#include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -78,7 +81,10 @@ void panel_state(const Panel& p, const SoftCap<float, kCap>& cap, const State& o
     });
   }
   // The soft-cap is monotone, so the maximum is taken before it.
-  if constexpr (kCap) each_lanes(p.columns, [&](int64_t c, int64_t n) { cap.logit(V::loadu(out.max + c, n)).store(out.max + c, n); });
+  if constexpr (kCap)
+    each_lanes(p.columns, [&](int64_t c, int64_t n) {
+      cap.logit(V::loadu(out.max + c, n)).store(out.max + c, n);
+    });
   const V zero(0.f), lowest(-infinity), floor{float(kFloor)};
   for (int64_t r = 0; r < p.rows; ++r) {
     const float* z = p.z + r * p.stride;
@@ -183,12 +189,12 @@ struct Head {
 
 Panel panel_of(const Tensor& z) { return {z.data_ptr<float>(), z.stride(0), z.size(0), z.size(1)}; }
 
-void check_targets(const Tensor& targets, int64_t tokens, int64_t vocab) {
+void check_targets(const Tensor& targets, int64_t tokens, int64_t vocab, int64_t lowest = 0) {
   TORCH_CHECK(targets.scalar_type() == at::kLong && targets.dim() == 1 && targets.size(0) == tokens,
               "trapo_kernels: targets must be int64 [C] with C=", tokens, "; got ", targets.sizes());
   const int64_t* y = targets.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < tokens; ++i)
-    TORCH_CHECK(y[i] >= 0 && y[i] < vocab, "trapo_kernels: targets must be in [0, V); got ", y[i], " with V=", vocab);
+    TORCH_CHECK(y[i] >= lowest && y[i] < vocab, "trapo_kernels: targets must be in [0, V); got ", y[i], " with V=", vocab);
 }
 
 // f(token, row of the panel) for the tokens whose target is in [from, to).
@@ -271,55 +277,124 @@ void add_to_d_hidden(const Tensor& d_hidden, const Tensor& g, const Tensor& weig
   });
 }
 
+// Everything that a panel's gradient needs, and what becomes of it.
+struct Pass {
+  const Head& head;
+  Tensor targets;       // [C] int64; −1: not among these rows of the weight
+  Tensor coefficients;  // [4, C]
+  OptionalTensor logits;
+  OptionalTensor d_weight, d_bias;
+  bool accumulate;  // into d_weight
+
+  Gradient gradient() const {
+    const float* k = coefficients.const_data_ptr<float>();
+    const int64_t n = coefficients.size(1);
+    return {k, k + n, k + 2 * n, k + 3 * n};
+  }
+
+  Panel panel(int64_t from, int64_t to, const Tensor& scratch) const {
+    return panel_of(logits ? logits->narrow(0, from, to - from).narrow(1, 0, head.tokens()) : scratch);
+  }
+
+  // g becomes the gradient of the logits of weight rows [from, to).
+  template <bool kEntropy, bool kCap>
+  void differentiate(int64_t from, int64_t to, const Tensor& g, const SoftCap<float, kCap>& cap) const {
+    if (!logits) head.logits(from, to, g);
+    const Panel z = panel(from, to, g);
+    const Gradient k = gradient();
+    float* out = g.data_ptr<float>();
+    const int64_t tokens = head.tokens();
+    // Taken before the logits are overwritten, where they are in the scratch itself.
+    std::vector<std::pair<int64_t, float>> at_targets;
+    each_target(targets.const_data_ptr<int64_t>(), tokens, from, to, [&](int64_t c, int64_t r) {
+      at_targets.emplace_back(r * tokens + c, k.at_target[c] * cap.slope(z.z[r * z.stride + c]));
+    });
+    panel_gradient<kEntropy>(z, cap, k, out);
+    for (const auto& [at, value] : at_targets) out[at] = value;
+  }
+
+  // GEMM 3, and the bias's part.
+  void add_to_weight(int64_t from, int64_t to, const Tensor& g) const {
+    const int64_t tokens = head.tokens();
+    if (d_bias)
+      for (int64_t r = 0; r < to - from; ++r)
+        d_bias->data_ptr<float>()[from + r] += sum_of(g.const_data_ptr<float>() + r * tokens, tokens);
+    if (d_weight) {
+      Tensor rows = d_weight->narrow(0, from, to - from);
+      at::addmm_out(rows, rows, g, head.hidden, accumulate ? 1 : 0);
+    }
+  }
+};
+
+// f(first row, end) for the panels of the weight rows [0, size), over threads.
+template <class F>
+void each_panel(int64_t size, F f) {
+  at::parallel_for(0, ceil_div(size, kPanel), 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    for (int64_t p = begin; p < end; ++p) f(p * kPanel, std::min(size, (p + 1) * kPanel));
+  });
+}
+
 void panel_grad_(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& targets,
                  double scale, std::optional<double> cap, const Tensor& logprobs, const Tensor& max,
                  const Tensor& log_sum, const OptionalTensor& entropy, const Tensor& g_lp,
                  const OptionalTensor& g_entropy, const OptionalTensor& kept, bool kept_in_d_weight,
-                 OptionalTensor d_hidden, OptionalTensor d_weight, OptionalTensor d_bias, bool accumulate) {
+                 OptionalTensor d_hidden, OptionalTensor d_weight, OptionalTensor d_bias, bool accumulate_weight,
+                 bool accumulate_hidden) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const Head head(hidden, weight, bias, scale);
   const int64_t tokens = head.tokens(), vocab = head.vocab();
-  TORCH_CHECK(!kept_in_d_weight || (d_weight && !accumulate && tokens <= weight.size(1)),
+  TORCH_CHECK(!kept_in_d_weight || (d_weight && !accumulate_weight && tokens <= weight.size(1)),
               "trapo_kernels: kept_in_d_weight needs a d_weight that is not accumulated into, and C <= D; got C=", tokens);
-  const Tensor y = targets.contiguous();
-  check_targets(y, tokens, vocab);
-  const OptionalTensor logits = kept_in_d_weight ? d_weight : kept;
-  const Tensor k = coefficients(logprobs, max, log_sum, entropy, g_lp, g_entropy);
-  const float* k0 = k.const_data_ptr<float>();
-  const Gradient gradient{k0, k0 + tokens, k0 + 2 * tokens, k0 + 3 * tokens};
+  const Pass pass{head,     targets.contiguous(), coefficients(logprobs, max, log_sum, entropy, g_lp, g_entropy),
+                  kept_in_d_weight ? d_weight : kept, d_weight, d_bias, accumulate_weight};
+  check_targets(pass.targets, tokens, vocab, -1);
   const Tensor scratch = at::empty({std::min(kGroup, vocab), tokens}, hidden.options());
-  const auto one_panel = [&](int64_t from, int64_t to, const Tensor& g, auto has_entropy, const auto& soft) {
-    if (!logits) head.logits(from, to, g);
-    const Panel z = panel_of(logits ? logits->narrow(0, from, to - from).narrow(1, 0, tokens) : g);
-    float* out = g.data_ptr<float>();
-    // Read before they are overwritten, where the logits are in the scratch itself.
-    std::vector<std::pair<int64_t, float>> corrections;
-    each_target(y.const_data_ptr<int64_t>(), tokens, from, to, [&](int64_t c, int64_t r) {
-      corrections.emplace_back(r * tokens + c, gradient.at_target[c] * soft.slope(z.z[r * z.stride + c]));
-    });
-    panel_gradient<decltype(has_entropy)::value>(z, soft, gradient, out);
-    for (const auto& [at, value] : corrections) out[at] = value;
-    if (d_bias)
-      for (int64_t r = 0; r < z.rows; ++r) d_bias->data_ptr<float>()[from + r] += sum_of(out + r * tokens, tokens);
-    if (d_weight) {
-      Tensor rows = d_weight->narrow(0, from, to - from);
-      at::addmm_out(rows, rows, g, hidden, accumulate ? 1 : 0);
-    }
-  };
   with_options(g_entropy.has_value(), cap, [&](auto has_entropy, const auto& soft) {
     for (int64_t start = 0; start < vocab; start += kGroup) {
       const int64_t size = std::min(kGroup, vocab - start);
-      at::parallel_for(0, ceil_div(size, kPanel), 1, [&](int64_t begin, int64_t end) {
-        const at::AutoDispatchBelowADInplaceOrView below;
-        for (int64_t p = begin; p < end; ++p) {
-          const int64_t from = p * kPanel, to = std::min(size, from + kPanel);
-          one_panel(start + from, start + to, scratch.narrow(0, from, to - from), has_entropy, soft);
-        }
+      each_panel(size, [&](int64_t from, int64_t to) {
+        const Tensor g = scratch.narrow(0, from, to - from);
+        pass.template differentiate<decltype(has_entropy)::value>(start + from, start + to, g, soft);
+        pass.add_to_weight(start + from, start + to, g);
       });
       if (d_hidden)
-        add_to_d_hidden(*d_hidden, scratch.narrow(0, 0, size), weight.narrow(0, start, size), start == 0);
+        add_to_d_hidden(*d_hidden, scratch.narrow(0, 0, size), weight.narrow(0, start, size),
+                        start == 0 && !accumulate_hidden);
     }
   });
+}
+
+// Σ |dL/dz| of each row of the weight [V] and, by panel, of each token [panels, C]: what goes with them if they go.
+std::tuple<Tensor, Tensor> panel_mass(const Tensor& hidden, const Tensor& weight, const Tensor& targets,
+                                      std::optional<double> cap, const Tensor& logprobs, const Tensor& max,
+                                      const Tensor& log_sum, const OptionalTensor& entropy, const Tensor& g_lp,
+                                      const OptionalTensor& g_entropy, const Tensor& kept) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const Head head(hidden, weight, {}, 1);
+  const int64_t tokens = head.tokens(), vocab = head.vocab();
+  const Pass pass{head, targets.contiguous(), coefficients(logprobs, max, log_sum, entropy, g_lp, g_entropy), kept};
+  check_targets(pass.targets, tokens, vocab, -1);
+  const Tensor by_row = at::empty({vocab}, hidden.options());
+  const Tensor by_token = at::zeros({ceil_div(vocab, kPanel), tokens}, hidden.options());
+  with_options(g_entropy.has_value(), cap, [&](auto has_entropy, const auto& soft) {
+    each_panel(vocab, [&](int64_t from, int64_t to) {
+      const Tensor g = at::empty({to - from, tokens}, hidden.options());
+      pass.template differentiate<decltype(has_entropy)::value>(from, to, g, soft);
+      float* of_tokens = by_token.data_ptr<float>() + from / kPanel * tokens;
+      for (int64_t r = 0; r < to - from; ++r) {
+        const float* values = g.const_data_ptr<float>() + r * tokens;
+        V sum(0.f);
+        each_lanes(tokens, [&](int64_t c, int64_t n) {
+          const V mass = V::loadu(values + c, n).abs();
+          sum = sum + mass;
+          (V::loadu(of_tokens + c, n) + mass).store(of_tokens + c, n);
+        });
+        by_row.data_ptr<float>()[from + r] = sum_of_lanes<float>(sum);
+      }
+    });
+  });
+  return {by_row, by_token};
 }
 
 // Asks for 2 MiB pages under memory that nobody has touched yet: its first touch is then 10% of a small loss cheaper.
@@ -342,13 +417,18 @@ TORCH_LIBRARY_FRAGMENT(trapo_kernels_cpu, m) {
   m.def(
       "panel_grad_(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float scale, float? cap, "
       "Tensor logprobs, Tensor max, Tensor log_sum, Tensor? entropy, Tensor g_lp, Tensor? g_entropy, Tensor? kept, "
-      "bool kept_in_d_weight, Tensor(a!)? d_hidden, Tensor(b!)? d_weight, Tensor(c!)? d_bias, bool accumulate) -> ()");
+      "bool kept_in_d_weight, Tensor(a!)? d_hidden, Tensor(b!)? d_weight, Tensor(c!)? d_bias, "
+      "bool accumulate_weight, bool accumulate_hidden) -> ()");
+  m.def(
+      "panel_mass(Tensor hidden, Tensor weight, Tensor targets, float? cap, Tensor logprobs, Tensor max, "
+      "Tensor log_sum, Tensor? entropy, Tensor g_lp, Tensor? g_entropy, Tensor kept) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(trapo_kernels_cpu, CPU, m) {
   m.impl("advise_huge_pages", advise_huge_pages);
   m.impl("panel_stats", panel_stats);
   m.impl("panel_grad_", panel_grad_);
+  m.impl("panel_mass", panel_mass);
 }
 
 }  // namespace trapo

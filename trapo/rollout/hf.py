@@ -6,6 +6,7 @@ each distinct context is prefilled once and its cache repeated: a micro-group of
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
@@ -25,6 +26,8 @@ class HFEngine:
         self.eos_ids = list(eos_ids)
         self.pad_id = pad_id
         self.batch_size = batch_size
+        # What transformers calls the argument, before and since 5.24.
+        self.cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
     def sync(self, model: nn.Module) -> None:
         """Nothing to copy: the engine generates with the learner's module."""
@@ -62,7 +65,7 @@ class HFEngine:
         generate = cast(Callable[..., torch.Tensor], self.model.generate)  # its own annotation does not type-check
         with self._own_settings(temperature, budget):
             generated = generate(
-                input_ids=input_ids[repeat], attention_mask=attention_mask[repeat], past_key_values=cache
+                input_ids=input_ids[repeat], attention_mask=attention_mask[repeat], **{self.cache_name: cache}
             )
         new_tokens = generated[:, input_ids.shape[1] :].tolist()
         return [self._trim(ids, r.max_new_tokens) for ids, r in zip(new_tokens, batch, strict=True)]
@@ -85,7 +88,7 @@ class HFEngine:
                 input_ids=input_ids[:, :-1],
                 attention_mask=attention_mask[:, :-1],
                 position_ids=positions[:, :-1],
-                past_key_values=cache,
+                **{self.cache_name: cache},
                 use_cache=True,
             )
         return cache

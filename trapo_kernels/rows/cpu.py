@@ -15,26 +15,31 @@ from torch import Tensor
 from .. import panels as passes  # fp32 heads interleave GEMMs and softmax
 from .base import FusedTerms, RowInputs, RowState, RowStats, stats_dtype
 
-__all__ = ["fused_", "grad_", "missing", "passes", "scratch_bytes", "stats"]
+__all__ = ["fused_", "grad_", "library", "missing", "passes", "scratch_bytes", "stats"]
 
 _CAPABILITIES = ("AVX512", "AVX2", "DEFAULT")
+
+
+def library() -> Path | None:
+    """The compiled library for this machine, or None."""
+    best = torch.backends.cpu.get_cpu_capability()
+    # A capability that is none of these is served by the last one.
+    usable = _CAPABILITIES[_CAPABILITIES.index(best) if best in _CAPABILITIES else len(_CAPABILITIES) - 1 :]
+    folder = Path(__file__).parent.parent
+    return next((path for name in usable for path in folder.glob(f"_cpu_{name.lower()}.so")), None)
 
 
 @cache
 def missing() -> str | None:
     """Loads the library; why it cannot be here, or None."""
-    best = torch.backends.cpu.get_cpu_capability()
-    # A capability between these (AVX512 with more) is served by the next lower one.
-    usable = _CAPABILITIES[_CAPABILITIES.index(best) if best in _CAPABILITIES else len(_CAPABILITIES) - 1 :]
-    folder = Path(__file__).parent.parent
-    found = [path for name in usable for path in folder.glob(f"_cpu_{name.lower()}.so")]
-    if not found:
+    found = library()
+    if found is None:
         return "the C++ extension is not compiled; reinstall with a C++17 compiler and --no-build-isolation"
     try:
-        _load(found[0])
-    except OSError as error:
+        _load(found)
+    except (OSError, RuntimeError) as error:  # of another torch, or of another version of this package
         reason = str(error).splitlines()[0]
-        return f"the C++ extension was compiled for another torch than {torch.__version__}; reinstall ({reason})"
+        return f"the C++ extension does not fit torch {torch.__version__} and this version; reinstall ({reason})"
     return None
 
 
@@ -83,7 +88,13 @@ def _register_fakes() -> None:
         return tuple(hidden.new_empty(hidden.shape[0]) for _ in range(4))
 
     torch.library.register_fake("trapo_kernels_cpu::row_stats", four_vectors)
+
+    def masses(hidden: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        vocab = weight.shape[0]
+        return hidden.new_empty(vocab), hidden.new_empty(-(-vocab // passes.PANEL), hidden.shape[0])
+
     torch.library.register_fake("trapo_kernels_cpu::panel_stats", four_vectors_of_panels)
+    torch.library.register_fake("trapo_kernels_cpu::panel_mass", masses)
     for nothing in ("panel_grad_", "advise_huge_pages"):
         torch.library.register_fake(f"trapo_kernels_cpu::{nothing}", lambda *_: None)
     torch.library.register_fake("trapo_kernels_cpu::row_fused_", four_vectors)

@@ -1,0 +1,67 @@
+"""Fills the site's generated parts: result tables from bench/results/, and the backends of this version."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Replaces `<!-- results -->`, `<!-- backends -->` and `<!-- metrics -->`."""
+    for mark, make in (("results", results), ("backends", backends), ("metrics", metrics)):
+        if f"<!-- {mark} -->" in markdown:
+            markdown = markdown.replace(f"<!-- {mark} -->", make())
+    return markdown
+
+
+def on_serve(server: Any, **_: Any) -> Any:
+    server.watch(str(RESULTS))
+    return server
+
+
+def results() -> str:
+    """Every report under bench/results/, a section each, in the order of their names."""
+    reports = sorted(RESULTS.rglob("*.md"))
+    if not reports:
+        return "*No result has been committed yet.*"
+    return "\n\n".join(_section(path) for path in reports)
+
+
+def _section(path: Path) -> str:
+    text = _demoted(path.read_text())
+    # Pictures and files beside a report stay in the repository: a link to them would lead nowhere here.
+    text = re.sub(r"!?\[([^\]]*)\]\((?!https?://|#)[^)]*\)", r"\1", text)
+    name = path.relative_to(ROOT)
+    if not text.lstrip().startswith("#"):
+        text = f"## {path.stem}\n\n{text}"
+    return f"{text.rstrip()}\n\n<small>From `{name}`.</small>"
+
+
+def _demoted(text: str) -> str:
+    """Headings a level down, outside code blocks."""
+    lines, code = [], False
+    for line in text.splitlines():
+        code ^= line.startswith("```")
+        lines.append(f"#{line}" if line.startswith("#") and not code else line)
+    return "\n".join(lines)
+
+
+def backends() -> str:
+    import trapo_kernels as tk
+
+    rows = ["| backend | what it is |", "| --- | --- |"]
+    return "\n".join([*rows, *(f"| `{b.name}` | {b.detail} |" for b in tk.backends().values())])
+
+
+def metrics() -> str:
+    import trapo_kernels as tk
+
+    rows = ["| metric | of several calls | meaning |", "| --- | --- | --- |"]
+    for name, metric in tk.METRICS.items():
+        how = metric.reduce + (f", weighted by `{metric.over}`" if metric.over else "")
+        rows.append(f"| `{name}` | {how} | {metric.doc} |")
+    return "\n".join(rows)

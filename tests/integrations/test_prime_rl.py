@@ -1,0 +1,122 @@
+"""The prime-rl style loss: found by its import path, one sequence at a time, against plain formulas."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import trapo_kernels as tk
+
+
+@dataclass
+class LossInputs:
+    """prime-rl's, by its documentation; expert_mask is ours."""
+
+    trainer_logprobs: torch.Tensor
+    inference_logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor | None
+    advantages: torch.Tensor
+    loss_mask: torch.Tensor
+    loss_weights: torch.Tensor | None = None
+    expert_mask: torch.Tensor | None = None
+
+
+@pytest.fixture
+def policy_loss():
+    module, _, name = "trapo_kernels.integrations.prime_rl.policy_loss".rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def make(n=40, seed=0, **extra):
+    g = torch.Generator().manual_seed(seed)
+
+    def normal():
+        return torch.randn(n, generator=g, dtype=torch.float64)
+
+    logprobs = -normal().abs()
+    return LossInputs(
+        trainer_logprobs=logprobs.clone().requires_grad_(),
+        inference_logprobs=logprobs + 0.4 * normal(),
+        ref_logprobs=logprobs + 0.3 * normal(),
+        advantages=normal(),
+        loss_mask=torch.rand(n, generator=g) < 0.7,
+        **{name: make_extra(n, g) for name, make_extra in extra.items()},
+    )
+
+
+def test_a_clipped_loss_is_the_sum_over_the_sequence(policy_loss):
+    inputs = make()
+    out = policy_loss(inputs, policy="clip", clip_low=0.2, clip_high=0.28)
+    (grad,) = torch.autograd.grad(out.loss, inputs.trainer_logprobs)
+    ratio = (inputs.trainer_logprobs - inputs.inference_logprobs).exp()
+    a = inputs.advantages
+    plain = -torch.minimum(ratio * a, ratio.clamp(0.8, 1.28) * a)[inputs.loss_mask].sum()
+    (expected,) = torch.autograd.grad(plain, inputs.trainer_logprobs)
+    torch.testing.assert_close(out.loss.double(), plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-5)
+    assert not grad[~inputs.loss_mask].any()
+    assert out.metrics["loss_policy"] == pytest.approx(plain.item() / inputs.loss_mask.sum().item(), rel=1e-4)
+
+
+def test_expert_tokens_kl_and_weights(policy_loss):
+    inputs = make(
+        expert_mask=lambda n, g: torch.rand(n, generator=g) < 0.4,
+        loss_weights=lambda n, g: torch.rand(n, generator=g, dtype=torch.float64),
+    )
+    out = policy_loss(inputs, expert="sft", expert_coef=0.5, policy="unclipped", kl_coef=0.1)
+    logp, ref = inputs.trainer_logprobs, inputs.ref_logprobs
+    own = -(logp - inputs.inference_logprobs).exp() * inputs.advantages
+    own = own + 0.1 * (torch.exp(ref - logp) - (ref - logp) - 1)
+    token = torch.where(inputs.expert_mask, -0.5 * logp, own) * inputs.loss_weights
+    torch.testing.assert_close(out.loss.double(), token[inputs.loss_mask].sum(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_truncated_ratio_to_the_engine(policy_loss):
+    inputs = make()
+    out = policy_loss(inputs, policy="clip", tis_cap=2.0)
+    (grad,) = torch.autograd.grad(out.loss, inputs.trainer_logprobs)
+    weight = (inputs.trainer_logprobs - inputs.inference_logprobs).exp().clamp(max=2.0).detach()
+    expected = torch.where(inputs.loss_mask, -weight * inputs.advantages, 0)
+    torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_log_probabilities_cannot_give_is_refused(policy_loss):
+    with pytest.raises(ValueError, match=r"policy_loss: entropy_coef must be 0, without entropies; got 0.1"):
+        policy_loss(make(), entropy_coef=0.1)
+    inputs = make()
+    inputs.ref_logprobs = None
+    with pytest.raises(ValueError, match=r"policy_loss: ref_logprobs must be given, which kl_coef=0.1 needs"):
+        policy_loss(inputs, kl_coef=0.1)
+
+
+@pytest.mark.parametrize("settings", [{"policy": "gspo"}, {"expert": "lco_mse"}], ids=str)
+def test_terms_that_read_more_than_tokens_are_refused(policy_loss, settings):
+    with pytest.raises(ValueError, match="policy_loss: objective must read log-probabilities of tokens alone"):
+        policy_loss(make(), **settings)
+
+
+def test_a_sequence_without_tokens_gives_zero(policy_loss):
+    inputs = make()
+    inputs.loss_mask = torch.zeros_like(inputs.loss_mask)
+    out = policy_loss(inputs)
+    assert out.loss == 0
+    assert all(value == 0 for value in out.metrics.values())
+    assert not torch.autograd.grad(out.loss, inputs.trainer_logprobs)[0].any()
+
+
+def test_the_module_needs_torch_alone():
+    """In a fresh interpreter: no trainer's package is imported."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, trapo_kernels, trapo_kernels.integrations, trapo_kernels.integrations.prime_rl, "
+        "trapo_kernels.integrations.liger\n"
+        "found = {'transformers', 'trl', 'verl', 'liger_kernel', 'datasets', 'trapo'} & set(sys.modules)\n"
+        "assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert tk.Objective

@@ -1,0 +1,153 @@
+"""The C++ backend for CPUs: what the conformance suite does not ask of every backend."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import EVERYTHING, OBJECTIVES, make_case, oracle, run
+from torch.library import opcheck
+
+import trapo_kernels as tk
+from trapo_kernels.rows import cpu as rows
+
+pytestmark = pytest.mark.skipif(not tk.backends()["cpu"].available, reason=str(tk.backends()["cpu"]))
+
+ops = torch.ops.trapo_kernels_cpu
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def everything_of(result):
+    return [result.loss, result.logprobs, result.entropy, *result.grads]
+
+
+# More tokens than the width, so that there are chunks in the buffer beside the one in d_weight; more than one group of
+# panels; a vocabulary and a width that are multiples of nothing.
+SHAPES = [(70, 5003, 300), (300, 5003, 33), (40, 257, 16)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_results_are_the_same_to_the_bit_from_run_to_run_and_for_any_number_of_threads(threads, shape, dtype):
+    case = make_case(*shape, dtype=dtype, with_bias=True)
+    results = []
+    with tk.budget_mb(4):
+        for count in (1, 2, 3, 1):
+            threads(count)
+            results.append(everything_of(run(case, EVERYTHING, "cpu")))
+    for other in results[1:] if dtype == torch.float32 else results[-1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("head", [{}, {"softcap": 3.0, "with_bias": True, "temperature": 0.8}], ids=["plain", "all"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_way_through_the_chunks_agrees_with_the_oracle(shape, head):
+    case = make_case(*shape, dtype=torch.float32, **head)
+    expected = oracle(case, EVERYTHING)
+    for megabytes in (0.2, 4, 100):
+        with tk.budget_mb(megabytes):
+            found = run(case, EVERYTHING, "cpu")
+        for a, b in zip(everything_of(found), everything_of(expected), strict=True):
+            assert (a.double() - b).abs().max() <= 1e-5 * b.abs().max().clamp(min=1e-3)
+
+
+def test_errors_are_no_larger_than_those_of_eager_fp32():
+    case = make_case(600, 20011, 64, dtype=torch.float32)
+    expected = oracle(case, OBJECTIVES["trapo+entropy"])
+    ours, eager = (run(case, OBJECTIVES["trapo+entropy"], backend) for backend in ("cpu", "reference"))
+
+    def errors(result):
+        pairs = zip(everything_of(result)[1:], everything_of(expected)[1:], strict=True)
+        return [float((a.double() - b).norm() / b.norm()) for a, b in pairs]
+
+    for name, mine, theirs in zip(
+        ("logprobs", "entropy", "d_hidden", "d_weight"), errors(ours), errors(eager), strict=True
+    ):
+        assert mine <= 1.05 * theirs, f"{name}: {mine:.2e} against {theirs:.2e}"
+
+
+def test_out_of_range_targets_reach_no_memory():
+    logits = torch.zeros(2, 5)
+    for wrong in (5, -1):
+        targets = torch.tensor([0, wrong])
+        with pytest.raises(RuntimeError, match=rf"targets must be in \[0, V\); got {wrong} with V=5"):
+            ops.row_stats(logits, targets, None, True)
+        with pytest.raises(RuntimeError, match=rf"targets must be in \[0, V\); got {wrong} with V=5"):
+            ops.panel_stats(torch.zeros(2, 3), torch.zeros(5, 3), None, targets, 1.0, None, True, None)
+
+
+# Instruction sets ------------------------------------------------------------------------------------------------
+
+_PROGRAM = """
+import sys; sys.path.insert(0, "tests")
+import torch
+from kernel_cases import EVERYTHING, TOLERANCE, assert_same_result, make_case, oracle, run
+from trapo_kernels.rows import cpu
+print(torch.backends.cpu.get_cpu_capability(), cpu.library().name)
+for dtype in TOLERANCE:
+    for head in ({}, {"softcap": 3.0, "with_bias": True}):
+        for shape in ((0, 7, 3), (5, 1, 4), (33, 1031, 12)):
+            case = make_case(*shape, dtype=dtype, **head)
+            assert_same_result(run(case, EVERYTHING, "cpu"), oracle(case, EVERYTHING), dtype)
+print("agrees")
+"""
+
+
+def python(program, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_a_machine_with_less_than_avx512_runs_the_same_source(capability):
+    if not (Path(rows.__file__).parent.parent / f"_cpu_{capability}.so").exists():
+        pytest.skip(f"not compiled for {capability} on this machine")
+    assert python(_PROGRAM, ATEN_CPU_CAPABILITY=capability) == [capability.upper(), f"_cpu_{capability}.so", "agrees"]
+
+
+# Operators -------------------------------------------------------------------------------------------------------
+
+
+def _vectors(n):
+    return [torch.randn(n) for _ in range(4)]
+
+
+def test_opcheck_of_every_operator():
+    n, vocab, width = 4, 7, 3
+    logits, targets = torch.randn(n, vocab), torch.randint(0, vocab, (n,))
+    hidden, weight, bias = torch.randn(n, width), torch.randn(vocab, width), torch.randn(vocab)
+    logprobs, top, log_sum, entropy = _vectors(n)
+    g_lp, g_entropy, *_ = _vectors(n)
+    expert = torch.tensor([True, False, True, False])
+    keep = torch.randn(vocab, n)
+    stats = (logprobs, top, log_sum, entropy)
+    opcheck(ops.row_stats, (logits, targets, None, True))
+    opcheck(ops.row_grad_, (logits, targets, *stats, g_lp, g_entropy, 2.0))
+    numbers = [1.0, 0.1, 0.1, 0.0, float("inf"), float("inf"), 0.01, 0.0, 0.0]
+    opcheck(ops.row_fused_, (logits, targets, expert, g_lp, None, None, None, 2, 1, numbers, 1.0, None))
+    opcheck(ops.panel_stats, (hidden, weight, bias, targets, 1.0, 3.0, True, keep))
+    opcheck(ops.panel_mass, (hidden, weight, targets, None, *stats, g_lp, g_entropy, keep))
+    gradients = (torch.zeros(n, width), torch.zeros(vocab, width), torch.zeros(vocab))
+    opcheck(
+        ops.panel_grad_,
+        (hidden, weight, bias, targets, 1.0, None, *stats, g_lp, g_entropy, keep, False, *gradients, True, True),
+    )

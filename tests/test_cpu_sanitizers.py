@@ -1,0 +1,91 @@
+"""csrc/cpu under AddressSanitizer and UndefinedBehaviorSanitizer, on small shapes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY_AVX2", "-DCPU_CAPABILITY=AVX2"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-sanitize=vptr"]
+
+_PROGRAM = """
+import sys
+import torch
+from pathlib import Path
+sys.path.insert(0, "tests")
+from trapo_kernels.rows import cpu
+cpu.library = lambda: Path(sys.argv[1])
+from kernel_cases import EVERYTHING, TOLERANCE, assert_same_result, make_case, oracle, run
+import trapo_kernels as tk
+assert cpu.missing() is None, cpu.missing()
+if sys.argv[2:] == ["plant"]:
+    # A row that is one column shorter than the operator is told, which nothing but the sanitizer sees.
+    logits = torch.empty(64).as_strided((1, 65), (65, 1))
+    torch.ops.trapo_kernels_cpu.row_stats(logits, torch.tensor([0]), None, True)
+for dtype in TOLERANCE:
+    for head in ({}, {"softcap": 3.0, "with_bias": True}):
+        for shape in ((0, 7, 3), (1, 1, 1), (5, 2, 4), (33, 1031, 12), (19, 2500, 33)):
+            for budget in (0.05, 100):
+                case = make_case(*shape, dtype=dtype, **head)
+                with tk.budget_mb(budget):
+                    assert_same_result(run(case, EVERYTHING, "cpu"), oracle(case, EVERYTHING), dtype)
+                    run(case, EVERYTHING, "cpu", grad_tolerance=0.1)
+                    with torch.no_grad():
+                        tk.linear_logprobs(case.hidden, case.weight, case.targets, entropy=True, backend="cpu")
+print("clean")
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """The AVX2 variant (which other machines have too), instrumented."""
+    compiler = shutil.which("g++")
+    if compiler is None or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("needs g++ and a machine with AVX2")
+    home = Path(torch.__file__).parent
+    folder = tmp_path_factory.mktemp("sanitized")
+    flags = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fopenmp", "-fno-math-errno", "-w", *AVX2, *SANITIZERS]
+    headers = [f"-isystem{home / 'include'}", f"-isystem{home / 'include/torch/csrc/api/include'}"]
+    objects = [folder / f"{source.stem}.o" for source in SOURCES]
+    compiling = [
+        subprocess.Popen([compiler, *flags, *headers, "-c", str(source), "-o", str(out)])
+        for source, out in zip(SOURCES, objects, strict=True)
+    ]
+    assert [process.wait() for process in compiling] == [0] * len(SOURCES)
+    out = folder / "sanitized.so"
+    link = ["-shared", "-fopenmp", *SANITIZERS, *map(str, objects), f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"]
+    subprocess.run([compiler, *link, "-o", str(out)], check=True)
+    return out
+
+
+def run(library, *arguments):
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": runtime.stdout.strip(),
+        # Python and torch keep memory to the end; what csrc/cpu reads and writes is the question.
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    command = [sys.executable, "-c", _PROGRAM, str(library), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
+
+
+def test_small_shapes_run_clean(library):
+    done = run(library)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert done.stdout.split() == ["clean"]
+
+
+def test_a_read_beyond_a_row_would_be_seen(library):
+    done = run(library, "plant")
+    assert done.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr

@@ -1,0 +1,227 @@
+"""Hugging Face transformers: train a causal LM by `model(..., labels=...)` without its logits.
+
+    from trapo_kernels.integrations.transformers import patch_causal_lm_loss
+
+    patch_causal_lm_loss(model, tk.Objective.trsft())
+    Trainer(model=model, ...).train()
+
+The stock forward still does everything else. Asked for the logits of one position at most, it costs next to nothing
+beyond the decoder; the hidden states that it made on the way go to `linear_policy_loss`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..functional import linear_policy_loss
+from ..objective import Objective
+
+__all__ = ["LinearHead", "PatchedForward", "PatchedLoss", "linear_head", "patch_causal_lm_loss"]
+
+IGNORED = -100  # the label that transformers ignores
+
+
+class LinearHead(NamedTuple):
+    """A language-model head as trapo_kernels takes it: z = softcap · tanh(logit_scale · (h Wᵀ + b) / softcap)."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    softcap: float | None
+    logit_scale: float
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of `linear_policy_loss` and `linear_logprobs`."""
+        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+
+    def cast(self, hidden: Tensor) -> LinearHead:
+        """The same in the dtype in which the stock forward multiplies: autocast's where it is on."""
+        device = hidden.device.type
+        if not torch.is_autocast_enabled(device):
+            return self
+        dtype = torch.get_autocast_dtype(device)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return self._replace(weight=self.weight.to(dtype), bias=bias)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the model's own forward makes of hidden [..., D], in its dtype [..., V]."""
+        z = F.linear(hidden, self.weight, self.bias) * self.logit_scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
+def linear_head(model: PreTrainedModel) -> LinearHead:
+    """The output head of a causal LM, with the logit transforms of the families that have them.
+
+    Raises:
+        TypeError: its output head is not a plain `nn.Linear` (a quantised layer, for instance).
+    """
+    linear = model.get_output_embeddings()
+    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+        raise TypeError(
+            f"linear_head: the output head of {type(model).__name__} must be nn.Linear; got {type(linear).__name__}"
+        )
+    config = model.config.get_text_config()
+    divisor = getattr(config, "logits_scaling", None)  # Granite
+    scale = 1.0 / divisor if divisor else getattr(config, "logit_scale", None) or 1.0  # Cohere
+    return LinearHead(linear.weight, linear.bias, getattr(config, "final_logit_softcapping", None), scale)
+
+
+def patch_causal_lm_loss(model: PreTrainedModel, objective: Objective, **options: Any) -> PatchedLoss:
+    """Make `model(..., labels=...)` in training mode compute a supervised objective without the logits.
+
+    `outputs.loss` is the objective over the labels (`shift_labels` where given), divided by `num_items_in_batch` where
+    given, else by the number of labels; `outputs.logits` is None. Everything else is as before: forwards without
+    labels, evaluation mode (the stock cross-entropy, with logits), saving, generation. The router loss of a mixture of
+    experts is added as the stock forward does.
+
+    The first training forward compares the logits of one position with the model's own, so that a family whose head
+    does something unknown is refused and not trained wrongly.
+
+    Args:
+        model: a causal LM with an `nn.Linear` head: Llama, SmolLM2, Qwen2, Qwen3, Gemma 2 and 3, Granite, Cohere, ...
+            With PEFT, FSDP2 or torch.compile: patch first, then wrap.
+        objective: an expert term and no policy term: `Objective.sft()`, `Objective(expert="trsft", policy=None)`,
+            `Objective.dft()`, with an entropy bonus or not.
+        **options: keyword arguments of `linear_policy_loss` that stay the same: temperature, backend, ...
+
+    Returns:
+        A handle with the metrics of the last training forward, and `remove()`.
+
+    Raises:
+        TypeError, ValueError: the head or the objective cannot be used; the message says why.
+    """
+    caller = "patch_causal_lm_loss"
+    if not isinstance(objective, Objective):
+        raise TypeError(f"{caller}: objective must be an Objective; got {type(objective).__name__}")
+    if not objective.supervised or objective.needs:
+        reason = ", ".join(objective.needs.values()) or f"policy={objective.policy!r}"
+        raise ValueError(f"{caller}: objective must have an expert term alone, and need labels alone; got {reason}")
+    return PatchedLoss(model, objective, options)
+
+
+class PatchedForward:
+    """A causal LM whose forward can be asked for the hidden states under the head instead of the logits.
+
+    Subclasses say in `forward` which calls that is; `hidden_states` then runs the model's own forward.
+    """
+
+    follows_autocast = True  # the product is in autocast's dtype where that is on, else in the weight's
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        caller = type(self).__name__
+        if "logits_to_keep" not in inspect.signature(type(model).forward).parameters:
+            raise TypeError(f"{caller}: the forward of model must take logits_to_keep; got {type(model).__name__}")
+        linear_head(model)
+        self.model = model
+        self._before = model.__dict__.get("forward")
+        self._stock = model.forward
+        self._parameters = list(inspect.signature(self._stock).parameters)
+        self._hidden: Tensor | None = None
+        self._capturing, self._checked = False, False
+        self._hook = model.get_decoder().register_forward_hook(self._capture)
+
+        @functools.wraps(self._stock)  # Trainer and generate read the signature
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self.forward({**dict(zip(self._parameters, args, strict=False)), **kwargs})
+
+        forward.patched = self  # type: ignore[attr-defined]
+        model.forward = forward
+
+    def remove(self) -> None:
+        """Give the model back the forward that it had before."""
+        self._hook.remove()
+        self.model.__dict__.pop("forward", None)
+        if self._before is not None:
+            self.model.forward = self._before
+
+    def forward(self, kwargs: dict[str, Any]) -> Any:
+        """The patched forward, every argument by its name."""
+        raise NotImplementedError
+
+    def stock(self, kwargs: dict[str, Any]) -> Any:
+        """The forward that was patched."""
+        return self._stock(**kwargs)
+
+    def hidden_states(self, kwargs: dict[str, Any]) -> tuple[Tensor, LinearHead, Any]:
+        """(what the head is applied to [B, T, D], the head, both in the dtype of the product; the stock outputs).
+
+        The first call asks for the logits of one position, to check the head, the others for none.
+        """
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "logits_to_keep")}
+        keep = torch.arange(0 if self._checked else 1, device=self.model.device)
+        self._capturing = True
+        try:
+            outputs = self._stock(**kwargs, logits_to_keep=keep)
+            hidden, self._hidden = self._hidden, None
+        finally:
+            self._capturing = False
+        assert hidden is not None  # the hook ran
+        head = linear_head(self.model)
+        if self.follows_autocast:
+            head = head.cast(hidden)
+        hidden = hidden.to(head.weight.dtype)
+        if not self._checked:
+            self._check(head, hidden[:, :1].detach(), outputs.logits.detach())
+            self._checked = True
+        return hidden, head, outputs
+
+    def _capture(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._capturing:
+            self._hidden = output[0]
+
+    @torch.no_grad()
+    def _check(self, head: LinearHead, hidden: Tensor, expected: Tensor) -> None:
+        found, expected = head.logits(hidden).float(), expected.float()
+        error, size = (found - expected).abs().max(), expected.abs().max()
+        tolerance = 1e-4 if head.weight.dtype in (torch.float32, torch.float64) else 2e-2
+        if not error <= tolerance * size:
+            raise ValueError(
+                f"{type(self).__name__}: model must have a head with bias, logit scale and soft-cap alone; got "
+                f"{type(self.model).__name__}, whose logits differ from that by {error:.3g}"
+            )
+
+
+class PatchedLoss(PatchedForward):
+    """What `patch_causal_lm_loss` returns. `metrics`: of the last training forward, by the names of `tk.METRICS`."""
+
+    def __init__(self, model: PreTrainedModel, objective: Objective, options: dict[str, Any]) -> None:
+        earlier = getattr(model.forward, "patched", None)
+        if isinstance(earlier, PatchedLoss):
+            earlier.remove()
+        super().__init__(model)
+        self.objective, self.options = objective, options
+        self.metrics: dict[str, Tensor] = {}
+
+    def forward(self, kwargs: dict[str, Any]) -> Any:
+        labels, targets = kwargs.get("labels"), kwargs.get("shift_labels")
+        if targets is None and labels is not None:
+            targets = F.pad(labels[..., 1:], (0, 1), value=IGNORED)
+        if targets is None or not self.model.training:
+            return self.stock(kwargs)
+        count, as_tuple = kwargs.get("num_items_in_batch"), kwargs.get("return_dict") is False
+        dropped = ("shift_labels", "num_items_in_batch", "return_dict")
+        hidden, head, outputs = self.hidden_states({k: v for k, v in kwargs.items() if k not in dropped})
+        loss = self._loss(hidden, head, targets.to(hidden.device), count)
+        if getattr(outputs, "aux_loss", None) is not None:
+            loss = loss + self.model.router_aux_loss_coef * outputs.aux_loss.to(loss.device)
+        outputs = type(outputs)(**{**outputs, "loss": loss, "logits": None})
+        return outputs.to_tuple() if as_tuple else outputs
+
+    def _loss(self, hidden: Tensor, head: LinearHead, targets: Tensor, count: Tensor | float | None) -> Tensor:
+        if isinstance(count, Tensor):
+            count = count.reshape(()).to(hidden.device)
+        if count is not None:
+            count = count + (count == 0)  # a batch without labels has loss 0
+        options = {**head.options, **self.options}
+        out = linear_policy_loss(
+            hidden, head.weight, targets, self.objective, normalizer=count, ignore_index=IGNORED, **options
+        )
+        self.metrics = out.metrics
+        return out.loss

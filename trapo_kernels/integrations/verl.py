@@ -1,0 +1,217 @@
+"""verl: an actor loss with an expert mask, in verl's registry of policy losses, and verl's fused head done here.
+
+verl finds this module by its entry point (group "verl.plugins"), or by VERL_USE_EXTERNAL_MODULES=
+trapo_kernels.integrations.verl. Importing it registers the policy loss "trapo":
+
+    actor_rollout_ref.actor.policy_loss.loss_mode=trapo
+
+verl's own loss passes no expert mask to a policy loss. Where the batch has one (field "expert_mask", of the shape of
+response_mask), replace the loss of the actor:
+
+    actor_rollout_wg.set_loss_fn(partial(actor_loss, config=actor_config))
+
+With actor.use_fused_kernels and the "torch" backend, `use_fused_head()` makes verl's FusedLinearForPPO this package's.
+verl's engines hand over log-probabilities, so the loss takes two passes (four GEMMs).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
+
+from ..functional import linear_logprobs
+from ..objective import Objective, Tokens
+from ..terms import clipped, log_ratio
+
+__all__ = ["FusedLinearForPPO", "actor_loss", "actor_objective", "trapo_policy_loss", "use_fused_head"]
+
+# What the loss reads from a batch, where it is there.
+FIELDS = (
+    *("response_mask", "advantages", "old_log_probs", "ref_log_prob", "rollout_log_probs", "rollout_is_weights"),
+    "expert_mask",
+)
+
+
+def actor_objective(config: Any, **overrides: Any) -> Objective:
+    """The objective that an ActorConfig describes, with TrSFT (α = 0.1) on expert tokens.
+
+    Raises:
+        ValueError: kl_loss_type is not the k3 estimate ("low_var_kl", "k3").
+    """
+    if config.use_kl_loss and config.kl_loss_type not in ("low_var_kl", "k3"):
+        raise ValueError(f"actor_objective: kl_loss_type must be 'low_var_kl' or 'k3'; got {config.kl_loss_type!r}")
+    settings: dict[str, Any] = {
+        "expert": "trsft",
+        "policy": "clip",
+        "clip_low": config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low,
+        "clip_high": config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high,
+        "dual_clip": config.get("clip_ratio_c", 3.0),
+        "entropy_coef": float(config.entropy_coeff),
+        "kl_coef": float(config.kl_loss_coef) if config.use_kl_loss else 0.0,
+    }
+    return Objective(**{**settings, **overrides})
+
+
+@register_policy_loss("trapo")
+def trapo_policy_loss(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+    *,
+    expert_mask: Tensor | None = None,
+    objective: Objective | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """verl's policy loss [B, T] without KL and entropy, which verl adds itself.
+
+    Args:
+        expert_mask: [B, T] bool: True = expert-prefix token. None = all own, as verl calls it.
+        objective: None = `actor_objective(config)`.
+        rollout_is_weights: [B, T], on the policy term.
+    """
+    objective = replace(objective or actor_objective(config), entropy_coef=0.0, kl_coef=0.0)
+    parts, metrics = _token_losses(
+        objective, log_prob, response_mask,
+        {"advantages": advantages, "old_logprobs": old_log_prob}, None, expert_mask, rollout_is_weights,
+    )  # fmt: skip
+    total = sum(parts.values(), torch.zeros_like(log_prob))
+    loss = agg_loss(loss_mat=total, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info)
+    return loss, metrics
+
+
+def actor_loss(
+    config: Any, model_output: Any, data: Any, dp_group: Any = None, *, objective: Objective | None = None
+) -> tuple[Tensor, dict[str, Any]]:
+    """verl's `ppo_loss` with an expert mask: for `set_loss_fn(partial(actor_loss, config=config))`.
+
+    Args:
+        config: ActorConfig.
+        model_output: log_probs, and entropy where the objective has a bonus, as verl's engines return them.
+        data: TensorDict with response_mask, old_log_probs, advantages, and where they exist expert_mask,
+            ref_log_prob, rollout_is_weights, rollout_log_probs.
+        objective: None = `actor_objective(config)`.
+
+    Every part is reduced by config.loss_agg_mode over the mask, as verl reduces its own.
+    """
+    from verl.utils.metric import AggregationType, Metric
+    from verl.workers.utils.padding import no_padding_2_padding
+
+    objective = objective or actor_objective(config)
+    log_prob = no_padding_2_padding(model_output["log_probs"], data)
+    entropy = model_output.get("entropy", None)
+    if entropy is not None:
+        entropy = no_padding_2_padding(entropy, data)
+    elif objective.entropy_coef:
+        raise ValueError("actor_loss: model_output must have entropy with entropy_coef; set actor.calculate_entropy")
+    for name in ("dp_size", "batch_num_tokens", "global_batch_size"):
+        config.global_batch_info[name] = data[name]
+    config.global_batch_info["loss_scale_factor"] = config.loss_scale_factor
+    summed = data["dp_size"] > 1 or any(
+        value is not None for value in (data["batch_num_tokens"], data["global_batch_size"], config.loss_scale_factor)
+    )
+    fields = data.select(*(name for name in FIELDS if name in data)).to_padded_tensor()
+    inputs = {
+        "advantages": fields["advantages"],
+        "old_logprobs": fields.get("old_log_probs", None),
+        "ref_logprobs": fields.get("ref_log_prob", None),
+        "rollout_logprobs": fields.get("rollout_log_probs", None),
+    }
+    mask = fields["response_mask"].to(bool)
+    parts, metrics = _token_losses(
+        objective, log_prob, mask, inputs, entropy, fields.get("expert_mask", None),
+        fields.get("rollout_is_weights", None),
+    )  # fmt: skip
+    metrics = Metric.from_dict(metrics, aggregation=AggregationType.MEAN)
+    loss = torch.zeros((), dtype=torch.float32, device=log_prob.device)
+    for name, values in parts.items():
+        part = agg_loss(loss_mat=values, loss_mask=mask, loss_agg_mode=config.loss_agg_mode, **config.global_batch_info)
+        loss = loss + part
+        aggregation = AggregationType.SUM if summed else AggregationType.MEAN
+        metrics[f"actor/{name}_loss"] = Metric(value=part.detach(), aggregation=aggregation)
+    return loss, metrics
+
+
+def _token_losses(
+    objective: Objective,
+    log_prob: Tensor,
+    mask: Tensor,
+    inputs: dict[str, Tensor | None],
+    entropy: Tensor | None,
+    expert_mask: Tensor | None,
+    weights: Tensor | None,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(weighted loss of each part per token [B, T], metrics). `weights` multiply the policy term."""
+    for name, setting in objective.needs.items():
+        if inputs.get(name) is None:
+            raise ValueError(f"actor_loss: {name} must be in the batch, which {setting} needs; got None")
+    if objective.coupled or objective.reads_logit or objective.reference_head or objective.statistics:
+        raise ValueError(f"actor_loss: objective must read log-probabilities and entropies of tokens; got {objective}")
+    active = mask.bool()
+    expert = torch.zeros_like(active) if expert_mask is None else expert_mask.bool()
+    at = active.nonzero(as_tuple=True)
+    given: dict[str, Any] = {n: None if t is None else t.expand(active.shape)[at].float() for n, t in inputs.items()}
+    tokens = Tokens(
+        logprobs=log_prob[at].float(),
+        entropy=torch.zeros_like(log_prob[at]).float() if entropy is None else entropy[at].float(),
+        expert=expert[at],
+        **given,
+    )
+    parts = objective.losses(tokens)
+    if weights is not None and "policy" in parts:
+        parts["policy"] = parts["policy"] * weights.expand(active.shape)[at]
+    empty = log_prob.new_zeros(active.shape, dtype=torch.float32)
+    return {name: empty.index_put(at, values) for name, values in parts.items()}, _metrics(objective, tokens)
+
+
+@torch.no_grad()
+def _metrics(objective: Objective, tokens: Tokens) -> dict[str, Any]:
+    """verl's names where it has one; means over no token are 0."""
+    expert, own = tokens.expert, ~tokens.expert
+    mine = tokens.only(own)
+    low, high, dual = clipped(objective, mine) if mine.advantages is not None else (own & False,) * 3
+    p = tokens.logprobs.exp()
+
+    def mean(values: Tensor, region: Tensor) -> float:
+        return float(torch.where(region, values.float(), 0).sum() / region.sum().clamp(min=1))
+
+    found = {
+        "actor/pg_clipfrac": mean(low | high, own),
+        "actor/pg_clipfrac_lower": mean(dual, own),
+        "actor/ppo_kl": mean(-log_ratio(mine), own),
+    }
+    if bool(expert.any()):
+        found["actor/expert_prob"] = mean(p, expert)
+        found["actor/expert_fraction"] = float(expert.float().mean())
+        found["actor/trsft_clipped"] = mean(p < objective.alpha, expert)
+    return found
+
+
+class FusedLinearForPPO(nn.Module):
+    """verl's class of this name: (log-probabilities, entropies) of the labels, without the logits."""
+
+    def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
+        super().__init__()
+
+    def forward(
+        self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """hidden_states [..., D], vocab_weights [V, D], input_ids [...]."""
+        logprobs, entropy = linear_logprobs(
+            hidden_states, vocab_weights, input_ids.long(), temperature=float(temperature), entropy=True
+        )
+        assert entropy is not None
+        return logprobs, entropy
+
+
+def use_fused_head() -> None:
+    """From here on verl's patched forwards (use_fused_kernels, backend "torch") use this package's head."""
+    import verl.utils.experimental.torch_functional as verl_functional
+
+    verl_functional.FusedLinearForPPO = FusedLinearForPPO

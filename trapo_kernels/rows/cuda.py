@@ -1,0 +1,94 @@
+"""Row kernels in CUDA C++ (csrc/cuda): a block or a cluster of blocks a row, the row on chip where it fits.
+
+Here is what Python has to know of them: which library to load, why it may be missing, and the shapes that the operators
+`torch.ops.trapo_kernels_cuda.*` return.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .base import FusedTerms, RowInputs, RowState, RowStats, stats_dtype
+
+_LIBRARY = "_cuda.so"
+
+
+@cache
+def missing() -> str | None:
+    """Loads the library; why it cannot be here, or None."""
+    library = Path(__file__).parent.parent / _LIBRARY
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not built for CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"the device is of compute capability {major}.{minor}; 8.0 is needed"
+    if not library.is_file():
+        return "the CUDA extension is not compiled; reinstall with nvcc, TRAPO_KERNELS_CUDA=1 and --no-build-isolation"
+    try:
+        load(library)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        return f"the CUDA extension does not go with torch {torch.__version__}; reinstall ({reason})"
+    return None
+
+
+@cache
+def load(library: Path) -> None:
+    """Registers the operators of a library."""
+    torch.ops.load_library(library)
+    _register_fakes()
+
+
+def scratch_bytes(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+    return 0
+
+
+def stats(logits: Tensor, targets: Tensor, cap: float | None, entropy: bool) -> RowState:
+    top, total, dot, target = torch.ops.trapo_kernels_cuda.row_stats(logits, targets.contiguous(), cap, entropy)
+    return RowState(top, total, dot if entropy else None, target)
+
+
+def grad_(
+    logits: Tensor,
+    targets: Tensor,
+    stats: RowStats,
+    g_lp: Tensor,
+    g_entropy: Tensor | None,
+    cap: float | None,
+) -> None:
+    given = (stats.logprobs, stats.max, stats.log_sum, stats.entropy, g_lp, g_entropy)
+    vectors = [_vector(t, logits) for t in given]
+    torch.ops.trapo_kernels_cuda.row_grad_(logits, targets.contiguous(), *vectors, cap)
+
+
+def fused_(
+    logits: Tensor, targets: Tensor, inputs: RowInputs, terms: FusedTerms, scale: float, cap: float | None
+) -> RowStats:
+    expert, policy, *numbers = terms
+    is_expert, *others = inputs
+    assert is_expert is not None
+    vectors = [_vector(t, logits) for t in others]
+    return RowStats(
+        *torch.ops.trapo_kernels_cuda.row_fused_(
+            logits, targets.contiguous(), is_expert.contiguous(), *vectors, expert, policy, numbers, scale, cap
+        )
+    )
+
+
+def _vector(t: Tensor | None, logits: Tensor) -> Tensor | None:
+    return None if t is None else t.to(stats_dtype(logits.dtype)).contiguous()
+
+
+def _register_fakes() -> None:
+    def four_vectors(logits: Tensor, *_: object) -> tuple[Tensor, ...]:
+        return tuple(logits.new_empty(logits.shape[0], dtype=stats_dtype(logits.dtype)) for _ in range(4))
+
+    torch.library.register_fake("trapo_kernels_cuda::row_stats", four_vectors)
+    torch.library.register_fake("trapo_kernels_cuda::row_fused_", four_vectors)
+    torch.library.register_fake("trapo_kernels_cuda::row_grad_", lambda *_: None)
