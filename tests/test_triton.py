@@ -213,12 +213,13 @@ def test_the_search_for_waiting_calls_finds_one(tmp_path):
 # Under capture -------------------------------------------------------------------------------------------------
 
 
+IDS = torch.arange(12) // 4
 CAPTURED = {
     "everything": (EVERYTHING, {}),
     "skip_inactive": (tk.Objective.trapo(), {"skip_inactive": True}),
-    "coupled": (tk.Objective.gspo(expert="pear"), {}),
+    "coupled": (tk.Objective.gspo(expert="pear"), {"sequence_ids": IDS}),
     "target logit": (tk.Objective.lco(policy="cispo"), {}),
-    "statistics": (tk.Objective.eaft(reduction="sequence_mean"), {"statistics": ("argmax_match",)}),
+    "statistics": (tk.Objective.eaft(reduction="sequence_mean"), {"sequence_ids": IDS, "statistics": ("sum_sq",)}),
 }
 
 
