@@ -52,6 +52,22 @@ int64_t even_pieces(int64_t length, int64_t most) {
   return ceil_div(ceil_div(length, ceil_div(length, most)), V::size()) * V::size();
 }
 
+// f(item) for every item, spread over threads. At least two, so that even a single one runs inside a parallel region:
+// outside, the GEMM library would spread it over threads itself, and the result would depend on their number.
+template <class F>
+void each_item(int64_t count, F f) {
+  at::parallel_for(0, std::max<int64_t>(count, 2), 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    for (int64_t item = begin; item < std::min(end, count); ++item) f(item);
+  });
+}
+
+// f(first row, end) for the panels of the weight rows [0, size).
+template <class F>
+void each_panel(int64_t size, F f) {
+  each_item(ceil_div(size, kPanel), [&](int64_t p) { f(p * kPanel, std::min(size, (p + 1) * kPanel)); });
+}
+
 // One panel's logits [rows, columns], a row every `stride` floats; a column is a token.
 struct Panel {
   float* z;
@@ -216,20 +232,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> panel_stats(const Tensor& hidden, con
   const auto one = [&] { return at::empty({tokens}, hidden.options()); };
   const Tensor max = one(), sum = one(), dot = one(), target = one();
   with_options(entropy, cap, [&](auto has_entropy, const auto& soft) {
-    at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-      const at::AutoDispatchBelowADInplaceOrView below;
-      const Tensor scratch = keep ? Tensor() : at::empty({kPanel, tokens}, hidden.options());
-      for (int64_t p = begin; p < end; ++p) {
-        const int64_t from = p * kPanel, to = std::min(vocab, from + kPanel);
-        const Tensor z = (keep ? keep->narrow(0, from, to - from) : scratch.narrow(0, 0, to - from)).narrow(1, 0, tokens);
-        head.logits(from, to, z);
-        const Panel panel = panel_of(z);
-        float* mine = states.data_ptr<float>() + 3 * p * tokens;
-        panel_state<decltype(has_entropy)::value>(panel, soft, State{mine, mine + tokens, mine + 2 * tokens});
-        each_target(y.const_data_ptr<int64_t>(), tokens, from, to, [&](int64_t c, int64_t r) {
-          target.data_ptr<float>()[c] = soft.logit(panel.z[r * panel.stride + c]);
-        });
-      }
+    each_panel(vocab, [&](int64_t from, int64_t to) {
+      const Tensor rows = keep ? keep->narrow(0, from, to - from) : at::empty({to - from, tokens}, hidden.options());
+      const Tensor z = rows.narrow(1, 0, tokens);
+      head.logits(from, to, z);
+      const Panel panel = panel_of(z);
+      float* mine = states.data_ptr<float>() + 3 * (from / kPanel) * tokens;
+      panel_state<decltype(has_entropy)::value>(panel, soft, State{mine, mine + tokens, mine + 2 * tokens});
+      each_target(y.const_data_ptr<int64_t>(), tokens, from, to, [&](int64_t c, int64_t r) {
+        target.data_ptr<float>()[c] = soft.logit(panel.z[r * panel.stride + c]);
+      });
     });
   });
   merge_panels(states.const_data_ptr<float>(), panels, tokens,
@@ -266,14 +278,11 @@ void add_to_d_hidden(const Tensor& d_hidden, const Tensor& g, const Tensor& weig
   const int64_t tokens = d_hidden.size(0), width = d_hidden.size(1);
   const int64_t tall = even_pieces(tokens, kTokenTile), wide = even_pieces(width, kWidthTile);
   const int64_t across = ceil_div(width, wide);
-  at::parallel_for(0, ceil_div(tokens, tall) * across, 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t c = tile / across * tall, d = tile % across * wide;
-      const int64_t height = std::min(tall, tokens - c), length = std::min(wide, width - d);
-      Tensor out = d_hidden.narrow(0, c, height).narrow(1, d, length);
-      at::addmm_out(out, out, g.narrow(1, c, height).t(), weight.narrow(1, d, length), first ? 0 : 1);
-    }
+  each_item(ceil_div(tokens, tall) * across, [&](int64_t tile) {
+    const int64_t c = tile / across * tall, d = tile % across * wide;
+    const int64_t height = std::min(tall, tokens - c), length = std::min(wide, width - d);
+    Tensor out = d_hidden.narrow(0, c, height).narrow(1, d, length);
+    at::addmm_out(out, out, g.narrow(1, c, height).t(), weight.narrow(1, d, length), first ? 0 : 1);
   });
 }
 
@@ -325,15 +334,6 @@ struct Pass {
     }
   }
 };
-
-// f(first row, end) for the panels of the weight rows [0, size), over threads.
-template <class F>
-void each_panel(int64_t size, F f) {
-  at::parallel_for(0, ceil_div(size, kPanel), 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    for (int64_t p = begin; p < end; ++p) f(p * kPanel, std::min(size, (p + 1) * kPanel));
-  });
-}
 
 void panel_grad_(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& targets,
                  double scale, std::optional<double> cap, const Tensor& logprobs, const Tensor& max,
