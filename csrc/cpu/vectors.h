@@ -62,10 +62,14 @@ struct SoftCap {
   }
   template <class X>
   X tangent(X x) const {
-    if constexpr (std::is_same_v<X, A>)
-      return std::tanh(x * inverse);
-    else
+    if constexpr (std::is_same_v<X, A>) {
+      // By the vector function too: a target that is its row's maximum must be equal to it.
+      A lanes[Vec<A>::size()];
+      tangent(Vec<A>(x)).store(lanes);
+      return lanes[0];
+    } else {
       return (x * X(inverse)).tanh();
+    }
   }
 };
 
