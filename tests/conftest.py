@@ -16,6 +16,27 @@ if not torch.cuda.is_available():
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+# Tests that repeat what others check: for interpreted kernels, at some 10 ms a row, they are in the slow suite.
+REPEATS = {
+    "test_gradcheck_in_float64",
+    "test_gradcheck_of_logprobs_and_entropy_in_float64",
+    "test_any_choice_of_trained_parameters",
+    "test_without_old_logprobs_the_ratio_is_one_with_its_gradient",
+    "test_from_logits_forms_agree_with_the_oracle",
+    "test_opcheck_of_policy_loss",
+    "test_opcheck_of_token_values",
+    "test_logprobs_and_entropies_are_one_graph",
+}
+
+
+def pytest_collection_modifyitems(items):
+    interpreted = not torch.cuda.is_available()
+    for item in items:
+        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        if interpreted and backend == "triton" and item.originalname in REPEATS:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """SmolLM2's own, from the installed weights package."""

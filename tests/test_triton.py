@@ -245,7 +245,7 @@ def test_inside_a_graph_capture_every_row_is_computed_and_the_result_is_the_same
 
 
 def test_a_divergence_inside_a_graph_capture_counts_the_same_tokens(monkeypatch):
-    case, ref = make_case(12, 70, dtype=torch.float32), make_case(12, 70, dtype=torch.float32, seed=1)
+    case, ref = (make_case(12, 70, dtype=torch.float32, seed=seed, with_bias=True) for seed in (0, 1))
     mask = case.inputs["mask"].clone()
     mask[0] = False
     with torch.no_grad():
@@ -253,9 +253,10 @@ def test_a_divergence_inside_a_graph_capture_counts_the_same_tokens(monkeypatch)
 
     def found(backend):
         out = tk.linear_divergence(
-            case.hidden, case.weight, ref.hidden.detach(), ref.weight.detach(), mask=mask, backend=backend
-        )
-        return *out[:2], *torch.autograd.grad(out.loss, [case.hidden, case.weight])
+            case.hidden, case.weight, ref.hidden.detach(), ref.weight.detach(), bias=case.bias,
+            ref_bias=ref.bias.detach(), mask=mask, backend=backend,
+        )  # fmt: skip
+        return *out[:2], *torch.autograd.grad(out.loss, case.params())
 
     expected = found("torch")
     monkeypatch.setattr(stream, "_capturing", lambda device: True)
