@@ -3,7 +3,8 @@
     python -m bench.gpu_evidence [--ours] [--out bench/results/gpu_evidence.json]
 
 Writes the JSON and, beside it, the same as Markdown tables:
-- kernels: compiled for sm_80, sm_90, sm_100 and sm_120, ours and (unless --ours) those of the peers that are installed
+- kernels: compiled for sm_80, sm_90, sm_100 and sm_120, ours (Triton's, and CUDA's where nvcc is) and, unless --ours,
+  those of the peers that are installed
 - traffic: bytes that the kernels ask for, counted in Triton's interpreter at a small shape
 - memory: peak by accounting on fake tensors, at the shapes of the roofline
 - roofline: least time by a card's published rates; bounds, nothing that a clock saw
@@ -16,12 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+from bench import cuda_evidence
 from bench.evidence import ours, peers, roofline
 from bench.evidence.compiled import ARCHS, compile_for
 
@@ -40,6 +43,10 @@ def kernel_rows(providers: list[str]) -> list[dict[str, Any]]:
     for provider in providers:
         for config, launch in peers.launches(provider):
             rows += [compile_for(launch, arch, provider, config) for arch in ARCHS]
+    if shutil.which("nvcc"):
+        rows += cuda_evidence.rows()
+    else:
+        print("without the CUDA kernels: nvcc is not here")
     return rows
 
 
@@ -69,7 +76,7 @@ def roofline_rows() -> list[dict[str, Any]]:
 
 def broken(evidence: dict[str, Any]) -> list[str]:
     """Invariants of our own kernels that do not hold."""
-    faults = []
+    faults = cuda_evidence.broken([row for row in evidence["kernels"] if row["provider"] == cuda_evidence.PROVIDER])
     for row in evidence["kernels"]:
         if row["provider"] != ours.PROVIDER:
             continue
