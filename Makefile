@@ -44,7 +44,7 @@ VERL := .venv-verl
 VERL_STAMP := $(VERL)/.installed
 VERL_PACKAGES := verl==0.9.1 tensordict==0.10.0 "ray>=2.41,<3" hydra-core==1.3.8 omegaconf==2.3.0 \
     antlr4-python3-runtime==4.9.3 codetiming torchdata "pyvers>=0.1,<0.2" importlib_metadata zipp cloudpickle orjson \
-    dill msgpack jsonschema jsonschema-specifications referencing rpds-py protobuf
+    dill msgpack attrs jsonschema jsonschema-specifications referencing rpds-py protobuf
 
 setup-verl: $(VERL_STAMP)
 
