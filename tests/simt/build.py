@@ -3,6 +3,7 @@ the content of what went into them."""
 
 from __future__ import annotations
 
+import os
 import hashlib
 import platform
 import shutil
@@ -90,7 +91,7 @@ def _linked(name: str, parts: Sequence[Path], options: Sequence[str]) -> Path:
 
 def _run(command: list[str], out: Path) -> None:
     BUILD.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name("unfinished-" + out.name)
+    unfinished = out.with_name(f"unfinished-{os.getpid()}-{out.name}")  # two test runs may build at once
     done = subprocess.run([*command, str(unfinished)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{COMPILER} failed:\n{done.stderr[-4000:]}")
