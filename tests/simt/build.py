@@ -3,8 +3,8 @@ the content of what went into them."""
 
 from __future__ import annotations
 
-import os
 import hashlib
+import os
 import platform
 import shutil
 import subprocess
