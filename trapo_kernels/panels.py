@@ -48,10 +48,6 @@ class _Chunk(NamedTuple):
     keep: Tensor | None  # logits [V, C], for the gradient
     in_d_weight: bool  # and where they lie
 
-    @property
-    def size(self) -> int:
-        return self.rows.stop - self.rows.start
-
 
 def forward(
     source: LinearSource, rows: Rows, targets: Tensor, head: Head, entropy: bool, slopes: Slopes | None = None
@@ -63,7 +59,7 @@ def forward(
     sparse = Sparse(source, head) if source.tolerance else None
     for chunk in _keeping_chunks(source, middle):
         found = _stats(source, chunk, targets, head, entropy)
-        _put(out, chunk.rows, found)
+        out.put(chunk.rows, found)
         if slopes is None:
             continue
         if sparse is None or chunk.keep is None:
@@ -73,7 +69,7 @@ def forward(
     if sparse is not None:
         source.left_out = sparse.left_out
     for chunk in _chunks(source, middle, rows.size):
-        _put(out, chunk.rows, _stats(source, chunk, targets, head, entropy))
+        out.put(chunk.rows, _stats(source, chunk, targets, head, entropy))
     return out
 
 
@@ -130,12 +126,6 @@ def _stats(source: LinearSource, chunk: _Chunk, targets: Tensor, head: Head, ent
         source.chunk, source.weight, source.bias, targets[chunk.rows], head.scale, head.cap, entropy, chunk.keep
     )
     return RowState(top, total, dot if entropy else None, target).finish()
-
-
-def _put(out: RowStats, at: slice, found: RowStats) -> None:
-    for whole, part in zip(out, found, strict=True):
-        if whole is not None and part is not None:
-            whole[at] = part
 
 
 def _grad(source: LinearSource, chunk: _Chunk, targets: Tensor, head: Head, stats: RowStats, slopes: Slopes) -> None:

@@ -314,9 +314,7 @@ def forward(
             found = kernel.stats(logits, targets[at], head.cap, entropy).finish()
             if extras is not None:
                 extras.take(at, logits, targets[at], found, head.cap)
-        for whole, part in zip(out, found, strict=True):
-            if whole is not None and part is not None:
-                whole[at] = part
+        out.put(at, found)
         if slopes is not None and has_gradient and fused is None:
             _grad(source, kernel, at, logits, targets, found, head, slopes)
     return out

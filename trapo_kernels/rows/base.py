@@ -47,6 +47,12 @@ class RowStats(NamedTuple):
         entropy = None if self.entropy is None else fn(self.entropy)
         return RowStats(fn(self.logprobs), fn(self.max), fn(self.log_sum), entropy)
 
+    def put(self, at: slice, found: RowStats) -> None:
+        """Write what was found of the rows `at`."""
+        for whole, part in zip(self, found, strict=True):
+            if whole is not None and part is not None:
+                whole[at] = part
+
 
 class RowState(NamedTuple):
     """Online-softmax state of a row over the columns seen so far [C]; states of disjoint columns can be merged."""
