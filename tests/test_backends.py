@@ -11,6 +11,7 @@ from kernel_cases import BACKENDS
 import trapo_kernels as tk
 from trapo_kernels import dispatch
 from trapo_kernels.rows import cpu as cpu_rows
+from trapo_kernels.rows import extension
 
 CPU = torch.device("cpu")
 
@@ -91,3 +92,12 @@ def test_an_install_without_the_extension_says_what_to_do(monkeypatch, tmp_path)
             tk.set_backend("cpu")
     finally:
         cpu_rows.missing.cache_clear()
+
+
+def test_a_library_of_another_torch_is_missing_with_a_reason(tmp_path):
+    library = tmp_path / "_cpu_default.so"
+    library.write_bytes(b"not a library")
+    reason = extension.misfit("C++", library, cpu_rows._register_fakes)
+    assert reason is not None
+    assert reason.startswith(f"the C++ extension does not fit torch {torch.__version__} and this version; reinstall (")
+    assert "\n" not in reason

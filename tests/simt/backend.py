@@ -7,7 +7,7 @@ from functools import cache
 from simt import build
 
 from trapo_kernels import dispatch
-from trapo_kernels.rows import cuda
+from trapo_kernels.rows import cuda, extension
 
 NAME = "cuda-on-cpu"
 
@@ -17,7 +17,7 @@ def _look() -> str | None:
     """Compiles the library when it is first asked for."""
     reason = build.missing()
     if reason is None:
-        cuda.load(build.library())
+        extension.load(build.library(), cuda.register_fakes)
     return reason
 
 

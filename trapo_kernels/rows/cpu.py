@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import panels as passes  # fp32 heads interleave GEMMs and softmax
+from . import extension
 from .base import FusedTerms, RowInputs, RowState, RowStats, stats_dtype
 
 __all__ = ["fused_", "grad_", "library", "missing", "passes", "scratch_bytes", "stats"]
@@ -35,18 +36,7 @@ def missing() -> str | None:
     found = library()
     if found is None:
         return "the C++ extension is not compiled; reinstall with a C++17 compiler and --no-build-isolation"
-    try:
-        _load(found)
-    except (OSError, RuntimeError) as error:  # of another torch, or of another version of this package
-        reason = str(error).splitlines()[0]
-        return f"the C++ extension does not fit torch {torch.__version__} and this version; reinstall ({reason})"
-    return None
-
-
-@cache
-def _load(library: Path) -> None:
-    torch.ops.load_library(library)
-    _register_fakes()
+    return extension.misfit("C++", found, _register_fakes)
 
 
 def scratch_bytes(vocab: int, dtype: torch.dtype, device: torch.device) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import extension
 from .base import FusedTerms, RowInputs, RowState, RowStats, stats_dtype
 
 _LIBRARY = "_cuda.so"
@@ -30,19 +31,7 @@ def missing() -> str | None:
         return f"the device is of compute capability {major}.{minor}; 8.0 is needed"
     if not library.is_file():
         return "the CUDA extension is not compiled; reinstall with nvcc, TRAPO_KERNELS_CUDA=1 and --no-build-isolation"
-    try:
-        load(library)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        return f"the CUDA extension does not go with torch {torch.__version__}; reinstall ({reason})"
-    return None
-
-
-@cache
-def load(library: Path) -> None:
-    """Registers the operators of a library."""
-    torch.ops.load_library(library)
-    _register_fakes()
+    return extension.misfit("CUDA", library, register_fakes)
 
 
 def scratch_bytes(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -85,7 +74,7 @@ def _vector(t: Tensor | None, logits: Tensor) -> Tensor | None:
     return None if t is None else t.to(stats_dtype(logits.dtype)).contiguous()
 
 
-def _register_fakes() -> None:
+def register_fakes() -> None:
     def four_vectors(logits: Tensor, *_: object) -> tuple[Tensor, ...]:
         return tuple(logits.new_empty(logits.shape[0], dtype=stats_dtype(logits.dtype)) for _ in range(4))
 
