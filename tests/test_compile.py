@@ -24,6 +24,7 @@ from torch import nn
 
 import trapo_kernels as tk
 from trapo_kernels import ops
+from trapo_kernels.divergence import KINDS
 
 streamed = pytest.mark.parametrize("backend", STREAMED)
 # The graph is the same whatever the row kernel: one backend by default, all of them in the slow suite.
@@ -157,6 +158,52 @@ def test_logprobs_and_entropies_are_one_graph(which, backend):
     assert_close(actual, expected, 1e-12, "value")
     pairs = zip(torch.autograd.grad(actual, case.params()), torch.autograd.grad(expected, case.params()), strict=True)
     for a, b in pairs:
+        assert_close(a, b, 1e-11, "gradient")
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_divergence_is_one_graph(kind, backend):
+    case = sequence_case(with_bias=True)
+    g = torch.Generator().manual_seed(0)
+    ref = [torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((*case.targets.shape, 3), (33, 3))]
+    mask = torch.rand(case.targets.shape, generator=g) < 0.7
+    hidden = case.hidden.detach().clone()
+    hidden[~mask] = torch.nan
+    params = (hidden.requires_grad_(), *case.params()[1:])
+
+    def value(hidden, weight, bias):
+        return tk.linear_divergence(
+            hidden, weight, *ref, bias=bias, kind=kind, beta=0.3, mask=mask, temperature=0.8, backend=backend,
+            ref_options={"softcap": 2.0},
+        )  # fmt: skip
+
+    expected, actual = value(*params), torch.compile(value, fullgraph=True, backend="aot_eager")(*params)
+    assert_close(actual.loss, expected.loss, 1e-12, "loss")
+    assert_close(actual.tokens, expected.tokens, 1e-12, "tokens")
+    pairs = zip(*(torch.autograd.grad(3 * out.loss, params) for out in (actual, expected)), strict=True)
+    for a, b in pairs:
+        assert b.any()
+        assert_close(a, b, 1e-11, "gradient")
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_asft_is_one_graph(backend):
+    case = sequence_case()
+    g = torch.Generator().manual_seed(0)
+    ref = [torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((*case.targets.shape, 3), (33, 3))]
+    o = tk.Objective.asft(asft_kl=0.3)
+
+    def value(hidden, weight):
+        return tk.linear_policy_loss(
+            hidden, weight, case.targets, o, mask=case.inputs["mask"], ref_hidden=ref[0], ref_weight=ref[1],
+            backend=backend,
+        ).loss  # fmt: skip
+
+    params = (case.hidden, case.weight)
+    expected, actual = value(*params), torch.compile(value, fullgraph=True, backend="aot_eager")(*params)
+    assert_close(actual, expected, 1e-12, "loss")
+    for a, b in zip(torch.autograd.grad(actual, params), torch.autograd.grad(expected, params), strict=True):
         assert_close(a, b, 1e-11, "gradient")
 
 
@@ -305,8 +352,18 @@ def test_opcheck_of_policy_loss(name, backend):
     torch.library.opcheck(torch.ops.trapo_kernels.policy_loss.default, arguments, test_utils=which)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_opcheck_of_divergence(kind):
+    case = make_case(12, 19, width=5, dtype=torch.float32, with_bias=True)
+    ref = torch.randn(12, 4), torch.randn(19, 4), None
+    active, weights = torch.arange(12) % 4 != 1, torch.rand(12).masked_fill(torch.arange(12) == 3, 0)
+    heads = (0.7, 3.0, 1.5, 1.1, None, 0.9)
+    arguments = (*case.params(), *ref, active, weights, kind, 0.3, *heads, True, True, True)
+    torch.library.opcheck(torch.ops.trapo_kernels.divergence.default, arguments)
+
+
 def test_every_operator_of_the_library_is_checked_here():
-    checked = {"token_values", "token_values_backward", "policy_loss"}
+    checked = {"token_values", "token_values_backward", "policy_loss", "divergence"}
     names = {
         name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "trapo_kernels::" in name
     }

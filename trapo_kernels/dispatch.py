@@ -14,7 +14,7 @@ from .rows import torch as torch_rows
 from .rows import triton as triton_rows
 from .rows.base import RowKernel
 
-__all__ = ["Backend", "backends", "default_backend", "pick", "set_backend"]
+__all__ = ["Backend", "backend_name", "backends", "default_backend", "pick", "set_backend"]
 
 ENV = "TRAPO_KERNELS_BACKEND"
 _ENV_NAMED = f"backend ({ENV})"
@@ -116,3 +116,9 @@ def _named(name: str, argument: str) -> Backend:
     if not known[name].available:
         raise ValueError(f"{argument} {name!r} does not exist here: {known[name].missing}")
     return known[name]
+
+
+@torch.compiler.assume_constant_result
+def backend_name(name: str | None, caller: str, device: torch.device) -> str:
+    """The name of what `pick` picks, as a constant of a compiled graph."""
+    return pick(name, caller, device).name

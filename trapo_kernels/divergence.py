@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,12 +23,12 @@ from torch.nn import functional as F
 
 from . import reference, validate
 from .budget import chunk_rows
-from .dispatch import pick
+from .dispatch import backend_name, pick
 from .head import Head
 from .rows.base import stats_dtype
 from .stream import LinearSource, Rows
 
-__all__ = ["KINDS", "Divergence", "linear_divergence"]
+__all__ = ["KINDS", "Divergence", "Job", "linear_divergence", "run"]
 
 KINDS = ("forward_kl", "reverse_kl", "jsd")
 _BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
@@ -43,7 +43,9 @@ class Divergence(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
+    """What the stream has to know beside the parameters."""
+
     kind: str
     beta: float
     head: Head
@@ -111,13 +113,21 @@ def linear_divergence(
     else:
         validate.check_normalizer(caller, normalizer)
     of_tokens = hidden.new_ones(shape.numel(), dtype=dtype) if given is None else given.reshape(-1).to(dtype)
-    rows = Rows.choose(active, of_tokens != 0)
     params = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+    ref = (ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), ref_weight.detach(), _detached(ref_bias))
     wants = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in params)
     scale = torch.as_tensor(normalizer, device=hidden.device).to(dtype)
+    if streamed and torch.compiler.is_compiling():
+        total, tokens, *_ = torch.ops.trapo_kernels.divergence(
+            *params, *ref, active, of_tokens, kind, beta, *head.options, *ref_head.options, *wants
+        )
+        return Divergence(total / scale, tokens.reshape(shape))
+    if torch.compiler.is_compiling():
+        rows = replace(Rows.every(active), inside=active)
+    else:
+        rows = Rows.choose(active, of_tokens != 0)
     of_rows = rows.counting(rows.take(of_tokens))
-    job = _Job(kind, beta, head, ref_head, rows, of_rows, scale, (wants[0], wants[1], wants[2]))
-    ref = (ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), ref_weight.detach(), _detached(ref_bias))
+    job = Job(kind, beta, head, ref_head, rows, of_rows, scale, (wants[0], wants[1], wants[2]))
     loss, tokens = (_StreamedDivergence.apply if streamed else _materialised)(job, ref, *params)
     return Divergence(loss, rows.spread(tokens.detach()).reshape(shape))
 
@@ -129,6 +139,8 @@ def _detached(t: Tensor | None) -> Tensor | None:
 def _streamed(caller: str, backend: str | None, device: torch.device) -> bool:
     if backend not in (None, "torch", "reference"):
         raise ValueError(f"{caller}: backend must be 'torch', 'reference' or None; got {backend!r}")
+    if torch.compiler.is_compiling():
+        return backend == "torch" or backend_name(backend, caller, device) != "reference"
     return backend == "torch" or pick(backend, caller, device).kernel is not None
 
 
@@ -155,7 +167,7 @@ def _check(caller: str, student: tuple[Any, Any, Any], ref: tuple[Any, Any, Any]
 # The oracle --------------------------------------------------------------------------------------------------
 
 
-def _materialised(job: _Job, ref: tuple[Any, ...], *params: Any) -> tuple[Tensor, Tensor]:
+def _materialised(job: Job, ref: tuple[Any, ...], *params: Any) -> tuple[Tensor, Tensor]:
     def log_softmax(head: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         z = reference.linear_logits(job.rows.counting(job.rows.take(hidden)), weight, bias) * head.scale
         return F.log_softmax(z if head.cap is None else head.cap * torch.tanh(z / head.cap), -1)
@@ -186,8 +198,8 @@ class _StreamedDivergence(torch.autograd.Function):
     """Loss and gradients in one pass over the logits; the backward hands the gradients over."""
 
     @staticmethod
-    def forward(ctx: Any, job: _Job, ref: tuple[Any, ...], *params: Any) -> tuple[Tensor, Tensor]:
-        tokens, ctx.grads = _run(job, ref, params)
+    def forward(ctx: Any, job: Job, ref: tuple[Any, ...], *params: Any) -> tuple[Tensor, Tensor]:
+        tokens, ctx.grads = run(job, ref, params)
         ctx.job, ctx.ref = job, len(params)
         ctx.save_for_backward(*params, *ref)
         ctx.mark_non_differentiable(tokens)
@@ -206,7 +218,7 @@ class _StreamedDivergence(torch.autograd.Function):
             return None, None, *(None for _ in params)
         grads, ctx.grads = ctx.grads, None
         if grads is None:  # a second backward through a retained graph
-            _, grads = _run(ctx.job, ref, params)
+            _, grads = run(ctx.job, ref, params)
         scale = g_loss / ctx.job.normalizer
         scaled = (
             None if d is None else d.to(stats_dtype(d.dtype)).mul_(scale).to(like.dtype)
@@ -215,7 +227,7 @@ class _StreamedDivergence(torch.autograd.Function):
         return None, None, *scaled
 
 
-def _run(job: _Job, ref: Any, params: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+def run(job: Job, ref: Any, params: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Divergences of the compact rows [n], and the gradients of their weighted sum."""
     hidden, weight, bias = params
     source = LinearSource(job.rows.counting(hidden), weight, bias, job.head, job.rows, job.wants)
@@ -235,7 +247,7 @@ def _run(job: _Job, ref: Any, params: Any) -> tuple[Tensor, tuple[Tensor | None,
     return tokens, source.gradients()
 
 
-def _chunk(job: _Job, source: LinearSource, other: LinearSource) -> int:
+def _chunk(job: Job, source: LinearSource, other: LinearSource) -> int:
     wide = stats_dtype(source.dtype).itemsize
     scratch = _block_rows(source.vocab, source.device) * source.vocab * (4 * wide + 2)
     row_bytes = source.row_bytes + other.row_bytes
@@ -266,7 +278,7 @@ def _log_softmax(x: Tensor, cap: float | None, out: Tensor, spare: Tensor) -> Te
     return out.sub_(torch.exp(out, out=spare).sum(1, keepdim=True).log_())
 
 
-def _divergence_(job: _Job, x: Tensor, r: Tensor, at: slice, tokens: Tensor, with_gradient: bool) -> None:
+def _divergence_(job: Job, x: Tensor, r: Tensor, at: slice, tokens: Tensor, with_gradient: bool) -> None:
     """Divergences of a chunk into `tokens`; with the gradient, the student's logits x become that of their weighted
     sum."""
     values, weights = tokens[at], job.weights[at] * job.head.scale

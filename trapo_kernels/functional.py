@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import columns, ops, reference, stream, validate, vocab_parallel
-from .dispatch import pick
+from .dispatch import backend_name, pick
 from .divergence import linear_divergence
 from .head import Head
 from .metrics import policy_metrics
@@ -259,7 +259,7 @@ def linear_policy_loss(
     if tolerance:
         batch.counts["grad_left_out"] = torch.zeros((), device=hidden.device)
     if isinstance(kernel, ops.Named):
-        return _compiled(params, batch, head, kernel)
+        return _anchored(_compiled(params, batch, head, kernel), params, ref, batch, head, kernel)
     if kernel is None or batch.objective.coupled:
         return _anchored(_two_pass(params, batch, head, kernel), params, ref, batch, head, kernel)
     job = _Job(kernel, head, batch.rows, batch.targets, _wanted(params), tolerance)
@@ -324,7 +324,7 @@ _Kernel = RowKernel | ops.Named | None
 def _picked(backend: str | None, caller: str, device: torch.device) -> _Kernel:
     if not torch.compiler.is_compiling():
         return pick(backend, caller, device).kernel
-    name = ops.backend_name(backend, caller, device)
+    name = backend_name(backend, caller, device)
     return None if name == "reference" else ops.Named(name)
 
 
@@ -791,9 +791,8 @@ def _check_reference_head(caller: str, kernel: _Kernel, ref: _Params) -> None:
     for name, value in zip(("ref_hidden", "ref_weight"), ref[:2], strict=True):
         if value is None:
             raise ValueError(f"{caller}: {name} must be a tensor, which expert='asft' needs; got None")
-    if isinstance(kernel, (ShardedKernel, ops.Named)):
-        where = "under torch.compile" if isinstance(kernel, ops.Named) else "with group="
-        raise NotImplementedError(f"{caller}: objective must not need a reference head {where}; got expert='asft'")
+    if isinstance(kernel, ShardedKernel):
+        raise NotImplementedError(f"{caller}: group must be None where a reference head is read; got expert='asft'")
 
 
 def _anchored(out: PolicyLoss, params: _Params, ref: _Params, batch: _Batch, head: Head, kernel: _Kernel) -> PolicyLoss:

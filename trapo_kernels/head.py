@@ -42,3 +42,8 @@ class Head:
     def cap(self) -> float | None:
         """The soft-cap of z, temperature included."""
         return None if self.softcap is None else self.softcap / self.temperature
+
+    @property
+    def options(self) -> tuple[float, float | None, float]:
+        """(temperature, softcap, logit_scale), as an operator takes them."""
+        return self.temperature, self.softcap, self.logit_scale

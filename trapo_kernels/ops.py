@@ -4,6 +4,7 @@ into chunk loops whose sizes depend on data.
     trapo_kernels::token_values            log π(y), H, z_y and statistics of every row
     trapo_kernels::token_values_backward   its gradients, by recomputing the logits
     trapo_kernels::policy_loss             Σ of token losses, the same values, the gradients of that sum: one pass
+    trapo_kernels::divergence              Σ of divergences of two heads, each token's, the gradients of that sum
 
 Operators take and give all rows [N], with zeros at those that are left out: their shapes follow from shapes. Inside is
 the code that runs without a compiler. Gradients that are not wanted are empty tensors. An objective travels as a string
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import divergence as divergences
 from . import functional, stream  # functional calls these operators
 from .dispatch import pick
 from .head import Head
@@ -27,7 +29,7 @@ from .objective import Objective
 from .rows.base import RowStats, stats_dtype
 from .statistics import Collector
 
-__all__ = ["Named", "backend_name", "objective_key", "plain", "policy_loss", "three", "token_values"]
+__all__ = ["Named", "divergence", "objective_key", "plain", "policy_loss", "three", "token_values"]
 __all__ += ["token_values_backward"]
 
 _HEAD = "float temperature, float? softcap, float logit_scale, str backend"
@@ -49,11 +51,6 @@ def objective_key(objective: Objective) -> str:
     return key
 
 
-@torch.compiler.assume_constant_result
-def backend_name(name: str | None, caller: str, device: torch.device) -> str:
-    return pick(name, caller, device).name
-
-
 @dataclass(frozen=True)
 class Named:
     """A row kernel, inside a graph."""
@@ -69,7 +66,7 @@ def three(params: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
 def plain(head: Head, kernel: Named, wants: tuple[bool, ...]) -> tuple[Any, ...]:
     """The last arguments of all operators."""
     first, weight, bias = (*wants, False, False)[:3]
-    return head.temperature, head.softcap, head.logit_scale, kernel.name, first, weight, bias
+    return *head.options, kernel.name, first, weight, bias
 
 
 def _params(first: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -291,3 +288,46 @@ def _policy_loss_backward(ctx: Any, g_total: Tensor | None, *_: Any) -> tuple[An
 
 
 policy_loss.register_autograd(_policy_loss_backward, setup_context=_save_policy_loss)
+
+
+# Divergences of two heads ------------------------------------------------------------------------------------
+
+
+@_op(
+    "divergence",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias, "
+    "Tensor active, Tensor weights, str kind, float beta, float temperature, float? softcap, float logit_scale, "
+    f"float ref_temperature, float? ref_softcap, float ref_logit_scale, {_WANTS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    active: Tensor,
+    weights: Tensor,
+    kind: str,
+    beta: float,
+    *heads_and_wants: Any,
+) -> tuple[Tensor, ...]:
+    """(Σ of the active tokens' weighted divergences, each token's [N], and the gradients of the sum)."""
+    rows, wants = stream.Rows.choose(active, weights != 0), heads_and_wants[-3:]
+    of_rows = rows.counting(rows.take(weights))
+    head, ref_head = Head(*heads_and_wants[:3]), Head(*heads_and_wants[3:6])
+    job = divergences.Job(kind, beta, head, ref_head, rows, of_rows, weights.new_ones(()), wants)
+    tokens, grads = divergences.run(job, (ref_hidden, ref_weight, ref_bias), (hidden, weight, bias))
+    total = (of_rows * tokens).sum()
+    return total, rows.spread(tokens).clone(), *_three(grads, total)
+
+
+@divergence.register_fake
+def _(hidden: Tensor, weight: Any, bias: Any, *others: Any) -> tuple[Tensor, ...]:
+    wide = hidden.new_empty((), dtype=stats_dtype(hidden.dtype))
+    return wide, wide.new_empty(hidden.shape[0]), *_fake_gradients(hidden, weight, bias, others[-3:])
+
+
+# Saved and differentiated as a policy loss is: (total, values, three gradients).
+divergence.register_autograd(_policy_loss_backward, setup_context=_save_policy_loss)
