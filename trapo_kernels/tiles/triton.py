@@ -37,7 +37,8 @@ _INTERPRETED_PROCESSORS = 8
 
 class Tile(NamedTuple):
     """A program's tile, and how it is compiled. `descriptors`: operands by TMA instead of pointers;
-    `halves`: the epilogue takes the tile in two halves, which halves its registers."""
+    `halves`: the epilogue takes the tile in two halves, which halves its registers. `specialized`: warps of their own
+    load and multiply, beside those of the epilogue; for sm_90 the compiler changes nothing by it, or fails."""
 
     BM: int
     BN: int
@@ -46,6 +47,7 @@ class Tile(NamedTuple):
     stages: int
     descriptors: bool
     halves: bool = False
+    specialized: bool = False
 
 
 # (architecture from, bytes of an operand) -> tile. Architectures: 8.0 A100, 9.0 H100, 10.0 B200, 12.0 RTX.
@@ -54,8 +56,8 @@ _TABLE: dict[tuple[int, int], Tile] = {
     (80, 4): Tile(128, 64, 32, 8, 3, False),
     (90, 2): Tile(128, 256, 64, 8, 3, True),
     (90, 4): Tile(128, 128, 32, 8, 3, True),
-    (100, 2): Tile(128, 256, 64, 8, 3, True, halves=True),
-    (100, 4): Tile(128, 128, 32, 8, 3, True, halves=True),
+    (100, 2): Tile(128, 256, 64, 8, 3, True, specialized=True),
+    (100, 4): Tile(128, 128, 32, 8, 3, True, specialized=True),
     (120, 2): Tile(128, 64, 64, 8, 3, True),
     (120, 4): Tile(128, 64, 32, 8, 3, True),
 }
@@ -66,14 +68,18 @@ def _interpreted_tile(vocab: int) -> Tile:
     return Tile(16, 64 if vocab < 4_096 else 2_048, 32, 1, 1, False)
 
 
+# Where the epilogue has a soft-cap, and with it would spill.
+_CAPPED = {(100, 2): Tile(128, 256, 64, 8, 3, True, halves=True)}
+
 # By pointers where D is no multiple of BK: a mask per element takes registers.
 _UNEVEN = Tile(128, 64, 32, 8, 3, False)
 
 
-def tile(arch: int, itemsize: int, width: int, aligned: bool = True) -> Tile:
+def tile(arch: int, itemsize: int, width: int, aligned: bool = True, capped: bool = False) -> Tile:
     """The table's entry for an architecture (80, 90, ...): its own, or the nearest below. `aligned`: rows of both
     operands start at multiples of 16 bytes, which descriptors need; without them, sm_80's tiles serve everywhere."""
-    chosen = _TABLE[max(known for known in _TABLE if known[1] == itemsize and known[0] <= max(arch, 80))]
+    key = max(known for known in _TABLE if known[1] == itemsize and known[0] <= max(arch, 80))
+    chosen = _CAPPED.get(key, _TABLE[key]) if capped else _TABLE[key]
     if chosen.descriptors and aligned:
         return chosen
     plain = _TABLE[80, itemsize]
@@ -111,13 +117,13 @@ def _able(hidden: Tensor, weight: Tensor) -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
-def _launch_options(hidden: Tensor, weight: Tensor) -> tuple[Tile, int]:
+def _launch_options(hidden: Tensor, weight: Tensor, capped: bool) -> tuple[Tile, int]:
     """(tile, multiprocessors) for these operands."""
     if interpreted() and not hidden.is_cuda:
         return _interpreted_tile(weight.shape[0]), _INTERPRETED_PROCESSORS
     arch, processors = _card(hidden.device.index)
     aligned = all(t.stride(0) * t.dtype.itemsize % 16 == 0 and t.data_ptr() % 16 == 0 for t in (hidden, weight))
-    return tile(arch, hidden.dtype.itemsize, weight.shape[1], aligned), processors
+    return tile(arch, hidden.dtype.itemsize, weight.shape[1], aligned, capped), processors
 
 
 def _operands(hidden: Tensor, weight: Tensor, tile: Tile) -> tuple[Any, Any]:
@@ -156,7 +162,8 @@ def launch(
         a, b, bias, targets, *partial, rows, vocab, width, hidden.stride(0), weight.stride(0), parts, scale,
         cap=cap, LOGITS=_logit_type(hidden.dtype), DESCRIPTORS=tile.descriptors, WIDEN=widen,
         PRECISION="tf32" if hidden.dtype == torch.float32 and not interpreted() else "ieee",
-        EVEN=width % tile.BK == 0, HALVES=tile.halves, BM=tile.BM, BN=tile.BN, BK=tile.BK, GROUP=GROUP,
+        EVEN=width % tile.BK == 0, HALVES=tile.halves, SPECIALIZE=tile.specialized,
+        BM=tile.BM, BN=tile.BN, BK=tile.BK, GROUP=GROUP,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if parts == 1:
@@ -173,7 +180,7 @@ def _linear_stats(
     if not hidden.shape[0]:
         empty = hidden.new_empty(4, 0, dtype=torch.float32)
         return empty[0].clone(), empty[1].clone(), empty[2].clone(), empty[3].clone()
-    chosen, processors = _launch_options(hidden, weight)
+    chosen, processors = _launch_options(hidden, weight, cap is not None)
     parts = shares(hidden.shape[0], weight.shape[0], chosen, processors)
     with torch.cuda.device_of(hidden):
         out = launch(hidden, weight, bias, targets, scale, cap, chosen, parts)

@@ -36,7 +36,7 @@ def _place(rows, shares, BM: tl.constexpr, GROUP: tl.constexpr):
 def _product(
     hidden, weight, row, column, rows, V, D, stride_h, stride_w,
     DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SPECIALIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """h[row : row + BM] W[column : column + BN]ᵀ in fp32. Rows and columns beyond the end are garbage or zero."""
     acc = tl.zeros([BM, BN], tl.float32)
@@ -44,7 +44,7 @@ def _product(
     j = column + tl.arange(0, BN)
     i = tl.where(i < rows, i, 0).to(tl.int64)
     j = tl.where(j < V, j, 0).to(tl.int64)
-    for start in range(0, D, BK):
+    for start in tl.range(0, D, BK, warp_specialize=SPECIALIZE):
         if DESCRIPTORS:
             a = hidden.load([row, start])
             b = weight.load([column, start])
@@ -85,8 +85,8 @@ def _fold_tile(
 def linear_stats(
     hidden, weight, bias, targets, max_, sum_, dot, target, rows, V, D, stride_h, stride_w, shares, scale,
     cap: tl.constexpr, LOGITS: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
-    EVEN: tl.constexpr, HALVES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr,
+    EVEN: tl.constexpr, HALVES: tl.constexpr, SPECIALIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     block, share = _place(rows, shares, BM, GROUP)
     row = block * BM
@@ -102,7 +102,7 @@ def linear_stats(
         column = tile * BN
         acc = _product(
             hidden, weight, row, column, rows, V, D, stride_h, stride_w,
-            DESCRIPTORS, WIDEN, PRECISION, EVEN, BM, BN, BK,
+            DESCRIPTORS, WIDEN, PRECISION, EVEN, SPECIALIZE, BM, BN, BK,
         )  # fmt: skip
         if HALVES:
             left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
