@@ -24,7 +24,7 @@ demo: $(STAMP)
 	$(BIN)/trapo train demo run_dir=runs/demo --if-finished restart
 
 test: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 # The packages of one extra, without building this package again.
 EXTRA = $(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project'] \
