@@ -28,6 +28,22 @@ def scalars(path):
     return events
 
 
+def wandb_records(path):
+    """Records of a .wandb file: LevelDB's log format after 7 bytes of W&B's own."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, parts = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # no header fits into the rest of a block
+            at += 32768 - at % 32768
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield Record.FromString(parts)
+            parts = b""
+
+
 def test_rows_become_flat_numbers_by_name():
     row = {"step": 3, "phase": "trapo", "reward": None, "lr": 0.5, "reward_by_ratio": {"0": 0.25}, "histogram": [1, 2]}
     assert flat_numbers(row) == {"lr": 0.5, "reward_by_ratio/0": 0.25}
@@ -78,23 +94,15 @@ def test_a_killed_run_continues_the_same_tensorboard_and_wandb_run(tmp_path, tin
 @needs_wandb
 def test_wandb_gets_the_rows_and_the_configuration(tmp_path, monkeypatch):
     """Read back from what an offline run leaves for `wandb sync`."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = merge_config({}, ["log.wandb=true", "optim.lr=0.25"])
     with Loggers(config, RunDir(tmp_path), 0) as opened:
         for step in (1, 2):
             opened.update(full_row(step))
-    store = DataStore()
-    store.open_for_scan(str(next((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))))
     history, settings = [], {}
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record.FromString(data)
-        if record.HasField("history"):
-            history.append({".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item})
-        for update in record.run.config.update:
-            settings[update.key] = json.loads(update.value_json)
+    for record in wandb_records(next((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))):
+        history.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item})
+        settings |= {update.key: json.loads(update.value_json) for update in record.run.config.update}
     rewards = [row["reward"] for row in history if "reward" in row]
     assert rewards == [full_row(1)["reward"], full_row(2)["reward"]]
     assert settings["optim"]["lr"] == 0.25

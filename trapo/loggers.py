@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
+import secrets
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -63,13 +65,11 @@ class WandbLogger:
     computes again are the ones that W&B has, which keeps the first."""
 
     def __init__(self, config: Config, run_dir: RunDir, step: int) -> None:
-        import os
-
         import wandb
 
         id_file = run_dir.path / "wandb_id"
         if not id_file.exists():
-            write_atomic(id_file, wandb.util.generate_id())
+            write_atomic(id_file, secrets.token_hex(4))
         self.wandb = wandb
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "trapo"),

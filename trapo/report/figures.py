@@ -165,7 +165,7 @@ def _accuracy(runs: Sequence[RunData]) -> Figure:
                 "error_y": error,
                 "mode": "lines+markers" + ("+text" if len(runs) == 1 and len(found) <= 8 else ""),
                 "text": [f"{a:.1%}" for a in accuracy],
-                "textposition": "middle right",
+                "textposition": "bottom right",
                 "cliponaxis": False,
                 "line": {"color": run_colour(index), "width": 2},
                 "marker": {"size": 9},
@@ -224,7 +224,7 @@ def _reward_by_level(run: RunData) -> Figure:
 
 
 def _guided(runs: Sequence[RunData]) -> Figure:
-    if not any(any(run.series("guided")) for run in runs):
+    if len(runs) == 1 or not any(any(run.series("guided")) for run in runs):  # of one run it is in _rollouts_by_level
         return Figure("", [], "")
     return _curve(runs, "guided", "Guided rollouts", "share", unit_range=True)
 
@@ -258,7 +258,15 @@ def _at_alpha(alphas: Sequence[float], axis: str) -> dict[str, Any]:
         ends = {f"{axis}0": alpha, f"{axis}1": alpha, f"{other}0": 0, f"{other}1": 1, f"{other}ref": "paper"}
         shapes.append({"type": "line", "line": {"color": OUTSIDE, "width": 2, "dash": "dash"}, **ends})
         place = {axis: alpha, other: 1, f"{other}ref": "paper", f"{axis}anchor": "left" if axis == "x" else "bottom"}
-        labels.append({"text": f"α = {alpha:g}", "showarrow": False, "font": {"color": OUTSIDE}, **place})
+        labels.append(
+            {
+                "text": f"α = {alpha:g}",
+                "showarrow": False,
+                "font": {"color": "#a34400"},
+                "bgcolor": "rgba(255,255,255,0.85)",
+                **place,
+            }
+        )
         labels[-1][f"{other}anchor"] = "top" if other == "y" else "right"
     return {"shapes": shapes, "annotations": labels}
 
