@@ -94,11 +94,14 @@ def test_a_killed_run_continues_the_same_tensorboard_and_wandb_run(tmp_path, tin
 @needs_wandb
 def test_wandb_gets_the_rows_and_the_configuration(tmp_path, monkeypatch):
     """Read back from what an offline run leaves for `wandb sync`."""
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = merge_config({}, ["log.wandb=true", "optim.lr=0.25"])
     with Loggers(config, RunDir(tmp_path), 0) as opened:
         for step in (1, 2):
             opened.update(full_row(step))
+    wandb.teardown()  # its service process holds the last records until it ends
     history, settings = [], {}
     for record in wandb_records(next((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))):
         history.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item})

@@ -169,7 +169,7 @@ def test_hostile_text_is_shown_and_not_run(open_page):
     page = open_page("hostile")
     assert page.evaluate("window.hacked") is None
     assert page.query_selector("main img") is None
-    for part in (".prompt", ".prefix", ".own"):
+    for part in (".prompt", ".response .prefix", ".response .own"):
         assert page.inner_text(part) == HOSTILE
 
 
