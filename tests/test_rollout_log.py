@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from trapo.collect import Rollout
@@ -52,3 +54,12 @@ def test_every_guidance_level_is_sampled_before_one_is_sampled_twice(tokenizer):
 def test_the_sample_is_not_always_the_first_rollouts(tokenizer, seed):
     rollouts = [make(tokenizer, own=f" {i}") for i in range(50)]
     assert sample_rollouts(rollouts, 3, seed) != rollouts[:3]
+
+
+def test_a_prompt_with_examples_says_who_says_what(tokenizer):
+    rollout = make(tokenizer)
+    examples = ({"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}, MESSAGES[1])
+    several = dataclasses.replace(rollout.problem.problem, prompt=(MESSAGES[0], *examples))
+    rollout.problem = dataclasses.replace(rollout.problem, problem=several)
+    row = rollout_row(1, rollout, tokenizer, scored=True)
+    assert row["prompt"] == "user: 1 + 1?\n\nassistant: 2\n\nuser: What is 3 + 4?"

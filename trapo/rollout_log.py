@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from trapo.collect import Rollout
+from trapo.data import Problem
 from trapo.encode import decode_text
 
 
@@ -28,7 +29,7 @@ def rollout_row(step: int, rollout: Rollout, tokenizer: PreTrainedTokenizerBase,
     return {
         "step": step,
         "id": problem.id,
-        "prompt": "\n\n".join(m["content"] for m in problem.prompt if m["role"] != "system"),
+        "prompt": _prompt_text(problem),
         "answer": problem.answer,
         "prefix": prefix,
         "own": own,
@@ -42,6 +43,14 @@ def rollout_row(step: int, rollout: Rollout, tokenizer: PreTrainedTokenizerBase,
         "status": rollout.status,
         "advantage": rollout.advantage if scored else None,
     }
+
+
+def _prompt_text(problem: Problem) -> str:
+    """The chat but for its system prompt; who says what is told where there are examples before the question."""
+    messages = [m for m in problem.prompt if m["role"] != "system"]
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
 
 
 def _split_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
