@@ -37,7 +37,7 @@ def write_page(runs: Sequence[RunData], path: Path) -> Path:
     )
     environment.filters |= {"percent": _percent, "duration": _duration}
     drawn = sections(runs)
-    figures = [{**dataclasses.asdict(figure)} for section in drawn for figure in section.figures]
+    figures = [dataclasses.asdict(figure) for section in drawn for figure in section.figures]
     html = environment.get_template("page.html.j2").render(
         title=" · ".join(run.name for run in runs),
         nonce=secrets.token_urlsafe(16),
@@ -107,9 +107,11 @@ def _shortened(text: str) -> str:
 def _settings(runs: Sequence[RunData]) -> list[dict[str, Any]]:
     """All configuration keys with each run's value; those in which runs differ come first."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
-    rows = [{"key": key, "values": [run.config.get(key) for run in runs]} for key in keys]
-    for row in rows:
-        row["differs"] = row["key"] != "run_dir" and any(value != row["values"][0] for value in row["values"])
+    rows = []
+    for key in keys:
+        values = [run.config.get(key) for run in runs]
+        differs = key != "run_dir" and any(value != values[0] for value in values)
+        rows.append({"key": key, "values": values, "differs": differs})
     return sorted(rows, key=lambda row: not row["differs"])
 
 
