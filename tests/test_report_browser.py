@@ -69,11 +69,11 @@ def open_page(browser, pages):
     assert troubles == []
 
 
-def pixels(element):
-    """A screenshot as [H, W, 3]."""
+def pixels(element, **options):
+    """A screenshot of a page or an element as [H, W, 3]."""
     from matplotlib.image import imread
 
-    return (imread(io.BytesIO(element.screenshot()))[:, :, :3] * 255).round().astype(int)
+    return (imread(io.BytesIO(element.screenshot(**options)))[:, :, :3] * 255).round().astype(int)
 
 
 def channels(css):
@@ -92,8 +92,10 @@ def test_every_figure_is_drawn_and_nothing_sticks_out(name, width, scheme, open_
     assert len(plots) >= 15
     background = np.array(channels(plots[0].evaluate("e => getComputedStyle(e.closest('figure')).backgroundColor")))
     assert (background.mean() > 128) == (scheme == "light")
+    whole = pixels(page, full_page=True)
     for plot in plots:
-        image = pixels(plot)
+        box = {side: round(value) for side, value in plot.bounding_box().items()}
+        image = whole[box["y"] : box["y"] + box["height"], box["x"] : box["x"] + box["width"]]
         title = plot.get_attribute("aria-label")
         assert (image == background).all(axis=2).mean() > 0.05, f"{title}: not on the page's background"
         colourful = (image.max(axis=2) - image.min(axis=2)) > 60  # text and grid are grey, what is drawn is not
