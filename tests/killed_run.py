@@ -56,6 +56,7 @@ def main() -> None:
         "train": {"steps": 6, "prompts_per_step": 2, "threads": 1, "updates_per_step": 2},
         "eval": {"every": 3},
         "checkpoint": {"every": 2, "keep": 1},
+        "log": {"rollouts_every": 2, "rollouts": 3},
     }
     trainer.train(merge_config(base, overrides), console=Console(width=160))
 

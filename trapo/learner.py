@@ -21,6 +21,7 @@ from trapo.batching import Batch, collate, loss_tokens, micro_batches
 from trapo.collect import Rollout
 from trapo.config import Config, OptimConfig
 from trapo.errors import TrapoError
+from trapo.metrics import ProbabilityHistogram
 from trapo.model import head_of
 
 
@@ -33,6 +34,7 @@ class Update:
     skipped_steps: int  # left out because a gradient was not finite
     grad_norm: float  # before clipping; the last optimizer step's
     trained_tokens: int  # that went through the model, prompts included
+    expert_histogram: list[int]  # expert tokens by their probability, see ProbabilityHistogram
 
 
 class Learner:
@@ -45,6 +47,7 @@ class Learner:
         self.reference = reference
         self.config = config
         self.pad_id = pad_id
+        self.expert_histogram = ProbabilityHistogram()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if any(p.dtype != torch.float32 for p in self.parameters):
             # An AdamW step is about lr in size: added to a 16-bit weight it is rounded away.
@@ -88,7 +91,8 @@ class Learner:
         with warnings.catch_warnings():  # a first step with nothing to learn has a schedule step, no optimizer step
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             self.scheduler.step()
-        return Update(_merge(metrics, steps + skipped), steps, skipped, norm, tokens)
+        merged = _merge(metrics, steps + skipped)
+        return Update(merged, steps, skipped, norm, tokens, self.expert_histogram.take())
 
     def state_dict(self) -> dict[str, object]:
         return {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
@@ -142,7 +146,7 @@ class Learner:
     ) -> tk.PolicyLoss:
         batch = collate(rollouts, self.pad_id, self.model.device)
         head = head_of(self.model)
-        return tk.linear_policy_loss(
+        loss = tk.linear_policy_loss(
             self._hidden_states(self.model, batch),
             head.weight,
             batch.targets,
@@ -158,6 +162,8 @@ class Learner:
             softcap=head.softcap,
             logit_scale=head.logit_scale,
         )
+        self.expert_histogram.add(loss.logprobs, batch.expert_mask & batch.mask)
+        return loss
 
     @torch.no_grad()
     def _logprobs(self, model: PreTrainedModel, rollouts: Sequence[Rollout]) -> dict[int, torch.Tensor]:
