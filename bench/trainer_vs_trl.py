@@ -3,17 +3,17 @@
     python -m bench.trainer_vs_trl                       # writes bench/results/trainer_vs_trl.json
     python -m bench.trainer_vs_trl --profile             # where trapo's update spends its time, by operator
 
-SmolLM2-135M-Instruct, all parameters trained in fp32, GSM8K-like prompts, 8 rollouts each that transformers'
-`generate` drew once (T = 1); both sides get these token ids and the same rewards, so both compute the same update (the
-gradient norms are reported side by side). Timed is everything from given rollouts to new weights: forward, loss,
-backward, clipping, AdamW; TRL's generation and scoring is subtracted. A token is one of a prompt or a completion; padding
-is not counted, but is paid for. Each side runs in fresh processes, in turns, and speeds are medians over rounds of each
-process's best step. Memory is a fresh process's high-water mark during its first update, less what was resident
-before it; both are in the result.
+SmolLM2-135M-Instruct, all parameters trained in fp32, GSM8K prompts, 8 rollouts each that transformers' `generate` drew
+once (T = 1); both sides get these token ids and the same rewards, so both compute the same update (the gradient norms
+are reported side by side). Timed is everything from given rollouts to new weights: forward, loss, backward, clipping,
+AdamW; TRL's generation and scoring is left out. A token is one of a prompt or a completion; padding is not counted,
+but is paid for. Each side runs in fresh processes, in turns, and speeds are medians over rounds of each process's best
+step. Memory is a fresh process's high-water mark during its first update, less what was resident before it; both
+are in the result.
 
-TRL's settings: fp32 without gradient checkpointing (its fastest here), SDPA attention, its chunked fused head (always on),
-dapo's loss, no KL term, no old logprobs (it knows that one update needs none), `--trl-batch` sequences in a micro-batch.
-trapo's: mode grpo, the same loss; micro-batches of as many padded tokens as TRL's (`--budget` overrides).
+TRL's settings: fp32 without gradient checkpointing (its fastest here), SDPA attention, its chunked fused head (always
+on), dapo's loss, no KL term, no old logprobs (it knows that one update needs none), `--trl-batch` sequences in a
+micro-batch. trapo's: mode grpo, the same loss; micro-batches of as many padded tokens as TRL's (or `--budget`).
 No group has equal rewards, so that nothing is gained by leaving rollouts without advantage out.
 """
 
@@ -131,8 +131,9 @@ def run_trl(rows: list[dict[str, Any]], steps: int, batch: int) -> dict[str, Any
             max_completion_length=max(len(c) for row in rows for c in row["completion_ids"]), report_to=[],
             save_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True, seed=0,
         )  # fmt: skip
+        prompts = Dataset.from_list([{"prompt": r["prompt"]} for r in rows])
         trainer = GRPOTrainer(
-            model, reward_funcs=rewards, args=config, train_dataset=Dataset.from_list([{"prompt": r["prompt"]} for r in rows]),
+            model, reward_funcs=rewards, args=config, train_dataset=prompts,
             processing_class=tokenizer, rollout_func=given, callbacks=[Stops()],
         )  # fmt: skip
         score = trainer._generate_and_score_completions

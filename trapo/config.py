@@ -327,7 +327,7 @@ def _check_values(config: Config) -> None:
         raise TrapoError(f"train.sft_steps: only mode sft_then_rl has SFT steps; got mode {config.mode}")
     if config.eval.samples > 1 and not config.eval.temperature:
         raise TrapoError(
-            f"eval.samples: got {config.eval.samples} with eval.temperature=0, the default; greedy samples are all equal"
+            f"eval.samples: got {config.eval.samples} with eval.temperature=0, the default: greedy samples are equal"
         )
 
 
