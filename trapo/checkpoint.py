@@ -22,6 +22,7 @@ from trapo.files import write_folder_atomic
 from trapo.manifest import find_damage, write_manifest
 
 STATE_FILE = "trainer_state.pt"
+_WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch.save's are RuntimeErrors
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -71,12 +72,24 @@ def write_model(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
 
 def write_or_explain(path: Path, fill: Callable[[Path], None]) -> None:
     """`write_folder_atomic`, its failures as SaveError."""
+
+    def explained(folder: Path) -> None:
+        try:
+            fill(folder)
+        except _WRITE_ERRORS as error:  # here what fills the disk is still on it
+            raise SaveError(f"{path} could not be written: {_reason(error, folder)}") from error
+
     try:
-        write_folder_atomic(path, fill)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save's are RuntimeErrors
-        reason = getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
-        free = shutil.disk_usage(path.parent).free / 1e6
-        raise SaveError(f"{path} could not be written: {reason} ({free:.0f} MB of disk are free now)") from error
+        write_folder_atomic(path, explained)
+    except OSError as error:
+        raise SaveError(f"{path} could not be written: {_reason(error, path.parent)}") from error
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    """In a few words. torch.save says "unexpected pos" of a full disk."""
+    if shutil.disk_usage(folder).free < 2**20:
+        return "no space left on the disk"
+    return getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def find(folder: Path) -> list[Checkpoint]:
