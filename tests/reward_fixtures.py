@@ -49,3 +49,13 @@ def misbehave(text: str, answer: str) -> float:
     if text in odd:
         return odd[text]  # type: ignore[return-value]
     return 1.0 if text == answer else 0.0
+
+
+def astronomical(text: str, answer: str) -> float:
+    return 1e39 * (1 + len(text))
+
+
+def hang_on_odd_length(text: str, answer: str) -> float:
+    if len(text) % 2:
+        time.sleep(1000)
+    return 1.0

@@ -125,6 +125,18 @@ def test_eval_scores_a_trained_model_with_several_samples(demo_run):
     assert len((out / "eval.jsonl").read_text().splitlines()) == 8
 
 
+def test_benchmarks_end_in_a_table_and_two_evaluations_can_be_compared(tiny_model_path, tmp_path):
+    rows = [{"prompt": f"What is {i} + {4 - i}?", "answer": "4", "id": f"p{i}"} for i in range(3)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["eval", "demo", f"model.path={tiny_model_path}", f"eval.benchmarks=[{tmp_path / 'mine.jsonl'}@2]"]
+    done = trapo(*arguments, f"run_dir={tmp_path / 'eval'}", "rollout.max_response_tokens=8")
+    for word in ("benchmark", "avg@2", "95% interval", "mine"):
+        assert word in done.stdout
+    done = trapo("compare", tmp_path / "eval", tmp_path / "eval", "--out", tmp_path / "out.json")
+    assert "sign flips" in done.stdout
+    assert json.loads((tmp_path / "out.json").read_text())["comparisons"][0]["difference"] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -136,6 +148,8 @@ def test_eval_scores_a_trained_model_with_several_samples(demo_run):
         (["train", "demo", "model.freeze=nothing"], "model.freeze: 'nothing' matches none"),
         (["train", "smollm2-gsm8k"], "data.train: missing"),
         (["eval", "smollm2-gsm8k"], "data.eval: missing"),
+        (["eval", "demo", "eval.suite=math"], "data.dir: missing; give the folder that holds aime.parquet"),
+        (["compare", "/no/a", "/no/b"], "compare: /no/a holds no evaluation"),
         (["report", "/no/such/run"], "holds no steps"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).parent / "killed_run.py"
-CLOCKS = ("tokens_per_second", "seconds", "seconds_collect", "seconds_update", "seconds_left", "peak_memory_gb")
+CLOCKS = ("tokens_per_second", "peak_memory_gb")
 
 
 def run(model, run_dir, kill_at="none", *overrides, expect=0):
@@ -26,7 +26,7 @@ def outcome(run_dir):
     """Everything of a run that must not depend on interruptions."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
-        for clock in CLOCKS:
+        for clock in [key for key in row if key in CLOCKS or key.startswith("seconds")]:
             del row[clock]
     summary = json.loads((run_dir / "summary.json").read_text())
     evals = {f.name: f.read_text() for f in sorted((run_dir / "eval").iterdir())}

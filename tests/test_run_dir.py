@@ -4,7 +4,8 @@ import pytest
 
 from trapo.config import merge_config
 from trapo.errors import TrapoError
-from trapo.files import write_atomic, write_folder_atomic, write_json
+from trapo.files import append_line, write_atomic, write_folder_atomic, write_json
+from trapo.manifest import write_manifest
 from trapo.run_dir import RunDir, read_rows
 
 
@@ -18,6 +19,14 @@ def row(step):
     return {"step": step, "reward": 0.5}
 
 
+def make_checkpoint(run, step):
+    folder = run.checkpoints / f"step-{step:06d}"
+    folder.mkdir()
+    (folder / "weights").write_text(f"of step {step}")
+    write_manifest(folder)
+    return folder
+
+
 def test_metrics_after_the_checkpoint_are_dropped_and_a_cut_line_is_survived(tmp_path):
     run = RunDir(tmp_path / "run")
     assert open_run(run, merge_config({})) is None
@@ -26,7 +35,7 @@ def test_metrics_after_the_checkpoint_are_dropped_and_a_cut_line_is_survived(tmp
     with open(run.metrics, "a") as file:
         file.write('{"step": 4, "rew')  # what a kill in the middle of a write leaves
     assert [r["step"] for r in read_rows(run.metrics)] == [1, 2, 3]
-    (run.checkpoints / "step-000002").mkdir()
+    make_checkpoint(run, 2)
     found = open_run(run, merge_config({}))
     assert found.step == 2
     assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2]
@@ -124,6 +133,32 @@ def test_evaluations_of_weights_that_will_be_computed_again_are_dropped(tmp_path
     open_run(run, merge_config({}))
     for step in (0, 2, 4):
         write_json(run.evaluation(step), {})
-    (run.checkpoints / "step-000002").mkdir()
+    make_checkpoint(run, 2)
     open_run(run, merge_config({}))
     assert sorted(run.evaluations()) == [0, 2]
+
+
+def test_a_line_that_does_not_fit_on_the_disk_leaves_the_log_as_it_was(tmp_path, file_size_limit):
+    path = tmp_path / "metrics.jsonl"
+    append_line(path, "first")
+    with file_size_limit(10), pytest.raises(OSError, match="File too large"):
+        append_line(path, "second" * 10)
+    append_line(path, "third")
+    assert path.read_text().splitlines() == ["first", "third"]
+
+
+def test_a_replaced_folder_survives_a_failed_replacement(tmp_path, file_size_limit):
+    folder = tmp_path / "final"
+    write_folder_atomic(folder, lambda path: (path / "weights").write_text("old"))
+    with file_size_limit(10), pytest.raises(OSError, match="File too large"):
+        write_folder_atomic(folder, lambda path: (path / "weights").write_text("new" * 10))
+    assert (folder / "weights").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["final"]
+
+
+def test_the_best_evaluations_are_found_ties_going_to_the_later_step(tmp_path):
+    run = RunDir(tmp_path)
+    for step, accuracy in {0: 0.9, 2: 0.5, 4: 0.7, 6: 0.5}.items():
+        write_json(run.evaluation(step), {"accuracy": accuracy})
+    assert run.best_steps(3) == [4, 6, 2]  # step 0 is not trained
+    assert run.best_steps(0) == []

@@ -5,7 +5,14 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from trapo.stats import bootstrap_interval, paired_bootstrap, pass_at_k, wilson_interval
+from trapo.stats import (
+    bootstrap_interval,
+    mcnemar_exact,
+    paired_bootstrap,
+    pass_at_k,
+    sign_flip_test,
+    wilson_interval,
+)
 
 
 def test_wilson_interval_gives_the_textbook_value():
@@ -93,3 +100,27 @@ def test_pass_at_1_is_the_mean_and_large_counts_do_not_overflow():
 def test_pass_at_k_refuses_impossible_counts(args):
     with pytest.raises(ValueError, match="pass_at_k"):
         pass_at_k(*args)
+
+
+def test_mcnemars_test_is_the_binomial_tail_of_a_fair_coin():
+    assert mcnemar_exact(0, 0) == 1.0
+    assert mcnemar_exact(5, 5) == 1.0
+    assert mcnemar_exact(0, 10) == pytest.approx(2 / 2**10)
+    assert mcnemar_exact(1, 9) == mcnemar_exact(9, 1) == pytest.approx(2 * 11 / 2**10)
+    with pytest.raises(ValueError, match="must not be negative"):
+        mcnemar_exact(-1, 2)
+
+
+def test_sign_flips_of_differences_of_one_are_mcnemars_test():
+    for worse, better in [(1, 9), (3, 5), (0, 4), (6, 10)]:
+        differences = [-1.0] * worse + [1.0] * better + [0.0] * 30
+        assert sign_flip_test(differences) == pytest.approx(mcnemar_exact(worse, better))
+
+
+def test_sampled_sign_flips_agree_with_the_exact_tail():
+    differences = [-1.0] * 30 + [1.0] * 50
+    exact = mcnemar_exact(30, 50)
+    sampled = sign_flip_test(differences, resamples=20_000)
+    assert abs(sampled - exact) < 4 * (exact * (1 - exact) / 20_000) ** 0.5
+    assert sign_flip_test([0.0, 0.0]) == 1.0
+    assert sign_flip_test([1e-3] * 200) == pytest.approx(1 / 20_001)  # never 0

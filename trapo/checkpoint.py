@@ -1,7 +1,7 @@
 """Checkpoints: a folder that transformers can load, with the trainer's own state beside the weights.
 
 All randomness of a run is derived from (seed, step), so weights, optimizer, scheduler and the step number are the
-whole state: a resumed run continues bit for bit.
+whole state: a resumed run continues bit for bit. A manifest in each folder tells a sound checkpoint from a damaged one.
 """
 
 from __future__ import annotations
@@ -9,16 +9,25 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trapo.errors import TrapoError
 from trapo.files import write_folder_atomic
+from trapo.manifest import find_damage, write_manifest
 
 STATE_FILE = "trainer_state.pt"
+_WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch.save's are RuntimeErrors
 _NAME = re.compile(r"step-(\d{6,})")
+
+
+class SaveError(TrapoError):
+    """A folder could not be written; nothing of it is left, and what was there before still is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,19 +46,22 @@ def save(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     state: dict[str, Any],
-    keep: int,
 ) -> Checkpoint:
-    """Write `folder/step-NNNNNN` atomically, then remove all but the newest `keep`."""
+    """Write `folder/step-NNNNNN` atomically. Raises SaveError when it cannot be written: a full disk, for instance."""
 
     def fill(path: Path) -> None:
         write_model(path, model, tokenizer)
         torch.save(state, path / STATE_FILE)
+        write_manifest(path)
 
     checkpoint = Checkpoint(folder / f"step-{step:06d}", step)
-    write_folder_atomic(checkpoint.path, fill)
-    for old in find(folder)[:-keep]:
-        shutil.rmtree(old.path)
+    write_or_explain(checkpoint.path, fill)
     return checkpoint
+
+
+def save_model(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """`write_model` to a folder atomically. Raises SaveError when it cannot be written."""
+    write_or_explain(path, lambda folder: write_model(folder, model, tokenizer))
 
 
 def write_model(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -58,13 +70,68 @@ def write_model(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     tokenizer.save_pretrained(path)
 
 
+def write_or_explain(path: Path, fill: Callable[[Path], None]) -> None:
+    """`write_folder_atomic`, its failures as SaveError."""
+
+    def explained(folder: Path) -> None:
+        try:
+            fill(folder)
+        except _WRITE_ERRORS as error:  # here what fills the disk is still on it
+            raise SaveError(f"{path} could not be written: {_reason(error, folder)}") from error
+
+    try:
+        write_folder_atomic(path, explained)
+    except OSError as error:
+        raise SaveError(f"{path} could not be written: {_reason(error, path.parent)}") from error
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    """In a few words. torch.save says "unexpected pos" of a full disk."""
+    if shutil.disk_usage(folder).free < 2**20:
+        return "no space left on the disk"
+    return getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def find(folder: Path) -> list[Checkpoint]:
-    """All complete checkpoints, oldest first."""
+    """All checkpoints that have their name, oldest first; some may be damaged."""
     named = [(p, _NAME.fullmatch(p.name)) for p in folder.glob("step-*")]
     return sorted((Checkpoint(p, int(m[1])) for p, m in named if m), key=lambda c: c.step)
 
 
+def newest_sound(folder: Path, log: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that is whole; every newer one is reported in a line. None when there is no checkpoint.
+
+    Raises TrapoError when there are some and all are damaged: starting anew would be a loss that nobody asked for.
+    """
+    found = find(folder)
+    for checkpoint in reversed(found):
+        damage = find_damage(checkpoint.path)
+        if damage is None:
+            return checkpoint
+        log(f"checkpoint {checkpoint.path} is damaged ({damage}) and not used")
+    if found:
+        raise TrapoError(
+            f"run_dir: every checkpoint in {folder} is damaged; delete that folder to start the run from step 0"
+        )
+    return None
+
+
+def prune(folder: Path, keep: int, also: Collection[int] = ()) -> None:
+    """Remove all but the newest `keep` checkpoints and those of the steps `also`."""
+    for old in find(folder)[:-keep]:
+        if old.step not in also:
+            remove(old)
+
+
+def remove(checkpoint: Checkpoint) -> None:
+    """Delete a checkpoint. It loses its name first: a kill must not leave half of it under that name."""
+    doomed = checkpoint.path.with_name(f".tmp-{checkpoint.path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
 def remove_unfinished(folder: Path) -> None:
-    """Delete what a killed save left behind."""
-    for path in folder.glob(".tmp-step-*"):
+    """Delete what a killed save or removal left behind."""
+    for path in folder.glob(".tmp-*"):
         shutil.rmtree(path)

@@ -1,8 +1,10 @@
-"""`trapo train|eval|report`: the command line. Heavy imports wait until a command needs them, so that --help and the
-reward workers, which import this module again, start fast."""
+"""`trapo train|eval|compare|report`: the command line. Heavy imports wait until a command needs them, so that --help
+and the reward workers, which import this module again, start fast."""
 
 from __future__ import annotations
 
+import errno
+import functools
 import os
 import sys
 from enum import Enum
@@ -26,6 +28,10 @@ Overrides = Annotated[
 ]
 
 
+# What a write is answered with when the disk, a quota or a size limit is full.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 class IfFinished(str, Enum):
     stop = "stop"
     restart = "restart"
@@ -46,6 +52,7 @@ def train(
     settings = load_config(config, overrides or [])
     _quiet_transformers()
     from trapo import trainer
+    from trapo.stopping import Stopped
 
     console = _console()
     try:
@@ -53,22 +60,51 @@ def train(
     except KeyboardInterrupt:
         print("trapo: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         raise typer.Exit(130) from None
+    except Stopped as stopped:
+        console.print(f"trapo: {stopped}; the same command continues from there", markup=False, highlight=False)
+        raise typer.Exit(0) from None
     _print_summary(console, Path(settings.run_dir), summary)
 
 
 @app.command(name="eval")
 def evaluate(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Evaluate model.path on data.eval; writes run_dir/eval.json, and each response to run_dir/eval.jsonl."""
+    """Evaluate model.path on data.eval (run_dir/eval.json, each response in run_dir/eval.jsonl), or on benchmarks:
+    eval.suite=math or eval.benchmarks=[aime24,math500], data.dir=PATH (run_dir/benchmarks.json, benchmarks/NAME.jsonl).
+    """
     from trapo.config import load_config
 
     settings = load_config(config, overrides or [])
     _quiet_transformers()
+    console = _console()
+    log = functools.partial(console.print, markup=False, highlight=False)
+    if settings.eval.suite or settings.eval.benchmarks:
+        from trapo import benchmarks
+
+        results = benchmarks.evaluate_benchmarks(settings, log=log)
+        console.print(benchmarks.table(results), highlight=False)
+        return
     from trapo import evaluate as evaluation
 
-    result = evaluation.evaluate_model(settings, log=_console().print)
-    _console().print(f"{settings.data.eval}: accuracy {result}", highlight=False)
+    result = evaluation.evaluate_model(settings, log=log)
+    console.print(f"{settings.data.eval}: accuracy {result}", highlight=False)
     if settings.eval.samples > 1:
-        _console().print("  ".join(f"pass@{k} {value:.1%}" for k, value in result.pass_at.items()), highlight=False)
+        console.print("  ".join(f"pass@{k} {value:.1%}" for k, value in result.pass_at.items()), highlight=False)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="a run folder, a folder of `trapo eval`, or a .jsonl")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="another one, over the same problems")],
+    out: Annotated[Path | None, typer.Option(help="also write the numbers to this JSON file")] = None,
+) -> None:
+    """Paired test of two evaluations: B minus A, problem by problem."""
+    from trapo import compare as comparison
+    from trapo.files import write_json
+
+    found = comparison.compare(first, second)
+    _console().print(comparison.table(found, str(first), str(second)), highlight=False)
+    if out is not None:
+        write_json(out, comparison.as_json(found, str(first), str(second)))
 
 
 @app.command()
@@ -97,6 +133,11 @@ def main() -> None:
         app()
     except TrapoError as error:
         print(f"trapo: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        print(f"trapo: {error.filename or 'a file'} could not be written: {error.strerror}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -10,6 +10,7 @@ from trapo.encode import EncodedProblem
 from trapo.guidance import Schedule, carries_expert_term, is_guided
 from trapo.rewards import Reward
 from trapo.rollout import Completion, Engine, Request
+from trapo.timing import StepTimer
 
 # Answers of the rollouts given (their full text is decoded by the scorer), in order.
 Scorer = Callable[[Sequence["Rollout"]], list[Reward]]
@@ -53,12 +54,13 @@ def collect(
     temperature: float,
     max_response_tokens: int,
     seed: int,
+    timer: StepTimer | None = None,
 ) -> list[Rollout]:
     """All rollouts of a step, ordered by prompt and then by micro-group.
 
     score=None leaves rewards at 0 (objectives without advantages), so no later micro-group can depend on them.
     """
-    rng = random.Random(seed)
+    rng, timer = random.Random(seed), timer or StepTimer()
     by_prompt: list[list[Rollout]] = [[] for _ in problems]
     for level in range(len(schedule.micro_groups)):
         drawn = [
@@ -66,9 +68,12 @@ def collect(
             for group, problem in enumerate(problems)
             for rollout in _open_rollouts(problem, group, level, schedule, by_prompt[group], rng, max_response_tokens)
         ]
-        _generate(drawn, engine, temperature, max_response_tokens, seed + level)
+        with timer.part("generate"):
+            _generate(drawn, engine, temperature, max_response_tokens, seed + level)
         if score is not None:
-            for rollout, reward in zip(drawn, score(drawn), strict=True):
+            with timer.part("reward"):
+                rewards = score(drawn)
+            for rollout, reward in zip(drawn, rewards, strict=True):
                 rollout.reward, rollout.status = reward.value, reward.status
         for rollout in drawn:
             by_prompt[rollout.group].append(rollout)

@@ -39,6 +39,7 @@ class ModelConfig:
 class DataConfig:
     train: str | None = None  # JSONL, parquet, or task://...
     eval: str | None = None
+    dir: str | None = None  # where the files of named benchmarks lie
     train_limit: int | None = None
     eval_limit: int | None = None
     system_prompt: str | None = None
@@ -121,21 +122,25 @@ class TrainConfig:
     normalizer_constant: float | None = None  # None: rollouts x rollout.max_response_tokens (Dr.GRPO)
     skip_inactive: bool = True  # leave sequences without any gradient out of the forward, and so out of the metrics
     threads: int | None = None  # torch CPU threads; None: torch's default
+    max_skipped_steps: int = 10  # stop after so many steps in a row whose loss or gradient was not finite
 
 
 @dataclasses.dataclass
 class EvalConfig:
     every: int = 0  # steps between evaluations; 0: only before and after
     before: bool = True
-    temperature: float = 0.0  # 0: greedy
-    samples: int = 1  # per problem: avg@k and pass@k when above 1
+    suite: str | None = None  # `trapo eval`: the benchmarks of a suite (benchmarks.py), read from data.dir
+    benchmarks: list[str] | None = None  # or these: names and files, with @k for k samples a problem, as in aime24@8
+    temperature: float | None = None  # 0: greedy; None: 0 on data.eval, 0.6 on benchmarks
+    samples: int = 1  # per problem of data.eval: avg@k and pass@k when above 1
     max_response_tokens: int | None = None  # None: rollout.max_response_tokens
 
 
 @dataclasses.dataclass
 class CheckpointConfig:
-    every: int = 50  # steps; 0: only the final model
-    keep: int = 1
+    every: int = 50  # steps; 0: only the final model (and what SIGTERM saves)
+    keep: int = 2  # the newest; with 1 there is no other one to go back to should it be damaged
+    keep_best: int = 0  # also save at every evaluation, and keep the so many best by held-out accuracy
 
 
 @dataclasses.dataclass
@@ -206,12 +211,14 @@ BOUNDS: dict[str, tuple[float, bool]] = {
     "train.micro_batch_tokens": (1, True),
     "train.normalizer_constant": (0, False),
     "train.threads": (1, True),
+    "train.max_skipped_steps": (1, True),
     "eval.every": (0, True),
     "eval.temperature": (0, True),
     "eval.samples": (1, True),
     "eval.max_response_tokens": (1, True),
     "checkpoint.every": (0, True),
     "checkpoint.keep": (1, True),
+    "checkpoint.keep_best": (0, True),
     "log.rollouts_every": (0, True),
     "log.rollouts": (1, True),
 }
@@ -318,9 +325,9 @@ def _check_values(config: Config) -> None:
             )
     elif config.train.sft_steps is not None:
         raise TrapoError(f"train.sft_steps: only mode sft_then_rl has SFT steps; got mode {config.mode}")
-    if config.eval.samples > 1 and config.eval.temperature == 0:
+    if config.eval.samples > 1 and not config.eval.temperature:
         raise TrapoError(
-            f"eval.samples: got {config.eval.samples} with eval.temperature=0; greedy samples are all equal"
+            f"eval.samples: got {config.eval.samples} with eval.temperature=0, the default: greedy samples are equal"
         )
 
 

@@ -42,6 +42,17 @@ class LeftOut:
 
     long_prompts: int
     long_traces: int
+    first_prompt: str = ""  # id of the first problem that each number counts
+    first_trace: str = ""
+
+    def describe(self, max_prompt_tokens: int, max_trace_tokens: int) -> str:
+        """What was left out, how many and which first; "" for nothing."""
+        parts = []
+        if self.long_prompts:
+            parts.append(f"{self.long_prompts} prompts over {max_prompt_tokens} tokens (first: {self.first_prompt})")
+        if self.long_traces:
+            parts.append(f"{self.long_traces} traces over {max_trace_tokens} tokens (first: {self.first_trace})")
+        return " and ".join(parts)
 
 
 def encode_problems(
@@ -60,24 +71,27 @@ def encode_problems(
         raise TrapoError("model.path: the tokenizer has no chat template, which the prompts need")
     encoder = TraceEncoder(tokenizer, trace_part)
     kept: list[EncodedProblem] = []
-    long_prompts = long_traces = 0
+    long_prompts: list[str] = []  # ids
+    long_traces: list[str] = []
     for problem in problems:
         prompt_ids = cast(
             list[int],
             tokenizer.apply_chat_template(list(problem.prompt), add_generation_prompt=True, return_dict=False),
         )
         if len(prompt_ids) > max_prompt_tokens:
-            long_prompts += 1
+            long_prompts.append(problem.id)
             continue
         traces = [encoder.encode(trace) for trace in problem.traces]
         short = tuple(t for t in traces if len(t.token_ids) <= max_trace_tokens)
-        long_traces += len(traces) - len(short)
+        long_traces += [problem.id] * (len(traces) - len(short))
         kept.append(EncodedProblem(problem, tuple(prompt_ids), short))
     if not kept:
         raise TrapoError(
-            f"data.max_prompt_tokens: all {len(problems)} prompts are longer than {max_prompt_tokens} tokens"
+            f"data.max_prompt_tokens: all {len(problems)} prompts are longer than {max_prompt_tokens} tokens; "
+            f"the first: {long_prompts[0]}"
         )
-    return kept, LeftOut(long_prompts, long_traces)
+    first_prompt, first_trace = (ids[0] if ids else "" for ids in (long_prompts, long_traces))
+    return kept, LeftOut(len(long_prompts), len(long_traces), first_prompt, first_trace)
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:

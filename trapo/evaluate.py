@@ -25,7 +25,8 @@ from trapo.stats import bootstrap_interval, pass_at_k, wilson_interval
 @dataclasses.dataclass(frozen=True)
 class EvalResult:
     """accuracy: mean reward over problems and samples (avg@k); interval: its 95% interval, Wilson's for one sample a
-    problem, a bootstrap over problems for more; pass_at: k -> pass@k (Chen et al. 2021), for powers of two up to k."""
+    problem, a bootstrap over problems for more; pass_at: k -> pass@k (Chen et al. 2021), for powers of two up to the
+    number of samples, and for that; bootstrap, pass_at_interval: 95% bootstrap intervals over problems."""
 
     accuracy: float
     interval: tuple[float, float]
@@ -35,12 +36,20 @@ class EvalResult:
     finished: float  # share of responses that ended by themselves
     mean_tokens: float
     reward_failures: dict[str, int]
+    bootstrap: tuple[float, float] | None = None
+    pass_at_interval: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path) -> EvalResult:
         """Read what `EvalResult.save` wrote."""
-        raw = json.loads(path.read_text())
-        return cls(**{**raw, "interval": tuple(raw["interval"])})
+        return cls.from_dict(json.loads(path.read_text()))
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> EvalResult:
+        """From `dataclasses.asdict` of one, whose pairs JSON has turned into lists."""
+        pairs = {key: tuple(raw[key]) for key in ("interval", "bootstrap") if raw.get(key) is not None}
+        at = {k: tuple(pair) for k, pair in raw.get("pass_at_interval", {}).items()}
+        return cls(**{**raw, **pairs, "pass_at_interval": at})
 
     def save(self, path: Path) -> None:
         write_json(path, dataclasses.asdict(self))
@@ -58,7 +67,9 @@ def evaluate_model(config: Config, log: Callable[[str], None]) -> EvalResult:
     model, tokenizer = load_model(config.model)
     problems = load_eval_set(config, tokenizer, log)
     if problems is None:
-        raise TrapoError("data.eval: missing; give a JSONL or parquet file or a task:// name")
+        raise TrapoError(
+            "data.eval: missing; give a JSONL or parquet file or a task:// name, or benchmarks as eval.suite=math"
+        )
     engine = make_engine(config, model, tokenizer)
     path = Path(config.run_dir) / "eval.json"
     reward = config.reward
@@ -79,17 +90,18 @@ def evaluate(
     *,
     seed: int,
     rows_path: Path | None = None,
+    samples: int | None = None,
 ) -> EvalResult:
-    """Generate `eval.samples` responses to each problem and score them.
+    """Generate responses to each problem (`samples`, else `eval.samples` of them) and score them.
 
     rows_path: where to write one JSON row per response (id, answer, text, reward, status).
     """
-    samples = config.eval.samples
+    samples = samples or config.eval.samples
     limit = config.eval.max_response_tokens or config.rollout.max_response_tokens
     asked = [problem for problem in problems for _ in range(samples)]
     completions = engine.generate(
         [Request(problem.prompt_ids, limit) for problem in asked],
-        temperature=config.eval.temperature,
+        temperature=config.eval.temperature or 0.0,
         seed=seed,
     )
     texts = [decode_text(tokenizer, c.token_ids) for c in completions]
@@ -120,7 +132,19 @@ def _summarise(by_problem: list[list[float]], **rest: Any) -> EvalResult:
     accuracy = sum(means) / len(means)
     right = [sum(value >= 1.0 for value in values) for values in by_problem]
     binary = samples == 1 and all(value in (0.0, 1.0) for values in by_problem for value in values)
-    interval = wilson_interval(sum(right), len(right)) if binary else bootstrap_interval(means)
+    bootstrap = bootstrap_interval(means)
+    interval = wilson_interval(sum(right), len(right)) if binary else bootstrap
     ks = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
-    pass_at = {str(k): sum(pass_at_k(samples, c, k) for c in right) / len(right) for k in ks}
-    return EvalResult(accuracy, interval, len(means), samples, pass_at, **rest)
+    if samples not in ks:
+        ks.append(samples)
+    passes = {str(k): [pass_at_k(samples, c, k) for c in right] for k in ks}
+    return EvalResult(
+        accuracy,
+        interval,
+        len(means),
+        samples,
+        pass_at={k: sum(values) / len(values) for k, values in passes.items()},
+        bootstrap=bootstrap,
+        pass_at_interval={k: bootstrap_interval(values) for k, values in passes.items()},
+        **rest,
+    )

@@ -23,6 +23,7 @@ from trapo.config import Config, OptimConfig
 from trapo.errors import TrapoError
 from trapo.metrics import ProbabilityHistogram
 from trapo.model import head_of
+from trapo.timing import StepTimer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Update:
 
     metrics: dict[str, float | None]  # of trapo_kernels, over the rollouts that were not skipped; None: not finite
     optimizer_steps: int
-    skipped_steps: int  # left out because a gradient was not finite
+    skipped_steps: int  # left out because a loss or gradient was not finite
     grad_norm: float  # before clipping; the last optimizer step's
     trained_tokens: int  # that went through the model, prompts included
     expert_histogram: list[int]  # expert tokens by their probability, see ProbabilityHistogram
@@ -64,28 +65,34 @@ class Learner:
     def lr(self) -> float:
         return float(self.scheduler.get_last_lr()[0])
 
-    def update(self, rollouts: Sequence[Rollout], objective: tk.Objective, *, seed: int) -> Update:
+    def update(
+        self, rollouts: Sequence[Rollout], objective: tk.Objective, *, seed: int, timer: StepTimer | None = None
+    ) -> Update:
         """`train.updates_per_step` optimizer steps on the rollouts, then one step of the learning-rate schedule."""
+        timer = timer or StepTimer()
         minibatches = self._minibatches(rollouts, seed)
         old_logprobs: dict[int, torch.Tensor] = {}
         if len(minibatches) > 1:  # after the first step the policy is no longer the one that generated
-            old_logprobs = self._logprobs(self.model, [r for r in rollouts if r.own_ids])
+            with timer.part("logprobs"):
+                old_logprobs = self._logprobs(self.model, [r for r in rollouts if r.own_ids])
         ref_logprobs: dict[int, torch.Tensor] = {}
         if objective.kl_coef and self.reference is not None:
-            ref_logprobs = self._logprobs(self.reference, rollouts)
+            with timer.part("logprobs"):
+                ref_logprobs = self._logprobs(self.reference, rollouts)
         metrics: list[dict[str, torch.Tensor]] = []
         steps, skipped, norm, tokens = 0, 0, 0.0, 0
         for minibatch in minibatches:
             trained = [r for r in minibatch if self._has_gradient(r, objective)]
             if not trained:
                 continue
-            denominator = self._denominator(minibatch, len(minibatches))
+            denominator, losses = self._denominator(minibatch, len(minibatches)), []
             for batch in self._micro_batches(trained):
                 loss = self._loss(batch, objective, denominator, old_logprobs, ref_logprobs)
                 loss.loss.backward()
+                losses.append(loss.loss.detach())
                 metrics.append(loss.metrics)
                 tokens += sum(len(r) for r in batch)
-            norm = self._step()
+            norm = self._step(float(torch.stack(losses).sum()))
             finite = math.isfinite(norm)
             steps, skipped = steps + finite, skipped + (not finite)
         with warnings.catch_warnings():  # a first step with nothing to learn has a schedule step, no optimizer step
@@ -185,10 +192,11 @@ class Learner:
                 found[id(rollout)] = logprobs[: len(rollout) - 1]
         return found
 
-    def _step(self) -> float:
-        """Clip and step; a gradient that is not finite changes nothing. Returns the norm before clipping."""
+    def _step(self, loss: float) -> float:
+        """Clip and step; a loss or gradient that is not finite changes nothing. Returns the norm before clipping, NaN
+        where the loss is not finite."""
         limit = self.config.optim.grad_clip or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit)) if math.isfinite(loss) else math.nan
         if math.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -10,8 +10,8 @@ final/               the trained model                 summary.json    written l
 from __future__ import annotations
 
 import json
-import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,20 @@ from trapo import checkpoint
 from trapo.checkpoint import Checkpoint
 from trapo.config import Config, changed_keys, load_config, save_config
 from trapo.errors import TrapoError
-from trapo.files import write_atomic, write_json
+from trapo.files import append_line, write_atomic, write_json
 
 # Keys that may differ between an interrupted run and its continuation: they do not change what was computed so far.
-FREE_KEYS = ("run_dir", "checkpoint.", "eval.every", "reward.workers", "reward.timeout", "log.")
+FREE_KEYS = (
+    "run_dir",
+    "checkpoint.",
+    "eval.every",
+    "reward.workers",
+    "reward.timeout",
+    "train.max_skipped_steps",
+    "log.",
+)
 # What `trapo eval` leaves in a folder that a run may still start in.
-_NOT_A_RUN = ("eval.json", "eval.jsonl", "checkpoints")
+_NOT_A_RUN = ("eval.json", "eval.jsonl", "benchmarks", "benchmarks.json", "checkpoints")
 
 
 class RunDir:
@@ -46,11 +54,18 @@ class RunDir:
         """Evaluations that were made, by step."""
         return {int(p.stem.removeprefix("step-")): p for p in sorted((self.path / "eval").glob("step-*.json"))}
 
-    def look(self, config: Config, *, restart_finished: bool = False) -> Checkpoint | None:
+    def best_steps(self, count: int) -> list[int]:
+        """Steps of the `count` best evaluations of trained weights, the best first; of equal ones the later."""
+        accuracy = {step: json.loads(path.read_text())["accuracy"] for step, path in self.evaluations().items() if step}
+        return sorted(accuracy, key=lambda step: (accuracy[step], step), reverse=True)[:count]
+
+    def look(
+        self, config: Config, *, restart_finished: bool = False, log: Callable[[str], None] = print
+    ) -> Checkpoint | None:
         """The checkpoint that a run of this configuration continues from, None to start at step 0. Changes nothing.
 
-        Raises TrapoError when the folder holds a finished run (unless restart_finished), a run with another
-        configuration, or something else.
+        Damaged checkpoints are told to `log` and passed over. Raises TrapoError when the folder holds a finished run
+        (unless restart_finished), a run with another configuration, something else, or damaged checkpoints alone.
         """
         if self.path.exists() and not self.path.is_dir():
             raise TrapoError(f"run_dir: {self.path} is a file; give a folder")
@@ -66,10 +81,9 @@ class RunDir:
                     f"run_dir: {self.path} holds a finished run; choose another run_dir or pass --if-finished restart"
                 )
             return None
-        found = checkpoint.find(self.checkpoints)
-        if found or self.rows() or self.evaluations():
+        if checkpoint.find(self.checkpoints) or self.rows() or self.evaluations():
             self._refuse_other_config(load_config(self.config), config)
-        return found[-1] if found else None
+        return checkpoint.newest_sound(self.checkpoints, log)
 
     def claim(self, config: Config, resume_from: Checkpoint | None) -> None:
         """Make the folder ready for the run that `look` found possible: what came after the checkpoint goes."""
@@ -83,6 +97,9 @@ class RunDir:
         self.checkpoints.mkdir(exist_ok=True)
         checkpoint.remove_unfinished(self.checkpoints)
         step = resume_from.step if resume_from else 0
+        for damaged in checkpoint.find(self.checkpoints):
+            if damaged.step > step:
+                checkpoint.remove(damaged)
         for evaluated, path in self.evaluations().items():
             if evaluated > step:  # of weights that will be computed again
                 path.unlink()
@@ -111,11 +128,8 @@ class RunDir:
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append JSON lines in one write, and make them durable."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
-        file.flush()
-        os.fsync(file.fileno())
+    """Append JSON lines, all or none of them, and make them durable."""
+    append_line(path, "\n".join(json.dumps(row, allow_nan=False) for row in rows))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -97,9 +97,6 @@ def _load(
         max_trace_tokens=data.max_trace_tokens,
         trace_part=trace_part,
     )
-    if left_out.long_prompts or left_out.long_traces:
-        log(
-            f"{path}: left out {left_out.long_prompts} prompts over {data.max_prompt_tokens} tokens "
-            f"and {left_out.long_traces} traces over {data.max_trace_tokens}"
-        )
+    if said := left_out.describe(data.max_prompt_tokens, data.max_trace_tokens):
+        log(f"{path}: left out {said}")
     return encoded

@@ -78,6 +78,41 @@ def paired_bootstrap(
     return PairedDifference(float((b - a).mean()), *_percentiles(means, confidence), p_value)
 
 
+def mcnemar_exact(first_only: int, second_only: int) -> float:
+    """Two-sided exact p-value for "both runs are right equally often", from the problems that one run alone got right.
+
+    Under it each such problem is a fair coin, so the tail is a binomial's. Raises ValueError for negative counts.
+    """
+    if min(first_only, second_only) < 0:
+        raise ValueError(f"mcnemar_exact: counts must not be negative; got {first_only} and {second_only}")
+    n = first_only + second_only
+    tail = sum(math.comb(n, i) for i in range(min(first_only, second_only) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+def sign_flip_test(differences: Values, *, resamples: int = 20_000, seed: int = 0) -> float:
+    """Two-sided p-value for "differences are symmetric around 0": how often random signs give as large a sum.
+
+    Exact (all signs) for up to 16 differences that are not 0, else from `resamples` random ones.
+    Raises ValueError for no values or values that are not finite.
+    """
+    data = _finite(differences, "sign_flip_test: differences")
+    data = data[data != 0]
+    if data.size == 0:
+        return 1.0
+    observed = abs(data.sum()) * (1 - 1e-12)  # sums of the same terms in another order differ by rounding
+    if data.size <= 16:
+        signs = 1.0 - 2.0 * ((np.arange(2**data.size)[:, None] >> np.arange(data.size)) & 1)
+        return float(np.mean(np.abs(signs @ data) >= observed))
+    rng = np.random.default_rng(seed)
+    rows = max(1, 2**22 // data.size)
+    hits = 0
+    for start in range(0, resamples, rows):
+        signs = rng.choice([-1.0, 1.0], size=(min(rows, resamples - start), data.size))
+        hits += int(np.count_nonzero(np.abs(signs @ data) >= observed))
+    return (hits + 1) / (resamples + 1)
+
+
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Unbiased estimate of pass@k from `n` samples of a problem, `c` of them right (Chen et al. 2021).
 

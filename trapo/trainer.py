@@ -27,7 +27,6 @@ from trapo.config import Config
 from trapo.display import Display
 from trapo.encode import EncodedProblem, decode_text
 from trapo.evaluate import EvalResult, evaluate
-from trapo.files import write_folder_atomic
 from trapo.learner import Learner, Update
 from trapo.loggers import HISTOGRAM, Loggers, check_loggers
 from trapo.metrics import peak_memory_gb, rollout_metrics
@@ -39,22 +38,28 @@ from trapo.rollout import make_engine
 from trapo.rollout_log import rollout_row, sample_rollouts
 from trapo.run_dir import RunDir, append_rows
 from trapo.sampling import derive_seed, load_eval_set, load_train_set, problems_at
+from trapo.skips import SkipLimit
+from trapo.stopping import Stopped, StopSignal
+from trapo.timing import PARTS, StepTimer
 
 
 def train(config: Config, *, console: Console, restart_finished: bool = False) -> dict[str, Any]:
     """Run a training run, or continue it from its last checkpoint; returns what is in its summary.json.
 
-    Raises TrapoError for input that cannot be used, before anything is generated or trained.
+    Raises TrapoError for input that cannot be used, before anything is generated or trained, and Stopped after SIGTERM
+    when everything that is worth keeping is saved.
     """
     run_dir = RunDir(Path(config.run_dir))
     plan = phases(config)
     check_loggers(config)
-    resume_from = run_dir.look(config, restart_finished=restart_finished)
+    log = functools.partial(console.print, markup=False, highlight=False)
+    resume_from = run_dir.look(config, restart_finished=restart_finished, log=log)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     reward = config.reward
-    with RewardPool(reward.function, workers=reward.workers, timeout=reward.timeout) as pool:
-        trainer = Trainer(config, plan, run_dir, pool, console, resume_from)
+    pool = RewardPool(reward.function, workers=reward.workers, timeout=reward.timeout)
+    with pool, StopSignal() as stop:
+        trainer = Trainer(config, plan, run_dir, pool, stop, console, resume_from)
         run_dir.claim(config, resume_from)
         with (
             Loggers(config, run_dir, trainer.step) as loggers,
@@ -73,10 +78,11 @@ class Trainer:
         plan: list[Phase],
         run_dir: RunDir,
         pool: RewardPool,
+        stop: StopSignal,
         console: Console,
         resume_from: checkpoint.Checkpoint | None = None,
     ) -> None:
-        self.config, self.phases, self.run_dir, self.pool = config, plan, run_dir, pool
+        self.config, self.phases, self.run_dir, self.pool, self.stop = config, plan, run_dir, pool, stop
         source, log = config.model, functools.partial(console.print, markup=False, highlight=False)
         if resume_from is not None:
             source = dataclasses.replace(source, path=str(resume_from.path))
@@ -88,13 +94,16 @@ class Trainer:
         self.learner = Learner(
             self.model, config, pad_id=self.tokenizer.pad_token_id, reference=self._reference_model()
         )
-        self.step, self.seconds_before = 0, 0.0
+        self.step, self.saved_step, self.seconds_before = 0, 0, 0.0
         if resume_from is not None:
             state = resume_from.load_state()
             self.learner.load_state_dict(state["learner"])
-            self.step, self.seconds_before = resume_from.step, state["seconds"]
+            self.step = self.saved_step = resume_from.step
+            self.seconds_before = state["seconds"]
         self.started = time.monotonic()
         self.step_seconds: deque[float] = deque(maxlen=10)
+        self.timer = StepTimer(self.model.device)
+        self.skips = SkipLimit(config.train.max_skipped_steps, run_dir)
 
     @property
     def ratios(self) -> list[float]:
@@ -107,7 +116,15 @@ class Trainer:
         return self.seconds_before + time.monotonic() - self.started
 
     def run(self, display: Display, loggers: Loggers) -> None:
-        """Evaluate, train the remaining steps, evaluate."""
+        """Evaluate, train the remaining steps, evaluate. Raises Stopped after SIGTERM, all finished steps saved."""
+        try:
+            self._run(display, loggers)
+        except Stopped:
+            if self.step > self.saved_step:
+                self._save(display, must=True)
+            raise Stopped(f"stopped by SIGTERM after step {self.step}") from None
+
+    def _run(self, display: Display, loggers: Loggers) -> None:
         if self.config.eval.before and self.step == 0:
             self._evaluate(display, loggers)
         while self.step < self.config.train.steps:
@@ -117,36 +134,37 @@ class Trainer:
             self.run_dir.log(row)
             display.update(row)
             loggers.update(row)
-            last = self.step == self.config.train.steps
-            if self._due(self.config.checkpoint.every) or (last and self.config.checkpoint.every):
-                display.status("saving")
-                self._save()
-            if self._due(self.config.eval.every) and not last:
+            self.skips.check(row, display.note)
+            if self._save_due():
+                self._save(display)
+            if self._due(self.config.eval.every) and self.step < self.config.train.steps:
                 self._evaluate(display, loggers)
         self._evaluate(display, loggers)
 
     def _train_step(self, phase: Phase, problems: Sequence[EncodedProblem]) -> dict[str, Any]:
         seed = derive_seed(self.config.seed, "step", self.step)
         started = time.monotonic()
-        rollouts = collect(
-            problems,
-            phase.schedule,
-            self.engine,
-            self._score if phase.needs_rewards else None,
-            temperature=self.config.rollout.temperature,
-            max_response_tokens=self.config.rollout.max_response_tokens,
-            seed=seed,
-        )
-        collected = time.monotonic()
+        with self.stop.abandonable():
+            rollouts = collect(
+                problems,
+                phase.schedule,
+                self.engine,
+                self._score if phase.needs_rewards else None,
+                temperature=self.config.rollout.temperature,
+                max_response_tokens=self.config.rollout.max_response_tokens,
+                seed=seed,
+                timer=self.timer,
+            )
         if phase.needs_rewards:
             assign_advantages(rollouts, self.config.advantage.baseline, phase.std)
         lr = self.learner.lr
         if self._due(self.config.log.rollouts_every):
             self._log_rollouts(rollouts, seed, scored=phase.needs_rewards)
-        update = self.learner.update(rollouts, phase.objective, seed=seed)
-        self.engine.sync(self.model)
-        timing = self._timing(rollouts, update, collected - started, time.monotonic() - collected)
-        return self._row(phase, rollouts, update, lr) | timing
+        with self.timer.part("update"):
+            update = self.learner.update(rollouts, phase.objective, seed=seed, timer=self.timer)
+        with self.timer.part("sync"):
+            self.engine.sync(self.model)
+        return self._row(phase, rollouts, update, lr) | self._timing(rollouts, update, time.monotonic() - started)
 
     def _row(self, phase: Phase, rollouts: Sequence[Rollout], update: Update, lr: float) -> dict[str, Any]:
         """What a line of metrics.jsonl says of the training itself: the same in every repetition of the run."""
@@ -163,17 +181,15 @@ class Trainer:
             "lr": lr,
         }
 
-    def _timing(
-        self, rollouts: Sequence[Rollout], update: Update, collecting: float, updating: float
-    ) -> dict[str, float]:
+    def _timing(self, rollouts: Sequence[Rollout], update: Update, took: float) -> dict[str, float]:
         """What a line of metrics.jsonl says of time (seconds) and memory."""
-        self.step_seconds.append(collecting + updating)
+        self.step_seconds.append(took)
         mean = sum(self.step_seconds) / len(self.step_seconds)
         generated = sum(len(r.own_ids) for r in rollouts)
         return {
-            "tokens_per_second": (generated + update.trained_tokens) / (collecting + updating),
-            "seconds_collect": collecting,
-            "seconds_update": updating,
+            "tokens_per_second": (generated + update.trained_tokens) / took,
+            "seconds_step": took,
+            **self.timer.take(),
             "seconds": self.seconds,
             "seconds_left": mean * (self.config.train.steps - self.step - 1),
             "peak_memory_gb": peak_memory_gb(),
@@ -196,19 +212,45 @@ class Trainer:
         display.status(f"evaluating {len(self.eval_set)} problems")
         seed = derive_seed(self.config.seed, "eval", self.step)
         rows = path.with_suffix(".jsonl")
-        result = evaluate(self.eval_set, self.engine, self.pool, self.tokenizer, self.config, seed=seed, rows_path=rows)
+        with self.stop.abandonable():
+            result = evaluate(
+                self.eval_set, self.engine, self.pool, self.tokenizer, self.config, seed=seed, rows_path=rows
+            )
         result.save(path)
         loggers.evaluation(self.step, result)
         display.note(f"held-out accuracy after step {self.step}: {result}")
+        self._prune()
 
-    def _save(self) -> None:
+    def _save_due(self) -> bool:
+        """At checkpoint.every, at the end, and wherever an evaluation may find the best weights so far."""
+        settings, last = self.config.checkpoint, self.step == self.config.train.steps
+        if settings.keep_best and (last or self._due(self.config.eval.every)):
+            return True
+        return settings.every > 0 and (last or self._due(settings.every))
+
+    def _save(self, display: Display, *, must: bool = False) -> None:
+        """A checkpoint of now. One that cannot be written is reported and training goes on (unless it `must`)."""
+        display.status("saving")
         state = {"learner": self.learner.state_dict(), "seconds": self.seconds}
-        folder, keep = self.run_dir.checkpoints, self.config.checkpoint.keep
-        checkpoint.save(folder, self.step, self.model, self.tokenizer, state, keep)
+        try:
+            checkpoint.save(self.run_dir.checkpoints, self.step, self.model, self.tokenizer, state)
+        except checkpoint.SaveError as error:
+            if must:
+                raise
+            kept = f"step {self.saved_step}" if self.saved_step else "none yet"
+            display.note(f"no checkpoint after step {self.step}: {error}; training goes on, last checkpoint: {kept}")
+            return
+        self.saved_step = self.step
+        self._prune()
+
+    def _prune(self) -> None:
+        settings = self.config.checkpoint
+        best = self.run_dir.best_steps(settings.keep_best)
+        checkpoint.prune(self.run_dir.checkpoints, settings.keep, also=best)
 
     def finish(self) -> dict[str, Any]:
         """Write the final model, the report and, last of all, the summary."""
-        write_folder_atomic(self.run_dir.final, lambda path: checkpoint.write_model(path, self.model, self.tokenizer))
+        checkpoint.save_model(self.run_dir.final, self.model, self.tokenizer)
         summary = self._summary()
         write_report(self.run_dir.path, summary)
         self.run_dir.finish(summary)
@@ -222,14 +264,22 @@ class Trainer:
             "backend": tk.default_backend(),
             "steps": self.step,
             "seconds": round(self.seconds, 1),
+            "seconds_by_part": self._seconds_by_part(),
+            "skipped_steps": sum(row["skipped_steps"] for row in self.run_dir.rows()),
             "eval_before": before.accuracy if before else None,
             "eval_before_interval": before.interval if before else None,
             "eval_after": after.accuracy if after else None,
             "eval_after_interval": after.interval if after else None,
             "eval_problems": after.problems if after else 0,
+            "best_step": next(iter(self.run_dir.best_steps(1)), None),
             "reward_failures": self._reward_failures(),
             "peak_memory_gb": max([peak_memory_gb(), *(row["peak_memory_gb"] for row in self.run_dir.rows())]),
         }
+
+    def _seconds_by_part(self) -> dict[str, float]:
+        """Of the steps of the whole run; what is missing to `seconds` are evaluations, saves and starts."""
+        rows = self.run_dir.rows()
+        return {part: round(sum(row.get(f"seconds_{part}", 0.0) for row in rows), 1) for part in (*PARTS, "sync")}
 
     def _reward_failures(self) -> dict[str, int]:
         """Of the whole run, from what is on disk: an interruption loses none."""

@@ -1,0 +1,123 @@
+"""`trapo compare A B`: a paired test of two evaluations over the same problems.
+
+A problem's value is its mean reward over samples. Pairing takes the problems' difficulty out of the comparison: the
+interval is a bootstrap over problems of B − A; the p-value is McNemar's exact one where both runs answered once with
+reward 0 or 1, else that of random sign flips.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from trapo.errors import TrapoError
+from trapo.stats import mcnemar_exact, paired_bootstrap, sign_flip_test
+
+Rewards = dict[str, list[float]]  # by problem id, one value a sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """B − A on one problem set."""
+
+    name: str
+    problems: int
+    first: float  # accuracy of A
+    second: float
+    difference: float
+    low: float  # 95% interval of the difference
+    high: float
+    p_value: float
+    test: str
+    better: int  # problems on which B is better
+    worse: int
+
+
+def compare(first: Path, second: Path) -> list[Comparison]:
+    """Comparisons of all evaluations that both have. Raises TrapoError when there are none or their problems differ."""
+    a, b = _evaluations(first), _evaluations(second)
+    if len(a) == len(b) == 1:  # two files, whatever their names
+        (name_a, path_a), (name_b, path_b) = *a.items(), *b.items()
+        return [_compare(name_a if name_a == name_b else f"{name_a} / {name_b}", path_a, path_b)]
+    common = [name for name in a if name in b]
+    if not common:
+        raise TrapoError(f"compare: no evaluation in common; {first} has {', '.join(a)}, {second} has {', '.join(b)}")
+    return [_compare(name, a[name], b[name]) for name in common]
+
+
+def table(found: list[Comparison], first: str, second: str) -> Table:
+    """One row a problem set."""
+    shown = Table(box=None, padding=(0, 1), header_style="bold", title=f"A: {first}\nB: {second}", title_justify="left")
+    shown.add_column("problems of")
+    for column in ("number", "A", "B", "B − A", "95% interval", "p", "test", "better", "worse"):
+        shown.add_column(column, justify="right")
+    for c in found:
+        numbers = (f"{c.first:.1%}", f"{c.second:.1%}", f"{c.difference:+.1%}", f"{c.low:+.1%} to {c.high:+.1%}")
+        shown.add_row(c.name, str(c.problems), *numbers, f"{c.p_value:.3g}", c.test, str(c.better), str(c.worse))
+    return shown
+
+
+def as_json(found: list[Comparison], first: str, second: str) -> dict[str, Any]:
+    return {"first": first, "second": second, "comparisons": [dataclasses.asdict(c) for c in found]}
+
+
+def _evaluations(path: Path) -> dict[str, Path]:
+    """Files of responses by evaluation: of `trapo eval`, or a run's last evaluation as "held-out"."""
+    if path.is_file():
+        return {path.stem: path}
+    # NAME.json is written when the benchmark is finished.
+    found = {p.stem: p for p in sorted((path / "benchmarks").glob("*.jsonl")) if p.with_suffix(".json").exists()}
+    if (single := path / "eval.jsonl").exists():
+        found["eval"] = single
+    steps = sorted((path / "eval").glob("step-*.jsonl"), key=lambda p: int(p.stem.removeprefix("step-")))
+    if steps:
+        found["held-out"] = steps[-1]
+    if not found:
+        raise TrapoError(f"compare: {path} holds no evaluation (benchmarks/*.jsonl, eval.jsonl or eval/step-*.jsonl)")
+    return found
+
+
+def _compare(name: str, first: Path, second: Path) -> Comparison:
+    a, b = _read(first), _read(second)
+    if a.keys() != b.keys():
+        only_a, only_b = sorted(a.keys() - b.keys()), sorted(b.keys() - a.keys())
+        example = (only_a or only_b)[0]
+        raise TrapoError(
+            f"compare: the problems differ: {len(only_a)} only in {first}, {len(only_b)} only in {second}, "
+            f"{len(a.keys() & b.keys())} in both (for instance {example})"
+        )
+    means = [(sum(a[i]) / len(a[i]), sum(b[i]) / len(b[i])) for i in sorted(a)]
+    values_a, values_b = [m[0] for m in means], [m[1] for m in means]
+    interval = paired_bootstrap(values_a, values_b)
+    better, worse = sum(y > x for x, y in means), sum(y < x for x, y in means)
+    binary = all(len(v) == 1 and v[0] in (0.0, 1.0) for side in (a, b) for v in side.values())
+    return Comparison(
+        name,
+        len(means),
+        sum(values_a) / len(means),
+        sum(values_b) / len(means),
+        interval.mean,
+        interval.low,
+        interval.high,
+        mcnemar_exact(worse, better) if binary else sign_flip_test([y - x for x, y in means]),
+        "McNemar" if binary else "sign flips",
+        better,
+        worse,
+    )
+
+
+def _read(path: Path) -> Rewards:
+    rewards: Rewards = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rewards.setdefault(row["id"], []).append(float(row["reward"]))
+        except (ValueError, KeyError, TypeError):
+            raise TrapoError(f"compare: {path}:{number}: not a row with id and reward") from None
+    if not rewards:
+        raise TrapoError(f"compare: {path} has no rows")
+    return rewards
