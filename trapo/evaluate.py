@@ -18,6 +18,7 @@ from trapo.files import write_atomic, write_json
 from trapo.model import load_model
 from trapo.rewards import RewardPool
 from trapo.rollout import Engine, Request, make_engine
+from trapo.rollout.guard import AgreementGuard, plain_scorer, unanswered
 from trapo.sampling import load_eval_set
 from trapo.stats import bootstrap_interval, pass_at_k, wilson_interval
 
@@ -60,6 +61,8 @@ def evaluate_model(config: Config, log: Callable[[str], None]) -> EvalResult:
     if problems is None:
         raise TrapoError("data.eval: missing; give a JSONL or parquet file or a task:// name")
     engine = make_engine(config, model, tokenizer)
+    guard = AgreementGuard(config.rollout, config.model.dtype)
+    guard.check(engine, unanswered(problems[:4]), plain_scorer(model, config.rollout.temperature), seed=config.seed)
     path = Path(config.run_dir) / "eval.json"
     reward = config.reward
     with RewardPool(reward.function, workers=reward.workers, timeout=reward.timeout) as pool:

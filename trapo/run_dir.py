@@ -22,7 +22,7 @@ from trapo.errors import TrapoError
 from trapo.files import write_atomic, write_json
 
 # Keys that may differ between an interrupted run and its continuation: they do not change what was computed so far.
-FREE_KEYS = ("run_dir", "checkpoint.", "eval.every", "reward.workers", "reward.timeout", "log.")
+FREE_KEYS = ("run_dir", "checkpoint.", "eval.every", "reward.workers", "reward.timeout", "log.", "rollout.server_url")
 # What `trapo eval` leaves in a folder that a run may still start in.
 _NOT_A_RUN = ("eval.json", "eval.jsonl", "checkpoints")
 
