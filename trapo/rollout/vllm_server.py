@@ -69,6 +69,7 @@ class VLLMServerEngine:
             "seed": seed,
             "logprobs": 0,
             "return_token_ids": True,
+            "return_tokens_as_token_ids": True,  # no text to decode
             **sampling,
         }
 
