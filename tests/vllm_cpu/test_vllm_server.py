@@ -142,7 +142,7 @@ def test_a_killed_server_stops_the_run_with_one_line_and_the_run_continues_with_
     while run.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         time.sleep(0.05)
     server.kill()
-    output, errors = run.communicate(timeout=120)
+    output, errors = run.communicate(timeout=600)
     assert run.returncode == 2, output + errors
     assert errors.startswith(f"trapo: rollout.server_url: the vLLM server at {server.url} does not answer"), errors
     assert len(errors.strip().splitlines()) == 1
@@ -152,7 +152,7 @@ def test_a_killed_server_stops_the_run_with_one_line_and_the_run_continues_with_
     other = ServerProcess(vllm_model_path, free_port(), tmp_path / "log")
     try:
         run = train(other.wait().url, vllm_model_path, run_dir)
-        output, errors = run.communicate(timeout=300)
+        output, errors = run.communicate(timeout=600)
     finally:
         other.kill()
     assert run.returncode == 0, output + errors
