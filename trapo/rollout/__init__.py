@@ -40,9 +40,10 @@ class Engine(Protocol):
         ...
 
 
-def sequence_seed(seed: int, index: int) -> int:
-    """A seed for each sequence of a call: rollouts of one context must differ."""
-    return (seed * 1_000_003 + index) % 2**62
+def sequence_seed(request: Request, seed: int, index: int) -> int:
+    """A seed for each sequence of a call: rollouts of one context must differ. One that the request has wins."""
+    own = getattr(request, "seed", None)
+    return (seed * 1_000_003 + index) % 2**62 if own is None else own
 
 
 def make_engine(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Engine:

@@ -73,7 +73,7 @@ class VLLMEngine:
             SamplingParams(
                 temperature=temperature,
                 max_tokens=request.max_new_tokens,
-                seed=sequence_seed(seed, index),
+                seed=sequence_seed(request, seed, index),
                 stop_token_ids=self.eos_ids,
                 logprobs=0,  # of the sampled token alone
                 detokenize=False,

@@ -45,9 +45,7 @@ class VLLMServerEngine:
         self.sync(model)
 
     def generate(self, requests: Sequence[Request], *, temperature: float, seed: int) -> list[Completion]:
-        bodies = [
-            self._body(request, temperature, sequence_seed(seed, index)) for index, request in enumerate(requests)
-        ]
+        bodies = [self._body(r, temperature, sequence_seed(r, seed, index)) for index, r in enumerate(requests)]
         with ThreadPoolExecutor(self.batch_size) as pool:
             return list(pool.map(self._complete, bodies))
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import distributed as dist
 from torch import nn
 
 from trapo.errors import TrapoError
@@ -106,10 +107,15 @@ class SharedFolder:
         self.server, self.folder = server, folder.resolve()
 
     def __call__(self, model: nn.Module) -> None:
-        write_folder_atomic(self.folder, lambda path: _save(model, path))
-        body = {"method": "trapo_reload", "kwargs": {"path": str(self.folder)}}
-        self.server.post("/collective_rpc", body)
-        _reset_prefix_cache(self.server)
+        if _rank() == 0:
+            write_folder_atomic(self.folder, lambda path: _save(model, path))
+            body = {"method": "trapo_reload", "kwargs": {"path": str(self.folder)}}
+            self.server.post("/collective_rpc", body)
+            _reset_prefix_cache(self.server)
+        else:
+            for _ in named_weights(model):  # gathering takes all ranks
+                pass
+        _wait_for_all()
 
 
 def _save(model: nn.Module, folder: Path) -> None:
@@ -125,12 +131,12 @@ class Transfer:
     VLLM_ALLOW_INSECURE_SERIALIZATION=1. NO GPU HAS RUN THIS: only its imports and arguments are tested.
     """
 
-    def __init__(self, server: Server, model: nn.Module, backend: str, *, rank: int = 0) -> None:
+    def __init__(self, server: Server, model: nn.Module, backend: str) -> None:
         from vllm.distributed.weight_transfer import clients, factory
 
         self.server = server
         self.engine = factory.WeightTransferTrainerFactory.trainer_init(
-            self._init_info(server, backend, rank),
+            self._init_info(server, backend, _rank()),
             client=clients.HTTPVLLMWeightSyncClient(server.url),
             source=_source(model),
         )
@@ -151,7 +157,9 @@ class Transfer:
 
     def __call__(self, model: nn.Module) -> None:
         self.engine.send_weights()
-        _reset_prefix_cache(self.server)
+        if _rank() == 0:
+            _reset_prefix_cache(self.server)
+        _wait_for_all()
 
 
 def _source(model: nn.Module) -> Any:
@@ -166,6 +174,16 @@ def _source(model: nn.Module) -> Any:
             return named_weights(model)
 
     return Weights()
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _wait_for_all() -> None:
+    """No rank may ask for tokens before the first one has seen the sync through."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
 
 
 def _reset_prefix_cache(server: Server) -> None:
