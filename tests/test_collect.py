@@ -102,3 +102,44 @@ def test_one_per_prefix_supervises_the_first_of_each_micro_group():
     plan = dataclasses.replace(PAPER, supervise="one_per_prefix")
     rollouts, _ = draw([problem("p")], plan, right_if(lambda r: False))
     assert [r.supervised for r in rollouts[4:]] == [True, False, True, True]
+
+
+def test_stop_decided_draws_no_more_of_a_prompt_that_is_always_right_and_all_of_the_others():
+    import dataclasses
+
+    plan = dataclasses.replace(PAPER, stop_decided=True)
+    rollouts, engine = draw(
+        [problem("easy"), problem("hard")], plan, right_if(lambda r: r.problem.problem.id == "easy")
+    )
+    assert [r.problem.problem.id for r in rollouts] == ["easy"] * 4 + ["hard"] * 8
+    assert [len(call) for call in engine.calls] == [8, 2, 1]  # the last micro-group is a full trace
+    without, _ = draw([problem("easy"), problem("hard")], PAPER, right_if(lambda r: r.problem.problem.id == "easy"))
+    assert len(without) == 16
+
+
+def test_stop_decided_goes_on_with_a_prompt_that_failed_once():
+    import dataclasses
+
+    plan = dataclasses.replace(PAPER, stop_decided=True)
+    scores = iter([1, 1, 1, 0, 1, 1, 1, 1])
+    rollouts, _ = draw([problem("p")], plan, right_if(lambda r: next(scores)))
+    assert len(rollouts) == 8
+
+
+def test_nothing_is_decided_without_rewards():
+    import dataclasses
+
+    plan = dataclasses.replace(PAPER, stop_decided=True)
+    rollouts, _ = draw([problem("p")], plan, None)
+    assert len(rollouts) == 8
+
+
+def test_the_engines_logprobs_stay_with_the_rollouts():
+    class WithLogprobs(ScriptedEngine):
+        def generate(self, requests, *, temperature, seed):
+            return [Completion((7, EOS), True, (-0.5, -0.25)) for _ in requests]
+
+    options = {"temperature": 1.0, "max_response_tokens": 50, "seed": 0}
+    plan = schedule([1, 1], [0.0, 1.0], [NEVER, ALWAYS])
+    rollouts = collect([problem("p")], plan, WithLogprobs(), right_if(lambda r: False), **options)
+    assert [r.own_logprobs for r in rollouts] == [(-0.5, -0.25), None]

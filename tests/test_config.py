@@ -33,6 +33,10 @@ def test_overrides_change_single_keys_and_keep_their_types():
         ("optim.lr=.inf", "optim.lr: got inf"),
         ("data.eval=???", "data.eval: got ???"),
         ("eval.samples=4", "eval.samples: got 4 with eval.temperature=0"),
+        ("objective.tis_cap=2", "objective.tis_cap: needs the engine's log-probabilities, which rollout.engine=hf"),
+        ("rollout.engine=vllm_server", "rollout.server_url: got None with rollout.engine=vllm_server"),
+        ("rollout.server_url=http://localhost:8000", "rollout.server_url: got http://localhost:8000 with rollout.en"),
+        ("rollout.guard_tolerance=0", "rollout.guard_tolerance: got 0"),
     ],
 )
 def test_bad_keys_and_values_give_one_line_that_names_the_key(override, named):

@@ -12,6 +12,7 @@ from trapo.guidance import (
     PAPER,
     MicroGroup,
     carries_expert_term,
+    is_decided,
     is_guided,
     prefix_length,
     schedule,
@@ -108,3 +109,24 @@ def test_the_thinking_part_ends_with_its_mark_and_is_everything_without_one():
 def test_impossible_schedules_are_refused(columns, named):
     with pytest.raises(TrapoError, match=named):
         schedule(*columns)
+
+
+@pytest.mark.parametrize(
+    ("level", "rewards", "decided"),
+    [
+        (0, [], False),  # nothing is known yet
+        (1, [1, 1, 1, 1], True),
+        (1, [1, 1, 1, 0], False),  # that one has something to learn from
+        (1, [0, 0, 0, 0], False),
+        (1, [0.9, 0.9, 0.9, 0.9], False),  # equal, but not the full reward
+        (3, [1] * 7, True),
+    ],
+)
+def test_a_prompt_is_decided_once_all_rollouts_so_far_got_the_full_reward(level, rewards, decided):
+    assert is_decided(PAPER.micro_groups[level:], rewards) is decided
+
+
+def test_a_prompt_is_not_decided_while_a_micro_group_that_remains_would_be_guided():
+    always = schedule([4, 1, 1], [0.0, 0.0, 0.5], [NEVER, NEVER, ALWAYS]).micro_groups
+    assert not is_decided(always[1:], [1, 1, 1, 1])
+    assert is_decided(always[1:2], [1, 1, 1, 1])

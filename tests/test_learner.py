@@ -199,3 +199,37 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_update(model):
     assert report.optimizer_steps == 1
     assert len(calls) == 2  # forward, and again in backward
     assert same(plain, dict(fresh.named_parameters()))
+
+
+def with_logprobs(model, shift):
+    """The rollouts as an engine samples them whose log-probabilities are the model's own + shift."""
+    sample = rollouts()
+    learner = Learner(copy.deepcopy(model), merge_config({}), pad_id=2)
+    for rollout, logprobs in zip(sample, learner.own_logprobs(sample), strict=True):
+        rollout.own_logprobs = tuple((logprobs + shift).tolist())
+    return sample
+
+
+def test_importance_weights_of_an_engine_that_agrees_change_nothing(model):
+    plain, report = updated(model)
+    weighted, weighted_report = updated(
+        model, objective=tk.Objective.trapo(tis_cap=2.0), sample=with_logprobs(model, 0)
+    )
+    assert weighted_report.metrics["tis_weight"] == pytest.approx(1.0, abs=1e-5)
+    assert weighted_report.grad_norm == pytest.approx(report.grad_norm, rel=1e-4)
+    assert same(plain, weighted, 2e-5)
+
+
+@pytest.mark.parametrize(("shift", "weight"), [(0.7, 0.5), (-0.7, 2.0), (-3.0, 2.5)])  # e^−0.7, e^0.7, capped
+def test_tokens_are_weighted_by_what_the_engine_gave_them_up_to_the_cap(shift, weight, model):
+    import math
+
+    objective = tk.Objective.trapo(tis_cap=2.5)
+    _, report = updated(model, objective=objective, sample=with_logprobs(model, shift))
+    assert report.metrics["tis_weight"] == pytest.approx(min(math.exp(-shift), 2.5), rel=1e-4)
+    assert report.metrics["tis_weight"] == pytest.approx(weight, rel=0.01)
+
+
+def test_importance_weights_without_the_engines_logprobs_are_refused(model):
+    with pytest.raises(TrapoError, match=r"objective\.tis_cap: the engine gave no log-probabilities"):
+        updated(model, objective=tk.Objective.trapo(tis_cap=2.0))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from trapo.collect import Rollout
+from trapo.errors import TrapoError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,3 +65,14 @@ def collate(rollouts: Sequence[Rollout], pad_id: int, device: torch.device) -> B
 def loss_tokens(rollout: Rollout) -> int:
     """How many of a rollout's tokens are in the loss: the share it adds to the token normaliser."""
     return len(rollout.own_ids) + (len(rollout.prefix_ids) if rollout.supervised else 0)
+
+
+def sampled_logprobs(rollout: Rollout) -> torch.Tensor:
+    """The engine's logprobs of a rollout's targets, [len − 1] fp32; 0 before its own tokens."""
+    if rollout.own_logprobs is None:
+        raise TrapoError(
+            "objective.tis_cap: the engine gave no log-probabilities; accepted rollout.engine: vllm, vllm_server"
+        )
+    values = torch.zeros(len(rollout) - 1)
+    values[len(values) - len(rollout.own_ids) :] = torch.tensor(rollout.own_logprobs)
+    return values

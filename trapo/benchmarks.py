@@ -22,7 +22,7 @@ from rich.table import Table
 
 from trapo.config import Config
 from trapo.errors import TrapoError
-from trapo.evaluate import EvalResult, evaluate
+from trapo.evaluate import EvalResult, check_engine, evaluate
 from trapo.files import write_json
 from trapo.model import find_weights, load_model
 from trapo.rewards import RewardPool
@@ -146,11 +146,13 @@ def _run(benchmarks: list[Benchmark], config: Config, log: Callable[[str], None]
     engine = make_engine(config, model, tokenizer)
     reward = config.reward
     with RewardPool(reward.function, workers=reward.workers, timeout=reward.timeout) as pool:
-        for b in benchmarks:
+        for i, b in enumerate(benchmarks):
             # Files may repeat a problem once per sample.
             data = dataclasses.replace(config.data, eval=str(b.file), dedup=True)
             problems = load_eval_set(dataclasses.replace(config, data=data), tokenizer, log)
             assert problems is not None
+            if i == 0:
+                check_engine(engine, model, problems, config)
             log(f"{b.title}: {len(problems)} problems, {b.samples} samples each, T = {config.eval.temperature:g}")
             seed = derive_seed(config.seed, "benchmark", b.name)
             rows = _result_path(b, config).with_suffix(".jsonl")

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from trapo.encode import EncodedProblem
-from trapo.guidance import Schedule, carries_expert_term, is_guided
+from trapo.guidance import Schedule, carries_expert_term, is_decided, is_guided
 from trapo.rewards import Reward
 from trapo.rollout import Completion, Engine, Request
 from trapo.timing import StepTimer
@@ -31,6 +31,7 @@ class Rollout:
     reward: float = 0.0
     status: str = "ok"
     advantage: float = 0.0
+    own_logprobs: tuple[float, ...] | None = None  # of own_ids, as the engine sampled them; None: it gives none
 
     @property
     def guided(self) -> bool:
@@ -56,7 +57,8 @@ def collect(
     seed: int,
     timer: StepTimer | None = None,
 ) -> list[Rollout]:
-    """All rollouts of a step, ordered by prompt and then by micro-group.
+    """All rollouts of a step, ordered by prompt and then by micro-group. A micro-group is one call of the engine for
+    all prompts that still want rollouts.
 
     score=None leaves rewards at 0 (objectives without advantages), so no later micro-group can depend on them.
     """
@@ -66,6 +68,7 @@ def collect(
         drawn = [
             rollout
             for group, problem in enumerate(problems)
+            if not (schedule.stop_decided and _is_decided(schedule, level, by_prompt[group]))
             for rollout in _open_rollouts(problem, group, level, schedule, by_prompt[group], rng, max_response_tokens)
         ]
         with timer.part("generate"):
@@ -78,6 +81,10 @@ def collect(
         for rollout in drawn:
             by_prompt[rollout.group].append(rollout)
     return [rollout for group in by_prompt for rollout in group]
+
+
+def _is_decided(schedule: Schedule, level: int, earlier: Sequence[Rollout]) -> bool:
+    return is_decided(schedule.micro_groups[level:], [r.reward for r in earlier])
 
 
 def _open_rollouts(
@@ -120,6 +127,7 @@ def _generate(
     completions: list[Completion] = engine.generate(requests, temperature=temperature, seed=seed) if requests else []
     for rollout, completion in zip(open_ended, completions, strict=True):
         rollout.own_ids, rollout.finished = completion.token_ids, completion.finished
+        rollout.own_logprobs = completion.logprobs
     for rollout in rollouts:
         rollout.finished = rollout.finished or _is_complete(rollout)
 

@@ -61,6 +61,7 @@ class GuidanceConfig:
     traces: str | None = None  # random, in_order
     trace_part: str | None = None  # full, thinking
     supervise: str | None = None  # every, one_per_prefix
+    stop_decided: bool = False  # draw no more of a prompt whose rollouts were all right (guidance.is_decided)
 
 
 @dataclasses.dataclass
@@ -77,6 +78,7 @@ class ObjectiveConfig:
     dual_clip: float | None = None
     entropy_coef: float | None = None
     kl_coef: float | None = None
+    tis_cap: float | None = None  # truncated importance sampling; needs an engine that gives log-probabilities: vllm
 
 
 @dataclasses.dataclass
@@ -87,10 +89,17 @@ class AdvantageConfig:
 
 @dataclasses.dataclass
 class RolloutConfig:
-    engine: str = "hf"
+    engine: str = "hf"  # hf: transformers; vllm: in this process; vllm_server: a running `vllm serve` (docs/vllm.md)
     temperature: float = 1.0
     max_response_tokens: int = 8192  # expert prefix + own tokens
     batch_size: int = 64  # sequences decoded together
+    dtype: str | None = None  # of vllm's weights; None: model.dtype
+    engine_args: dict[str, Any] = dataclasses.field(default_factory=dict)  # more arguments of vllm.LLM
+    server_url: str | None = None  # vllm_server: http://host:port
+    weight_sync: str = "folder"  # vllm_server: folder (any device), nccl, ipc (GPUs)
+    sync_folder: str | None = None  # of weight_sync=folder, seen by both sides under one path; None: in run_dir
+    guard_tokens: int = 64  # compared between engine and learner after each weight sync; 0: none
+    guard_tolerance: float | None = None  # nats, mean over them; None: by dtype, 1e-3 for float32
 
 
 @dataclasses.dataclass
@@ -183,7 +192,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "guidance.trace_part": ("full", "thinking"),
     "guidance.supervise": ("every", "one_per_prefix"),
     "advantage.baseline": ("all", "unguided", "own_tokens"),
-    "rollout.engine": ("hf",),
+    "rollout.engine": ("hf", "vllm", "vllm_server"),
+    "rollout.dtype": ("float32", "bfloat16", "float16"),
+    "rollout.weight_sync": ("folder", "nccl", "ipc"),
     "optim.schedule": ("constant", "linear", "cosine"),
     "train.normalizer": ("tokens", "constant"),
 }
@@ -197,6 +208,9 @@ BOUNDS: dict[str, tuple[float, bool]] = {
     "rollout.temperature": (0, False),
     "rollout.max_response_tokens": (1, True),
     "rollout.batch_size": (1, True),
+    "rollout.guard_tokens": (0, True),
+    "rollout.guard_tolerance": (0, False),
+    "objective.tis_cap": (0, False),
     "reward.workers": (1, True),
     "reward.timeout": (0, False),
     "optim.lr": (0, False),
@@ -325,6 +339,16 @@ def _check_values(config: Config) -> None:
             )
     elif config.train.sft_steps is not None:
         raise TrapoError(f"train.sft_steps: only mode sft_then_rl has SFT steps; got mode {config.mode}")
+    if config.objective.tis_cap is not None and config.rollout.engine == "hf":
+        raise TrapoError(
+            "objective.tis_cap: needs the engine's log-probabilities, which rollout.engine=hf does not give "
+            "(it generates with the learner's own module); accepted: vllm, vllm_server"
+        )
+    if (config.rollout.engine == "vllm_server") != (config.rollout.server_url is not None):
+        raise TrapoError(
+            f"rollout.server_url: got {config.rollout.server_url} with rollout.engine={config.rollout.engine}; "
+            "vllm_server needs it, the others have no server"
+        )
     if config.eval.samples > 1 and not config.eval.temperature:
         raise TrapoError(
             f"eval.samples: got {config.eval.samples} with eval.temperature=0, the default: greedy samples are equal"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo.config import Config
 from trapo.encode import EncodedProblem, decode_text
@@ -18,6 +18,7 @@ from trapo.files import write_atomic, write_json
 from trapo.model import load_model
 from trapo.rewards import RewardPool
 from trapo.rollout import Engine, Request, make_engine
+from trapo.rollout.guard import AgreementGuard, plain_scorer, unanswered
 from trapo.sampling import load_eval_set
 from trapo.stats import bootstrap_interval, pass_at_k, wilson_interval
 
@@ -71,6 +72,7 @@ def evaluate_model(config: Config, log: Callable[[str], None]) -> EvalResult:
             "data.eval: missing; give a JSONL or parquet file or a task:// name, or benchmarks as eval.suite=math"
         )
     engine = make_engine(config, model, tokenizer)
+    check_engine(engine, model, problems, config)
     path = Path(config.run_dir) / "eval.json"
     reward = config.reward
     with RewardPool(reward.function, workers=reward.workers, timeout=reward.timeout) as pool:
@@ -79,6 +81,12 @@ def evaluate_model(config: Config, log: Callable[[str], None]) -> EvalResult:
         )
     result.save(path)
     return result
+
+
+def check_engine(engine: Engine, model: PreTrainedModel, problems: Sequence[EncodedProblem], config: Config) -> None:
+    """Raises TrapoError when the engine does not generate with the model's weights."""
+    guard = AgreementGuard(config.rollout, config.model.dtype)
+    guard.check(engine, unanswered(problems[:4]), plain_scorer(model, config.rollout.temperature), seed=config.seed)
 
 
 def evaluate(

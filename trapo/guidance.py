@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Sequence
+from typing import Any
 
 from trapo.errors import TrapoError
 
@@ -33,6 +34,7 @@ class Schedule:
     traces: str = "random"  # random: one of the prompt's traces; in_order: see trace_index
     trace_part: str = "full"  # full; thinking: up to </think>, without the final answer
     supervise: str = "every"  # every prefix carries the expert term; one_per_prefix: one of those that share it
+    stop_decided: bool = False  # draw no more of a prompt once is_decided
 
     def __post_init__(self) -> None:
         for group in self.micro_groups:
@@ -58,7 +60,7 @@ class Schedule:
         return any(g.ratio < 1 or g.threshold < ALWAYS for g in self.micro_groups)
 
 
-def schedule(sizes: Sequence[int], ratios: Sequence[float], thresholds: Sequence[float], **options: str) -> Schedule:
+def schedule(sizes: Sequence[int], ratios: Sequence[float], thresholds: Sequence[float], **options: Any) -> Schedule:
     """A Schedule from its columns; all three must have one entry per micro-group."""
     if not len(sizes) == len(ratios) == len(thresholds):
         raise TrapoError(
@@ -90,6 +92,18 @@ def is_guided(group: MicroGroup, rewards_so_far: Sequence[float]) -> bool:
     """Whether this micro-group's rollouts get a prefix, given the rewards of all earlier rollouts of the prompt."""
     mean = sum(rewards_so_far) / len(rewards_so_far) if rewards_so_far else 0.0
     return group.ratio > 0 and mean < group.threshold
+
+
+def is_decided(remaining: Sequence[MicroGroup], rewards_so_far: Sequence[float]) -> bool:
+    """Whether a prompt needs no more rollouts: those so far got the full reward, 1, and no micro-group that remains
+    would be guided after them.
+
+    Such a prompt has no advantage to learn from, unless one of the remaining rollouts failed: with k right ones so far
+    that is the rarer the larger k is. Leaving them out saves their generation and gives up that chance, which is why it
+    is off by default.
+    """
+    solved = bool(rewards_so_far) and min(rewards_so_far) >= 1.0
+    return solved and not any(is_guided(group, rewards_so_far) for group in remaining)
 
 
 def prefix_length(trace_length: int, ratio: float, cut: str, blank_lines: Sequence[int] = ()) -> int:

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 import trapo_kernels as tk
-from trapo.batching import Batch, collate, loss_tokens, micro_batches
+from trapo.batching import Batch, collate, loss_tokens, micro_batches, sampled_logprobs
 from trapo.collect import Rollout
 from trapo.config import Config, OptimConfig
 from trapo.errors import TrapoError
@@ -79,6 +79,9 @@ class Learner:
         if objective.kl_coef and self.reference is not None:
             with timer.part("logprobs"):
                 ref_logprobs = self._logprobs(self.reference, rollouts)
+        rollout_logprobs: dict[int, torch.Tensor] = {}
+        if "rollout_logprobs" in objective.needs:
+            rollout_logprobs = {id(r): sampled_logprobs(r) for r in rollouts if r.own_ids}
         metrics: list[dict[str, torch.Tensor]] = []
         steps, skipped, norm, tokens = 0, 0, 0.0, 0
         for minibatch in minibatches:
@@ -87,7 +90,7 @@ class Learner:
                 continue
             denominator, losses = self._denominator(minibatch, len(minibatches)), []
             for batch in self._micro_batches(trained):
-                loss = self._loss(batch, objective, denominator, old_logprobs, ref_logprobs)
+                loss = self._loss(batch, objective, denominator, old_logprobs, ref_logprobs, rollout_logprobs)
                 loss.loss.backward()
                 losses.append(loss.loss.detach())
                 metrics.append(loss.metrics)
@@ -100,6 +103,11 @@ class Learner:
             self.scheduler.step()
         merged = _merge(metrics, steps + skipped)
         return Update(merged, steps, skipped, norm, tokens, self.expert_histogram.take())
+
+    def own_logprobs(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
+        """What the model gives each rollout's own tokens, [tokens] each, at the rollouts' temperature."""
+        found = self._logprobs(self.model, rollouts)
+        return [found[id(r)][len(r) - 1 - len(r.own_ids) :] for r in rollouts]
 
     def state_dict(self) -> dict[str, object]:
         return {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
@@ -150,6 +158,7 @@ class Learner:
         denominator: float,
         old_logprobs: dict[int, torch.Tensor],
         ref_logprobs: dict[int, torch.Tensor],
+        rollout_logprobs: dict[int, torch.Tensor],
     ) -> tk.PolicyLoss:
         batch = collate(rollouts, self.pad_id, self.model.device)
         head = head_of(self.model)
@@ -161,6 +170,7 @@ class Learner:
             advantages=batch.advantages,
             old_logprobs=_padded(rollouts, old_logprobs, batch),
             ref_logprobs=_padded(rollouts, ref_logprobs, batch),
+            rollout_logprobs=_padded(rollouts, rollout_logprobs, batch),
             expert_mask=batch.expert_mask,
             mask=batch.mask,
             normalizer=denominator,

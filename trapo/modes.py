@@ -53,7 +53,7 @@ def _guided_schedule(config: Config) -> Schedule:
         [m.ratio for m in groups] if g.ratios is None else g.ratios,
         [m.threshold for m in groups] if g.thresholds is None else g.thresholds,
     ).micro_groups
-    return dataclasses.replace(base, micro_groups=groups, **given)
+    return dataclasses.replace(base, micro_groups=groups, stop_decided=g.stop_decided, **given)
 
 
 def _replace_groups(config: Config, columns: list[tuple[int, float, float]]) -> Schedule:

@@ -30,6 +30,7 @@ FREE_KEYS = (
     "reward.timeout",
     "train.max_skipped_steps",
     "log.",
+    "rollout.server_url",
 )
 # What `trapo eval` leaves in a folder that a run may still start in.
 _NOT_A_RUN = ("eval.json", "eval.jsonl", "benchmarks", "benchmarks.json", "checkpoints")

@@ -35,6 +35,7 @@ from trapo.modes import Phase, phases
 from trapo.report import write_report
 from trapo.rewards import Reward, RewardPool
 from trapo.rollout import make_engine
+from trapo.rollout.guard import AgreementGuard, unanswered
 from trapo.rollout_log import rollout_row, sample_rollouts
 from trapo.run_dir import RunDir, append_rows
 from trapo.sampling import derive_seed, load_eval_set, load_train_set, problems_at
@@ -94,6 +95,7 @@ class Trainer:
         self.learner = Learner(
             self.model, config, pad_id=self.tokenizer.pad_token_id, reference=self._reference_model()
         )
+        self.guard = AgreementGuard(config.rollout, config.model.dtype)
         self.step, self.saved_step, self.seconds_before = 0, 0, 0.0
         if resume_from is not None:
             state = resume_from.load_state()
@@ -125,6 +127,7 @@ class Trainer:
             raise Stopped(f"stopped by SIGTERM after step {self.step}") from None
 
     def _run(self, display: Display, loggers: Loggers) -> None:
+        self._check_engine(unanswered(self.train_set[:4]))
         if self.config.eval.before and self.step == 0:
             self._evaluate(display, loggers)
         while self.step < self.config.train.steps:
@@ -160,11 +163,20 @@ class Trainer:
         lr = self.learner.lr
         if self._due(self.config.log.rollouts_every):
             self._log_rollouts(rollouts, seed, scored=phase.needs_rewards)
+        with self.timer.part("sync"):
+            self.engine.rest()
         with self.timer.part("update"):
             update = self.learner.update(rollouts, phase.objective, seed=seed, timer=self.timer)
         with self.timer.part("sync"):
             self.engine.sync(self.model)
-        return self._row(phase, rollouts, update, lr) | self._timing(rollouts, update, time.monotonic() - started)
+            mismatch = self._check_engine(rollouts)
+        timing = self._timing(rollouts, update, time.monotonic() - started)
+        return self._row(phase, rollouts, update, lr) | {"engine_mismatch": mismatch} | timing
+
+    def _check_engine(self, rollouts: Sequence[Rollout]) -> float | None:
+        """Mean difference of the engine's log-probabilities from the learner's; too large a one stops the run."""
+        seed = derive_seed(self.config.seed, "guard", self.step)
+        return self.guard.check(self.engine, rollouts, self.learner.own_logprobs, seed=seed)
 
     def _row(self, phase: Phase, rollouts: Sequence[Rollout], update: Update, lr: float) -> dict[str, Any]:
         """What a line of metrics.jsonl says of the training itself: the same in every repetition of the run."""

@@ -29,6 +29,9 @@ class HFEngine:
         # What transformers calls the argument, before and since 5.24.
         self.cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
+    def rest(self) -> None:
+        """Nothing to free: between calls there is no cache, and the weights are the learner's."""
+
     def sync(self, model: nn.Module) -> None:
         """Nothing to copy: the engine generates with the learner's module."""
         if model is not self.model:

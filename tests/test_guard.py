@@ -1,0 +1,121 @@
+"""The agreement guard, with an engine that generates from a copy of the model: its weights can be stale."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from trapo.collect import Rollout
+from trapo.config import RolloutConfig, merge_config
+from trapo.data import Problem
+from trapo.encode import EncodedProblem
+from trapo.errors import TrapoError
+from trapo.learner import Learner
+from trapo.rollout import Completion, Request
+from trapo.rollout.guard import AgreementGuard, plain_scorer, unanswered
+from trapo.rollout.hf import HFEngine
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3.0)
+    return model
+
+
+class CopyEngine:
+    """Generates with weights of its own and says what it gave each token, like an engine of another process."""
+
+    def __init__(self, model, temperature=1.0):
+        self.inner = HFEngine(copy.deepcopy(model), eos_ids=[2], pad_id=2)
+        self.temperature = temperature
+        self.asked = []
+
+    def generate(self, requests, *, temperature, seed):
+        self.asked += requests
+        completions = self.inner.generate(requests, temperature=temperature, seed=seed)
+        score = plain_scorer(self.inner.model, self.temperature)
+        given = [
+            score([Rollout(problem(r.context), 0, 0, 0.0, (), c.token_ids, False, True)])[0]
+            for r, c in zip(requests, completions, strict=True)
+        ]
+        return [Completion(c.token_ids, c.finished, tuple(g.tolist())) for c, g in zip(completions, given, strict=True)]
+
+
+def problem(ids):
+    return EncodedProblem(Problem("p", ({"role": "user", "content": "?"},), "1", (), "test"), tuple(ids), ())
+
+
+def rollouts():
+    sample = [Rollout(problem((5, 6, 7 + i)), i, 0, 0.0, (), (8, 9), False, True) for i in range(5)]
+    return [*sample, Rollout(problem((5, 6)), 5, 1, 0.5, (11, 12, 13), (14,), True, False)]
+
+
+def guard(**settings):
+    return AgreementGuard(RolloutConfig(engine="vllm", **settings), "float32")
+
+
+def scorer(model):
+    return Learner(copy.deepcopy(model), merge_config({}), pad_id=2).own_logprobs
+
+
+def test_an_engine_with_the_learners_weights_passes_and_its_difference_is_reported(model):
+    engine = CopyEngine(model)
+    difference = guard(guard_tokens=32).check(engine, rollouts(), scorer(model), seed=0)
+    assert 0 <= difference < 1e-5
+    assert sum(r.max_new_tokens for r in engine.asked) == 32
+    assert len(engine.asked[-1].context) == 5  # the expert prefix belongs to it
+
+
+def test_weights_that_were_not_synced_stop_the_run_in_one_line(model):
+    engine = CopyEngine(model)
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.get_decoder().layers[0].mlp.down_proj.weight.mul_(1.1)
+    with pytest.raises(TrapoError, match=r"^rollout\.guard_tolerance: the engine does not generate") as error:
+        guard().check(engine, rollouts(), scorer(changed), seed=0)
+    assert "\n" not in str(error.value)
+    assert guard(guard_tolerance=100.0).check(engine, rollouts(), scorer(changed), seed=0) > 1e-3
+
+
+def test_log_probabilities_that_are_not_numbers_stop_the_run(model):
+    class Broken(CopyEngine):
+        def generate(self, requests, *, temperature, seed):
+            return [Completion((5,), True, (float("nan"),)) for _ in requests]
+
+    with pytest.raises(TrapoError, match="disagree by nan"):
+        guard().check(Broken(model), rollouts(), scorer(model), seed=0)
+
+
+def test_the_comparison_is_at_the_temperature_that_is_sampled_from(model):
+    score = plain_scorer(model, 0.7)
+    assert guard(temperature=0.7).check(CopyEngine(model, 0.7), rollouts(), score, seed=0) < 1e-5
+    with pytest.raises(TrapoError):
+        guard(temperature=0.7).check(CopyEngine(model, 1.0), rollouts(), score, seed=0)
+
+
+@pytest.mark.parametrize("settings", [{"guard_tokens": 0}, {"engine": "hf"}])
+def test_a_guard_that_is_off_asks_nothing(model, settings):
+    engine = CopyEngine(model)
+    check = AgreementGuard(RolloutConfig(**{"engine": "vllm", **settings}), "float32").check
+    assert check(engine, rollouts(), scorer(model), seed=0) is None
+    assert engine.asked == []
+
+
+def test_rollouts_that_are_full_traces_are_not_begun_again(model):
+    whole = Rollout(problem((5, 6)), 0, 0, 1.0, (7, 2), (), True, True)
+    assert guard().check(CopyEngine(model), [whole], scorer(model), seed=0) is None
+
+
+def test_before_the_first_step_the_prompts_themselves_are_compared(model):
+    engine = CopyEngine(model)
+    assert guard(guard_tokens=8).check(engine, unanswered([problem((5, 6))]), plain_scorer(model, 1.0), seed=0) < 1e-5
+    assert engine.asked == [Request((5, 6), 8)]
+
+
+def test_learner_and_plain_scorer_give_the_same(model):
+    for a, b in zip(scorer(model)(rollouts()), plain_scorer(model, 1.0)(rollouts()), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
