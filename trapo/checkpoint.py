@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo.files import write_folder_atomic
+from trapo.sharding import SHARDS
 
 STATE_FILE = "trainer_state.pt"
 _NAME = re.compile(r"step-(\d{6,})")
@@ -25,6 +27,11 @@ _NAME = re.compile(r"step-(\d{6,})")
 class Checkpoint:
     path: Path
     step: int  # optimizer steps of the loop that are in it
+
+    @property
+    def shards(self) -> Path | None:
+        """Optimizer state of a sharded run; None where it is in `load_state`."""
+        return self.path / SHARDS if (self.path / SHARDS).is_dir() else None
 
     def load_state(self) -> dict[str, Any]:
         """What `save` was given as state."""
@@ -38,11 +45,18 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     state: dict[str, Any],
     keep: int,
+    write: Callable[[Path], None] | None = None,
+    shards: Path | None = None,
 ) -> Checkpoint:
-    """Write `folder/step-NNNNNN` atomically, then remove all but the newest `keep`."""
+    """Write `folder/step-NNNNNN` atomically, then remove all but the newest `keep`.
+
+    write: in place of `write_model`. shards: what `sharding.save_shards` wrote; it is moved in.
+    """
 
     def fill(path: Path) -> None:
-        write_model(path, model, tokenizer)
+        write(path) if write else write_model(path, model, tokenizer)
+        if shards is not None:
+            shards.rename(path / SHARDS)
         torch.save(state, path / STATE_FILE)
 
     checkpoint = Checkpoint(folder / f"step-{step:06d}", step)

@@ -53,7 +53,8 @@ def train(
     except KeyboardInterrupt:
         print("trapo: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         raise typer.Exit(130) from None
-    _print_summary(console, Path(settings.run_dir), summary)
+    if summary:  # the first rank's
+        _print_summary(console, Path(settings.run_dir), summary)
 
 
 @app.command(name="eval")

@@ -90,6 +90,7 @@ class RolloutConfig:
     temperature: float = 1.0
     max_response_tokens: int = 8192  # expert prefix + own tokens
     batch_size: int = 64  # sequences decoded together
+    seeding: str = "call"  # random numbers of a whole call, or of each `request`: several ranks use the latter
 
 
 @dataclasses.dataclass
@@ -116,11 +117,20 @@ class TrainConfig:
     sft_steps: int | None = None  # mode sft_then_rl: how many of the steps are SFT
     prompts_per_step: int = 8
     updates_per_step: int = 1  # optimizer steps on one batch of rollouts (minibatches)
-    micro_batch_tokens: int = 4096  # padded tokens in one forward-backward
+    micro_batch_tokens: int = 4096  # in one forward-backward: real tokens where packed, else padded ones
+    packing: str = "auto"  # on: one row of concatenated sequences; auto: on where attention is varlen (flash)
+    precision: str = "float32"  # of the forward and backward; bfloat16: weights and optimizer stay in float32
     normalizer: str = "tokens"  # tokens: of the global batch; constant: normalizer_constant
     normalizer_constant: float | None = None  # None: rollouts x rollout.max_response_tokens (Dr.GRPO)
     skip_inactive: bool = True  # leave sequences without any gradient out of the forward, and so out of the metrics
     threads: int | None = None  # torch CPU threads; None: torch's default
+
+
+@dataclasses.dataclass
+class LoraConfig:
+    rank: int = 0  # 0: all weights are trained
+    alpha: float = 32.0  # the adapter counts alpha / rank
+    targets: list[str] | None = None  # names of linear layers; None: all but the head
 
 
 @dataclasses.dataclass
@@ -152,6 +162,7 @@ class Config:
     reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
@@ -168,6 +179,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "guidance.supervise": ("every", "one_per_prefix"),
     "advantage.baseline": ("all", "unguided", "own_tokens"),
     "rollout.engine": ("hf",),
+    "rollout.seeding": ("call", "request"),
+    "train.packing": ("auto", "on", "off"),
+    "train.precision": ("float32", "bfloat16"),
     "optim.schedule": ("constant", "linear", "cosine"),
     "train.normalizer": ("tokens", "constant"),
 }
@@ -195,6 +209,8 @@ BOUNDS: dict[str, tuple[float, bool]] = {
     "train.micro_batch_tokens": (1, True),
     "train.normalizer_constant": (0, False),
     "train.threads": (1, True),
+    "lora.rank": (0, True),
+    "lora.alpha": (0, False),
     "eval.every": (0, True),
     "eval.temperature": (0, True),
     "eval.samples": (1, True),

@@ -16,6 +16,7 @@ from trapo.encode import EncodedProblem, decode_text
 from trapo.errors import TrapoError
 from trapo.files import write_atomic, write_json
 from trapo.model import load_model
+from trapo.ranks import Scorer
 from trapo.rewards import RewardPool
 from trapo.rollout import Engine, Request, make_engine
 from trapo.sampling import load_eval_set
@@ -73,7 +74,7 @@ def evaluate_model(config: Config, log: Callable[[str], None]) -> EvalResult:
 def evaluate(
     problems: Sequence[EncodedProblem],
     engine: Engine,
-    pool: RewardPool,
+    pool: Scorer,
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
     *,

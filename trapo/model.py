@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from trapo import lora
 from trapo.config import ModelConfig
 from trapo.errors import TrapoError
 from trapo_kernels.integrations.transformers import LinearHead, linear_head
@@ -28,6 +30,8 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
 
     Raises TrapoError when `model.path` names nothing that can be loaded.
     """
+    if lora.is_adapter(Path(config.path)):
+        return _load_adapted(config)
     device = _device(config.device)
     dtype = getattr(torch, config.dtype)
     source = find_weights(config.path)
@@ -53,6 +57,14 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
         model.activation_checkpointing_enable()
     nn.Module.to(model, device)
     return model.eval(), tokenizer
+
+
+def _load_adapted(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A checkpoint of a run with lora.rank: its adapter in its base model."""
+    path = Path(config.path)
+    model, tokenizer = load_model(dataclasses.replace(config, path=lora.base_of(path)))
+    lora.load_adapter(path, model)
+    return model, tokenizer
 
 
 def _device(name: str) -> torch.device:

@@ -20,7 +20,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 import trapo_kernels as tk
-from trapo import checkpoint
+from trapo import checkpoint, lora
 from trapo.advantages import assign_advantages
 from trapo.collect import Rollout, collect
 from trapo.config import Config
@@ -32,18 +32,30 @@ from trapo.learner import Learner, Update
 from trapo.metrics import peak_memory_gb, rollout_metrics
 from trapo.model import load_model
 from trapo.modes import Phase, phases
+from trapo.ranks import ALONE, Ranks, Scorer, SharedRewards, join, leave
 from trapo.report import write_report
 from trapo.rewards import Reward, RewardPool
 from trapo.rollout import make_engine
 from trapo.run_dir import RunDir
 from trapo.sampling import derive_seed, load_eval_set, load_train_set, problems_at
+from trapo.sharding import save_shards, shard_over
+from trapo.weights import writer
 
 
 def train(config: Config, *, console: Console, restart_finished: bool = False) -> dict[str, Any]:
     """Run a training run, or continue it from its last checkpoint; returns what is in its summary.json.
 
+    Under torchrun all ranks call it together; the first one shows and writes, the others return {}.
     Raises TrapoError for input that cannot be used, before anything is generated or trained.
     """
+    ranks = join()
+    try:
+        return _train(config, console if ranks.first else Console(quiet=True), restart_finished, ranks)
+    finally:
+        leave(ranks)
+
+
+def _train(config: Config, console: Console, restart_finished: bool, ranks: Ranks) -> dict[str, Any]:
     run_dir = RunDir(Path(config.run_dir))
     plan = phases(config)
     resume_from = run_dir.look(config, restart_finished=restart_finished)
@@ -51,8 +63,12 @@ def train(config: Config, *, console: Console, restart_finished: bool = False) -
         torch.set_num_threads(config.train.threads)
     reward = config.reward
     with RewardPool(reward.function, workers=reward.workers, timeout=reward.timeout) as pool:
-        trainer = Trainer(config, plan, run_dir, pool, console, resume_from)
-        run_dir.claim(config, resume_from)
+        scorer = pool if ranks.world == 1 else SharedRewards(pool, ranks)
+        trainer = Trainer(config, plan, run_dir, scorer, console, resume_from, ranks)
+        ranks.barrier()  # all have read what is there
+        if ranks.first:
+            run_dir.claim(config, resume_from)
+        ranks.barrier()
         with Display(console, config.train.steps, trainer.step, trainer.ratios) as display:
             trainer.run(display)
         return trainer.finish()
@@ -66,26 +82,29 @@ class Trainer:
         config: Config,
         plan: list[Phase],
         run_dir: RunDir,
-        pool: RewardPool,
+        pool: Scorer,
         console: Console,
         resume_from: checkpoint.Checkpoint | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.config, self.phases, self.run_dir, self.pool = config, plan, run_dir, pool
+        self.config, self.phases, self.run_dir, self.pool, self.ranks = config, plan, run_dir, pool, ranks
         source, log = config.model, functools.partial(console.print, markup=False, highlight=False)
         if resume_from is not None:
             source = dataclasses.replace(source, path=str(resume_from.path))
             log(f"continuing {run_dir.path} after step {resume_from.step}")
         self.model, self.tokenizer = load_model(source)
+        lora.attach(self.model, config.lora, base=config.model.path, seed=derive_seed(config.seed, "lora"))
+        shard_over(self.model, ranks, config.train.precision)
         self.train_set = load_train_set(config, plan, self.tokenizer, log)
         self.eval_set = load_eval_set(config, self.tokenizer, log)
-        self.engine = make_engine(config, self.model, self.tokenizer)
+        self.engine = make_engine(config, self.model, self.tokenizer, ranks)
         self.learner = Learner(
-            self.model, config, pad_id=self.tokenizer.pad_token_id, reference=self._reference_model()
+            self.model, config, pad_id=self.tokenizer.pad_token_id, reference=self._reference_model(), ranks=ranks
         )
         self.step, self.seconds_before = 0, 0.0
         if resume_from is not None:
             state = resume_from.load_state()
-            self.learner.load_state_dict(state["learner"])
+            self.learner.load_state_dict(state["learner"], resume_from.shards)
             self.step, self.seconds_before = resume_from.step, state["seconds"]
         self.started = time.monotonic()
         self.step_seconds: deque[float] = deque(maxlen=10)
@@ -108,7 +127,8 @@ class Trainer:
             display.status("training")
             row = self._train_step(self._phase(), problems_at(self.step, self.train_set, self.config))
             self.step += 1
-            self.run_dir.log(row)
+            if self.ranks.first:
+                self.run_dir.log(row)
             display.update(row)
             last = self.step == self.config.train.steps
             if self._due(self.config.checkpoint.every) or (last and self.config.checkpoint.every):
@@ -180,19 +200,27 @@ class Trainer:
             return
         display.status(f"evaluating {len(self.eval_set)} problems")
         seed = derive_seed(self.config.seed, "eval", self.step)
-        rows = path.with_suffix(".jsonl")
+        rows = path.with_suffix(".jsonl") if self.ranks.first else None
         result = evaluate(self.eval_set, self.engine, self.pool, self.tokenizer, self.config, seed=seed, rows_path=rows)
-        result.save(path)
+        if self.ranks.first:
+            result.save(path)
         display.note(f"held-out accuracy after step {self.step}: {result}")
 
     def _save(self) -> None:
         state = {"learner": self.learner.state_dict(), "seconds": self.seconds}
         folder, keep = self.run_dir.checkpoints, self.config.checkpoint.keep
-        checkpoint.save(folder, self.step, self.model, self.tokenizer, state, keep)
+        write = writer(self.model, self.tokenizer, final=False, keep=self.ranks.first)
+        shards = save_shards(folder, self.model, self.learner.optimizer, self.ranks)
+        if self.ranks.first:
+            checkpoint.save(folder, self.step, self.model, self.tokenizer, state, keep, write, shards)
+        self.ranks.barrier()
 
     def finish(self) -> dict[str, Any]:
         """Write the final model, the report and, last of all, the summary."""
-        write_folder_atomic(self.run_dir.final, lambda path: checkpoint.write_model(path, self.model, self.tokenizer))
+        write = writer(self.model, self.tokenizer, final=True, keep=self.ranks.first)
+        if not self.ranks.first:
+            return {}
+        write_folder_atomic(self.run_dir.final, write)
         summary = self._summary()
         write_report(self.run_dir.path, summary)
         self.run_dir.finish(summary)
@@ -245,4 +273,6 @@ class Trainer:
         if not any(phase.objective.kl_coef for phase in self.phases):
             return None
         # Of the initial weights, so a resumed run loads them again.
-        return load_model(self.config.model)[0].requires_grad_(False)
+        reference = load_model(self.config.model)[0].requires_grad_(False)
+        shard_over(reference, self.ranks, self.config.train.precision)
+        return reference
