@@ -10,6 +10,24 @@ import sys
 from rich.console import Console
 
 
+def base(model: str, run_dir: str) -> dict:
+    """A short run of everything."""
+    return {
+        "run_dir": run_dir,
+        "model": {"path": model},
+        "data": {
+            "train": "task://word_problems?split=train&n=20&seed=1",
+            "eval": "task://word_problems?split=test&n=4",
+        },
+        "rollout": {"max_response_tokens": 16, "batch_size": 8},
+        "optim": {"lr": 1e-2, "schedule": "linear", "warmup_steps": 2},
+        "objective": {"entropy_coef": 0.01},
+        "train": {"steps": 6, "prompts_per_step": 2, "threads": 1, "updates_per_step": 2},
+        "eval": {"every": 3},
+        "checkpoint": {"every": 2, "keep": 1},
+    }
+
+
 def main() -> None:
     model, run_dir, kill_at, *overrides = sys.argv[1:]
     kind, _, number = kill_at.partition(":")
@@ -43,21 +61,7 @@ def main() -> None:
     # Between a checkpoint and the evaluation that follows it, and at the very end.
     trainer.evaluate = deadly("eval", trainer.evaluate)
     trainer.write_report = deadly("report", trainer.write_report)
-    base = {
-        "run_dir": run_dir,
-        "model": {"path": model},
-        "data": {
-            "train": "task://word_problems?split=train&n=20&seed=1",
-            "eval": "task://word_problems?split=test&n=4",
-        },
-        "rollout": {"max_response_tokens": 16, "batch_size": 8},
-        "optim": {"lr": 1e-2, "schedule": "linear", "warmup_steps": 2},
-        "objective": {"entropy_coef": 0.01},
-        "train": {"steps": 6, "prompts_per_step": 2, "threads": 1, "updates_per_step": 2},
-        "eval": {"every": 3},
-        "checkpoint": {"every": 2, "keep": 1},
-    }
-    trainer.train(merge_config(base, overrides), console=Console(width=160))
+    trainer.train(merge_config(base(model, run_dir), overrides), console=Console(width=160))
 
 
 if __name__ == "__main__":

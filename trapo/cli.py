@@ -1,4 +1,4 @@
-"""`trapo train|eval|report`: the command line. Heavy imports wait until a command needs them, so that --help and the
+"""`trapo train|eval|plan|report`: the command line. Heavy imports wait until a command needs them, so that --help and the
 reward workers, which import this module again, start fast."""
 
 from __future__ import annotations
@@ -73,6 +73,26 @@ def evaluate(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def plan(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option(min=1, help="GPUs that share the model")] = 8,
+    response_tokens: Annotated[
+        int | None, typer.Option(min=1, help="assume responses of this length instead of the limit")
+    ] = None,
+) -> None:
+    """Shapes, memory by part and FLOPs of a configuration, by arithmetic: needs no GPU and no weights."""
+    from trapo.config import load_config
+
+    settings = load_config(config, overrides or [])
+    _quiet_transformers()
+    from trapo.plan import make_plan, tables
+
+    for table in tables(make_plan(settings, ranks, response_tokens)):
+        _console().print(table)
+
+
+@app.command()
 def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders")]) -> None:
     """Draw report.png for each run, finished or not."""
     from trapo.report import write_report
@@ -124,3 +144,7 @@ def _print_summary(console: Console, run_dir: Path, summary: dict) -> None:
         f"{run_dir}/report.png  {run_dir}/summary.json  {run_dir}/final (loads with transformers)",
         highlight=False,
     )
+
+
+if __name__ == "__main__":  # torchrun -m trapo.cli
+    main()

@@ -118,7 +118,7 @@ class TrainConfig:
     prompts_per_step: int = 8
     updates_per_step: int = 1  # optimizer steps on one batch of rollouts (minibatches)
     micro_batch_tokens: int = 4096  # in one forward-backward: real tokens where packed, else padded ones
-    packing: str = "auto"  # on: one row of concatenated sequences; auto: on where attention is varlen (flash)
+    packing: str = "auto"  # always: one row of concatenated sequences; auto: where attention is varlen (flash)
     precision: str = "float32"  # of the forward and backward; bfloat16: weights and optimizer stay in float32
     normalizer: str = "tokens"  # tokens: of the global batch; constant: normalizer_constant
     normalizer_constant: float | None = None  # None: rollouts x rollout.max_response_tokens (Dr.GRPO)
@@ -180,7 +180,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "advantage.baseline": ("all", "unguided", "own_tokens"),
     "rollout.engine": ("hf",),
     "rollout.seeding": ("call", "request"),
-    "train.packing": ("auto", "on", "off"),
+    "train.packing": ("auto", "always", "never"),
     "train.precision": ("float32", "bfloat16"),
     "optim.schedule": ("constant", "linear", "cosine"),
     "train.normalizer": ("tokens", "constant"),
@@ -230,10 +230,11 @@ def find_config(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    preset = PRESETS / f"{path.stem}.yaml"
+    stem = path.name.removesuffix(".yaml")  # not path.stem: a name may hold a dot
+    preset = PRESETS / f"{stem}.yaml"
     if str(path.parent) in (".", "presets") and preset.is_file():
         return preset
-    near = difflib.get_close_matches(path.stem, preset_names(), n=1)
+    near = difflib.get_close_matches(stem, preset_names(), n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise TrapoError(f"CONFIG: no file {name!r}; presets: {', '.join(preset_names())}{hint}")
 

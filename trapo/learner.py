@@ -253,7 +253,7 @@ def lr_factor(step: int, optim: OptimConfig, steps: int) -> float:
 def is_packed(model: PreTrainedModel, config: Config) -> bool:
     """train.packing; `auto` packs where attention is varlen: a block mask's squares cost more than padding does."""
     varlen = "flash" in (model.config._attn_implementation or "")
-    return {"on": True, "off": False, "auto": varlen}[config.train.packing]
+    return {"always": True, "never": False, "auto": varlen}[config.train.packing]
 
 
 def prepare_checkpointing(model: PreTrainedModel) -> None:

@@ -52,7 +52,7 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
     # De-quantised weights are plain tensors from here on: a checkpoint must not say otherwise.
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
-    _freeze(model, config.freeze)
+    freeze(model, config.freeze)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
     nn.Module.to(model, device)
@@ -92,7 +92,8 @@ def find_weights(path: str) -> Path:
     return found[0]
 
 
-def _freeze(model: PreTrainedModel, pattern: str | None) -> None:
+def freeze(model: PreTrainedModel, pattern: str | None) -> None:
+    """Take the parameters whose names match out of training. Raises TrapoError when that is none or all of them."""
     if pattern is None:
         return
     try:
