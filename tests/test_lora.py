@@ -45,7 +45,9 @@ def test_adapters_train_and_base_and_head_do_not(loaded, monkeypatch):
     model, _ = loaded
     wanted = []
     loss = tk.linear_policy_loss
-    monkeypatch.setattr(tk, "linear_policy_loss", lambda h, w, *a, **k: wanted.append(w.requires_grad) or loss(h, w, *a, **k))
+    monkeypatch.setattr(
+        tk, "linear_policy_loss", lambda h, w, *a, **k: wanted.append(w.requires_grad) or loss(h, w, *a, **k)
+    )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trained(model)
     moved = {name for name, p in model.named_parameters() if not p.equal(before[name])}
@@ -109,8 +111,7 @@ def test_the_final_model_is_merged_with_the_adapter_beside_it(loaded, tmp_path):
 
 
 def test_the_engine_generates_with_the_adapter(loaded, tiny_model_path):
-    model, tokenizer = loaded[0], loaded[1]
-    trained(model)
+    model = trained(loaded[0])
     request = [Request(tuple(range(3, 23)), 8)]
 
     def greedy(m):

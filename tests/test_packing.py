@@ -33,7 +33,9 @@ def hidden(model, batch):
 
 
 def check_packed_is_padded(model):
-    for packed, padded in zip(hidden(model, pack(rollouts(), CPU)), hidden(model, collate(rollouts(), 2, CPU)), strict=True):
+    for packed, padded in zip(
+        hidden(model, pack(rollouts(), CPU)), hidden(model, collate(rollouts(), 2, CPU)), strict=True
+    ):
         torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-5)
 
 

@@ -35,9 +35,11 @@ def config(path, *overrides):
 
 
 def rollouts():
-    """What such a step can hold at most: a rollout feeds all of its tokens but the last."""
-    problem = EncodedProblem(Problem("p", ({"role": "user", "content": "?"},), "1", (), "t"), tuple(range(9, 9 + PROMPT)), ())
-    own = tuple(range(20, 20 + RESPONSE + 1))
+    """What such a step can hold at most. The last token is not fed in, so the prompt has one more."""
+    problem = EncodedProblem(
+        Problem("p", ({"role": "user", "content": "?"},), "1", (), "t"), tuple(range(8, 9 + PROMPT)), ()
+    )
+    own = tuple(range(20, 20 + RESPONSE))
     return [Rollout(problem, i // 3, 0, 0.0, (), own, False, True, 1.0, "ok", 0.5 - i) for i in range(6)]
 
 

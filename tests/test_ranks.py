@@ -14,7 +14,7 @@ from test_resume import CLOCKS
 
 from trapo.ranks import ALONE, Ranks
 
-# Rollouts of 5 to 12 tokens with a gradient, 8 of them: budgets that give the count of micro-batches in the test's name.
+# 8 rollouts of 6 to 12 tokens, all with a gradient: budgets that give the number of micro-batches in the test's name.
 BUDGETS = {"padded": {1: 1000, 2: 48, 4: 24}, "packed": {1: 1000, 2: 36, 4: 20}}
 
 
@@ -170,7 +170,7 @@ def two_ranks(tiny_model_path, tmp_path_factory):
 
 
 def test_a_run_on_two_ranks_is_the_run_on_one(one_rank, two_ranks):
-    run_dir, outputs = two_ranks
+    run_dir, _ = two_ranks
     rows, evals = outcome(run_dir)
     expected_rows, expected_evals = outcome(one_rank)
     for row, expected in zip(rows, expected_rows, strict=True):
@@ -231,7 +231,9 @@ def test_without_the_optimizers_state_the_continuation_would_differ(one_rank):
 def test_the_shards_hold_the_trained_weights_and_both_moments(two_ranks):
     from torch.distributed.checkpoint import FileSystemReader
 
-    names = FileSystemReader(two_ranks[0] / "checkpoints" / "step-000004" / "shards").read_metadata().state_dict_metadata
+    names = (
+        FileSystemReader(two_ranks[0] / "checkpoints" / "step-000004" / "shards").read_metadata().state_dict_metadata
+    )
     for part in ("model.model.norm.weight", "optimizer.state.model.norm.weight.exp_avg"):
         assert part in names
     assert "optimizer.state.model.norm.weight.exp_avg_sq" in names

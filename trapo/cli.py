@@ -1,5 +1,5 @@
-"""`trapo train|eval|plan|report`: the command line. Heavy imports wait until a command needs them, so that --help and the
-reward workers, which import this module again, start fast."""
+"""`trapo train|eval|plan|report`: the command line. Heavy imports wait until a command needs them, so that --help and
+the reward workers, which import this module again, start fast."""
 
 from __future__ import annotations
 

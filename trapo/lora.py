@@ -54,9 +54,7 @@ def _inject(model: PreTrainedModel, settings: Any) -> None:
             parameter.data = parameter.data.to(device, torch.float32)
     head = model.get_output_embeddings()
     if any(p.requires_grad for p in head.parameters()):
-        raise TrapoError(
-            "lora.targets: the output head cannot have an adapter: the fused loss takes its bare weight"
-        )
+        raise TrapoError("lora.targets: the output head cannot have an adapter: the fused loss takes its bare weight")
 
 
 def has_adapter(model: nn.Module) -> bool:

@@ -83,6 +83,8 @@ def make_plan(config: Config, ranks: int, response_tokens: int | None = None) ->
     flops = update_flops(model, config, tokens)
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    head = model.get_output_embeddings().weight
+    head_trained, head_size = head.requires_grad, head.numel()
     logits = loss_memory(config, model.config.get_text_config().vocab_size)
     with fake_ranks(ranks) as mesh:
         if mesh is not None:
@@ -90,6 +92,8 @@ def make_plan(config: Config, ranks: int, response_tokens: int | None = None) ->
         weights = _weights(model)
         memory = state_memory(model) | (_unit_memory(model, config) if mesh is not None else {})
     memory |= _activations(config, tokens["longest sequence"]) | {"logits buffer of the loss": logits[OURS]}
+    if head_trained and config.train.precision != "float32":
+        memory["fp32 sum of the head's gradient"] = 4 * head_size
     return Plan(config.model.path, ranks, total, trained, weights, memory, logits, tokens, flops)
 
 
@@ -175,7 +179,8 @@ def _unit_memory(model: PreTrainedModel, config: Config) -> dict[str, int]:
     trained = max(sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in layers)
     return {
         "gathered weights": width * (sum(p.numel() for p in root) + 2 * largest),
-        "unreduced gradients": width * (sum(p.numel() for p in root if p.requires_grad) + trained),
+        # As backward leaves them, and as they are put together to be reduced, in float32.
+        "unreduced gradients": (width + 4) * (sum(p.numel() for p in root if p.requires_grad) + trained),
     }
 
 
@@ -288,7 +293,7 @@ def tables(plan: Plan) -> list[Table]:
     logits = _table("logits of a micro-batch (GiB)", "how they are held", "GiB")
     for name, value in plan.logits.items():
         logits.add_row(name, f"{value / 2**30:.2f}")
-    step = _table("a step, all ranks, every sequence at its limit", "", "")
+    step = _table("a step, all ranks, every sequence as long as can be", "of the whole batch of rollouts", "")
     for name, count in plan.tokens.items():
         step.add_row(name, f"{count:,}")
     for field in dataclasses.fields(plan.flops):
@@ -299,6 +304,7 @@ def tables(plan: Plan) -> list[Table]:
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold")
+    table.title_style = "bold"
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left")
     return table

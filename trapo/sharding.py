@@ -56,7 +56,8 @@ def shard_over(model: PreTrainedModel, ranks: Ranks, precision: str) -> None:
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The repeated blocks of a decoder."""
     names = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
+    # FSDP2 gives a module a class of its own, derived from the one that has the name.
+    return [m for m in model.modules() if any(kind.__name__ in names for kind in type(m).__mro__)]
 
 
 def is_sharded(model: nn.Module) -> bool:
