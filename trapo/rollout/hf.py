@@ -73,6 +73,7 @@ class HFEngine:
                 input_ids=input_ids[repeat],
                 attention_mask=attention_mask[repeat],
                 logits_processor=LogitsProcessorList(noise),
+                synced_gpus=False,  # each rank decodes by itself: see whole_weights
                 **{self.cache_name: cache},
             )
         new_tokens = generated[:, input_ids.shape[1] :].tolist()
