@@ -51,6 +51,7 @@ def shard_over(model: PreTrainedModel, ranks: Ranks, precision: str) -> None:
     shard(model, init_device_mesh(model.device.type, (ranks.world,)), precision)
     # The model must be the first of its units that FSDP2 sees running, or a layer takes itself for the root.
     as_forward(model, lambda: None)
+    model.reshard()  # type: ignore[operator]  # an optimizer must find the shards
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
