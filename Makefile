@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup setup-integrations setup-verl setup-docs setup-bench demo test test-verl test-slow bench bench-rows check docs
+.PHONY: setup setup-integrations setup-log setup-verl setup-docs setup-bench demo test test-verl test-slow bench bench-rows check docs
 .PHONY: format clean gpu-evidence
 
 setup: $(STAMP)
@@ -24,7 +24,7 @@ demo: $(STAMP)
 	$(BIN)/trapo train demo run_dir=runs/demo --if-finished restart
 
 test: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 # The packages of one extra, without building this package again.
 EXTRA = $(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project'] \
@@ -35,6 +35,13 @@ setup-integrations: $(VENV)/.integrations
 
 $(VENV)/.integrations: $(STAMP)
 	$(call EXTRA,integrations)
+	touch $@
+
+# TensorBoard and Weights & Biases; without them the tests of log.tensorboard and log.wandb skip.
+setup-log: $(VENV)/.log
+
+$(VENV)/.log: $(STAMP)
+	$(call EXTRA,log)
 	touch $@
 
 # verl wants an older transformers and omegaconf than everything else here, so it lives in a venv of its own, on top of

@@ -14,6 +14,8 @@ if not torch.cuda.is_available():
 
 # Two processes with two spinning OpenMP threads each crawl on two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
 # Tests that repeat what others check: for interpreted kernels, at some 10 ms a row, they are in the slow suite.

@@ -95,8 +95,17 @@ def test_a_mistake_leaves_the_run_folder_free_for_the_corrected_command(tmp_path
 def test_report_redraws_a_run(demo_run):
     run_dir, _ = demo_run
     (run_dir / "report.png").unlink()
-    trapo("report", run_dir)
+    (run_dir / "report.html").unlink()
+    assert str(run_dir / "report.html") in trapo("report", run_dir).stdout
     assert (run_dir / "report.png").exists()
+    assert "<article" in (run_dir / "report.html").read_text()  # sample rollouts
+
+
+def test_report_compares_several_runs_on_one_page_here(demo_run, tmp_path):
+    run_dir, _ = demo_run
+    trapo("report", run_dir, run_dir, cwd=tmp_path)
+    trapo("report", run_dir, "--out", tmp_path / "other.html")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other.html", "report.html"]
 
 
 def test_eval_scores_a_trained_model_with_several_samples(demo_run):

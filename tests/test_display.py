@@ -1,5 +1,7 @@
 import io
+import re
 
+import pytest
 from rich.console import Console
 
 from trapo.display import Display
@@ -18,12 +20,12 @@ ROW = {
 }
 
 
-def shown(terminal):
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=200, color_system=None)
+def shown(terminal, width=200, row=ROW):
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=width, color_system=None)
     with Display(console, total_steps=10, first_step=2, ratios=[0.0, 0.5, 1.0]) as display:
         display.status("training")
         display.note("held-out accuracy [/b] 20%")  # brackets are text, not markup
-        display.update(ROW)
+        display.update(row)
     return console.file.getvalue()
 
 
@@ -40,3 +42,20 @@ def test_a_log_gets_one_header_and_one_line_a_step():
     assert len(lines) == 3
     # Failed rewards are shown; what a step does not have is a dash.
     assert lines[2].split() == ["3", "trapo", "0.25", "0.12", "0.75", "-", "12%", "1.50", "-", "2", "123", "1:02:05"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 160])
+def test_a_narrow_terminal_gets_fewer_and_shorter_columns_and_no_cut_ones(width):
+    lines = re.sub("\x1b\\[[?0-9;]*[A-Za-z]", "", shown(terminal=True, width=width)).splitlines()  # no control codes
+    header = next(line for line in lines if line.lstrip().startswith("step"))
+    assert "…" not in "".join(lines)
+    assert max(map(len, lines[-4:])) <= width
+    assert {"step", "reward"} <= set(header.split())
+    if width == 80:
+        assert {"@0", "@0.5", "@1", "clip", "entropy", "failed", "tok/s"} <= set(header.split())
+
+
+def test_the_columns_of_a_log_stand_below_their_titles():
+    header, line = shown(terminal=False, row=ROW | {"phase": "fixed_prefix"}).splitlines()[1:]
+    assert len(header) == len(line)
+    assert header.index("phase") + len("phase") == line.index("fixed_prefix") + len("fixed_prefix")

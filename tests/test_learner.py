@@ -1,7 +1,9 @@
 """One update on a tiny model: what must change it and what must not."""
 
 import copy
+import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -13,6 +15,7 @@ from trapo.data import Problem
 from trapo.encode import EncodedProblem
 from trapo.errors import TrapoError
 from trapo.learner import Learner, lr_factor
+from trapo.metrics import ProbabilityHistogram
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,34 @@ def updated(model, *overrides, objective=None, sample=None, steps=1):
 
 def same(a, b, tolerance=1e-6):
     return all(torch.allclose(a[name], b[name], atol=tolerance, rtol=0) for name in a)
+
+
+@pytest.mark.parametrize("budget", [10, 4096])
+def test_expert_tokens_are_counted_by_probability(model, budget):
+    sample = rollouts()
+    extra = [dataclasses.replace(r, prefix_ids=r.prefix_ids or (5, 6, 7), supervised=False) for r in sample[:1]]
+    _, report = updated(model, f"train.micro_batch_tokens={budget}", sample=sample + extra)
+    (guided,) = [r for r in sample if r.supervised]
+    ids = torch.tensor([guided.problem.prompt_ids + guided.response_ids])
+    start, end = len(guided.problem.prompt_ids), len(guided.problem.prompt_ids) + len(guided.prefix_ids)
+    with torch.no_grad():
+        p = model(ids).logits[0, start - 1 : end - 1].softmax(-1)[torch.arange(end - start), ids[0, start:end]]
+    expected, _ = np.histogram(p.numpy(), bins=20, range=(0, 1))
+    assert report.expert_histogram == expected.tolist()
+    assert sum(report.expert_histogram) == len(guided.prefix_ids)
+
+
+def test_the_histogram_puts_each_probability_into_its_bin_and_starts_anew_each_step():
+    histogram = ProbabilityHistogram()
+    assert histogram.take() == []
+    probabilities = torch.tensor([[0.0, 0.049, 0.051, 1.0], [0.999, 0.5, 0.3, 0.3]])
+    mask = torch.tensor([[True, True, True, True], [True, True, False, False]])
+    histogram.add(probabilities.log(), mask)
+    histogram.add(probabilities.log(), mask)
+    counts = histogram.take()
+    assert {i: n for i, n in enumerate(counts) if n} == {0: 4, 1: 2, 10: 2, 19: 4}
+    histogram.add(probabilities.log(), torch.zeros_like(mask))
+    assert histogram.take() == []
 
 
 @pytest.mark.parametrize("normalizer", ["tokens", "constant"])

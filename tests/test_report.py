@@ -1,50 +1,139 @@
 import json
+import re
 
 import pytest
+from report_runs import HOSTILE, full_row, rollout, row, write_run
 
 from trapo.errors import TrapoError
-from trapo.files import write_json
-from trapo.report import write_report
+from trapo.report import write_comparison, write_report
+from trapo.report.figures import sections
+from trapo.report.run_data import read_run
 
 
-def row(step, **more):
-    base = {
-        "step": step,
-        "reward": 0.4,
-        "reward_by_ratio": {"0": 0.2, "0.5": 0.9},
-        "rollouts_by_ratio": {"0": 6, "0.5": 2},
-        "guided": 0.25,
-        "tokens_per_second": 100.0,
-        "grad_norm": 1.0,
-        "generated_length": 12.0,
-        "entropy": 0.7,
-        "trsft_clipped": 0.3,
-        "expert_prob": 0.6,
-    }
-    return base | more
+def figures_in(page):
+    """The figures that the page would draw, by title."""
+    found = re.search(r'id="figures"[^>]*>(.*?)</script>', page.read_text(), re.DOTALL)
+    return {figure["title"]: figure for figure in json.loads(found[1])}
 
 
-def write_run(path, rows):
-    (path / "eval").mkdir(parents=True)
-    (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+def lines(figure):
+    return {trace["name"]: trace["y"] for trace in figure["traces"]}
 
 
 def test_the_picture_and_the_numbers_behind_it_are_written(tmp_path):
-    write_run(tmp_path, [row(1), row(2, reward_by_ratio={"0": 0.5}, rollouts_by_ratio={"0": 8}, entropy=None)])
-    write_json(tmp_path / "eval" / "step-000000.json", {"accuracy": 0.25, "interval": [0.2, 0.3]})
-    picture = write_report(tmp_path)
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    data = json.loads((tmp_path / "report.json").read_text())
+    rows = [row(1), row(2, reward_by_ratio={"0": 0.5}, rollouts_by_ratio={"0": 8}, entropy=None)]
+    write_report(write_run(tmp_path / "run", rows, accuracies=[(0, 0.25)]))
+    assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
+    data = json.loads((tmp_path / "run" / "report.json").read_text())
     assert data["reward_by_ratio"] == {"0": [0.2, 0.5], "0.5": [0.9, None]}
     assert data["series"]["entropy"] == [0.7, None]
     assert data["evaluations"][0]["accuracy"] == 0.25
 
 
+def test_the_page_has_a_figure_for_everything_that_was_measured(tmp_path):
+    run = write_run(tmp_path / "run", [full_row(s) for s in range(1, 9)], accuracies=[(0, 0.2), (8, 0.4)])
+    figures = figures_in(write_report(run))
+    assert {
+        "Held-out accuracy",
+        "Reward",
+        "Guidance used",
+        "Reward by guidance level",
+        "Expert tokens outside the trust region",
+        "Expert tokens by probability",
+        "Expert tokens by probability over time",
+        "Entropy",
+        "Length of the model's own part",
+        "Throughput",
+        "Time of a step by part",
+        "Peak memory",
+    } <= figures.keys()
+    accuracy = figures["Held-out accuracy"]["traces"][0]
+    assert (accuracy["x"], accuracy["y"]) == ([0, 8], [0.2, 0.4])
+    assert accuracy["error_y"]["array"] == pytest.approx([0.07, 0.07])
+    assert accuracy["error_y"]["arrayminus"] == pytest.approx([0.05, 0.05])
+    assert lines(figures["Guidance used"]) == {"no prefix": [6] * 8, "prefix 50%": [2] * 8}
+    assert list(lines(figures["Time of a step by part"])) == ["generate", "reward", "logprobs", "update"]
+
+
+def test_the_histogram_is_shown_as_shares_against_alpha(tmp_path):
+    run = write_run(tmp_path / "run", [full_row(s) for s in range(1, 10)], overrides=["objective.alpha=0.2"])
+    figure = figures_in(write_report(run))["Expert tokens by probability"]
+    early, late = lines(figure).values()
+    assert sum(early) == pytest.approx(1)
+    # Steps 1 to 3 have 19 + 18 + 17 tokens in the lowest bin, of 62 a step; steps 7 to 9 have 13 + 12 + 11.
+    assert early[0] == pytest.approx(54 / 186)
+    assert late[0] == pytest.approx(36 / 186)
+    assert figure["layout"]["shapes"][0]["x0"] == 0.2
+    over_time = figures_in(run / "report.html")["Expert tokens by probability over time"]["traces"][0]
+    assert over_time["z"][0][0] == pytest.approx(19 / 62)  # [bin][step]
+    assert len(over_time["y"]) == len(over_time["z"]) == 20
+
+
+def test_alpha_is_not_shown_where_the_loss_has_none(tmp_path):
+    assert read_run(write_run(tmp_path / "grpo", [row(1)], overrides=["mode=grpo"])).alpha is None
+    assert read_run(write_run(tmp_path / "trapo", [row(1)])).alpha == 0.1
+
+
+def test_several_runs_share_the_figures_and_are_told_apart(tmp_path):
+    a = write_run(tmp_path / "a" / "run", [full_row(1), full_row(2)], accuracies=[(2, 0.3)])
+    b = write_run(tmp_path / "b" / "run", [row(1)], overrides=["optim.lr=0.5"], accuracies=[(2, 0.4)])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    page = write_comparison([a, b], tmp_path / "both.html")
+    figures = figures_in(page)
+    assert lines(figures["Reward"]) == {"a/run": [0.325, 0.35], "b/run": [0.4]}
+    assert set(lines(figures["Held-out accuracy"])) == {"a/run", "b/run"}
+    assert {"Guidance used · a/run", "Guidance used · b/run"} <= figures.keys()
+    text = page.read_text()
+    assert "1 in which the runs differ" in text
+    assert text.index("optim.lr") < text.index("optim.betas")
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before | {page: page.read_bytes()}  # nothing is written into the runs
+
+
+def test_what_an_older_run_did_not_record_is_left_out(tmp_path):
+    figures = figures_in(write_report(write_run(tmp_path / "run", [row(1, seconds_collect=2.0, seconds_update=3.0)])))
+    assert "Expert tokens by probability" not in figures
+    assert "Peak memory" not in figures
+    assert lines(figures["Time of a step by part"]) == {"collect": [2.0], "update": [3.0]}
+
+
 def test_a_run_of_one_step_without_evaluation_can_be_drawn(tmp_path):
-    write_run(tmp_path, [row(1, reward=None, trsft_clipped=None)])
-    assert write_report(tmp_path).exists()
+    assert write_report(write_run(tmp_path / "run", [row(1, reward=None, trsft_clipped=None)])).exists()
 
 
 def test_a_folder_without_steps_is_refused(tmp_path):
     with pytest.raises(TrapoError, match="holds no steps"):
         write_report(tmp_path)
+
+
+def test_text_of_rollouts_and_settings_is_escaped(tmp_path):
+    rollouts = [rollout(1, prompt=HOSTILE, prefix=HOSTILE, own=HOSTILE, answer=HOSTILE, status=HOSTILE)]
+    run = write_run(tmp_path / "<b>run", [row(1)], rollouts=rollouts)
+    with open(run / "config.yaml", "a") as file:
+        file.write(f"note: {json.dumps(HOSTILE)}\n")
+    text = write_report(run).read_text()
+    assert "<script>window" not in text
+    assert "<img" not in text
+    assert "<b>run" not in text
+    assert text.count("&lt;script&gt;window.hacked = true&lt;/script&gt;") >= 6
+    assert "{{ 7 * 7 }}" in text
+
+
+def test_the_page_holds_samples_of_the_whole_run_and_the_ends_of_long_texts(tmp_path):
+    rollouts = [rollout(step, own=f"step {step} {'x' * 9000} END") for step in range(1, 401) for _ in range(4)]
+    text = write_report(write_run(tmp_path / "run", [row(1)], rollouts=rollouts)).read_text()
+    shown = [int(step) for step in re.findall(r'data-step="(\d+)"', text)]
+    assert len(shown) == 40
+    assert (shown[0], shown[-1]) == (1, 400)
+    assert text.count(" END</span>") == 40
+    assert "characters …]" in text
+
+
+def test_long_curves_get_a_moving_average_and_short_ones_do_not(tmp_path):
+    long = read_run(write_run(tmp_path / "long", [row(s, reward=float(s % 2)) for s in range(1, 101)]))
+    short = read_run(write_run(tmp_path / "short", [row(s) for s in range(1, 10)]))
+    reward = {run.name: sections([run])[0].figures[0] for run in (long, short)}
+    raw, average = reward["long"].traces
+    assert average["y"][0] == raw["y"][0]
+    assert average["y"][-1] == pytest.approx(0.5, abs=0.05)
+    assert len(reward["short"].traces) == 1

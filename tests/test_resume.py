@@ -30,6 +30,7 @@ def outcome(run_dir):
             del row[clock]
     summary = json.loads((run_dir / "summary.json").read_text())
     evals = {f.name: f.read_text() for f in sorted((run_dir / "eval").iterdir())}
+    evals["rollouts"] = (run_dir / "rollouts.jsonl").read_text()
     return rows, load_file(run_dir / "final" / "model.safetensors"), summary["eval_after"], evals
 
 
@@ -68,6 +69,8 @@ def test_the_run_that_is_compared_with_did_train(undisturbed, tiny_model_path):
     assert any(not before[name].equal(after[name]) for name in before)
     assert all(row["optimizer_steps"] == 2 for row in rows)
     assert len({row["grad_norm"] for row in rows}) == len(rows)
+    samples = (undisturbed / "rollouts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in samples] == [1, 1, 1, 3, 3, 3, 5, 5, 5]
 
 
 def test_transformers_loads_the_final_checkpoint(undisturbed):

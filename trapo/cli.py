@@ -93,12 +93,23 @@ def plan(
 
 
 @app.command()
-def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders")]) -> None:
-    """Draw report.png for each run, finished or not."""
-    from trapo.report import write_report
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="where the page goes, and nothing into RUN; default: RUN/report.html, of several ./report.html"
+        ),
+    ] = None,
+) -> None:
+    """Make one HTML page on a run, finished or not (and draw its report.png), or on several, compared."""
+    from trapo.report import write_comparison, write_report
 
-    for run in runs:
-        _console().print(str(write_report(run)), highlight=False)
+    if out is None and len(runs) == 1:
+        page = write_report(runs[0])
+    else:
+        page = write_comparison(runs, out or Path("report.html"))
+    _console().print(str(page), highlight=False)
 
 
 def main() -> None:
@@ -141,7 +152,7 @@ def _print_summary(console: Console, run_dir: Path, summary: dict) -> None:
         highlight=False,
     )
     console.print(
-        f"{run_dir}/report.png  {run_dir}/summary.json  {run_dir}/final (loads with transformers)",
+        f"{run_dir}/report.html  {run_dir}/summary.json  {run_dir}/final (loads with transformers)",
         highlight=False,
     )
 

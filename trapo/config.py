@@ -149,6 +149,16 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass
+class LogConfig:
+    """Beyond metrics.jsonl, which is always written."""
+
+    tensorboard: bool = False  # in run_dir/tensorboard
+    wandb: bool = False  # project trapo, or WANDB_PROJECT; WANDB_MODE=offline works
+    rollouts_every: int = 5  # steps between samples of rollouts in rollouts.jsonl; 0: none
+    rollouts: int = 4  # rollouts in a sample, of as many guidance levels as there are
+
+
+@dataclasses.dataclass
 class Config:
     mode: str = "trapo"
     seed: int = 0
@@ -165,6 +175,7 @@ class Config:
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
 
 
 # What each word-valued field accepts; everything else is checked by its type or by a bound below.
@@ -217,6 +228,8 @@ BOUNDS: dict[str, tuple[float, bool]] = {
     "eval.max_response_tokens": (1, True),
     "checkpoint.every": (0, True),
     "checkpoint.keep": (1, True),
+    "log.rollouts_every": (0, True),
+    "log.rollouts": (1, True),
 }
 
 

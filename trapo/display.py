@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -12,6 +14,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 ROWS = 12  # steps kept in the live table
+GAP = 2  # blanks between columns
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column of the table."""
+
+    title: str
+    short: str  # title on a narrow terminal
+    cell: Callable[[Row], str]
+    dispensable: int = 0  # a terminal that is still too narrow does without the highest first; 0: never left out
+    width: int = 0  # at least, so that the table does not move when a longer cell comes
 
 
 class Display:
@@ -19,8 +34,8 @@ class Display:
 
     def __init__(self, console: Console, total_steps: int, first_step: int, ratios: list[float]) -> None:
         self.console = console
-        self.ratios = ratios
-        self.rows: deque[dict[str, Any]] = deque(maxlen=ROWS)
+        self.columns = table_columns(ratios)
+        self.rows: deque[Row] = deque(maxlen=ROWS)
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -31,7 +46,7 @@ class Display:
         )
         self.task = self.progress.add_task("starting", total=total_steps, completed=first_step, left="")
         self.live = Live(get_renderable=self._render, console=console, refresh_per_second=2, transient=False)
-        self._printed_header = False
+        self.widths: list[int] = []  # of the columns of a log, from its first line on
 
     def __enter__(self) -> Display:
         if self.console.is_terminal:
@@ -51,58 +66,70 @@ class Display:
         """A line that stays above the table."""
         self.console.print(message, highlight=False, markup=False)
 
-    def update(self, row: dict[str, Any]) -> None:
+    def update(self, row: Row) -> None:
         self.rows.append(row)
         left = f"{_clock(row['seconds_left'])} left"
         self.progress.update(self.task, completed=row["step"], left=left)
         if not self.console.is_terminal:
             self._print(row)
 
-    def _columns(self) -> list[str]:
-        by_ratio = [f"reward@{ratio:g}" for ratio in self.ratios]
-        return [
-            "step",
-            "phase",
-            "reward",
-            *by_ratio,
-            "TrSFT clipped",
-            "entropy",
-            "grad norm",
-            "failed rewards",
-            "tokens/s",
-            "left",
-        ]
-
-    def _cells(self, row: dict[str, Any]) -> list[str]:
-        by_ratio = [_number(row["reward_by_ratio"].get(f"{ratio:g}"), ".2f") for ratio in self.ratios]
-        return [
-            str(row["step"]),
-            row["phase"],
-            _number(row["reward"], ".2f"),
-            *by_ratio,
-            _number(row.get("trsft_clipped"), ".0%"),
-            _number(row.get("entropy"), ".2f"),
-            _number(row["grad_norm"], ".2f"),
-            str(sum(row["reward_failures"].values())),
-            _number(row["tokens_per_second"], ".0f"),
-            _clock(row["seconds_left"]),
-        ]
-
     def _render(self) -> Group:
-        table = Table(box=None, padding=(0, 1), header_style="bold")
-        for column in self._columns():
-            table.add_column(column, justify="right")
+        columns, short = fitting(self.columns, self.rows, self.console.width)
+        table = Table(box=None, padding=(0, GAP, 0, 0), header_style="bold", show_edge=False)
+        for column in columns:
+            title = column.short if short else column.title
+            table.add_column(title, justify="right", no_wrap=True, min_width=column.width)
         for row in self.rows:
-            table.add_row(*self._cells(row))
+            table.add_row(*(column.cell(row) for column in columns))
         return Group(table, self.progress)
 
-    def _print(self, row: dict[str, Any]) -> None:
-        columns = self._columns()
-        if not self._printed_header:
-            self.console.print("  ".join(columns), highlight=False, soft_wrap=True)
-            self._printed_header = True
-        cells = [cell.rjust(len(column)) for cell, column in zip(self._cells(row), columns, strict=True)]
-        self.console.print("  ".join(cells), highlight=False, soft_wrap=True)
+    def _print(self, row: Row) -> None:
+        cells = [column.cell(row) for column in self.columns]
+        if not self.widths:
+            self.widths = [max(len(c.title), c.width, len(cell)) for c, cell in zip(self.columns, cells, strict=True)]
+            self._print_line([column.title for column in self.columns])
+        self._print_line(cells)
+
+    def _print_line(self, cells: Sequence[str]) -> None:
+        padded = [cell.rjust(width) for cell, width in zip(cells, self.widths, strict=True)]
+        self.console.print((" " * GAP).join(padded), highlight=False, markup=False, soft_wrap=True)
+
+
+def table_columns(ratios: Sequence[float]) -> list[Column]:
+    """What is shown of a step. ratios: the guidance levels that the run can have."""
+
+    def reward_at(ratio: str) -> Column:
+        return Column(f"reward@{ratio}", f"@{ratio}", lambda row: _number(row["reward_by_ratio"].get(ratio), ".2f"), 1)
+
+    return [
+        Column("step", "step", lambda row: str(row["step"])),
+        Column("phase", "phase", lambda row: row["phase"], 4, width=5),
+        Column("reward", "reward", lambda row: _number(row["reward"], ".2f")),
+        *(reward_at(f"{ratio:g}") for ratio in ratios),
+        Column("TrSFT clipped", "clip", lambda row: _number(row.get("trsft_clipped"), ".0%"), 2),
+        Column("entropy", "entropy", lambda row: _number(row.get("entropy"), ".2f"), 3),
+        Column("grad norm", "grad", lambda row: _number(row["grad_norm"], ".2f"), 5),
+        Column("failed rewards", "failed", lambda row: str(sum(row["reward_failures"].values())), 2),
+        Column("tokens/s", "tok/s", lambda row: _number(row["tokens_per_second"], ".0f"), 3),
+        Column("left", "left", lambda row: _clock(row["seconds_left"]), 6, width=7),  # the progress bar has it too
+    ]
+
+
+def fitting(columns: Sequence[Column], rows: Sequence[Row], width: int) -> tuple[list[Column], bool]:
+    """The columns that fit into `width`, and whether their titles have to be the short ones."""
+
+    def needed(shown: Sequence[Column], short: bool) -> int:
+        titles = [len(column.short if short else column.title) for column in shown]
+        cells = [max([column.width, *(len(column.cell(row)) for row in rows)]) for column in shown]
+        return sum(max(pair) + GAP for pair in zip(titles, cells, strict=True))
+
+    shown = list(columns)
+    if needed(shown, short=False) <= width:
+        return shown, False
+    while needed(shown, short=True) > width and any(column.dispensable for column in shown):
+        worst = max(column.dispensable for column in shown)
+        shown.remove([column for column in shown if column.dispensable == worst][-1])
+    return shown, True
 
 
 def _number(value: float | None, form: str) -> str:

@@ -23,6 +23,7 @@ from trapo.batching import Batch, collate, filler, loss_tokens, micro_batches, p
 from trapo.collect import Rollout
 from trapo.config import Config, OptimConfig
 from trapo.errors import TrapoError
+from trapo.metrics import ProbabilityHistogram
 from trapo.model import head_of
 from trapo.precision import compute_in
 from trapo.ranks import ALONE, Ranks
@@ -39,6 +40,7 @@ class Update:
     skipped_steps: int  # left out because a gradient was not finite
     grad_norm: float  # before clipping; the last optimizer step's
     trained_tokens: int  # that went through the model, prompts included
+    expert_histogram: list[int]  # expert tokens by their probability, see ProbabilityHistogram
 
 
 class Learner:
@@ -62,6 +64,7 @@ class Learner:
         self.pad_id = pad_id
         self.ranks = ranks
         self.packed = is_packed(model, config)
+        self.expert_histogram = ProbabilityHistogram()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if any(p.dtype != torch.float32 for p in self.parameters):
             # An AdamW step is about lr in size: added to a 16-bit weight it is rounded away.
@@ -108,7 +111,9 @@ class Learner:
             self.scheduler.step()
         if self.ranks.world > 1:
             metrics = self.ranks.gather([{k: v.cpu() for k, v in m.items()} for m in metrics])
-        return Update(_merge(metrics, steps + skipped), steps, skipped, norm, tokens)
+        merged = _merge(metrics, steps + skipped)
+        histogram = _add_up(self.ranks.gather([self.expert_histogram.take()]))
+        return Update(merged, steps, skipped, norm, tokens, histogram)
 
     def state_dict(self) -> dict[str, object]:
         """Of a sharded model without the optimizer's: see sharding.save_shards."""
@@ -201,7 +206,9 @@ class Learner:
                 **head.options,
             )
 
-        return as_forward(self.model, forward)
+        loss = as_forward(self.model, forward)
+        self.expert_histogram.add(loss.logprobs, batch.expert_mask & batch.mask)
+        return loss
 
     @torch.no_grad()
     def _logprobs(self, model: PreTrainedModel, rollouts: Sequence[Rollout]) -> dict[int, torch.Tensor]:
@@ -271,6 +278,11 @@ def _merge(metrics: Sequence[dict[str, torch.Tensor]], minibatches: int) -> dict
     merged = {name: float(value) for name, value in tk.merge_metrics(metrics).items()}
     means = {name: value / minibatches if name.startswith("loss") else value for name, value in merged.items()}
     return {name: value if math.isfinite(value) else None for name, value in means.items()}  # JSON has no NaN
+
+
+def _add_up(histograms: Sequence[list[int]]) -> list[int]:
+    """Those of all ranks as one; empty ones count nothing."""
+    return [sum(counts) for counts in zip(*filter(None, histograms), strict=True)]
 
 
 def _spread(rollouts: Sequence[Rollout], logprobs: dict[int, torch.Tensor], batch: Batch) -> torch.Tensor | None:

@@ -6,7 +6,11 @@ import resource
 import sys
 from collections.abc import Iterable, Sequence
 
+import torch
+
 from trapo.collect import Rollout
+
+HISTOGRAM_BINS = 20  # of probability, equally wide: the usual alpha of 0.1 is an edge
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], *, scored: bool) -> dict[str, object]:
@@ -26,6 +30,25 @@ def rollout_metrics(rollouts: Sequence[Rollout], *, scored: bool) -> dict[str, o
         "zero_advantage": _mean(r.advantage == 0.0 for r in rollouts),
         "reward_failures": {status: failed.count(status) for status in sorted(set(failed))},
     }
+
+
+class ProbabilityHistogram:
+    """How many tokens of a step had a probability in each of HISTOGRAM_BINS bins of [0, 1]; no host sync in `add`."""
+
+    def __init__(self) -> None:
+        self.counts: torch.Tensor | None = None  # [HISTOGRAM_BINS] int64
+
+    def add(self, logprobs: torch.Tensor, mask: torch.Tensor) -> None:
+        """Count the tokens of logprobs [...] where mask [...] is True."""
+        bins = (logprobs.detach().exp() * HISTOGRAM_BINS).long().clamp(0, HISTOGRAM_BINS - 1)
+        if self.counts is None:
+            self.counts = bins.new_zeros(HISTOGRAM_BINS)
+        self.counts.scatter_add_(0, bins.flatten(), mask.flatten().long())
+
+    def take(self) -> list[int]:
+        """The counts since the last `take`; [] when nothing was counted."""
+        counts, self.counts = self.counts, None
+        return [int(count) for count in counts] if counts is not None and counts.any() else []
 
 
 def peak_memory_gb() -> float:

@@ -1,6 +1,7 @@
 """A run's folder: configuration, metrics, evaluations, checkpoints, summary; and where an interrupted run goes on.
 
 config.yaml          what the run really used          metrics.jsonl   a row a step
+rollouts.jsonl       sample rollouts of some steps     tensorboard/, wandb/   where asked for
 eval/step-N.json     an evaluation; .jsonl: its responses
 checkpoints/step-N   resumable, loadable by transformers
 final/               the trained model                 summary.json    written last: the run is finished
@@ -21,7 +22,7 @@ from trapo.errors import TrapoError
 from trapo.files import write_atomic, write_json
 
 # Keys that may differ between an interrupted run and its continuation: they do not change what was computed so far.
-FREE_KEYS = ("run_dir", "checkpoint.", "eval.every", "reward.workers", "reward.timeout")
+FREE_KEYS = ("run_dir", "checkpoint.", "eval.every", "reward.workers", "reward.timeout", "log.")
 # What `trapo eval` leaves in a folder that a run may still start in.
 _NOT_A_RUN = ("eval.json", "eval.jsonl", "checkpoints")
 
@@ -35,6 +36,7 @@ class RunDir:
         self.checkpoints = path / "checkpoints"
         self.final = path / "final"
         self.metrics = path / "metrics.jsonl"
+        self.rollouts = path / "rollouts.jsonl"
         self.summary = path / "summary.json"
 
     def evaluation(self, step: int) -> Path:
@@ -84,15 +86,13 @@ class RunDir:
         for evaluated, path in self.evaluations().items():
             if evaluated > step:  # of weights that will be computed again
                 path.unlink()
-        kept = [row for row in self.rows() if row["step"] <= step]
-        write_atomic(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        for log in (p for p in (self.metrics, self.rollouts) if p.exists()):
+            kept = [row for row in read_rows(log) if row["step"] <= step]
+            write_atomic(log, "".join(json.dumps(row) + "\n" for row in kept))
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one step to metrics.jsonl."""
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_rows(self.metrics, [row])
 
     def rows(self) -> list[dict[str, Any]]:
         """All complete rows of metrics.jsonl."""
@@ -108,6 +108,14 @@ class RunDir:
                 f"run_dir: {self.path} holds an unfinished run with other settings ({', '.join(changed)}); "
                 "repeat its command to continue it, or choose another run_dir"
             )
+
+
+def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Append JSON lines in one write, and make them durable."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

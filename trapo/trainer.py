@@ -29,6 +29,7 @@ from trapo.encode import EncodedProblem, decode_text
 from trapo.evaluate import EvalResult, evaluate
 from trapo.files import write_folder_atomic
 from trapo.learner import Learner, Update
+from trapo.loggers import HISTOGRAM, Loggers, check_loggers
 from trapo.metrics import peak_memory_gb, rollout_metrics
 from trapo.model import load_model
 from trapo.modes import Phase, phases
@@ -36,7 +37,8 @@ from trapo.ranks import ALONE, Ranks, Scorer, SharedRewards, join, leave
 from trapo.report import write_report
 from trapo.rewards import Reward, RewardPool
 from trapo.rollout import make_engine
-from trapo.run_dir import RunDir
+from trapo.rollout_log import rollout_row, sample_rollouts
+from trapo.run_dir import RunDir, append_rows
 from trapo.sampling import derive_seed, load_eval_set, load_train_set, problems_at
 from trapo.sharding import save_shards, shard_over
 from trapo.weights import writer
@@ -58,6 +60,7 @@ def train(config: Config, *, console: Console, restart_finished: bool = False) -
 def _train(config: Config, console: Console, restart_finished: bool, ranks: Ranks) -> dict[str, Any]:
     run_dir = RunDir(Path(config.run_dir))
     plan = phases(config)
+    check_loggers(config)
     resume_from = run_dir.look(config, restart_finished=restart_finished)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
@@ -69,8 +72,11 @@ def _train(config: Config, console: Console, restart_finished: bool, ranks: Rank
         if ranks.first:
             run_dir.claim(config, resume_from)
         ranks.barrier()
-        with Display(console, config.train.steps, trainer.step, trainer.ratios) as display:
-            trainer.run(display)
+        with (
+            Loggers(config, run_dir, trainer.step, enabled=ranks.first) as loggers,
+            Display(console, config.train.steps, trainer.step, trainer.ratios) as display,
+        ):
+            trainer.run(display, loggers)
         return trainer.finish()
 
 
@@ -119,10 +125,10 @@ class Trainer:
         """Wall-clock seconds of the run so far, those before an interruption included."""
         return self.seconds_before + time.monotonic() - self.started
 
-    def run(self, display: Display) -> None:
+    def run(self, display: Display, loggers: Loggers) -> None:
         """Evaluate, train the remaining steps, evaluate."""
         if self.config.eval.before and self.step == 0:
-            self._evaluate(display)
+            self._evaluate(display, loggers)
         while self.step < self.config.train.steps:
             display.status("training")
             row = self._train_step(self._phase(), problems_at(self.step, self.train_set, self.config))
@@ -130,13 +136,14 @@ class Trainer:
             if self.ranks.first:
                 self.run_dir.log(row)
             display.update(row)
+            loggers.update(row)
             last = self.step == self.config.train.steps
             if self._due(self.config.checkpoint.every) or (last and self.config.checkpoint.every):
                 display.status("saving")
                 self._save()
             if self._due(self.config.eval.every) and not last:
-                self._evaluate(display)
-        self._evaluate(display)
+                self._evaluate(display, loggers)
+        self._evaluate(display, loggers)
 
     def _train_step(self, phase: Phase, problems: Sequence[EncodedProblem]) -> dict[str, Any]:
         seed = derive_seed(self.config.seed, "step", self.step)
@@ -154,6 +161,8 @@ class Trainer:
         if phase.needs_rewards:
             assign_advantages(rollouts, self.config.advantage.baseline, phase.std)
         lr = self.learner.lr
+        if self._due(self.config.log.rollouts_every):
+            self._log_rollouts(rollouts, seed, scored=phase.needs_rewards)
         update = self.learner.update(rollouts, phase.objective, seed=seed)
         self.engine.sync(self.model)
         timing = self._timing(rollouts, update, collected - started, time.monotonic() - collected)
@@ -166,6 +175,7 @@ class Trainer:
             "phase": phase.name,
             **rollout_metrics(rollouts, scored=phase.needs_rewards),
             **update.metrics,
+            HISTOGRAM: update.expert_histogram,
             "grad_norm": update.grad_norm if math.isfinite(update.grad_norm) else None,
             "optimizer_steps": update.optimizer_steps,
             "skipped_steps": update.skipped_steps,
@@ -189,11 +199,17 @@ class Trainer:
             "peak_memory_gb": peak_memory_gb(),
         }
 
+    def _log_rollouts(self, rollouts: Sequence[Rollout], seed: int, *, scored: bool) -> None:
+        chosen = sample_rollouts(rollouts, self.config.log.rollouts, seed)
+        rows = [rollout_row(self.step + 1, r, self.tokenizer, scored=scored) for r in chosen]
+        if self.ranks.first:
+            append_rows(self.run_dir.rollouts, rows)
+
     def _score(self, rollouts: Sequence[Rollout]) -> list[Reward]:
         texts = [decode_text(self.tokenizer, r.response_ids) for r in rollouts]
         return self.pool.score([(text, r.problem.problem.answer) for text, r in zip(texts, rollouts, strict=True)])
 
-    def _evaluate(self, display: Display) -> None:
+    def _evaluate(self, display: Display, loggers: Loggers) -> None:
         """Held-out accuracy now; left alone when an interrupted run already has it."""
         path = self.run_dir.evaluation(self.step)
         if self.eval_set is None or path.exists():
@@ -204,6 +220,7 @@ class Trainer:
         result = evaluate(self.eval_set, self.engine, self.pool, self.tokenizer, self.config, seed=seed, rows_path=rows)
         if self.ranks.first:
             result.save(path)
+        loggers.evaluation(self.step, result)
         display.note(f"held-out accuracy after step {self.step}: {result}")
 
     def _save(self) -> None:

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-from trapo.errors import TrapoError
 from trapo.files import write_json
-from trapo.run_dir import RunDir
+from trapo.report.run_data import RunData
 
 # Readable on white paper and on a dark page: the picture brings its own light background and strong colours.
 COLOURS = ["#0b6bcb", "#c4420b", "#1f883d", "#8250df", "#9a6700", "#bf3989"]
 
 
-def write_report(path: Path, summary: dict[str, Any] | None = None) -> Path:
-    """Make the report of the run in `path`; summary: of a run that is about to be finished.
-
-    Raises TrapoError when the folder holds no steps.
-    """
-    run_dir = RunDir(path)
-    rows = run_dir.rows()
-    if not rows:
-        raise TrapoError(f"RUN: {path} holds no steps (metrics.jsonl)")
-    if summary is None and run_dir.summary.exists():
-        summary = json.loads(run_dir.summary.read_text())
-    data = report_data(rows, summary or {}, _evaluations(path))
-    write_json(path / "report.json", data)
-    _draw(data, path / "report.png")
-    return path / "report.png"
+def write_picture(run: RunData) -> Path:
+    """Write report.png and report.json into the run's folder."""
+    data = report_data(run.rows, run.summary, run.evaluations)
+    write_json(run.path / "report.json", data)
+    _draw(data, run.path / "report.png")
+    return run.path / "report.png"
 
 
 def report_data(
@@ -55,11 +44,6 @@ def report_data(
         "reward_by_ratio": {ratio: [row["reward_by_ratio"].get(ratio) for row in rows] for ratio in ratios},
         "rollouts_by_ratio": {ratio: [row["rollouts_by_ratio"].get(ratio, 0) for row in rows] for ratio in ratios},
     }
-
-
-def _evaluations(path: Path) -> list[dict[str, Any]]:
-    files = RunDir(path).evaluations()
-    return [{"step": step, **json.loads(file.read_text())} for step, file in files.items()]
 
 
 def _draw(data: dict[str, Any], path: Path) -> None:

@@ -1,0 +1,350 @@
+"""The figures of the page, as data for Plotly: traces and what is special about a layout. Fonts, grids and backgrounds
+are the page's, which knows whether it is light or dark; the colours here are readable on both."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from trapo.report.run_data import RunData
+
+Trace = dict[str, Any]
+# Okabe and Ito's, told apart by people with any kind of colour vision; a run beyond them is dashed.
+RUN_COLOURS = ["#1f86d1", "#d9640a", "#12a37c", "#c774a4", "#c99700", "#7a86d6"]
+DASHES = ["solid", "dash", "dot", "dashdot"]
+# From no guidance to a whole trace: grey, then darker to lighter.
+UNGUIDED, LEVELS = "#8b95a5", ["#3f6fd1", "#8b5fd3", "#d0528f", "#ee8a3c", "#e6c229"]
+OUTSIDE, INSIDE = "#d9640a", "#1f86d1"  # of the trust region
+PARTS = {"generate": "#1f86d1", "reward": "#c99700", "logprobs": "#c774a4", "collect": "#6aaee0", "update": "#d9640a"}
+SMOOTH_FROM = 40  # steps: shorter curves are shown as they are
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    title: str
+    traces: list[Trace]
+    y: str  # title of the y axis, with its unit
+    note: str = ""
+    x: str = "step"
+    layout: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    title: str
+    figures: list[Figure]
+
+
+def sections(runs: Sequence[RunData]) -> list[Section]:
+    """All figures that these runs have numbers for."""
+    found = [
+        Section("Learning", [_accuracy(runs), _curve(runs, "reward", "Reward", "mean of all rollouts")]),
+        Section("Guidance", [*_each(runs, _rollouts_by_level), *_each(runs, _reward_by_level), _guided(runs)]),
+        Section(
+            "Trust region",
+            [
+                _clipped(runs),
+                _curve(runs, "expert_prob", "Probability of expert tokens", "mean p", unit_range=True),
+                *([_early_and_late(runs[0])] if len(runs) == 1 else [_histograms(runs)]),
+                *_each(runs, _histogram_over_time),
+            ],
+        ),
+        Section(
+            "Policy",
+            [
+                _curve(runs, "entropy", "Entropy", "nats per token", zero=True),
+                _curve(runs, "generated_length", "Length of the model's own part", "tokens", zero=True),
+                _curve(runs, "finished", "Rollouts that ended by themselves", "share", unit_range=True),
+                _curve(runs, "zero_advantage", "Rollouts with zero advantage", "share", unit_range=True),
+                _curve(runs, "grad_norm", "Gradient norm", "before clipping", zero=True),
+                _curve(runs, "lr", "Learning rate", "", zero=True, smooth=False),
+            ],
+        ),
+        Section(
+            "Cost",
+            [
+                _curve(runs, "tokens_per_second", "Throughput", "tokens per second", zero=True),
+                *_each(runs, _time_by_part),
+                _curve(runs, "peak_memory_gb", "Peak memory", "GB", "so far", zero=True, smooth=False),
+            ],
+        ),
+    ]
+    drawn = [Section(s.title, [f for f in s.figures if f.traces]) for s in found]
+    return [section for section in drawn if section.figures]
+
+
+def run_colour(index: int) -> str:
+    return RUN_COLOURS[index % len(RUN_COLOURS)]
+
+
+def _each(runs: Sequence[RunData], draw: Callable[[RunData], Figure]) -> list[Figure]:
+    """A figure for each run, named after it when there are several."""
+    figures = [draw(run) for run in runs]
+    if len(runs) == 1:
+        return figures
+    return [dataclasses.replace(f, title=f"{f.title} · {r.name}") for f, r in zip(figures, runs, strict=True)]
+
+
+def _curve(
+    runs: Sequence[RunData],
+    metric: str,
+    title: str,
+    y: str,
+    note: str = "",
+    *,
+    zero: bool = False,
+    unit_range: bool = False,
+    smooth: bool = True,
+) -> Figure:
+    """One metric over the steps, a line a run; zero: the axis starts there; unit_range: it is [0, 1]."""
+    traces: list[Trace] = []
+    for index, run in enumerate(runs):
+        values = run.series(metric)
+        if any(v is not None for v in values):
+            style = {"color": run_colour(index), "dash": DASHES[index // len(RUN_COLOURS) % len(DASHES)]}
+            traces += _line(run.name, run.steps, values, style, smooth=smooth)
+    axis: dict[str, Any] = {"rangemode": "tozero"} if zero else {}
+    if unit_range or metric == "reward":
+        axis = {"range": [-0.03, 1.03]} if all(_in_unit_range(t["y"]) for t in traces) else {}
+    smoothed = any("opacity" in trace for trace in traces)
+    note = ", ".join(part for part in (note, "thick: moving average" if smoothed else "") if part)
+    return Figure(title, traces, y, note, layout={"yaxis": axis})
+
+
+def _line(
+    name: str, steps: list[int], values: list[float | None], style: dict[str, Any], *, smooth: bool = True
+) -> list[Trace]:
+    """A line; a long one is thin, with a moving average over it."""
+    base: Trace = {"type": "scatter", "name": name, "x": steps, "legendgroup": name}
+    if not smooth or len(steps) < SMOOTH_FROM:
+        mode = "lines+markers" if len(steps) < SMOOTH_FROM else "lines"
+        return [base | {"y": values, "mode": mode, "line": {"width": 2, **style}, "marker": {"size": 5}}]
+    raw = {"y": values, "mode": "lines", "line": {"width": 1, **style}, "opacity": 0.35, "showlegend": False}
+    average = {"y": _moving_average(values), "mode": "lines", "line": {"width": 2.5, **style}, "hoverinfo": "skip"}
+    return [base | raw, base | average]
+
+
+def _moving_average(values: Sequence[float | None], weight: float = 0.9) -> list[float | None]:
+    """Exponential, started without bias towards the first value; None stays None."""
+    total = mass = 0.0
+    out: list[float | None] = []
+    for value in values:
+        if value is not None:
+            total, mass = weight * total + value, weight * mass + 1
+        out.append(total / mass if value is not None else None)
+    return out
+
+
+def _in_unit_range(values: Sequence[float | None]) -> bool:
+    return all(v is None or 0 <= v <= 1 for v in values)
+
+
+def _accuracy(runs: Sequence[RunData]) -> Figure:
+    traces = []
+    for index, run in enumerate(r for r in runs):
+        found = run.evaluations
+        if not found:
+            continue
+        accuracy = [e["accuracy"] for e in found]
+        error = {
+            "type": "data",
+            "symmetric": False,
+            "array": [e["interval"][1] - e["accuracy"] for e in found],
+            "arrayminus": [e["accuracy"] - e["interval"][0] for e in found],
+            "thickness": 1.5,
+            "width": 5,
+        }
+        traces.append(
+            {
+                "type": "scatter",
+                "name": run.name,
+                "x": [e["step"] for e in found],
+                "y": accuracy,
+                "error_y": error,
+                "mode": "lines+markers" + ("+text" if len(runs) == 1 and len(found) <= 8 else ""),
+                "text": [f"{a:.1%}" for a in accuracy],
+                "textposition": "bottom right",
+                "cliponaxis": False,
+                "line": {"color": run_colour(index), "width": 2},
+                "marker": {"size": 9},
+                "hovertemplate": "%{text} of " + str(found[-1].get("problems", "?")) + " problems",
+            }
+        )
+    last = max((run.steps[-1] for run in runs), default=1)
+    layout = {
+        "yaxis": {"tickformat": ".0%", "rangemode": "tozero"},
+        "xaxis": {"range": [-0.03 * last, 1.12 * last]},  # room for the last label
+    }
+    return Figure("Held-out accuracy", traces, "accuracy", "with 95% intervals", layout=layout)
+
+
+def level_name(ratio: str) -> str:
+    return "no prefix" if float(ratio) == 0 else f"prefix {float(ratio):.0%}"
+
+
+def level_colours(ratios: Sequence[str]) -> dict[str, str]:
+    """A colour for each guidance level: the same order means the same colours on the whole page."""
+    guided = [ratio for ratio in ratios if float(ratio) > 0]
+    spread = len(LEVELS) - 1
+    places = [round(i * spread / max(len(guided) - 1, 1)) for i in range(len(guided))]
+    return dict.fromkeys(ratios, UNGUIDED) | {r: LEVELS[p] for r, p in zip(guided, places, strict=True)}
+
+
+def _rollouts_by_level(run: RunData) -> Figure:
+    ratios = run.levels("rollouts_by_ratio")
+    colours = level_colours(ratios)
+    traces = [
+        {
+            "type": "scatter",
+            "name": level_name(ratio),
+            "x": run.steps,
+            "y": [count or 0 for count in run.by_ratio("rollouts_by_ratio", ratio)],
+            "mode": "lines",
+            "stackgroup": "rollouts",
+            "line": {"width": 0.5, "color": colours[ratio]},
+            "fillcolor": colours[ratio],
+        }
+        for ratio in ratios
+    ]
+    return Figure("Guidance used", traces, "rollouts", "by length of the expert prefix")
+
+
+def _reward_by_level(run: RunData) -> Figure:
+    ratios = run.levels("reward_by_ratio")
+    colours = level_colours(run.levels("rollouts_by_ratio"))
+    lines = [
+        _line(level_name(r), run.steps, run.by_ratio("reward_by_ratio", r), {"color": colours.get(r, UNGUIDED)})
+        for r in ratios
+    ]
+    traces = [trace for line in lines for trace in line]
+    axis = {"range": [-0.03, 1.03]} if all(_in_unit_range(t["y"]) for t in traces) else {}
+    return Figure("Reward by guidance level", traces, "mean reward", layout={"yaxis": axis})
+
+
+def _guided(runs: Sequence[RunData]) -> Figure:
+    if len(runs) == 1 or not any(any(run.series("guided")) for run in runs):  # of one run it is in _rollouts_by_level
+        return Figure("", [], "")
+    return _curve(runs, "guided", "Guided rollouts", "share", unit_range=True)
+
+
+def _clipped(runs: Sequence[RunData]) -> Figure:
+    alphas = sorted({run.alpha for run in runs if run.alpha is not None})
+    note = "p < α = " + ", ".join(f"{a:g}" for a in alphas) if alphas else "p < α"
+    return _curve(runs, "trsft_clipped", "Expert tokens outside the trust region", "share", note, unit_range=True)
+
+
+def _counts(run: RunData) -> list[tuple[int, list[int]]]:
+    """(step, expert tokens by probability) of the steps that had any."""
+    found = [(row["step"], row.get("expert_prob_histogram")) for row in run.rows]
+    return [(step, counts) for step, counts in found if counts]
+
+
+def _shares(histograms: Sequence[list[int]]) -> list[float]:
+    total = [sum(column) for column in zip(*histograms, strict=True)]
+    return [count / sum(total) for count in total]
+
+
+def _middles(bins: int) -> list[float]:
+    return [(i + 0.5) / bins for i in range(bins)]
+
+
+def _at_alpha(alphas: Sequence[float], axis: str) -> dict[str, Any]:
+    """Lines at α across a figure whose `axis` (x or y) is probability."""
+    other = "y" if axis == "x" else "x"
+    shapes, labels = [], []
+    for alpha in alphas:
+        ends = {f"{axis}0": alpha, f"{axis}1": alpha, f"{other}0": 0, f"{other}1": 1, f"{other}ref": "paper"}
+        shapes.append({"type": "line", "line": {"color": OUTSIDE, "width": 2, "dash": "dash"}, **ends})
+        place = {axis: alpha, other: 1, f"{other}ref": "paper", f"{axis}anchor": "left" if axis == "x" else "bottom"}
+        labels.append(
+            {
+                "text": f"α = {alpha:g}",
+                "showarrow": False,
+                "font": {"color": "#a34400"},
+                "bgcolor": "rgba(255,255,255,0.85)",
+                **place,
+            }
+        )
+        labels[-1][f"{other}anchor"] = "top" if other == "y" else "right"
+    return {"shapes": shapes, "annotations": labels}
+
+
+def _early_and_late(run: RunData) -> Figure:
+    """The histogram of the first third of the steps against that of the last."""
+    found = [counts for _, counts in _counts(run)]
+    if not found:
+        return Figure("", [], "")
+    third = max(len(found) // 3, 1)
+    parts = {"all steps": found} if len(found) < 2 else {"first third": found[:third], "last third": found[-third:]}
+    colours = [UNGUIDED, INSIDE] if len(parts) == 2 else [INSIDE]
+    traces = [
+        {
+            "type": "bar",
+            "name": f"{name} of the steps" if len(parts) == 2 else name,
+            "x": _middles(len(histograms[0])),
+            "y": _shares(histograms),
+            "marker": {"color": colour},
+            "hovertemplate": "p ≈ %{x:.3f}: %{y:.1%}",
+        }
+        for colour, (name, histograms) in zip(colours, parts.items(), strict=True)
+    ]
+    alphas = [] if run.alpha is None else [run.alpha]
+    layout = {"bargap": 0.08, "yaxis": {"tickformat": ".0%"}, "xaxis": {"range": [0, 1]}} | _at_alpha(alphas, "x")
+    note = "left of α the gradient is bounded" if alphas else ""
+    return Figure("Expert tokens by probability", traces, "share of tokens", note, "probability p", layout)
+
+
+def _histograms(runs: Sequence[RunData]) -> Figure:
+    traces = []
+    for index, run in enumerate(runs):
+        if found := [counts for _, counts in _counts(run)]:
+            line = {"shape": "hvh", "width": 2, "color": run_colour(index)}
+            place = {"x": _middles(len(found[0])), "y": _shares(found)}
+            traces.append({"type": "scatter", "name": run.name, "mode": "lines", "line": line, **place})
+    alphas = sorted({run.alpha for run in runs if run.alpha is not None})
+    layout = {"yaxis": {"tickformat": ".0%", "rangemode": "tozero"}, "xaxis": {"range": [0, 1]}}
+    layout |= _at_alpha(alphas, "x")
+    return Figure("Expert tokens by probability", traces, "share of tokens", "all steps", "probability p", layout)
+
+
+def _histogram_over_time(run: RunData) -> Figure:
+    found = _counts(run)
+    if len(found) < 2:
+        return Figure("", [], "")
+    shares = [_shares([counts]) for _, counts in found]
+    trace = {
+        "type": "heatmap",
+        "name": run.name,
+        "x": [step for step, _ in found],
+        "y": _middles(len(shares[0])),
+        "z": [list(column) for column in zip(*shares, strict=True)],
+        "zmin": 0,
+        "colorscale": "Cividis",
+        "colorbar": {"tickformat": ".0%", "thickness": 12, "outlinewidth": 0},
+        "hovertemplate": "step %{x}, p ≈ %{y:.3f}: %{z:.1%}<extra></extra>",
+    }
+    layout: dict[str, Any] = {"yaxis": {"range": [0, 1], "showgrid": False}, "xaxis": {"showgrid": False}}
+    layout |= _at_alpha([] if run.alpha is None else [run.alpha], "y") | {"hovermode": "closest"}
+    return Figure(
+        "Expert tokens by probability over time", [trace], "probability p", "share of a step's", layout=layout
+    )
+
+
+def _time_by_part(run: RunData) -> Figure:
+    parts = [m[1] for key in run.rows[-1] if (m := re.fullmatch(r"seconds_(\w+)", key)) and m[1] != "left"]
+    if "generate" in parts:  # the parts of collecting
+        parts = [part for part in parts if part != "collect"]
+    order = {part: place for place, part in enumerate(PARTS)}
+    traces = [
+        {
+            "type": "bar",
+            "name": part,
+            "x": run.steps,
+            "y": run.series(f"seconds_{part}"),
+            "marker": {"color": PARTS.get(part, UNGUIDED)},
+        }
+        for part in sorted(parts, key=lambda part: order.get(part, len(order)))
+    ]
+    return Figure("Time of a step by part", traces, "seconds", layout={"barmode": "stack", "bargap": 0.15})

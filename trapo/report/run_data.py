@@ -1,0 +1,89 @@
+"""What is on disk of a run, as a report needs it. Whatever an older or unfinished run lacks is empty or None."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from trapo.config import load_config
+from trapo.errors import TrapoError
+from trapo.modes import phases
+from trapo.run_dir import RunDir, read_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class RunData:
+    name: str
+    path: Path
+    rows: list[dict[str, Any]]  # of metrics.jsonl, never empty
+    evaluations: list[dict[str, Any]]  # by step
+    rollouts: list[dict[str, Any]]  # of rollouts.jsonl
+    summary: dict[str, Any]  # empty: not finished
+    config: dict[str, Any]  # key (optim.lr) -> value
+    alpha: float | None  # of TrSFT
+
+    @property
+    def steps(self) -> list[int]:
+        return [row["step"] for row in self.rows]
+
+    def series(self, name: str) -> list[float | None]:
+        """A metric over the steps."""
+        return [row.get(name) for row in self.rows]
+
+    def levels(self, name: str) -> list[str]:
+        """Prefix ratios that a by-ratio metric has, ascending."""
+        return sorted({ratio for row in self.rows for ratio in row.get(name) or {}}, key=float)
+
+    def by_ratio(self, name: str, ratio: str) -> list[float | None]:
+        return [(row.get(name) or {}).get(ratio) for row in self.rows]
+
+
+def read_run(path: Path, summary: dict[str, Any] | None = None) -> RunData:
+    """The run in `path`; summary: of one that is about to be finished. Raises TrapoError when there are no steps."""
+    run_dir = RunDir(path)
+    rows = run_dir.rows()
+    if not rows:
+        raise TrapoError(f"RUN: {path} holds no steps (metrics.jsonl)")
+    if summary is None and run_dir.summary.exists():
+        summary = json.loads(run_dir.summary.read_text())
+    return RunData(
+        name=path.resolve().name,
+        path=path,
+        rows=rows,
+        evaluations=[{"step": step, **json.loads(f.read_text())} for step, f in run_dir.evaluations().items()],
+        rollouts=read_rows(run_dir.rollouts),
+        summary=summary or {},
+        config=dict(_flat(OmegaConf.to_container(OmegaConf.load(run_dir.config)))) if run_dir.config.exists() else {},
+        alpha=_alpha(run_dir),
+    )
+
+
+def with_distinct_names(runs: Sequence[RunData]) -> list[RunData]:
+    """Runs named by as much of the end of their path as tells them apart."""
+    parts = [run.path.resolve().parts for run in runs]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len(set(names)) == len(names):
+            break
+    return [dataclasses.replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def _alpha(run_dir: RunDir) -> float | None:
+    try:
+        objectives = [phase.objective for phase in phases(load_config(run_dir.config))]
+    except TrapoError:  # no configuration, or that of another version
+        return None
+    return next((o.alpha for o in objectives if o.expert == "trsft"), None)
+
+
+def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
