@@ -25,6 +25,7 @@ def base(model: str, run_dir: str) -> dict:
         "train": {"steps": 6, "prompts_per_step": 2, "threads": 1, "updates_per_step": 2},
         "eval": {"every": 3},
         "checkpoint": {"every": 2, "keep": 1},
+        "log": {"rollouts_every": 2, "rollouts": 3},
     }
 
 
@@ -61,26 +62,7 @@ def main() -> None:
     # Between a checkpoint and the evaluation that follows it, and at the very end.
     trainer.evaluate = deadly("eval", trainer.evaluate)
     trainer.write_report = deadly("report", trainer.write_report)
-<<<<<<< HEAD
     trainer.train(merge_config(base(model, run_dir), overrides), console=Console(width=160))
-=======
-    base = {
-        "run_dir": run_dir,
-        "model": {"path": model},
-        "data": {
-            "train": "task://word_problems?split=train&n=20&seed=1",
-            "eval": "task://word_problems?split=test&n=4",
-        },
-        "rollout": {"max_response_tokens": 16, "batch_size": 8},
-        "optim": {"lr": 1e-2, "schedule": "linear", "warmup_steps": 2},
-        "objective": {"entropy_coef": 0.01},
-        "train": {"steps": 6, "prompts_per_step": 2, "threads": 1, "updates_per_step": 2},
-        "eval": {"every": 3},
-        "checkpoint": {"every": 2, "keep": 1},
-        "log": {"rollouts_every": 2, "rollouts": 3},
-    }
-    trainer.train(merge_config(base, overrides), console=Console(width=160))
->>>>>>> main
 
 
 if __name__ == "__main__":
