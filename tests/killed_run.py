@@ -10,11 +10,9 @@ import sys
 from rich.console import Console
 
 
-def settings(model, run_dir, *overrides):
+def base(model, run_dir):
     """A run of 6 steps with two optimizer steps each, checkpoints at 2, 4 and 6, evaluations at 0, 3 and 6."""
-    from trapo.config import merge_config
-
-    base = {
+    return {
         "run_dir": str(run_dir),
         "model": {"path": str(model)},
         "data": {
@@ -29,7 +27,12 @@ def settings(model, run_dir, *overrides):
         "checkpoint": {"every": 2, "keep": 1},
         "log": {"rollouts_every": 2, "rollouts": 3},
     }
-    return merge_config(base, overrides)
+
+
+def settings(model, run_dir, *overrides):
+    from trapo.config import merge_config
+
+    return merge_config(base(model, run_dir), overrides)
 
 
 def main() -> None:

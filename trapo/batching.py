@@ -1,4 +1,12 @@
-"""From rollouts to tensors: length-bucketed micro-batches under a token budget."""
+"""From rollouts to tensors: micro-batches under a token budget, either packed or padded.
+
+packed   one row of concatenated sequences, no padding; position ids start anew with each sequence, from which
+         transformers makes cu_seqlens for varlen (flash) attention and a block-diagonal causal mask for the others
+padded   one row a sequence, of about equal lengths
+
+Varlen attention pays for each sequence's own square. A block mask pays for the square of the whole row, most of which
+it throws away: on a CPU, rows of equal lengths cost less than that, and little of them is padding.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +21,35 @@ from trapo.errors import TrapoError
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """A micro-batch of rollouts, padded on the right. Column t holds the token that is fed in at t and the token
-    (`targets`) that must be predicted from there; B rollouts, T = longest rollout − 1."""
+    """A micro-batch of rollouts. Column t of a sequence holds the token that is fed in at t and the token (`targets`)
+    that must be predicted from there: n = length of the rollout − 1.
+
+    padded: B = rollouts, T = the largest n, padding on the right. packed: B = 1, T = sum of all n.
+    """
 
     input_ids: torch.Tensor  # [B, T] int64
-    attention_mask: torch.Tensor  # [B, T] int64
+    attention_mask: torch.Tensor | None  # [B, T] int64; None: packed
+    position_ids: torch.Tensor | None  # [B, T] int64; None: padded
     targets: torch.Tensor  # [B, T] int64
     mask: torch.Tensor  # [B, T] bool: tokens in the loss (own tokens and supervised prefix tokens)
     expert_mask: torch.Tensor  # [B, T] bool: expert prefix tokens
-    advantages: torch.Tensor  # [B] fp32
+    advantages: torch.Tensor  # [B] fp32; packed: [B, T]
+    sequence_ids: torch.Tensor | None  # [B, T] int64: which rollout; None: padded, where rows say it
+    lengths: tuple[int, ...]  # n of each rollout
+
+    def rows(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """Values [B, T] as one [n] per rollout."""
+        if self.attention_mask is None:
+            return list(values[0].split(self.lengths))
+        return [row[:n] for row, n in zip(values, self.lengths, strict=True)]
+
+    def spread(self, rows: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """The inverse of `rows`, as fp32 [B, T]; zeros where there is None, and in padding."""
+        values = torch.zeros(self.targets.shape, dtype=torch.float32, device=self.targets.device)
+        for place, row in zip(self.rows(values), rows, strict=True):
+            if row is not None:
+                place.copy_(row)
+        return values
 
 
 def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
@@ -39,27 +67,65 @@ def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     return groups
 
 
+def packs(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Indices grouped so that the lengths of a group add up to at most the budget; a longer one goes alone.
+
+    First fit, longest first.
+    """
+    groups: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = next((g for g, left in enumerate(room) if lengths[index] <= left), None)
+        if place is None:
+            groups.append([index])
+            room.append(token_budget - lengths[index])
+        else:
+            groups[place].append(index)
+            room[place] -= lengths[index]
+    return groups
+
+
 def collate(rollouts: Sequence[Rollout], pad_id: int, device: torch.device) -> Batch:
     """Pad and stack rollouts."""
-    width = max(len(r) for r in rollouts) - 1
-    shape = (len(rollouts), width)
+    lengths = tuple(len(r) - 1 for r in rollouts)
+    shape = (len(rollouts), max(lengths))
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
     targets = torch.full(shape, pad_id, dtype=torch.int64)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
     mask = torch.zeros(shape, dtype=torch.bool)
     expert_mask = torch.zeros(shape, dtype=torch.bool)
-    for row, rollout in enumerate(rollouts):
-        ids = torch.tensor(rollout.problem.prompt_ids + rollout.response_ids)
-        n = len(ids) - 1
+    for row, (rollout, n) in enumerate(zip(rollouts, lengths, strict=True)):
+        ids, mask[row, :n], expert_mask[row, :n] = _tokens(rollout)
         input_ids[row, :n], targets[row, :n], attention_mask[row, :n] = ids[:-1], ids[1:], 1
-        # The first response token is the target of the prompt's last column.
-        prefix_start = len(rollout.problem.prompt_ids) - 1
-        own_start = prefix_start + len(rollout.prefix_ids)
-        expert_mask[row, prefix_start:own_start] = True
-        mask[row, prefix_start if rollout.supervised else own_start : n] = True
     advantages = torch.tensor([r.advantage for r in rollouts], dtype=torch.float32)
-    batch = (input_ids, attention_mask, targets, mask, expert_mask, advantages)
-    return Batch(*(t.to(device, non_blocking=True) for t in batch))
+    batch = Batch(input_ids, attention_mask, None, targets, mask, expert_mask, advantages, None, lengths)
+    return _to(batch, device)
+
+
+def pack(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
+    """Concatenate rollouts into one row."""
+    tokens = [_tokens(r) for r in rollouts]
+    lengths = tuple(len(ids) - 1 for ids, _, _ in tokens)
+    counts = torch.tensor(lengths)
+    batch = Batch(
+        input_ids=torch.cat([ids[:-1] for ids, _, _ in tokens])[None],
+        attention_mask=None,
+        position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
+        targets=torch.cat([ids[1:] for ids, _, _ in tokens])[None],
+        mask=torch.cat([mask for _, mask, _ in tokens])[None],
+        expert_mask=torch.cat([expert for _, _, expert in tokens])[None],
+        advantages=torch.tensor([r.advantage for r in rollouts]).repeat_interleave(counts)[None],
+        sequence_ids=torch.arange(len(rollouts)).repeat_interleave(counts)[None],
+        lengths=lengths,
+    )
+    return _to(batch, device)
+
+
+def filler(pad_id: int, device: torch.device) -> Batch:
+    """A token that is in no loss: for a rank that has no rollout left while others still have some."""
+    token = torch.full((1, 1), pad_id, dtype=torch.int64)
+    none = torch.zeros(1, 1, dtype=torch.bool)
+    return _to(Batch(token, torch.ones_like(token), None, token, none, none, torch.zeros(1), None, (1,)), device)
 
 
 def loss_tokens(rollout: Rollout) -> int:
@@ -76,3 +142,20 @@ def sampled_logprobs(rollout: Rollout) -> torch.Tensor:
     values = torch.zeros(len(rollout) - 1)
     values[len(values) - len(rollout.own_ids) :] = torch.tensor(rollout.own_logprobs)
     return values
+
+
+def _tokens(rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(all ids [n + 1], mask [n], expert mask [n])."""
+    ids = torch.tensor(rollout.problem.prompt_ids + rollout.response_ids)
+    mask, expert_mask = torch.zeros(2, len(ids) - 1, dtype=torch.bool)
+    # The first response token is the target of the prompt's last column.
+    prefix_start = len(rollout.problem.prompt_ids) - 1
+    own_start = prefix_start + len(rollout.prefix_ids)
+    expert_mask[prefix_start:own_start] = True
+    mask[prefix_start if rollout.supervised else own_start :] = True
+    return ids, mask, expert_mask
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    tensors = {k: v.to(device, non_blocking=True) for k, v in vars(batch).items() if torch.is_tensor(v)}
+    return dataclasses.replace(batch, **tensors)  # type: ignore[arg-type]

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo.errors import TrapoError
 from trapo.files import write_folder_atomic
 from trapo.manifest import find_damage, write_manifest
+from trapo.sharding import SHARDS
 
 STATE_FILE = "trainer_state.pt"
 _WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch.save's are RuntimeErrors
@@ -35,39 +35,34 @@ class Checkpoint:
     path: Path
     step: int  # optimizer steps of the loop that are in it
 
+    @property
+    def shards(self) -> Path | None:
+        """Optimizer state of a sharded run; None where it is in `load_state`."""
+        return self.path / SHARDS if (self.path / SHARDS).is_dir() else None
+
     def load_state(self) -> dict[str, Any]:
         """What `save` was given as state."""
         return torch.load(self.path / STATE_FILE, map_location="cpu", weights_only=True)
 
 
 def save(
-    folder: Path,
-    step: int,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    state: dict[str, Any],
+    folder: Path, step: int, write: Callable[[Path], None], state: dict[str, Any], shards: Path | None = None
 ) -> Checkpoint:
-    """Write `folder/step-NNNNNN` atomically. Raises SaveError when it cannot be written: a full disk, for instance."""
+    """Write `folder/step-NNNNNN` atomically. Raises SaveError when it cannot be written: a full disk, for instance.
+
+    write: writes the model into a folder. shards: what `sharding.save_shards` wrote; it is moved in.
+    """
 
     def fill(path: Path) -> None:
-        write_model(path, model, tokenizer)
+        write(path)
+        if shards is not None:
+            shards.rename(path / SHARDS)
         torch.save(state, path / STATE_FILE)
         write_manifest(path)
 
     checkpoint = Checkpoint(folder / f"step-{step:06d}", step)
     write_or_explain(checkpoint.path, fill)
     return checkpoint
-
-
-def save_model(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """`write_model` to a folder atomically. Raises SaveError when it cannot be written."""
-    write_or_explain(path, lambda folder: write_model(folder, model, tokenizer))
-
-
-def write_model(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Weights, configuration and tokenizer in transformers' layout."""
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
 
 
 def write_or_explain(path: Path, fill: Callable[[Path], None]) -> None:

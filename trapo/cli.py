@@ -1,5 +1,5 @@
-"""`trapo train|eval|compare|report`: the command line. Heavy imports wait until a command needs them, so that --help
-and the reward workers, which import this module again, start fast."""
+"""`trapo train|eval|plan|compare|report`: the command line. Heavy imports wait until a command needs them, so that
+--help and the reward workers, which import this module again, start fast."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def train(
     except Stopped as stopped:
         console.print(f"trapo: {stopped}; the same command continues from there", markup=False, highlight=False)
         raise typer.Exit(0) from None
-    _print_summary(console, Path(settings.run_dir), summary)
+    if summary:  # the first rank's
+        _print_summary(console, Path(settings.run_dir), summary)
 
 
 @app.command(name="eval")
@@ -105,6 +106,26 @@ def compare(
     _console().print(comparison.table(found, str(first), str(second)), highlight=False)
     if out is not None:
         write_json(out, comparison.as_json(found, str(first), str(second)))
+
+
+@app.command()
+def plan(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option(min=1, help="GPUs that share the model")] = 8,
+    response_tokens: Annotated[
+        int | None, typer.Option(min=1, help="assume responses of this length instead of the limit")
+    ] = None,
+) -> None:
+    """Shapes, memory by part and FLOPs of a configuration, by arithmetic: needs no GPU and no weights."""
+    from trapo.config import load_config
+
+    settings = load_config(config, overrides or [])
+    _quiet_transformers()
+    from trapo.plan import make_plan, tables
+
+    for table in tables(make_plan(settings, ranks, response_tokens)):
+        _console().print(table)
 
 
 @app.command()
@@ -175,3 +196,7 @@ def _print_summary(console: Console, run_dir: Path, summary: dict) -> None:
         f"{run_dir}/report.html  {run_dir}/summary.json  {run_dir}/final (loads with transformers)",
         highlight=False,
     )
+
+
+if __name__ == "__main__":  # torchrun -m trapo.cli
+    main()

@@ -100,6 +100,7 @@ class RolloutConfig:
     sync_folder: str | None = None  # of weight_sync=folder, seen by both sides under one path; None: in run_dir
     guard_tokens: int = 64  # compared between engine and learner after each weight sync; 0: none
     guard_tolerance: float | None = None  # nats, mean over them; None: by dtype, 1e-3 for float32
+    seeding: str = "call"  # random numbers of a whole call, or of each `request`: several ranks use the latter
 
 
 @dataclasses.dataclass
@@ -126,12 +127,21 @@ class TrainConfig:
     sft_steps: int | None = None  # mode sft_then_rl: how many of the steps are SFT
     prompts_per_step: int = 8
     updates_per_step: int = 1  # optimizer steps on one batch of rollouts (minibatches)
-    micro_batch_tokens: int = 4096  # padded tokens in one forward-backward
+    micro_batch_tokens: int = 4096  # in one forward-backward: real tokens where packed, else padded ones
+    packing: str = "auto"  # always: one row of concatenated sequences; auto: where attention is varlen (flash)
+    precision: str = "float32"  # of the forward and backward; bfloat16: weights and optimizer stay in float32
     normalizer: str = "tokens"  # tokens: of the global batch; constant: normalizer_constant
     normalizer_constant: float | None = None  # None: rollouts x rollout.max_response_tokens (Dr.GRPO)
     skip_inactive: bool = True  # leave sequences without any gradient out of the forward, and so out of the metrics
     threads: int | None = None  # torch CPU threads; None: torch's default
     max_skipped_steps: int = 10  # stop after so many steps in a row whose loss or gradient was not finite
+
+
+@dataclasses.dataclass
+class LoraConfig:
+    rank: int = 0  # 0: all weights are trained
+    alpha: float = 32.0  # the adapter counts alpha / rank
+    targets: list[str] | None = None  # names of linear layers; None: all but the head
 
 
 @dataclasses.dataclass
@@ -176,6 +186,7 @@ class Config:
     reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
@@ -195,6 +206,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rollout.engine": ("hf", "vllm", "vllm_server"),
     "rollout.dtype": ("float32", "bfloat16", "float16"),
     "rollout.weight_sync": ("folder", "nccl", "ipc"),
+    "rollout.seeding": ("call", "request"),
+    "train.packing": ("auto", "always", "never"),
+    "train.precision": ("float32", "bfloat16"),
     "optim.schedule": ("constant", "linear", "cosine"),
     "train.normalizer": ("tokens", "constant"),
 }
@@ -226,6 +240,8 @@ BOUNDS: dict[str, tuple[float, bool]] = {
     "train.normalizer_constant": (0, False),
     "train.threads": (1, True),
     "train.max_skipped_steps": (1, True),
+    "lora.rank": (0, True),
+    "lora.alpha": (0, False),
     "eval.every": (0, True),
     "eval.temperature": (0, True),
     "eval.samples": (1, True),
@@ -248,10 +264,11 @@ def find_config(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    preset = PRESETS / f"{path.stem}.yaml"
+    stem = path.name.removesuffix(".yaml")  # not path.stem: a name may hold a dot
+    preset = PRESETS / f"{stem}.yaml"
     if str(path.parent) in (".", "presets") and preset.is_file():
         return preset
-    near = difflib.get_close_matches(path.stem, preset_names(), n=1)
+    near = difflib.get_close_matches(stem, preset_names(), n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise TrapoError(f"CONFIG: no file {name!r}; presets: {', '.join(preset_names())}{hint}")
 

@@ -16,6 +16,7 @@ from trapo.encode import EncodedProblem, decode_text
 from trapo.errors import TrapoError
 from trapo.files import write_atomic, write_json
 from trapo.model import load_model
+from trapo.ranks import Scorer
 from trapo.rewards import RewardPool
 from trapo.rollout import Engine, Request, make_engine
 from trapo.rollout.guard import AgreementGuard, plain_scorer, unanswered
@@ -92,7 +93,7 @@ def check_engine(engine: Engine, model: PreTrainedModel, problems: Sequence[Enco
 def evaluate(
     problems: Sequence[EncodedProblem],
     engine: Engine,
-    pool: RewardPool,
+    pool: Scorer,
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
     *,

@@ -1,29 +1,35 @@
 """One update: hidden states of the rollouts -> fused loss -> optimizer step.
 
-Every micro-batch divides by the same denominator, that of the whole batch, so how rollouts are cut into micro-batches
-does not change the update.
+Every micro-batch divides by the same denominator, that of the whole batch, so how rollouts are cut into micro-batches,
+and which rank computes which, does not change the update.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import random
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 import trapo_kernels as tk
-from trapo.batching import Batch, collate, loss_tokens, micro_batches, sampled_logprobs
+from trapo.batching import Batch, collate, filler, loss_tokens, micro_batches, pack, packs, sampled_logprobs
 from trapo.collect import Rollout
 from trapo.config import Config, OptimConfig
 from trapo.errors import TrapoError
 from trapo.metrics import ProbabilityHistogram
 from trapo.model import head_of
+from trapo.precision import compute_in
+from trapo.ranks import ALONE, Ranks
+from trapo.sharding import as_forward, is_sharded, load_shards, scatter_optimizer_state, whole
 from trapo.timing import StepTimer
+from trapo_kernels.integrations.transformers import LinearHead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,15 +45,26 @@ class Update:
 
 
 class Learner:
-    """Owns the optimizer and its schedule. `reference` gives ref_logprobs when the objective has a KL term."""
+    """Owns the optimizer and its schedule. `reference` gives ref_logprobs when the objective has a KL term.
+
+    With several ranks all of them call the same methods with the same rollouts, and their models are sharded.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, config: Config, *, pad_id: int, reference: PreTrainedModel | None = None
+        self,
+        model: PreTrainedModel,
+        config: Config,
+        *,
+        pad_id: int,
+        reference: PreTrainedModel | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model = model
         self.reference = reference
         self.config = config
         self.pad_id = pad_id
+        self.ranks = ranks
+        self.packed = is_packed(model, config)
         self.expert_histogram = ProbabilityHistogram()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if any(p.dtype != torch.float32 for p in self.parameters):
@@ -93,16 +110,20 @@ class Learner:
                 loss = self._loss(batch, objective, denominator, old_logprobs, ref_logprobs, rollout_logprobs)
                 loss.loss.backward()
                 losses.append(loss.loss.detach())
-                metrics.append(loss.metrics)
-                tokens += sum(len(r) for r in batch)
+                if batch:
+                    metrics.append(loss.metrics)
+            tokens += sum(len(r) for r in trained)
             norm = self._step(float(torch.stack(losses).sum()))
             finite = math.isfinite(norm)
             steps, skipped = steps + finite, skipped + (not finite)
         with warnings.catch_warnings():  # a first step with nothing to learn has a schedule step, no optimizer step
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             self.scheduler.step()
+        if self.ranks.world > 1:
+            metrics = self.ranks.gather([{k: v.cpu() for k, v in m.items()} for m in metrics])
         merged = _merge(metrics, steps + skipped)
-        return Update(merged, steps, skipped, norm, tokens, self.expert_histogram.take())
+        histogram = _add_up(self.ranks.gather([self.expert_histogram.take()]))
+        return Update(merged, steps, skipped, norm, tokens, histogram)
 
     def own_logprobs(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
         """What the model gives each rollout's own tokens, [tokens] each, at the rollouts' temperature."""
@@ -110,10 +131,19 @@ class Learner:
         return [found[id(r)][len(r) - 1 - len(r.own_ids) :] for r in rollouts]
 
     def state_dict(self) -> dict[str, object]:
-        return {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        """Of a sharded model without the optimizer's: see sharding.save_shards."""
+        optimizer = {} if is_sharded(self.model) else {"optimizer": self.optimizer.state_dict()}
+        return {**optimizer, "scheduler": self.scheduler.state_dict()}
 
-    def load_state_dict(self, state: dict) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+    def load_state_dict(self, state: dict, shards: Path | None = None) -> None:
+        """shards: where the optimizer's state is, if it was a sharded model's."""
+        if shards is not None:
+            load_shards(shards, self.model, self.optimizer)
+        else:
+            optimizer = state["optimizer"]
+            if is_sharded(self.model):
+                optimizer = scatter_optimizer_state(optimizer, self.parameters)
+            self.optimizer.load_state_dict(optimizer)
         self.scheduler.load_state_dict(state["scheduler"])
 
     def _minibatches(self, rollouts: Sequence[Rollout], seed: int) -> list[list[Rollout]]:
@@ -143,12 +173,24 @@ class Learner:
         return float(len(rollouts) * self.config.rollout.max_response_tokens)
 
     def _micro_batches(self, rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
-        groups = micro_batches([len(r) for r in rollouts], self.config.train.micro_batch_tokens)
-        return [[rollouts[i] for i in group] for group in groups]
+        """This rank's; [] where it has none left for a collective that the others need."""
+        group_by = packs if self.packed else micro_batches
+        groups = group_by([len(r) for r in rollouts], self.config.train.micro_batch_tokens)
+        return [[rollouts[i] for i in group] for group in self.ranks.deal(groups, [])]
+
+    def _batch(self, rollouts: Sequence[Rollout]) -> Batch:
+        if not rollouts:
+            return filler(self.pad_id, self.model.device)
+        if self.packed:
+            return pack(rollouts, self.model.device)
+        return collate(rollouts, self.pad_id, self.model.device)
 
     def _hidden_states(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         """[B, T, D], what the head would be applied to."""
-        output = model.get_decoder()(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        # Without position_ids, where they are the default: not every decoder's forward takes None for it.
+        positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+        decoder = model.get_decoder()
+        output = decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **positions)
         return output.last_hidden_state
 
     def _loss(
@@ -160,53 +202,67 @@ class Learner:
         ref_logprobs: dict[int, torch.Tensor],
         rollout_logprobs: dict[int, torch.Tensor],
     ) -> tk.PolicyLoss:
-        batch = collate(rollouts, self.pad_id, self.model.device)
-        head = head_of(self.model)
-        loss = tk.linear_policy_loss(
-            self._hidden_states(self.model, batch),
-            head.weight,
-            batch.targets,
-            objective,
-            advantages=batch.advantages,
-            old_logprobs=_padded(rollouts, old_logprobs, batch),
-            ref_logprobs=_padded(rollouts, ref_logprobs, batch),
-            rollout_logprobs=_padded(rollouts, rollout_logprobs, batch),
-            expert_mask=batch.expert_mask,
-            mask=batch.mask,
-            normalizer=denominator,
-            bias=head.bias,
-            temperature=self.config.rollout.temperature,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-        )
+        batch = self._batch(rollouts)
+
+        def forward() -> tk.PolicyLoss:
+            hidden, head = self._hidden_and_head(self.model, batch)
+            return tk.linear_policy_loss(
+                hidden,
+                head.weight,
+                batch.targets,
+                objective,
+                advantages=batch.advantages,
+                old_logprobs=_spread(rollouts, old_logprobs, batch),
+                ref_logprobs=_spread(rollouts, ref_logprobs, batch),
+                rollout_logprobs=_spread(rollouts, rollout_logprobs, batch),
+                expert_mask=batch.expert_mask,
+                mask=batch.mask,
+                normalizer=denominator,
+                sequence_ids=batch.sequence_ids if objective.needs_sequences else None,
+                temperature=self.config.rollout.temperature,
+                **head.options,
+            )
+
+        loss = as_forward(self.model, forward)
         self.expert_histogram.add(loss.logprobs, batch.expert_mask & batch.mask)
         return loss
 
     @torch.no_grad()
     def _logprobs(self, model: PreTrainedModel, rollouts: Sequence[Rollout]) -> dict[int, torch.Tensor]:
         """Logprobs [T] of each rollout's targets, by id(rollout)."""
-        found: dict[int, torch.Tensor] = {}
-        head = head_of(model)
+        place = {id(rollout): i for i, rollout in enumerate(rollouts)}
+        found: list[tuple[int, torch.Tensor]] = []
         for group in self._micro_batches(rollouts):
-            batch = collate(group, self.pad_id, model.device)
-            result = tk.linear_logprobs(
-                self._hidden_states(model, batch),
-                head.weight,
-                batch.targets.masked_fill(~batch.mask, -100),
-                bias=head.bias,
-                temperature=self.config.rollout.temperature,
-                softcap=head.softcap,
-                logit_scale=head.logit_scale,
-            )
-            for rollout, logprobs in zip(group, result.logprobs, strict=True):
-                found[id(rollout)] = logprobs[: len(rollout) - 1]
-        return found
+            batch = self._batch(group)
+            logprobs = as_forward(model, functools.partial(self._batch_logprobs, model, batch))
+            # Across ranks a rollout is known by its place.
+            found += [(place[id(r)], row) for r, row in zip(group, batch.rows(logprobs), strict=bool(group))]
+        if self.ranks.world > 1:
+            found = self.ranks.gather([(i, row.cpu()) for i, row in found])
+        return {id(rollouts[i]): row for i, row in found}
+
+    def _batch_logprobs(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+        """[B, T]; 0 outside the loss."""
+        hidden, head = self._hidden_and_head(model, batch)
+        targets = batch.targets.masked_fill(~batch.mask, -100)
+        temperature = self.config.rollout.temperature
+        return tk.linear_logprobs(hidden, head.weight, targets, temperature=temperature, **head.options).logprobs
+
+    def _hidden_and_head(self, model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, LinearHead]:
+        """Both in the dtype of train.precision."""
+        with compute_in(self.config.train.precision, model):
+            hidden = self._hidden_states(model, batch)
+            head = head_of(model).cast(hidden)
+            return hidden.to(head.weight.dtype), head
 
     def _step(self, loss: float) -> float:
         """Clip and step; a loss or gradient that is not finite changes nothing. Returns the norm before clipping, NaN
         where the loss is not finite."""
         limit = self.config.optim.grad_clip or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit)) if math.isfinite(loss) else math.nan
+        if self.ranks.any(not math.isfinite(loss)):
+            norm = math.nan
+        else:
+            norm = float(whole(torch.nn.utils.clip_grad_norm_(self.parameters, limit)))
         if math.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -220,6 +276,12 @@ def lr_factor(step: int, optim: OptimConfig, steps: int) -> float:
     done = min(max(step - optim.warmup_steps, 0) / max(steps - optim.warmup_steps, 1), 1.0)
     decay = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
     return warmup * decay[optim.schedule]
+
+
+def is_packed(model: PreTrainedModel, config: Config) -> bool:
+    """train.packing; `auto` packs where attention is varlen: a block mask's squares cost more than padding does."""
+    varlen = "flash" in (model.config._attn_implementation or "")
+    return {"always": True, "never": False, "auto": varlen}[config.train.packing]
 
 
 def prepare_checkpointing(model: PreTrainedModel) -> None:
@@ -239,12 +301,13 @@ def _merge(metrics: Sequence[dict[str, torch.Tensor]], minibatches: int) -> dict
     return {name: value if math.isfinite(value) else None for name, value in means.items()}  # JSON has no NaN
 
 
-def _padded(rollouts: Sequence[Rollout], logprobs: dict[int, torch.Tensor], batch: Batch) -> torch.Tensor | None:
+def _add_up(histograms: Sequence[list[int]]) -> list[int]:
+    """Those of all ranks as one; empty ones count nothing."""
+    return [sum(counts) for counts in zip(*filter(None, histograms), strict=True)]
+
+
+def _spread(rollouts: Sequence[Rollout], logprobs: dict[int, torch.Tensor], batch: Batch) -> torch.Tensor | None:
     """The rollouts' logprobs as [B, T], zeros where there are none; None when none were computed."""
     if not logprobs:
         return None
-    padded = torch.zeros(batch.targets.shape, dtype=torch.float32, device=batch.targets.device)
-    for row, rollout in enumerate(rollouts):
-        if (known := logprobs.get(id(rollout))) is not None:
-            padded[row, : len(known)] = known
-    return padded
+    return batch.spread([logprobs.get(id(r)) for r in rollouts] or [None])

@@ -107,10 +107,12 @@ def check_loggers(config: Config) -> None:
 
 
 class Loggers:
-    """All loggers that a run asked for; a context manager. step: the run is continued after it."""
+    """All loggers that a run asked for; a context manager. step: the run is continued after it. Of several ranks one
+    has them enabled."""
 
-    def __init__(self, config: Config, run_dir: RunDir, step: int) -> None:
-        self.loggers: list[Logger] = [LOGGERS[name][1](config, run_dir, step) for name in _wanted(config)]
+    def __init__(self, config: Config, run_dir: RunDir, step: int, *, enabled: bool = True) -> None:
+        wanted = _wanted(config) if enabled else []
+        self.loggers: list[Logger] = [LOGGERS[name][1](config, run_dir, step) for name in wanted]
 
     def __enter__(self) -> Loggers:
         return self

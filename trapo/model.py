@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from trapo import lora
 from trapo.config import ModelConfig
 from trapo.errors import TrapoError
 from trapo_kernels.integrations.transformers import LinearHead, linear_head
@@ -28,6 +30,8 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
 
     Raises TrapoError when `model.path` names nothing that can be loaded.
     """
+    if lora.is_adapter(Path(config.path)):
+        return _load_adapted(config)
     device = _device(config.device)
     dtype = getattr(torch, config.dtype)
     source = find_weights(config.path)
@@ -48,11 +52,19 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
     # De-quantised weights are plain tensors from here on: a checkpoint must not say otherwise.
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
-    _freeze(model, config.freeze)
+    freeze(model, config.freeze)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
     nn.Module.to(model, device)
     return model.eval(), tokenizer
+
+
+def _load_adapted(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A checkpoint of a run with lora.rank: its adapter in its base model."""
+    path = Path(config.path)
+    model, tokenizer = load_model(dataclasses.replace(config, path=lora.base_of(path)))
+    lora.load_adapter(path, model)
+    return model, tokenizer
 
 
 def _device(name: str) -> torch.device:
@@ -80,7 +92,8 @@ def find_weights(path: str) -> Path:
     return found[0]
 
 
-def _freeze(model: PreTrainedModel, pattern: str | None) -> None:
+def freeze(model: PreTrainedModel, pattern: str | None) -> None:
+    """Take the parameters whose names match out of training. Raises TrapoError when that is none or all of them."""
     if pattern is None:
         return
     try:

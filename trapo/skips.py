@@ -20,9 +20,10 @@ class SkipLimit:
 
     def check(self, row: Mapping[str, Any], note: Callable[[str], None]) -> None:
         """Take a step's row of metrics.jsonl. Raises TrapoError when it is the last one allowed."""
-        if not self.started:  # the log holds this row already
-            for earlier in self.run_dir.rows()[:-1]:
-                self._count(earlier)
+        if not self.started:
+            for earlier in self.run_dir.rows():
+                if earlier["step"] < row["step"]:  # the log may hold this row already
+                    self._count(earlier)
             self.started = True
         self._count(row)
         if row["skipped_steps"]:

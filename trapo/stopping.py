@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-import torch
-import torch.distributed as dist
+from trapo.ranks import ALONE, Ranks
 
 
 class Stopped(BaseException):
@@ -24,7 +23,8 @@ class Stopped(BaseException):
 class StopSignal:
     """Context manager that turns SIGTERM into `Stopped`, raised inside the next (or the present) `abandonable`."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
         self.requested = False
         self._abandonable = False
         self._previous: Any = None
@@ -44,10 +44,9 @@ class StopSignal:
     def abandonable(self) -> Iterator[None]:
         """Work that may be cut short anywhere. With several ranks it is not: they would wait for each other for ever;
         they agree here, before the work, that one of them was asked to stop."""
-        several = dist.is_initialized() and dist.get_world_size() > 1
-        if _any_rank(self.requested) if several else self.requested:
+        if self.ranks.any(self.requested):
             raise Stopped
-        self._abandonable = not several
+        self._abandonable = self.ranks.world == 1
         try:
             yield
         finally:
@@ -58,10 +57,3 @@ class StopSignal:
         if self._abandonable:
             self._abandonable = False  # a second signal must not disturb the save
             raise Stopped
-
-
-def _any_rank(requested: bool) -> bool:
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    flag = torch.tensor([float(requested)], device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())

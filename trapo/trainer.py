@@ -20,7 +20,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 import trapo_kernels as tk
-from trapo import checkpoint
+from trapo import checkpoint, lora
 from trapo.advantages import assign_advantages
 from trapo.collect import Rollout, collect
 from trapo.config import Config
@@ -32,6 +32,7 @@ from trapo.loggers import HISTOGRAM, Loggers, check_loggers
 from trapo.metrics import peak_memory_gb, rollout_metrics
 from trapo.model import load_model
 from trapo.modes import Phase, phases
+from trapo.ranks import ALONE, Ranks, Scorer, SharedRewards, join, leave
 from trapo.report import write_report
 from trapo.rewards import Reward, RewardPool
 from trapo.rollout import make_engine
@@ -39,31 +40,43 @@ from trapo.rollout.guard import AgreementGuard, unanswered
 from trapo.rollout_log import rollout_row, sample_rollouts
 from trapo.run_dir import RunDir, append_rows
 from trapo.sampling import derive_seed, load_eval_set, load_train_set, problems_at
+from trapo.sharding import save_shards, shard_over
 from trapo.skips import SkipLimit
 from trapo.stopping import Stopped, StopSignal
 from trapo.timing import PARTS, StepTimer
+from trapo.weights import writer
 
 
 def train(config: Config, *, console: Console, restart_finished: bool = False) -> dict[str, Any]:
     """Run a training run, or continue it from its last checkpoint; returns what is in its summary.json.
 
+    Under torchrun all ranks call it together; the first one shows and writes, the others return {}.
     Raises TrapoError for input that cannot be used, before anything is generated or trained, and Stopped after SIGTERM
     when everything that is worth keeping is saved.
     """
+    ranks = join()
+    try:
+        return _train(config, console if ranks.first else Console(quiet=True), restart_finished, ranks)
+    finally:
+        leave(ranks)
+
+
+def _train(config: Config, console: Console, restart_finished: bool, ranks: Ranks) -> dict[str, Any]:
     run_dir = RunDir(Path(config.run_dir))
     plan = phases(config)
     check_loggers(config)
     log = functools.partial(console.print, markup=False, highlight=False)
-    resume_from = run_dir.look(config, restart_finished=restart_finished, log=log)
+    resume_from = ranks.once(lambda: run_dir.look(config, restart_finished=restart_finished, log=log))
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     reward = config.reward
     pool = RewardPool(reward.function, workers=reward.workers, timeout=reward.timeout)
-    with pool, StopSignal() as stop:
-        trainer = Trainer(config, plan, run_dir, pool, stop, console, resume_from)
-        run_dir.claim(config, resume_from)
+    with pool, StopSignal(ranks) as stop:
+        scorer = pool if ranks.world == 1 else SharedRewards(pool, ranks)
+        trainer = Trainer(config, plan, run_dir, scorer, stop, console, resume_from, ranks)
+        ranks.once(lambda: run_dir.claim(config, resume_from))
         with (
-            Loggers(config, run_dir, trainer.step) as loggers,
+            Loggers(config, run_dir, trainer.step, enabled=ranks.first) as loggers,
             Display(console, config.train.steps, trainer.step, trainer.ratios) as display,
         ):
             trainer.run(display, loggers)
@@ -78,28 +91,32 @@ class Trainer:
         config: Config,
         plan: list[Phase],
         run_dir: RunDir,
-        pool: RewardPool,
+        pool: Scorer,
         stop: StopSignal,
         console: Console,
         resume_from: checkpoint.Checkpoint | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.config, self.phases, self.run_dir, self.pool, self.stop = config, plan, run_dir, pool, stop
+        self.config, self.phases, self.run_dir, self.pool = config, plan, run_dir, pool
+        self.stop, self.ranks = stop, ranks
         source, log = config.model, functools.partial(console.print, markup=False, highlight=False)
         if resume_from is not None:
             source = dataclasses.replace(source, path=str(resume_from.path))
             log(f"continuing {run_dir.path} after step {resume_from.step}")
         self.model, self.tokenizer = load_model(source)
+        lora.attach(self.model, config.lora, base=config.model.path, seed=derive_seed(config.seed, "lora"))
+        shard_over(self.model, ranks, config.train.precision)
         self.train_set = load_train_set(config, plan, self.tokenizer, log)
         self.eval_set = load_eval_set(config, self.tokenizer, log)
-        self.engine = make_engine(config, self.model, self.tokenizer)
+        self.engine = make_engine(config, self.model, self.tokenizer, ranks)
         self.learner = Learner(
-            self.model, config, pad_id=self.tokenizer.pad_token_id, reference=self._reference_model()
+            self.model, config, pad_id=self.tokenizer.pad_token_id, reference=self._reference_model(), ranks=ranks
         )
         self.guard = AgreementGuard(config.rollout, config.model.dtype)
         self.step, self.saved_step, self.seconds_before = 0, 0, 0.0
         if resume_from is not None:
             state = resume_from.load_state()
-            self.learner.load_state_dict(state["learner"])
+            self.learner.load_state_dict(state["learner"], resume_from.shards)
             self.step = self.saved_step = resume_from.step
             self.seconds_before = state["seconds"]
         self.started = time.monotonic()
@@ -134,7 +151,8 @@ class Trainer:
             display.status("training")
             row = self._train_step(self._phase(), problems_at(self.step, self.train_set, self.config))
             self.step += 1
-            self.run_dir.log(row)
+            if self.ranks.first:
+                self.run_dir.log(row)
             display.update(row)
             loggers.update(row)
             self.skips.check(row, display.note)
@@ -210,7 +228,8 @@ class Trainer:
     def _log_rollouts(self, rollouts: Sequence[Rollout], seed: int, *, scored: bool) -> None:
         chosen = sample_rollouts(rollouts, self.config.log.rollouts, seed)
         rows = [rollout_row(self.step + 1, r, self.tokenizer, scored=scored) for r in chosen]
-        append_rows(self.run_dir.rollouts, rows)
+        if self.ranks.first:
+            append_rows(self.run_dir.rollouts, rows)
 
     def _score(self, rollouts: Sequence[Rollout]) -> list[Reward]:
         texts = [decode_text(self.tokenizer, r.response_ids) for r in rollouts]
@@ -223,12 +242,13 @@ class Trainer:
             return
         display.status(f"evaluating {len(self.eval_set)} problems")
         seed = derive_seed(self.config.seed, "eval", self.step)
-        rows = path.with_suffix(".jsonl")
+        rows = path.with_suffix(".jsonl") if self.ranks.first else None
         with self.stop.abandonable():
             result = evaluate(
                 self.eval_set, self.engine, self.pool, self.tokenizer, self.config, seed=seed, rows_path=rows
             )
-        result.save(path)
+        if self.ranks.first:
+            result.save(path)
         loggers.evaluation(self.step, result)
         display.note(f"held-out accuracy after step {self.step}: {result}")
         self._prune()
@@ -244,8 +264,11 @@ class Trainer:
         """A checkpoint of now. One that cannot be written is reported and training goes on (unless it `must`)."""
         display.status("saving")
         state = {"learner": self.learner.state_dict(), "seconds": self.seconds}
+        folder = self.run_dir.checkpoints
+        write = writer(self.model, self.tokenizer, final=False, keep=self.ranks.first)
+        shards = save_shards(folder, self.model, self.learner.optimizer, self.ranks)
         try:
-            checkpoint.save(self.run_dir.checkpoints, self.step, self.model, self.tokenizer, state)
+            self.ranks.once(lambda: checkpoint.save(folder, self.step, write, state, shards))
         except checkpoint.SaveError as error:
             if must:
                 raise
@@ -257,12 +280,16 @@ class Trainer:
 
     def _prune(self) -> None:
         settings = self.config.checkpoint
-        best = self.run_dir.best_steps(settings.keep_best)
-        checkpoint.prune(self.run_dir.checkpoints, settings.keep, also=best)
+        if self.ranks.first:
+            best = self.run_dir.best_steps(settings.keep_best)
+            checkpoint.prune(self.run_dir.checkpoints, settings.keep, also=best)
 
     def finish(self) -> dict[str, Any]:
         """Write the final model, the report and, last of all, the summary."""
-        checkpoint.save_model(self.run_dir.final, self.model, self.tokenizer)
+        write = writer(self.model, self.tokenizer, final=True, keep=self.ranks.first)
+        if not self.ranks.first:
+            return {}
+        checkpoint.write_or_explain(self.run_dir.final, write)
         summary = self._summary()
         write_report(self.run_dir.path, summary)
         self.run_dir.finish(summary)
@@ -323,4 +350,6 @@ class Trainer:
         if not any(phase.objective.kl_coef for phase in self.phases):
             return None
         # Of the initial weights, so a resumed run loads them again.
-        return load_model(self.config.model)[0].requires_grad_(False)
+        reference = load_model(self.config.model)[0].requires_grad_(False)
+        shard_over(reference, self.ranks, self.config.train.precision)
+        return reference

@@ -5,7 +5,8 @@ import inspect
 import pytest
 from engine_checks import load
 
-from trapo.rollout.vllm_sync import InProcess, Transfer, _source, named_weights
+from trapo.rollout.vllm_sync import InProcess, Transfer, _source
+from trapo.weights import full_weights
 
 
 class Replies:
@@ -30,7 +31,7 @@ def test_what_the_learner_declares_is_what_it_sends(vllm_model_path):
     declared = [(m.name, m.dtype, m.shape) for m in source.metadata()]
     assert declared == [(name, weight.dtype, tuple(weight.shape)) for name, weight in source]
     assert declared == [(name, weight.dtype, tuple(weight.shape)) for name, weight in source]  # every round anew
-    assert {name for name, _, _ in declared} == {name for name, _ in named_weights(model)}
+    assert {name for name, _, _ in declared} == {name for name, _ in full_weights(model)}
 
 
 def test_the_trainer_engines_take_these_arguments():

@@ -11,12 +11,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo.config import Config
+from trapo.ranks import ALONE, Ranks
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
     context: tuple[int, ...]  # prompt ids, then the expert prefix if there is one
     max_new_tokens: int
+    seed: int | None = None  # of this request's own random numbers; None: those of the whole call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,10 @@ class Completion:
 
 class Engine(Protocol):
     def generate(self, requests: Sequence[Request], *, temperature: float, seed: int) -> list[Completion]:
-        """One completion per request, in their order; temperature 0 is greedy. The same seed gives the same tokens."""
+        """One completion per request, in their order; temperature 0 is greedy. The same seed gives the same tokens.
+
+        Either every request has a seed of its own, or none.
+        """
         ...
 
     def rest(self) -> None:
@@ -42,12 +47,22 @@ class Engine(Protocol):
 
 def sequence_seed(request: Request, seed: int, index: int) -> int:
     """A seed for each sequence of a call: rollouts of one context must differ. One that the request has wins."""
-    own = getattr(request, "seed", None)
-    return (seed * 1_000_003 + index) % 2**62 if own is None else own
+    return (seed * 1_000_003 + index) % 2**62 if request.seed is None else request.seed
 
 
-def make_engine(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Engine:
-    """The engine that `rollout.engine` names (config.py has checked the name), with the model's weights."""
+def make_engine(
+    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ranks: Ranks = ALONE
+) -> Engine:
+    """The engine that `rollout.engine` names (config.py has checked it), on the model; ranks share it."""
+    engine = _make_engine(config, model, tokenizer)
+    if ranks.world == 1 and config.rollout.seeding == "call":
+        return engine
+    from trapo.rollout.shared import SharedEngine
+
+    return SharedEngine(engine, ranks)
+
+
+def _make_engine(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Engine:
     from trapo.model import eos_ids
 
     rollout, ends = config.rollout, eos_ids(model, tokenizer)

@@ -2,6 +2,7 @@
 
 Contexts are sorted by length and decoded in batches of `batch_size`. Rollouts of one prompt share their context, so
 each distinct context is prefilled once and its cache repeated: a micro-group of four pays one prefill, not four.
+Weights that FSDP2 has sharded are whole while a call generates.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import cast
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from trapo.rollout import Completion, Request
+from trapo.sharding import whole_weights
 
 
 class HFEngine:
@@ -42,10 +44,11 @@ class HFEngine:
         was_training = self.model.training
         self.model.eval()
         torch.manual_seed(seed)
-        for indices in self._batches(requests):
-            batch = [requests[i] for i in indices]
-            for i, completion in zip(indices, self._decode(batch, temperature), strict=True):
-                completions[i] = completion
+        with whole_weights(self.model):
+            for indices in self._batches(requests):
+                batch = [requests[i] for i in indices]
+                for i, completion in zip(indices, self._decode(batch, temperature), strict=True):
+                    completions[i] = completion
         self.model.train(was_training)
         return [c for c in completions if c is not None]
 
@@ -66,9 +69,15 @@ class HFEngine:
             cache.batch_select_indices(repeat)
         budget = max(r.max_new_tokens for r in batch)
         generate = cast(Callable[..., torch.Tensor], self.model.generate)  # its own annotation does not type-check
-        with self._own_settings(temperature, budget):
+        own = [r.seed for r in batch if r.seed is not None] if temperature > 0 else []
+        noise = [OwnNoise(own, temperature, input_ids.device)] if own else []
+        with self._own_settings(0.0 if own else temperature, budget):
             generated = generate(
-                input_ids=input_ids[repeat], attention_mask=attention_mask[repeat], **{self.cache_name: cache}
+                input_ids=input_ids[repeat],
+                attention_mask=attention_mask[repeat],
+                logits_processor=LogitsProcessorList(noise),
+                synced_gpus=False,  # each rank decodes by itself: see whole_weights
+                **{self.cache_name: cache},
             )
         new_tokens = generated[:, input_ids.shape[1] :].tolist()
         return [self._trim(ids, r.max_new_tokens) for ids, r in zip(new_tokens, batch, strict=True)]
@@ -124,3 +133,19 @@ class HFEngine:
         if end is None:
             return Completion(tuple(ids), finished=False)
         return Completion(tuple(ids[: end + 1]), finished=True)
+
+
+class OwnNoise(LogitsProcessor):
+    """Samples each row with random numbers of its own: the largest of z / temperature + Gumbel noise is a sample of the
+    softmax, so greedy decoding of what this returns samples. seeds: one per row."""
+
+    def __init__(self, seeds: Sequence[int], temperature: float, device: torch.device) -> None:
+        self.temperature = temperature
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """scores [B, V] -> [B, V] fp32."""
+        noise = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores.float() / self.temperature - noise.log()

@@ -67,6 +67,8 @@ class VLLMEngine:
         return {"enable_sleep_mode": True, "gpu_memory_utilization": 0.4}
 
     def generate(self, requests: Sequence[Request], *, temperature: float, seed: int) -> list[Completion]:
+        if not requests:
+            return []
         from vllm import SamplingParams
 
         parameters = [

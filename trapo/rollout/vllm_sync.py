@@ -24,8 +24,10 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from trapo import lora
 from trapo.errors import TrapoError
 from trapo.files import write_folder_atomic
+from trapo.weights import full_weights
 
 # What `vllm serve` is started with, so that SharedFolder finds `WorkerExtension.trapo_reload` there.
 EXTENSION = "trapo.rollout.vllm_sync.WorkerExtension"
@@ -45,16 +47,6 @@ class WeightSync(Protocol):
     def __call__(self, model: nn.Module) -> None:
         """Give the engine the model's weights and drop what it has cached with the old ones."""
         ...
-
-
-def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights by their checkpoint names, one at a time; a sharded one is gathered from all ranks first.
-
-    A head that shares its weight with the embedding comes once, under the embedding's name.
-    """
-    for name, parameter in model.named_parameters():
-        weight = parameter.detach()
-        yield name, weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
 def reload_in_worker(
@@ -92,7 +84,7 @@ class InProcess:
     def __call__(self, model: nn.Module) -> None:
         if self.sleeps:
             self.llm.wake_up(tags=["weights"])
-        self.llm.collective_rpc(reload_in_worker, args=(named_weights(model),))
+        self.llm.collective_rpc(reload_in_worker, args=(full_weights(model),))
         if self.sleeps:
             self.llm.wake_up(tags=["kv_cache"])
         if not self.llm.reset_prefix_cache():
@@ -113,7 +105,7 @@ class SharedFolder:
             self.server.post("/collective_rpc", body)
             _reset_prefix_cache(self.server)
         else:
-            for _ in named_weights(model):  # gathering takes all ranks
+            for _ in full_weights(model):  # gathering takes all ranks
                 pass
         _wait_for_all()
 
@@ -121,7 +113,7 @@ class SharedFolder:
 def _save(model: nn.Module, folder: Path) -> None:
     from safetensors.torch import save_file
 
-    save_file({name: weight.cpu().contiguous() for name, weight in named_weights(model)}, folder / "model.safetensors")
+    save_file({name: weight.cpu().contiguous() for name, weight in full_weights(model)}, folder / "model.safetensors")
 
 
 class Transfer:
@@ -163,15 +155,16 @@ class Transfer:
 
 
 def _source(model: nn.Module) -> Any:
-    """`named_weights` as vLLM's WeightSource: shapes are known without gathering anything."""
+    """`full_weights` as vLLM's WeightSource: shapes are known without gathering anything."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
     class Weights(WeightSource):
         def metadata(self) -> list[Any]:
-            return [ParamMeta(name, p.dtype, tuple(p.shape)) for name, p in model.named_parameters()]
+            plain = ((lora.plain_name(name), p) for name, p in model.named_parameters())
+            return [ParamMeta(name, p.dtype, tuple(p.shape)) for name, p in plain if name is not None]
 
         def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-            return named_weights(model)
+            return full_weights(model)
 
     return Weights()
 

@@ -1,0 +1,66 @@
+"""Run by the tests of several ranks, once a rank: python ranks_run.py WHAT ARGS... with torchrun's environment."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from trapo import lora
+from trapo.ranks import Ranks
+
+
+def update(model: str, out: str, cases: str) -> None:
+    """Three optimizer steps on the rollouts of test_learner for each list of overrides in the JSON `cases`; the first
+    rank saves weights and what was reported."""
+    from trapo.ranks import join, leave
+
+    ranks = join()
+    done = [_update(model, ranks, overrides) for overrides in json.loads(cases)]
+    if ranks.first:
+        torch.save(done, out)
+    leave(ranks)
+
+
+def _update(model: str, ranks: Ranks, overrides: list[str]) -> dict:
+    from test_learner import rollouts
+
+    import trapo_kernels as tk
+    from trapo.config import merge_config
+    from trapo.learner import Learner
+    from trapo.model import load_model
+    from trapo.sharding import shard_over
+    from trapo.weights import full_weights
+
+    # Adam divides by |gradient|: without this eps an entry that is nothing but rounding would move by lr.
+    config = merge_config({"optim": {"lr": 1e-3, "eps": 1e-3}, "model": {"path": model}}, overrides)
+    loaded, _ = load_model(config.model)
+    seen: set[str] = set()
+    loaded.get_decoder().norm.register_forward_hook(lambda *args: seen.add(str(args[-1].dtype)))
+    lora.attach(loaded, config.lora, base=model, seed=0)
+    shard_over(loaded, ranks, config.train.precision)
+    learner = Learner(loaded, config, pad_id=2, ranks=ranks)
+    reports = [learner.update(rollouts(), tk.Objective.trapo(entropy_coef=0.01), seed=s) for s in range(3)]
+    weights = {name: value.clone() for name, value in full_weights(loaded)}
+    own = sum(p.to_local().numel() if ranks.world > 1 else p.numel() for p in loaded.parameters())
+    return {"weights": weights, "reports": [vars(r) for r in reports], "own": own, "dtypes": sorted(seen)}
+
+
+def train(model: str, run_dir: str, *overrides: str) -> None:
+    """A run of the trainer."""
+    from killed_run import base
+
+    from trapo import trainer
+    from trapo.config import merge_config
+
+    summary = trainer.train(merge_config(base(model, run_dir), overrides), console=Console(width=160))
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    torch.set_num_threads(1)
+    {"update": update, "train": train}[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,156 @@
+"""The plan's arithmetic against real runs of the same model."""
+
+import pytest
+import torch
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+import trapo_kernels as tk
+from trapo.cli import app
+from trapo.collect import Rollout
+from trapo.config import load_config, merge_config
+from trapo.data import Problem
+from trapo.encode import EncodedProblem
+from trapo.errors import TrapoError
+from trapo.learner import Learner
+from trapo.model import load_model
+from trapo.plan import OURS, _saved_by, make_plan, meta_model, saved_bytes, tables
+
+PROMPT, RESPONSE = 5, 11
+
+
+def config(path, *overrides):
+    """A step of 2 prompts with 3 rollouts each, in one micro-batch."""
+    settings = {
+        "model": {"path": str(path)},
+        "data": {"max_prompt_tokens": PROMPT},
+        "rollout": {"max_response_tokens": RESPONSE},
+        "guidance": {"sizes": [3], "ratios": [0], "thresholds": [-1]},
+        "mode": "trapo",
+        "train": {"prompts_per_step": 2, "micro_batch_tokens": 2 * 3 * (PROMPT + RESPONSE)},
+    }
+    return merge_config(settings, overrides)
+
+
+def rollouts():
+    """What such a step can hold at most. The last token is not fed in, so the prompt has one more."""
+    problem = EncodedProblem(
+        Problem("p", ({"role": "user", "content": "?"},), "1", (), "t"), tuple(range(8, 9 + PROMPT)), ()
+    )
+    own = tuple(range(20, 20 + RESPONSE))
+    return [Rollout(problem, i // 3, 0, 0.0, (), own, False, True, 1.0, "ok", 0.5 - i) for i in range(6)]
+
+
+@pytest.mark.parametrize("name", ["smollm2", "tiny", "tiny, adapted"])
+def test_bytes_of_weights_gradients_and_optimizer_are_those_of_a_real_run(name, tiny_model_path):
+    overrides = ["lora.rank=4"] if "adapted" in name else []
+    if overrides:
+        pytest.importorskip("peft")
+    settings = config("smollm2-135m-instruct" if name == "smollm2" else tiny_model_path, *overrides)
+    plan = make_plan(settings, 1)
+    model, _ = load_model(settings.model)
+    if overrides:
+        from trapo import lora
+
+        lora.attach(model, settings.lora, base="", seed=0)
+    learner = Learner(model, settings, pad_id=2)
+    for p in learner.parameters:
+        p.grad = torch.zeros_like(p)
+    measured = {"weights": list(model.parameters()), "gradients": [p.grad for p in learner.parameters]}
+    learner.optimizer.step()
+    measured["optimizer"] = [v for state in learner.optimizer.state.values() for v in state.values()]
+    for part, tensors in measured.items():
+        assert plan.memory[part] == sum(t.numel() * t.element_size() for t in tensors), part
+    assert plan.parameters == sum(p.numel() for p in model.parameters())
+    assert plan.trained == sum(p.numel() for p in learner.parameters)
+
+
+@pytest.mark.parametrize("overrides", [[], ["model.freeze=embed_tokens"], ["model.gradient_checkpointing=true"]])
+def test_flops_are_those_that_torch_counts_in_a_real_update(overrides, tiny_model_path):
+    settings = config(tiny_model_path, "model.attention=eager", *overrides)
+    model, _ = load_model(settings.model)
+    learner = Learner(model, settings, pad_id=2)
+    tk.set_backend("reference")  # whose products are torch's; the streamed ones do as many
+    try:
+        with FlopCounterMode(display=False) as counter:
+            learner.update(rollouts(), tk.Objective.trapo(), seed=0)
+    finally:
+        tk.set_backend(None)
+    # Rotary embeddings multiply a few matrices too, of the size of positions × half a head.
+    rotary = counter.get_total_flops() * 0.005
+    assert make_plan(settings, 1).flops.total == pytest.approx(counter.get_total_flops(), abs=rotary)
+
+
+def test_saved_activations_are_those_of_a_real_forward():
+    """On the CPU, where transformers repeats the keys and values of grouped heads; none are grouped here."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    architecture = LlamaConfig(vocab_size=97, num_key_value_heads=4, **sizes)
+    model = LlamaForCausalLM(architecture).train()
+    ids = torch.zeros(1, 64, dtype=torch.int64)
+    real = saved_bytes(model, lambda: model.get_decoder()(input_ids=ids, use_cache=False))
+    with torch.device("meta"):
+        planned = _saved_by(AutoModelForCausalLM.from_config(architecture).train(), 64)
+    assert planned == pytest.approx(real, rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def official():
+    return make_plan(load_config("presets/qwen2.5-math-7b.yaml"), 8)
+
+
+def test_the_official_recipe_passes_a_dry_run_on_8_ranks(official):
+    assert official.parameters == 7_615_616_512  # Qwen2.5-Math-7B's
+    # Every dimension of every weight divides by 8, so a rank's part is an eighth to the byte.
+    assert official.memory["weights"] == official.parameters * 4 // 8
+    assert official.memory["gradients"] == official.memory["weights"]
+    assert all(w.shard == (w.shape[0] // 8, *w.shape[1:]) for w in official.weights)
+    assert official.tokens == {
+        "sequences": 64,
+        "longest sequence": 9216,
+        "tokens through the model": 64 * 9216,
+        "tokens in the loss": 64 * 8192,
+    }
+    assert official.logits["fp32 logits and their gradient"] == 2 * 18432 * 152064 * 4
+    assert official.logits[OURS] == 1536 * 2**20
+
+
+def test_the_7b_architecture_has_the_published_shapes(official):
+    shapes = {w.name: (w.count, w.shape) for w in official.weights}
+    assert shapes["lm_head.weight"] == (1, (152064, 3584))
+    assert shapes["model.layers.*.self_attn.k_proj.weight"] == (28, (512, 3584))
+    assert shapes["model.layers.*.mlp.down_proj.weight"] == (28, (3584, 18944))
+
+
+def test_no_process_group_is_left_behind(official):
+    import torch.distributed as dist
+
+    assert not dist.is_initialized()
+
+
+def test_shorter_responses_cost_less(official):
+    plan = make_plan(load_config("qwen2.5-math-7b"), 8, response_tokens=1024)
+    assert plan.tokens["tokens in the loss"] == 64 * 1024
+    assert plan.flops.total < official.flops.total / 4
+
+
+def test_the_tables_show_every_part(official):
+    console = Console(width=160, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    for table in tables(official):
+        console.print(table)
+    text = console.export_text()
+    for part in (*official.memory, *official.logits, *official.tokens, "lm_head.weight", "152064 × 3584"):
+        assert part in text
+
+
+def test_the_command_prints_them(tiny_model_path):
+    result = CliRunner().invoke(app, ["plan", "demo", f"model.path={tiny_model_path}", "--ranks", "2"])
+    assert result.exit_code == 0, result.output
+    assert "embed_tokens" in result.output
+    assert "activations" in result.output
+
+
+def test_a_model_that_nobody_knows_is_refused():
+    with pytest.raises(TrapoError, match=r"model\.path: no architecture"):
+        meta_model(config("/no/such/model"))

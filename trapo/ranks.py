@@ -1,0 +1,124 @@
+"""Which part of the work is this process's, and what travels between processes (started by torchrun).
+
+Every rank runs the same program over the same problems and knows all rollouts of a step. Three things are split:
+generation and rewards, request by request, and the micro-batches of an update. So advantages, normalizers and the
+order of everything are those of a single process by construction; only gradients, completions, rewards, metrics and
+log-probabilities travel. Files and displays are the first rank's.
+
+A run of one process never imports torch.distributed from here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from trapo.errors import TrapoError
+from trapo.rewards import Reward
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """This process's place among those of the run."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes the files."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This rank's part of what all ranks hold: a block, so that neighbours (rollouts of a prompt) stay together."""
+        count = len(items)
+        return list(items[count * self.rank // self.world : count * (self.rank + 1) // self.world])
+
+    def deal(self, items: Sequence[T], filler: T) -> list[T]:
+        """Every world-th item, `filler` where they run out: all ranks get equally many, as collectives need."""
+        rounds = -(-len(items) // self.world)
+        dealt = list(items[self.rank :: self.world])
+        return dealt + [filler] * (rounds - len(dealt))
+
+    def gather(self, share: Sequence[T]) -> list[T]:
+        """The shares of all ranks, in their order, on every rank. What is in them is pickled."""
+        if self.world == 1:
+            return list(share)
+        import torch.distributed as dist
+
+        shares: list[Any] = [None] * self.world
+        dist.all_gather_object(shares, list(share))
+        return [item for part in shares for item in part]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on some rank: a decision that all must take together, such as to stop."""
+        return any(self.gather([flag]))
+
+    def once(self, function: Callable[[], T]) -> T:
+        """What function() gives on the first rank, which alone calls it, on every rank. Its TrapoError is raised on
+        all."""
+        if self.world == 1:
+            return function()
+        found: list[T | TrapoError] = []
+        if self.first:
+            try:
+                found.append(function())
+            except TrapoError as error:
+                found.append(error)
+        (result,) = self.gather(found)
+        if isinstance(result, TrapoError):
+            raise result
+        return result
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.gather([None])
+
+
+ALONE = Ranks()
+
+
+def join() -> Ranks:
+    """The place that torchrun gave this process; ALONE without torchrun, or with one process."""
+    world = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    if world == 1:
+        return ALONE
+    import torch.distributed as dist
+
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def leave(ranks: Ranks) -> None:
+    """Undo `join`."""
+    if ranks.world > 1:
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
+
+
+class Scorer(Protocol):
+    """What `RewardPool` is to those who use it."""
+
+    def score(self, items: Sequence[tuple[str, str]]) -> list[Reward]: ...
+
+
+class SharedRewards:
+    """A reward pool per rank, as one: each scores its part of what all ranks ask."""
+
+    def __init__(self, pool: Scorer, ranks: Ranks) -> None:
+        self.pool, self.ranks = pool, ranks
+
+    def score(self, items: Sequence[tuple[str, str]]) -> list[Reward]:
+        """The rewards of (text, answer) pairs, in order, on every rank."""
+        return self.ranks.gather(self.pool.score(self.ranks.share(items)))
