@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -60,7 +62,27 @@ def train(model: str, run_dir: str, *overrides: str) -> None:
     print(json.dumps(summary))
 
 
+def stopped(model: str, run_dir: str, *overrides: str) -> None:
+    """A run whose second rank gets a SIGTERM in the rollouts of step 2."""
+    from trapo import trainer
+    from trapo.stopping import Stopped
+
+    collect, calls = trainer.collect, []
+
+    def call(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return collect(*args, **kwargs)
+
+    trainer.collect = call
+    try:
+        train(model, run_dir, *overrides)
+    except Stopped as reason:
+        print(reason)
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
     torch.set_num_threads(1)
-    {"update": update, "train": train}[sys.argv[1]](*sys.argv[2:])
+    {"update": update, "train": train, "stopped": stopped}[sys.argv[1]](*sys.argv[2:])

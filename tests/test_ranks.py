@@ -11,7 +11,7 @@ import pytest
 import torch
 from rank_processes import run_ranks
 from safetensors.torch import load_file
-from test_resume import CLOCKS
+from test_resume import timeless
 
 from trapo.ranks import ALONE, Ranks
 
@@ -138,7 +138,7 @@ def test_one_process_gathers_by_itself_and_leaves_torch_distributed_alone():
 def outcome(run_dir):
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     evals = {f.name: f.read_text() for f in sorted((run_dir / "eval").iterdir())}
-    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows], evals
+    return [timeless(row) for row in rows], evals
 
 
 # Greedy evaluation, sampled training: a temperature for both. eps as in ranks_run.py.
@@ -222,6 +222,18 @@ def test_a_checkpoint_is_continued_on_another_number_of_ranks(
     weights, expected_weights = (load_file(d / "final" / "model.safetensors") for d in (run_dir, one_rank))
     for name, value in expected_weights.items():
         torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=0, msg=name)
+
+
+def test_a_rank_that_is_asked_to_stop_stops_all_after_the_step_and_they_continue(two_ranks, tiny_model_path, tmp_path):
+    run_dir = tmp_path / "run"
+    outputs = run_ranks(2, "stopped", tiny_model_path, run_dir, *SETTINGS)
+    assert [out.splitlines()[-1] for out in outputs] == ["stopped by SIGTERM after step 2"] * 2
+    run_ranks(2, "train", tiny_model_path, run_dir, *SETTINGS)
+    rows, evals = outcome(run_dir)
+    expected_rows, expected_evals = outcome(two_ranks[0])
+    for row, expected in zip(rows, expected_rows, strict=True):
+        close(row, expected)
+    assert evals == expected_evals
 
 
 def test_without_the_optimizers_state_the_continuation_would_differ(one_rank):

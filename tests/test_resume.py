@@ -14,6 +14,11 @@ SCRIPT = Path(__file__).parent / "killed_run.py"
 CLOCKS = ("tokens_per_second", "peak_memory_gb")
 
 
+def timeless(row):
+    """A row of metrics.jsonl without what a clock or the machine's memory says."""
+    return {key: value for key, value in row.items() if key not in CLOCKS and not key.startswith("seconds")}
+
+
 def run(model, run_dir, kill_at="none", *overrides, expect=0):
     command = [sys.executable, str(SCRIPT), str(model), str(run_dir), kill_at, *overrides]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -24,10 +29,7 @@ def run(model, run_dir, kill_at="none", *overrides, expect=0):
 
 def outcome(run_dir):
     """Everything of a run that must not depend on interruptions."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    for row in rows:
-        for clock in [key for key in row if key in CLOCKS or key.startswith("seconds")]:
-            del row[clock]
+    rows = [timeless(json.loads(line)) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run_dir / "summary.json").read_text())
     evals = {f.name: f.read_text() for f in sorted((run_dir / "eval").iterdir())}
     evals["rollouts"] = (run_dir / "rollouts.jsonl").read_text()
