@@ -57,10 +57,7 @@ def _run(study, part: str, options: argparse.Namespace) -> None:
 
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     if part == "exact":
-        from bench.study.exact import run_exact
-
-        table = study.part("exact")
-        table.run("exact", {}, lambda: run_exact(smoke=study.settings.name == "smoke"))
+        exact(study)
     elif part == "pretrain":
         pretrain(study)
     elif part in jobs.PARTS:
@@ -72,6 +69,17 @@ def _run(study, part: str, options: argparse.Namespace) -> None:
     elif part == "plot":
         plots.draw_all(study)
     print(summary.status(study, part), flush=True)
+
+
+def exact(study) -> None:
+    """Part 1; its pieces are rows."""
+    import torch
+
+    from bench.study.exact import exact_jobs
+
+    torch.set_num_threads(1)
+    for name, work in exact_jobs(smoke=study.settings.name == "smoke").items():
+        study.part("exact").run(name, {}, work)
 
 
 def pretrain(study) -> None:

@@ -1,7 +1,7 @@
 """Part 1, exact: what each supervised term does at its optimum, with every string enumerated. No sampling anywhere.
 
 `proposition`: one categorical expert. Proposition 1 says that TrSFT's minimiser keeps S = {c : p_E(c) > αλ} at p_E/λ,
-λ = Σ_S p_E, and forgets the rest; SFT keeps p_E.
+λ = Σ_S p_E, and forgets the rest (`predicted` adds the case in which no S does that); SFT keeps p_E.
 
 `void`: an expert that speaks in one of two styles, chosen per string. A learner that remembers only the last token (a
 table) cannot tell which style it is in, so it mixes; the mass on strings that are valid in neither style is `void`.
@@ -11,7 +11,7 @@ A learner that remembers everything (a small transformer) is the control: it nee
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,17 +33,20 @@ OBJECTIVES: dict[str, tk.Objective] = {
 }
 
 
-def run_exact(*, smoke: bool = False) -> dict[str, Any]:
-    """All of part 1."""
+def exact_jobs(*, smoke: bool = False) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Part 1, piece by piece: what to call each and how to compute its rows."""
     shares = (0.5, 0.9) if smoke else (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-    checkpoints = (50, 200) if smoke else (100, 300, 1000, 3000)
+    checkpoints = (50, 100) if smoke else (100, 300, 1000)
     seeds = (1, 2) if smoke else (1, 2, 3, 4, 5)
     return {
-        "proposition": [row for name in EXPERTS for row in proposition(name)],
-        "void_table": [row for share in shares for row in void_of_tables(share)],
-        "void_transformer": [
-            {"seed": seed, **row} for seed in seeds for row in void_of_transformers(0.7, seed, checkpoints)
-        ],
+        **{f"proposition/{name}": lambda name=name: {"rows": list(proposition(name))} for name in EXPERTS},
+        **{f"tables/{share:g}": lambda share=share: {"rows": list(void_of_tables(share))} for share in shares},
+        **{
+            f"transformers/seed={seed}": lambda seed=seed: {
+                "rows": [{"seed": seed, **row} for row in void_of_transformers(0.7, seed, checkpoints)]
+            }
+            for seed in seeds
+        },
     }
 
 
@@ -91,15 +94,25 @@ EXPERTS: dict[str, np.ndarray] = {
 
 
 def predicted(expert: np.ndarray, alpha: float) -> np.ndarray:
-    """Proposition 1's minimiser: the largest set of likeliest classes with p_E(c) > αλ for each of them."""
+    """The minimiser over all policies, from the optimality conditions: with a multiplier μ a class has p_E/μ where that
+    is at least α (it is inside the trust region), and 0 where p_E < αμ.
+
+    Mostly Σ π = 1 has a solution of that form: Proposition 1's, μ = λ. Where it has none, μ lies between the λ of two
+    neighbouring sets, μ = p_E(c)/α for the class c between them, and c gets what is left over, at most α.
+    """
     order = np.argsort(-expert, kind="stable")
-    kept = len(expert)
-    # Dropping a class lowers λ and with it the bar: go down from all classes until the least likely one passes.
-    while kept > 1 and expert[order[kept - 1]] <= alpha * expert[order[:kept]].sum():
+    sorted_expert, kept = expert[order], len(expert)
+    while kept > 1 and sorted_expert[kept - 1] <= alpha * sorted_expert[:kept].sum():
         kept -= 1
+    mass = sorted_expert[:kept].sum()
+    multiplier = mass
+    if kept < len(expert) and sorted_expert[kept] > alpha * mass:
+        multiplier = sorted_expert[kept] / alpha
     policy = np.zeros_like(expert)
-    policy[order[:kept]] = expert[order[:kept]]
-    return policy / policy.sum()
+    policy[order[:kept]] = sorted_expert[:kept] / multiplier
+    if multiplier > mass:
+        policy[order[kept]] = 1 - mass / multiplier
+    return policy
 
 
 def proposition(name: str) -> Iterator[dict[str, Any]]:
@@ -118,6 +131,7 @@ def proposition(name: str) -> Iterator[dict[str, Any]]:
             "alpha": alpha,
             "classes": len(expert),
             "classes_kept": int((theory > 0).sum()),
+            "one_kept_in_part": bool(((theory > 0) & (theory < alpha * (1 - 1e-9))).any()),
             "expert_mass_forgotten": float(expert[theory == 0].sum()),
             "total_variation_found_vs_predicted": float(np.abs(found - theory).sum() / 2),
             "loss_of_found_minus_predicted": _loss_of(objective, expert, found) - _loss_of(objective, expert, theory),
@@ -164,18 +178,18 @@ def masses(strings: Tensor) -> dict[str, float]:
 
 
 def _bigrams(strings: Tensor) -> Tensor:
-    """Expected number of times each token follows each [SIZE, SIZE]; the first token is in `_first`."""
+    """Expected number of times each token follows each [SIZE, SIZE]."""
     counts = torch.zeros(SIZE, SIZE, dtype=torch.float64)
     for i in range(LENGTH - 1):
         counts.index_put_((STRINGS[:, i], STRINGS[:, i + 1]), strings, accumulate=True)
     return counts
 
 
-def void_of_tables(share: float) -> Iterator[dict[str, Any]]:
+def void_of_tables(share: float, objectives: Mapping[str, tk.Objective] = OBJECTIVES) -> Iterator[dict[str, Any]]:
     """A table that remembers one token, at each objective's optimum. First tokens are the expert's own (uniform)."""
     expert = expert_strings(share)
     counts = _bigrams(expert)
-    for name, objective in OBJECTIVES.items():
+    for name, objective in objectives.items():
         table = optimum(objective, counts)
         yield {"share_of_style_a": share, "objective": name, **masses(_strings_of_table(table))}
 

@@ -12,7 +12,7 @@ import numpy as np
 from bench.study.ablations import ABLATION_TASK
 from bench.study.arms import ARMS
 from bench.study.jobs import Study
-from bench.study.summary import accuracy, all_tables, base_scores, finished_by_arm
+from bench.study.summary import accuracy, all_tables, base_scores, exact_rows, finished_by_arm
 from trapo.files import write_atomic
 
 ROOT = Path(__file__).parents[2]
@@ -72,19 +72,19 @@ def _save(study: Study, draw: Callable[[Study, Any], bool], path: Path) -> None:
 
 def draw_void(study: Study, figure: Any) -> bool:
     """Void mass of the one-token tables over the mixture."""
-    row = study.part("exact").finished().get("exact")
-    if row is None:
+    found = exact_rows(study, "tables")
+    if not found:
         return False
     axes = figure.subplots(1, 2, sharex=True)
-    names = list(dict.fromkeys(r["objective"] for r in row["void_table"]))
+    names = list(dict.fromkeys(r["objective"] for r in found))
     for name, colour in zip(names, COLOURS.values(), strict=False):
-        mine = [r for r in row["void_table"] if r["objective"] == name]
+        mine = [r for r in found if r["objective"] == name]
         shares = [100 * r["share_of_style_a"] for r in mine]
         for axis, key in zip(axes, ("void", "style_b"), strict=True):
             axis.plot(shares, [100 * r[key] for r in mine], marker="o", label=name, color=colour)
     axes[0].set(title="strings in neither style", ylabel="% of probability mass")
     axes[1].set(title="strings in the minority style B")
-    expert = sorted({r["share_of_style_a"] for r in row["void_table"]})
+    expert = sorted({r["share_of_style_a"] for r in found})
     axes[1].plot([100 * s for s in expert], [100 * (1 - s) for s in expert], "k:", label="the expert")
     for axis in axes:
         axis.set(xlabel="expert's share of style A, %")

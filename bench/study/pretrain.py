@@ -18,7 +18,7 @@ from bench.study.model import new_model
 from bench.study.settings import Settings
 from bench.study.task import EOS, PAD, Task, encode
 
-BATCH = 128
+BATCH = 64
 PEAK_LR = 3e-3
 
 
@@ -27,7 +27,7 @@ def pretrain(task: Task, settings: Settings, log: Callable[[str], None] = print)
     steps, rng = settings.pretrain_steps[task.name], random.Random(f"corpus/{task.name}/{settings.base_seed}")
     model = new_model(settings.base_seed, hidden=settings.hidden, layers=settings.layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
-    started, lines = time.process_time(), _batches(task, rng)
+    started, lines, smoothed = time.process_time(), _batches(task, rng), math.nan
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = PEAK_LR * _schedule(step, steps)
@@ -36,9 +36,10 @@ def pretrain(task: Task, settings: Settings, log: Callable[[str], None] = print)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        smoothed = loss.item() if math.isnan(smoothed) else 0.98 * smoothed + 0.02 * loss.item()
         if step % 100 == 0 or step + 1 == steps:
             seconds = time.process_time() - started
-            log(f"{task.name}: step {step + 1} of {steps}, loss {loss.item():.3f}, {seconds:.0f} s")
+            log(f"{task.name}: step {step + 1} of {steps}, loss {smoothed:.3f}, {seconds:.0f} s")
     return model
 
 

@@ -172,21 +172,27 @@ def conditions_table(study: Study) -> str:
     return table(("condition", *(ARMS[a].label for a in CONDITION_ARMS)), out) if out else _NOTHING
 
 
+def exact_rows(study: Study, kind: str) -> list[Row]:
+    """Rows of part 1: `proposition`, `tables` or `transformers`."""
+    pieces = study.part("exact").finished()
+    return [row for key, piece in pieces.items() if key.startswith(kind + "/") for row in piece["rows"]]
+
+
 def proposition_table(study: Study) -> str:
     """What TrSFT forgets."""
-    row = study.part("exact").finished().get("exact")
-    if row is None:
+    found = exact_rows(study, "proposition")
+    if not found:
         return _NOTHING
     out = [
         [
             r["expert"],
             r["objective"],
-            f"{r['classes_kept']} of {r['classes']}",
+            f"{r['classes_kept']} of {r['classes']}" + (" (one in part)" if r["one_kept_in_part"] else ""),
             f"{100 * r['expert_mass_forgotten']:.1f}",
             f"{r['entropy_lost']:.2f}",
             f"{r['total_variation_found_vs_predicted']:.4f}",
         ]
-        for r in row["proposition"]
+        for r in found
     ]
     header = ("expert", "loss", "classes kept", "% of the expert's mass forgotten", "entropy lost, nats")
     return table((*header, "distance of the minimiser found by descent"), out)
@@ -194,26 +200,27 @@ def proposition_table(study: Study) -> str:
 
 def void_table(study: Study) -> str:
     """Void mass of the one-token tables."""
-    row = study.part("exact").finished().get("exact")
-    if row is None:
+    found = exact_rows(study, "tables")
+    if not found:
         return _NOTHING
-    shares = sorted({r["share_of_style_a"] for r in row["void_table"]})
-    names = list(dict.fromkeys(r["objective"] for r in row["void_table"]))
-    cell = {(r["objective"], r["share_of_style_a"]): r for r in row["void_table"]}
-    out = [
-        [name, *(f"{100 * cell[name, s]['void']:.1f} / {100 * cell[name, s]['style_b']:.1f}" for s in shares)]
-        for name in names
-    ]
+    shares = sorted({r["share_of_style_a"] for r in found})
+    names = list(dict.fromkeys(r["objective"] for r in found))
+    cell = {(r["objective"], r["share_of_style_a"]): r for r in found}
+    out = [[name, *(_two_masses(cell.get((name, s))) for s in shares)] for name in names]
     return table(("loss", *(f"{100 * s:g}% A" for s in shares)), out)
+
+
+def _two_masses(row: Row | None) -> str:
+    return "" if row is None else f"{100 * row['void']:.1f} / {100 * row['style_b']:.1f}"
 
 
 def void_transformer_table(study: Study) -> str:
     """Void mass of the small transformers, mean and range over seeds."""
-    row = study.part("exact").finished().get("exact")
-    if row is None:
+    found = exact_rows(study, "transformers")
+    if not found:
         return _NOTHING
     cells: dict[tuple[str, int], list[Row]] = defaultdict(list)
-    for r in row["void_transformer"]:
+    for r in found:
         cells[r["objective"], r["steps"]].append(r)
     steps = sorted({s for _, s in cells})
     names = list(dict.fromkeys(name for name, _ in cells))
