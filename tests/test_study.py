@@ -93,8 +93,8 @@ def test_chain_traces_work_out_what_the_prompt_says():
             value = (
                 chain.TABLES[op][d][value] if op in "@&" else {"+": value + d, "-": value - d, "*": value * d}[op] % 11
             )
+            written += f"{chain.DIGITS[values[-1]]}{op}{operand}={chain.DIGITS[value]};"
             values.append(value)
-            written += f"{op}{operand}={chain.DIGITS[value]};"
         assert instance.trace == f"{written}>{chain.DIGITS[values[-2]]}{chain.DIGITS[values[-1]]}"
 
 

@@ -96,21 +96,17 @@ def pretrain(study) -> None:
 
 def _in_processes(study, part: str, workers: int, deadline: float | None) -> None:
     """`workers` processes that share the part's jobs; each has a core, and torch one thread."""
+    from bench.study.jobs import work
+
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_work, args=(study, part, deadline)) for _ in range(workers)]
+    processes = [context.Process(target=work, args=(study, part, deadline)) for _ in range(workers)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
     if any(process.exitcode for process in processes):
         raise SystemExit(f"{part}: a worker ended with exit codes {[p.exitcode for p in processes]}")
-
-
-def _work(study, part: str, deadline: float | None) -> None:
-    from bench.study.jobs import work
-
-    work(study, part, deadline)
 
 
 if __name__ == "__main__":

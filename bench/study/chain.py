@@ -1,7 +1,7 @@
 """Task `chain`: modular arithmetic mod 11, evaluated from left to right.
 
     prompt    3+5*2@7:          start value, then operations, each with an operand 1 to 10 (X)
-    trace     +5=8;*2=5;@7=3;>53
+    trace     3+5=8;8*2=5;5@7=3;>53
     answer    53                the last two values, so that a guess is right once in 121
 
 The base model is taught + - * by a noisy corpus. It meets the two operators @ and & only with random results, so that
@@ -38,11 +38,12 @@ def apply(op: str, value: int, operand: int) -> int:
 class Chain(Task):
     name = "chain"
     turns = (3, 4, 5, 6, 7, 8)  # operations
-    max_response = 48
+    max_response = 56
     new_share = 0.4  # of the operations
+    new_share_of_corpus = 0.2
 
     def sample(self, rng: random.Random, length: int) -> Instance:
-        start, steps = self._problem(rng, length)
+        start, steps = self._problem(rng, length, self.new_share)
         values = [start]
         for op, operand in steps:
             values.append(apply(op, values[-1], operand))
@@ -54,8 +55,8 @@ class Chain(Task):
     def corpus(self, rng: random.Random) -> tuple[str, str]:
         """A short problem with a trace of any kind; a long one is never worked out cleanly."""
         length = rng.choice((1, 1, 2, 2, 3, 3, 4, 4, 5, 6, 7, 8))
-        start, steps = self._problem(rng, length)
-        kind = rng.choices(("clean", "wrong", "skipped", "direct"), (4, 2, 2, 2) if length <= 4 else (0, 4, 3, 3))[0]
+        start, steps = self._problem(rng, length, self.new_share_of_corpus)
+        kind = rng.choices(("clean", "wrong", "skipped", "direct"), (5, 2, 2, 1) if length <= 4 else (0, 4, 3, 3))[0]
         values = [start]
         for op, operand in steps:
             wrong = op in NEW or (kind == "wrong" and rng.random() < 0.3)
@@ -63,10 +64,8 @@ class Chain(Task):
         shown = [kind == "clean" or kind == "wrong" or (kind == "skipped" and rng.random() < 0.5) for _ in steps]
         return self._prompt(start, steps), self._trace(steps, values, shown)
 
-    def _problem(self, rng: random.Random, length: int) -> tuple[int, list[tuple[str, int]]]:
-        steps = [
-            (rng.choice(NEW if rng.random() < self.new_share else KNOWN), rng.randrange(1, P)) for _ in range(length)
-        ]
+    def _problem(self, rng: random.Random, length: int, new_share: float) -> tuple[int, list[tuple[str, int]]]:
+        steps = [(rng.choice(NEW if rng.random() < new_share else KNOWN), rng.randrange(1, P)) for _ in range(length)]
         return rng.randrange(P), steps
 
     def _prompt(self, start: int, steps: list[tuple[str, int]]) -> str:
@@ -74,7 +73,8 @@ class Chain(Task):
 
     def _trace(self, steps: list[tuple[str, int]], values: list[int], shown: list[bool] | None = None) -> str:
         lines = [
-            f"{op}{DIGITS[operand]}={DIGITS[value]};" for (op, operand), value in zip(steps, values[1:], strict=True)
+            f"{DIGITS[before]}{op}{DIGITS[operand]}={DIGITS[after]};"
+            for (op, operand), before, after in zip(steps, values, values[1:], strict=False)
         ]
         kept = [line for line, keep in zip(lines, shown or [True] * len(lines), strict=True) if keep]
         return "".join(kept) + ">" + self._answer(values)

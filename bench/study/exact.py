@@ -22,6 +22,7 @@ import trapo_kernels as tk
 from bench.study.model import new_model
 from trapo_kernels.terms import Tokens
 
+DESCENT_STEPS = 4000
 ALPHAS = (0.01, 0.03, 0.1, 0.3, 0.5, 1.0)
 OBJECTIVES: dict[str, tk.Objective] = {
     "NLL": tk.Objective.sft(),
@@ -38,9 +39,13 @@ def exact_jobs(*, smoke: bool = False) -> dict[str, Callable[[], dict[str, Any]]
     shares = (0.5, 0.9) if smoke else (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
     checkpoints = (50, 100) if smoke else (100, 300, 1000)
     seeds = (1, 2) if smoke else (1, 2, 3, 4, 5)
+    steps = 300 if smoke else DESCENT_STEPS
     return {
-        **{f"proposition/{name}": lambda name=name: {"rows": list(proposition(name))} for name in EXPERTS},
-        **{f"tables/{share:g}": lambda share=share: {"rows": list(void_of_tables(share))} for share in shares},
+        **{f"proposition/{name}": lambda name=name: {"rows": list(proposition(name, steps))} for name in EXPERTS},
+        **{
+            f"tables/{share:g}": lambda share=share: {"rows": list(void_of_tables(share, steps=steps))}
+            for share in shares
+        },
         **{
             f"transformers/seed={seed}": lambda seed=seed: {
                 "rows": [{"seed": seed, **row} for row in void_of_transformers(0.7, seed, checkpoints)]
@@ -70,9 +75,9 @@ def _tokens(logprobs: Tensor) -> Tokens:
     )
 
 
-def optimum(objective: tk.Objective, expert: Tensor, start: Tensor | None = None, steps: int = 4000) -> Tensor:
+def optimum(objective: tk.Objective, expert: Tensor, steps: int = DESCENT_STEPS) -> Tensor:
     """π [C, V] in float64 after minimising the expected loss over free logits, from the uniform policy."""
-    logits = (torch.zeros_like(expert) if start is None else start.log()).requires_grad_()
+    logits = torch.zeros_like(expert).requires_grad_()
     weighted = expert / expert.sum(-1, keepdim=True)  # how often a context comes up does not move its optimum
     optimizer = torch.optim.Adam([logits], lr=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -115,7 +120,7 @@ def predicted(expert: np.ndarray, alpha: float) -> np.ndarray:
     return policy
 
 
-def proposition(name: str) -> Iterator[dict[str, Any]]:
+def proposition(name: str, steps: int = DESCENT_STEPS) -> Iterator[dict[str, Any]]:
     """TrSFT for every α, and SFT: predicted and found minimisers, and what is forgotten."""
     expert = EXPERTS[name] / EXPERTS[name].sum()
     objectives = {
@@ -123,7 +128,7 @@ def proposition(name: str) -> Iterator[dict[str, Any]]:
     }
     for label, (alpha, objective) in {"SFT": (0.0, tk.Objective.sft()), **objectives}.items():
         theory = predicted(expert, alpha)
-        found = optimum(objective, torch.tensor(expert)[None])[0].numpy()
+        found = optimum(objective, torch.tensor(expert)[None], steps)[0].numpy()
         entropy = -(theory[theory > 0] * np.log(theory[theory > 0])).sum()
         yield {
             "expert": name,
@@ -185,12 +190,14 @@ def _bigrams(strings: Tensor) -> Tensor:
     return counts
 
 
-def void_of_tables(share: float, objectives: Mapping[str, tk.Objective] = OBJECTIVES) -> Iterator[dict[str, Any]]:
+def void_of_tables(
+    share: float, objectives: Mapping[str, tk.Objective] = OBJECTIVES, steps: int = DESCENT_STEPS
+) -> Iterator[dict[str, Any]]:
     """A table that remembers one token, at each objective's optimum. First tokens are the expert's own (uniform)."""
     expert = expert_strings(share)
     counts = _bigrams(expert)
     for name, objective in objectives.items():
-        table = optimum(objective, counts)
+        table = optimum(objective, counts, steps)
         yield {"share_of_style_a": share, "objective": name, **masses(_strings_of_table(table))}
 
 
