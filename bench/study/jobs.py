@@ -13,7 +13,7 @@ import torch
 
 from bench.study.ablations import ABLATION_TASK, CONDITION_ARMS, CONDITIONS, TRAPO_VARIANTS, Variant
 from bench.study.arms import ARMS, Knobs
-from bench.study.base import base_model, digest
+from bench.study.base import base_model, base_path, digest
 from bench.study.loop import execute
 from bench.study.results import Results, Row
 from bench.study.settings import Settings
@@ -47,6 +47,10 @@ class Study:
     def part(self, name: str) -> Results:
         return Results(self.results, name, self.settings, self.scratch / "locks")
 
+    def ready_tasks(self) -> list[str]:
+        """Tasks that have their base model."""
+        return [task for task in self.settings.tasks if base_path(self.results, task).exists()]
+
 
 PARTS = ("sweep", "arms", "ablations")
 
@@ -58,7 +62,7 @@ def jobs(study: Study, part: str) -> Iterator[Job]:
 
 def sweep_jobs(study: Study) -> Iterator[Job]:
     """The grid of every arm, one seed. SFT comes first: SFT → GRPO starts from its winner."""
-    for task in study.settings.tasks:
+    for task in study.ready_tasks():
         for arm in ARMS:
             for knobs in grid(study, task, arm) or ():
                 yield Job("sweep", task, arm, knobs, study.settings.sweep_seed)

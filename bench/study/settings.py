@@ -14,12 +14,12 @@ class Settings:
     hidden: int = 96
     layers: int = 4
     base_seed: int = 0
-    pretrain_steps: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"chain": 1500, "countdown": 1500})
+    pretrain_steps: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"chain": 3500, "countdown": 1500})
     # Post-training: the same for every arm.
     traces: int = 400  # training problems, each with one expert trace
     prompts_per_step: int = 16
     rollouts: int = 8  # per prompt
-    steps: int = 400
+    steps: int = 300
     validate_every: int = 50
     micro_batch_tokens: int = 4096
     # Seeds: the sweep's is none of those that are reported.

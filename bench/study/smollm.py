@@ -7,13 +7,14 @@ learning rate, SFT at three, and all of them are reported. One seed: intervals a
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from bench.study.jobs import Study
 from bench.study.results import Row
 
-STEPS, SMOKE_STEPS = 60, 1
+STEPS, SMOKE_STEPS = 40, 1
 ARMS: dict[str, dict[str, Any]] = {
     "sft lr=2e-5": {"mode": "sft", "optim.lr": 2e-5, "optim.schedule": "linear", "train.prompts_per_step": 32},
     "sft lr=5e-5": {"mode": "sft", "optim.lr": 5e-5, "optim.schedule": "linear", "train.prompts_per_step": 32},
@@ -54,12 +55,15 @@ def run_all(study: Study) -> None:
 
 
 def _run(name: str, run_dir: Path, smoke: bool) -> Row:
+    os.environ.setdefault("TQDM_DISABLE", "1")
     from rich.console import Console
+    from transformers.utils import logging
 
     from trapo import trainer
     from trapo.config import load_config
     from trapo.run_dir import RunDir
 
+    logging.disable_progress_bar()
     config = load_config("demo", overrides(name, run_dir, smoke=smoke))
     folder = RunDir(run_dir)
     if not folder.summary.exists():

@@ -271,6 +271,8 @@ def status(study: Study, part: str) -> str:
         left = len(todo) - len(done) - len(failed)
         cost = f", about {left * _mean(done, 'cpu_seconds') / 3600:.1f} core-hours" if done and left > 0 else ""
         lines.append(f"{name}: {len(done)} of {len(todo)} known runs finished{cost}; failed: {failed or 'none'}")
+    if missing := sorted(set(study.settings.tasks) - set(study.ready_tasks())):
+        lines.append(f"no base model yet: {', '.join(missing)}")
     return "\n".join(lines)
 
 
