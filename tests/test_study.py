@@ -15,7 +15,7 @@ import torch
 from bench.study import chain, countdown, exact, plots, summary
 from bench.study.ablations import CONDITIONS, TRAPO_VARIANTS
 from bench.study.arms import ARMS
-from bench.study.base import base_model, digest, make_base
+from bench.study.base import base_model, base_path, digest, make_base
 from bench.study.engine import StudyEngine
 from bench.study.evaluate import packed, unpacked
 from bench.study.intervals import estimate
@@ -302,6 +302,9 @@ def test_a_started_run_is_in_the_table_and_an_interrupted_one_starts_again(tmp_p
 
 def test_settings_are_chosen_by_validation_alone_and_only_when_the_sweep_is_complete(tmp_path):
     s = study(tmp_path, dataclasses.replace(TINY, sweep_size=3))
+    assert not list(jobs(s, "sweep"))  # without a base model there is nothing to tune
+    base_path(s.results, "chain").parent.mkdir(parents=True)
+    base_path(s.results, "chain").touch()
     table = s.part("sweep")
     todo = [job for job in jobs(s, "sweep") if job.arm == "sft"]
     for job, score in zip(todo, (0.1, 0.3), strict=False):
@@ -339,7 +342,7 @@ def test_tables_fill_the_marked_regions_and_no_others():
 
 def test_the_page_has_only_marks_that_are_filled(tmp_path):
     page = (plots.ROOT / "docs/study.md").read_text()
-    plots.fill(page, summary.all_tables(study(tmp_path, FULL)))
+    plots.fill(page, plots.regions(study(tmp_path, FULL), []))
 
 
 def test_a_tiny_study_runs_from_base_to_tables_and_resumes(tmp_path):

@@ -68,7 +68,8 @@ def _run(study, part: str, options: argparse.Namespace) -> None:
         smollm.run_all(study)
     elif part == "plot":
         plots.draw_all(study)
-    print(summary.status(study, part), flush=True)
+    if part != "plot":
+        print(summary.status(study, part), flush=True)
 
 
 def exact(study) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from bench.study.ablations import ABLATION_TASK
 from bench.study.arms import ARMS
 from bench.study.jobs import Study
-from bench.study.summary import accuracy, all_tables, base_scores, exact_rows, finished_by_arm
+from bench.study.summary import NOTHING, accuracy, all_tables, base_scores, exact_rows, finished_by_arm
 from trapo.files import write_atomic
 
 ROOT = Path(__file__).parents[2]
@@ -29,19 +29,21 @@ COLOURS = dict(
 def draw_all(study: Study) -> None:
     """Every picture that there is data for, and the tables. The smoke version writes beside its results."""
     smoke = study.settings.name == "smoke"
-    pictures = study.results / "img" if smoke else ROOT / "docs/img"
+    pictures = study.results / "study" if smoke else ROOT / "docs/study"
     pictures.mkdir(parents=True, exist_ok=True)
-    drawings: dict[str, Callable[[Study, Any], bool]] = {
-        "study-void": draw_void,
-        "study-arms": draw_arms,
-        "study-passes": draw_passes,
-        "study-guidance": draw_guidance,
-    }
-    for name, draw in drawings.items():
-        _save(study, draw, pictures / f"{name}.png")
+    drawn = [name for name, (draw, _) in PICTURES.items() if _save(study, draw, pictures / f"{name}.png")]
     page = ROOT / "docs/study.md"
-    text = fill(page.read_text(), all_tables(study))
+    text = fill(page.read_text(), regions(study, drawn))
     write_atomic(study.results / "study.md" if smoke else page, text)
+
+
+def regions(study: Study, drawn: Sequence[str]) -> dict[str, str]:
+    """What stands in each marked region of the page: tables, and the pictures that were drawn."""
+    pictures = {
+        f"picture-{name}": f"![{caption}](study/{name}.png)" if name in drawn else NOTHING
+        for name, (_, caption) in PICTURES.items()
+    }
+    return all_tables(study) | pictures
 
 
 def fill(page: str, regions: dict[str, str]) -> str:
@@ -58,16 +60,19 @@ def fill(page: str, regions: dict[str, str]) -> str:
     return re.sub(r"<!-- begin:([\w-]+) -->\n.*?<!-- end:\1 -->", region, page, flags=re.DOTALL)
 
 
-def _save(study: Study, draw: Callable[[Study, Any], bool], path: Path) -> None:
+def _save(study: Study, draw: Callable[[Study, Any], bool], path: Path) -> bool:
+    """Whether there was anything to draw."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure = plt.figure(figsize=(9, 4.2), facecolor="white", layout="constrained")
-    if draw(study, figure):
+    drawn = draw(study, figure)
+    if drawn:
         figure.savefig(path, dpi=110)
     plt.close(figure)
+    return drawn
 
 
 def draw_void(study: Study, figure: Any) -> bool:
@@ -110,7 +115,7 @@ def draw_arms(study: Study, figure: Any) -> bool:
         axis.set_yticks(range(len(names)), [ARMS[arm].label for arm in reversed(names)])
         for row in base_scores(study, task):
             axis.axvline(100 * row["test"], color="#57606a", linestyle=":", label="base")
-        axis.set(title=task, xlabel="test accuracy, greedy, % (bar: 95% interval; dots: seeds)")
+        axis.set(title=f"{task} (bar: 95% interval, dots: seeds)", xlabel="test accuracy, greedy, %")
         axis.grid(alpha=0.3, axis="x")
         axis.legend(fontsize=8)
     return True
@@ -161,3 +166,11 @@ def draw_guidance(study: Study, figure: Any) -> bool:
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return True
+
+
+PICTURES: dict[str, tuple[Callable[[Study, Any], bool], str]] = {
+    "void": (draw_void, "Void mass of the tables by the expert's mixture"),
+    "arms": (draw_arms, "Test accuracy of every arm"),
+    "passes": (draw_passes, "pass@k before and after"),
+    "guidance": (draw_guidance, "Guided rollouts over the steps"),
+}

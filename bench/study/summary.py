@@ -72,10 +72,10 @@ def base_table(study: Study) -> str:
         parts = {"all": row, **row["by_length"]}
         for length, part in parts.items():
             out.append([row["task"], length, *(f"{100 * part[k]:.1f}" for k in ("greedy", "pass@1", "pass@8"))])
-    return table(("task", "length", "greedy", "pass@1 (T=1)", "pass@8 (T=1)"), out) if out else _NOTHING
+    return table(("task", "length", "greedy", "pass@1 (T=1)", "pass@8 (T=1)"), out) if out else NOTHING
 
 
-_NOTHING = "*Not run yet.*"
+NOTHING = "*Not run yet.*"
 
 
 def arms_table(study: Study, task: str) -> str:
@@ -104,7 +104,7 @@ def arms_table(study: Study, task: str) -> str:
         )
     against = [f"− {ARMS[b].label}" for b in BASELINES]
     header = ("arm", "seeds", "test, greedy [95%]", "std over seeds", "test, T=1", "last step", *against)
-    return table((*header, "M tokens generated", "M tokens trained"), out) if out else _NOTHING
+    return table((*header, "M tokens generated", "M tokens trained"), out) if out else NOTHING
 
 
 def lengths_table(study: Study, task: str) -> str:
@@ -116,7 +116,7 @@ def lengths_table(study: Study, task: str) -> str:
             lengths = list(rows[0]["test_by_length"])
             means = [np.mean([row["test_by_length"][n] for row in rows]) for n in lengths]
             out.append([ARMS[arm].label, *(f"{100 * m:.1f}" for m in means)])
-    return table(("arm", *lengths), out) if out else _NOTHING
+    return table(("arm", *lengths), out) if out else NOTHING
 
 
 def passes_table(study: Study, task: str) -> str:
@@ -130,7 +130,7 @@ def passes_table(study: Study, task: str) -> str:
             means = [np.mean([row["pass_at"][k] for row in rows]) for k in ks]
             label = "base" if arm == "base" else ARMS[arm].label
             out.append([label, *(f"{100 * m:.1f}" for m in means)])
-    return table(("arm", *(f"k={k}" for k in ks)), out) if out else _NOTHING
+    return table(("arm", *(f"k={k}" for k in ks)), out) if out else NOTHING
 
 
 def base_scores(study: Study, task: str) -> list[Row]:
@@ -145,7 +145,7 @@ def sweep_table(study: Study, task: str) -> str:
             knobs = ", ".join(f"{k} {v:g}" for k, v in row["knobs"].items())
             score = f"{100 * row['validation']:.1f}" if row["status"] == "finished" else row["status"]
             out.append([ARMS[row["arm"]].label, knobs, score, str(row.get("validation_step", ""))])
-    return table(("arm", "settings", "best validation, greedy", "at step"), out) if out else _NOTHING
+    return table(("arm", "settings", "best validation, greedy", "at step"), out) if out else NOTHING
 
 
 def ablations_table(study: Study) -> str:
@@ -158,7 +158,7 @@ def ablations_table(study: Study) -> str:
             compared = difference(rows, plain, count)
             against = points(compared[0]) if compared else ""
             out.append([name, str(len(rows)), percent(accuracy(rows, count)), against])
-    return table(("variant", "seeds", "test, greedy [95%]", "− TRAPO paper"), out) if out else _NOTHING
+    return table(("variant", "seeds", "test, greedy [95%]", "− TRAPO paper"), out) if out else NOTHING
 
 
 def conditions_table(study: Study) -> str:
@@ -169,7 +169,7 @@ def conditions_table(study: Study) -> str:
         cells = [found.get((ABLATION_TASK, arm, name), []) for arm in CONDITION_ARMS]
         if any(cells):
             out.append([name, *(percent(accuracy(rows, count)) if rows else "" for rows in cells)])
-    return table(("condition", *(ARMS[a].label for a in CONDITION_ARMS)), out) if out else _NOTHING
+    return table(("condition", *(ARMS[a].label for a in CONDITION_ARMS)), out) if out else NOTHING
 
 
 def exact_rows(study: Study, kind: str) -> list[Row]:
@@ -182,14 +182,14 @@ def proposition_table(study: Study) -> str:
     """What TrSFT forgets."""
     found = exact_rows(study, "proposition")
     if not found:
-        return _NOTHING
+        return NOTHING
     out = [
         [
             r["expert"],
             r["objective"],
             f"{r['classes_kept']} of {r['classes']}" + (" (one in part)" if r["one_kept_in_part"] else ""),
             f"{100 * r['expert_mass_forgotten']:.1f}",
-            f"{r['entropy_lost']:.2f}",
+            f"{abs(r['entropy_lost']):.2f}",
             f"{r['total_variation_found_vs_predicted']:.4f}",
         ]
         for r in found
@@ -202,7 +202,7 @@ def void_table(study: Study) -> str:
     """Void mass of the one-token tables."""
     found = exact_rows(study, "tables")
     if not found:
-        return _NOTHING
+        return NOTHING
     shares = sorted({r["share_of_style_a"] for r in found})
     names = list(dict.fromkeys(r["objective"] for r in found))
     cell = {(r["objective"], r["share_of_style_a"]): r for r in found}
@@ -218,7 +218,7 @@ def void_transformer_table(study: Study) -> str:
     """Void mass of the small transformers, mean and range over seeds."""
     found = exact_rows(study, "transformers")
     if not found:
-        return _NOTHING
+        return NOTHING
     cells: dict[tuple[str, int], list[Row]] = defaultdict(list)
     for r in found:
         cells[r["objective"], r["steps"]].append(r)
@@ -237,7 +237,7 @@ def smollm_table(study: Study) -> str:
     """Part 4: accuracy with its interval over the test problems, paired differences from the best SFT run."""
     rows = [row for row in study.part("smollm").rows() if row["status"] == "finished"]
     if not rows:
-        return _NOTHING
+        return NOTHING
     sft = max((r for r in rows if r["arm"].startswith("sft")), key=lambda r: r["eval_after"], default=None)
     out = []
     for row in rows:
