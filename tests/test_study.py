@@ -98,6 +98,14 @@ def test_chain_traces_work_out_what_the_prompt_says():
         assert instance.trace == f"{written}>{chain.DIGITS[values[-2]]}{chain.DIGITS[values[-1]]}"
 
 
+@pytest.mark.parametrize("response", [">53", "3+5=8;>53", "3+5=8;8*2=4;4@7=3;>53", "3+5=8;8*2=5;>85", ""])
+def test_the_chain_refuses_anything_but_the_whole_working(response):
+    task = chain.Chain()
+    assert not task.is_right("3+5*2@7:", "53", response)
+    last = chain.DIGITS[chain.apply("@", 5, 7)]
+    assert task.is_right("3+5*2@7:", f"5{last}", f"3+5=8;8*2=5;5@7={last};>5{last}")
+
+
 def test_every_operation_of_the_chain_is_a_bijection_so_mistakes_do_not_heal():
     for op in chain.KNOWN + chain.NEW:
         for operand in range(1, chain.P):

@@ -2,7 +2,10 @@
 
     prompt    3+5*2@7:          start value, then operations, each with an operand 1 to 10 (X)
     trace     3+5=8;8*2=5;5@7=3;>53
-    answer    53                the last two values, so that a guess is right once in 121
+    answer    53                the last two values
+
+The reward asks for the whole working, every value right: the answer alone is guessed too often (with a known last
+operation the last two values are right once in 11).
 
 The base model is taught + - * by a noisy corpus. It meets the two operators @ and & only with random results, so that
 their tables (a permutation of the values for each operand) are known from the expert traces alone.
@@ -11,6 +14,7 @@ their tables (a permutation of the values for each operand) are known from the e
 from __future__ import annotations
 
 import random
+import re
 
 from bench.study.task import Instance, Task
 
@@ -50,7 +54,11 @@ class Chain(Task):
         return Instance(self._prompt(start, steps), self._trace(steps, values), length, self._answer(values))
 
     def is_right(self, prompt: str, answer: str, response: str) -> bool:
-        return response.rpartition(">")[2] == answer and ">" in response
+        steps = [(op, DIGITS.index(operand)) for op, operand in re.findall(r"([-+*@&])([0-9X])", prompt)]
+        values = [DIGITS.index(prompt[0])]
+        for op, operand in steps:
+            values.append(apply(op, values[-1], operand))
+        return response == self._trace(steps, values)
 
     def corpus(self, rng: random.Random) -> tuple[str, str]:
         """A short problem with a trace of any kind; a long one is never worked out cleanly."""
