@@ -269,7 +269,9 @@ def status(study: Study, part: str) -> str:
         done = [r for r in rows if r["status"] == "finished"]
         failed = [r["key"] for r in rows if r["status"] == "failed"]
         left = len(todo) - len(done) - len(failed)
-        cost = f", about {left * _mean(done, 'cpu_seconds') / 3600:.1f} core-hours" if done and left > 0 else ""
+        # SFT's runs come first and are cheap: no estimate before each arm has a run.
+        known = left > 0 and {r["arm"] for r in done} == set(ARMS)
+        cost = f", about {left * _mean(done, 'cpu_seconds') / 3600:.1f} core-hours" if known else ""
         lines.append(f"{name}: {len(done)} of {len(todo)} known runs finished{cost}; failed: {failed or 'none'}")
     if missing := sorted(set(study.settings.tasks) - set(study.ready_tasks())):
         lines.append(f"no base model yet: {', '.join(missing)}")
