@@ -1,0 +1,58 @@
+"""Part 3: variants of TRAPO `paper`, and the conditions under which the arms are compared again, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What differs from the arm's chosen settings. `overrides`: trapo's dotted keys; `traces`: how many of the training
+    problems have an expert trace; `lengths`: of the training problems."""
+
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    traces: int | None = None
+    lengths: tuple[int, ...] | None = None
+
+
+def _one(key: str, *values: Any) -> dict[str, Variant]:
+    return {f"{key.split('.')[-1]}={value}": Variant({key: value}) for value in values}
+
+
+TRAPO_VARIANTS: dict[str, Variant] = {
+    **{
+        f"baseline={baseline}, expert_coef={coef:g}": Variant(
+            {"advantage.baseline": baseline, "objective.expert_coef": coef}
+        )
+        for baseline in ("all", "unguided", "own_tokens")
+        for coef in (1.0, 0.1)
+    },
+    **_one("objective.alpha", 0.01, 0.03, 0.3, 1.0),
+    "thresholds: only where all failed": Variant({"guidance.thresholds": "[-1,0.01,0.01,0.01]"}),
+    "thresholds: higher": Variant({"guidance.thresholds": "[-1,0.8,0.9,1.0]"}),
+    "thresholds: always": Variant({"guidance.thresholds": "[-1,2,2,2]"}),
+    "ratios: short": Variant({"guidance.ratios": "[0,0.1,0.2,0.4]"}),
+    "ratios: half": Variant({"guidance.ratios": "[0,0.5,0.5,0.5]"}),
+    "ratios: no full trace": Variant({"guidance.ratios": "[0,0.2,0.5,0.8]"}),
+    "groups of 4 (2,1,1)": Variant(
+        {
+            "guidance.sizes": "[2,1,1]",
+            "guidance.ratios": "[0,0.35,1.0]",
+            "guidance.thresholds": "[-1,0.6,0.9]",
+            "train.prompts_per_step": 32,
+        }
+    ),
+    "groups of 16 (8,4,2,2)": Variant({"guidance.sizes": "[8,4,2,2]", "train.prompts_per_step": 8}),
+    "cut at a step boundary": Variant({"guidance.cut": "blank_line"}),
+}
+# When does it pay? Fewer traces (400 prompts all the same), and rewards that are sparser or denser.
+CONDITION_ARMS = ("sft", "grpo", "sft_then_rl", "trapo_paper")
+CONDITIONS: dict[str, Variant] = {
+    "50 traces": Variant(traces=50),
+    "150 traces": Variant(traces=150),
+    "long problems only (sparse reward)": Variant(lengths=(6, 7, 8)),
+    "short problems only (dense reward)": Variant(lengths=(3, 4)),
+}
+ABLATION_TASK = "chain"

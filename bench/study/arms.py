@@ -1,0 +1,110 @@
+"""The arms: each a configuration of the one loop, and the grid of settings that its sweep tries.
+
+A run is one or two stages of `trapo`'s own modes. The grids have six settings each but SFT's, which has twelve: the
+baseline that a later paper found broken (METHODS.md) is tuned hardest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from bench.study.settings import Settings
+from trapo.config import Config, merge_config
+
+Knobs = Mapping[str, float]  # lr, expert_coef, ... : what a sweep varies
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Consecutive steps with one trapo configuration."""
+
+    config: Config
+    random_prefix: bool = False  # prefixes of random length, see loop.py
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    label: str
+    stages: Callable[[Settings, int, Knobs, Mapping[str, Any]], list[Stage]]  # settings, seed, knobs, overrides
+    grid: tuple[Knobs, ...]
+
+
+def _grid(**axes: tuple[float, ...]) -> tuple[Knobs, ...]:
+    return tuple(dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
+
+
+LRS = (3e-5, 5e-5, 1e-4, 1.5e-4, 2e-4, 3e-4)  # from 5e-4 on every arm with rollouts was destroyed in the pilot
+WITH_EXPERT = _grid(lr=(5e-5, 1e-4, 2e-4), expert_coef=(1.0, 0.1))
+SFT_GRID = _grid(lr=(1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3), batch=(1, 4))  # batch: times prompts_per_step
+
+
+def _config(
+    settings: Settings, seed: int, mode: str, lr: float, steps: int, overrides: Mapping[str, Any], **more: Any
+) -> Config:
+    """A trapo configuration. `overrides` (dotted keys) come last: an ablation's."""
+    base: dict[str, Any] = {
+        "mode": mode,
+        "seed": seed,
+        "optim": {"lr": lr, "warmup_steps": min(10, steps // 10), "schedule": "constant"},
+        "train": {
+            "steps": steps,
+            "prompts_per_step": settings.prompts_per_step,
+            "micro_batch_tokens": settings.micro_batch_tokens,
+            "normalizer": "tokens",
+        },
+    }
+    dotted = {**more, **overrides}
+    return merge_config(base, [f"{key}={value}" for key, value in dotted.items()])
+
+
+def _guided(mode: str, *, random_prefix: bool = False, **more: Any) -> Callable[..., list[Stage]]:
+    """One stage of a mode; `expert_coef` from the knobs where the sweep has it."""
+    fixed = {key.replace("__", "."): value for key, value in more.items()}
+
+    def stages(settings: Settings, seed: int, knobs: Knobs, overrides: Mapping[str, Any]) -> list[Stage]:
+        coef = {"objective.expert_coef": knobs["expert_coef"]} if "expert_coef" in knobs else {}
+        config = _config(settings, seed, mode, knobs["lr"], settings.steps, overrides, **{**fixed, **coef})
+        return [Stage(config, random_prefix)]
+
+    return stages
+
+
+def _sft(
+    settings: Settings, seed: int, knobs: Knobs, overrides: Mapping[str, Any], steps: int | None = None
+) -> list[Stage]:
+    steps = settings.steps if steps is None else steps
+    batch = {
+        "train.prompts_per_step": int(settings.prompts_per_step * knobs["batch"]),
+        "optim.schedule": "linear",
+    }
+    return [Stage(_config(settings, seed, "sft", knobs["lr"], steps, overrides, **batch))]
+
+
+def _sft_then_rl(settings: Settings, seed: int, knobs: Knobs, overrides: Mapping[str, Any]) -> list[Stage]:
+    """`sft_lr`, `sft_batch`: the SFT sweep's winner; `split`: the share of the steps that is SFT."""
+    sft_steps = round(settings.steps * knobs["split"])
+    sft = _sft(settings, seed, {"lr": knobs["sft_lr"], "batch": knobs["sft_batch"]}, overrides, sft_steps)
+    return [*sft, Stage(_config(settings, seed, "grpo", knobs["lr"], settings.steps - sft_steps, overrides))]
+
+
+ARMS: dict[str, Arm] = {
+    "sft": Arm("SFT", _sft, SFT_GRID),
+    "grpo": Arm("GRPO", _guided("grpo"), _grid(lr=LRS)),
+    "sft_then_rl": Arm("SFT → GRPO", _sft_then_rl, _grid(lr=(1e-4, 2e-4), split=(0.25, 0.5, 0.75))),
+    "luffy": Arm("LUFFY", _guided("luffy"), WITH_EXPERT),
+    "micro_groups": Arm(
+        "micro-groups, no expert loss", _guided("trapo", objective__expert_coef=0.0, advantage__std=True), _grid(lr=LRS)
+    ),
+    "micro_groups_nll": Arm("micro-groups + NLL", _guided("nll_prefix", advantage__std=True), WITH_EXPERT),
+    "trapo_paper": Arm("TRAPO paper", _guided("trapo", advantage__std=True), WITH_EXPERT),
+    "trapo_official": Arm(
+        "TRAPO official", _guided("trapo", guidance__preset="official", objective__entropy_coef=0.001), WITH_EXPERT
+    ),
+    "fixed_prefix": Arm("fixed prefix", _guided("fixed_prefix", advantage__std=True), WITH_EXPERT),
+    "random_prefix": Arm(
+        "random prefix", _guided("fixed_prefix", random_prefix=True, advantage__std=True), WITH_EXPERT
+    ),
+}

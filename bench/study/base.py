@@ -1,0 +1,61 @@
+"""The base models of the study: made once, kept beside the results, so that every run starts from the same weights."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from bench.study.loop import score_model
+from bench.study.model import new_model
+from bench.study.pretrain import measure_base, pretrain
+from bench.study.results import Results
+from bench.study.settings import Settings
+from bench.study.task import Task
+
+
+def base_path(results: Path, task: str) -> Path:
+    return results / "base" / f"{task}.safetensors"
+
+
+def make_base(settings: Settings, results: Path, task: Task, table: Results) -> None:
+    """Pretrain, measure and save a task's base model, unless there is one."""
+    path = base_path(results, task.name)
+
+    def work() -> dict:
+        model = pretrain(task, settings)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Tied: one matrix. Rounded to 16 bits, which halves the file; the rounded weights are the base.
+        weights = {n: p.detach().half().contiguous() for n, p in model.named_parameters()}
+        save_file(weights, path)
+        model = base_model(settings, results, task)
+        measured = measure_base(model, task, settings)
+        measured["test"] = score_model(model, task, settings, with_passes=True)
+        return {"base": digest(model), "parameters": sum(p.numel() for p in model.parameters()), **measured}
+
+    table.run(f"{task.name}/seed={settings.base_seed}", {"task": task.name, "seed": settings.base_seed}, work)
+
+
+def base_model(settings: Settings, results: Path, task: Task) -> LlamaForCausalLM:
+    """A fresh copy of a task's base model."""
+    path = base_path(results, task.name)
+    if not path.exists():
+        raise FileNotFoundError(f"base_model: {path} is missing; run `python -m bench.study pretrain` first")
+    model = new_model(0, hidden=settings.hidden, layers=settings.layers)
+    weights = load_file(path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+    return model.eval()
+
+
+def digest(model: nn.Module) -> str:
+    """What tells base models apart in the results: runs of different bases must not be compared."""
+    sha = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        sha.update(name.encode() + parameter.detach().numpy().tobytes())
+    return sha.hexdigest()[:12]

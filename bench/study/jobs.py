@@ -1,0 +1,175 @@
+"""What there is to run, part by part, and the worker that does it. Nothing here is decided by test scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.study.ablations import ABLATION_TASK, CONDITION_ARMS, CONDITIONS, TRAPO_VARIANTS, Variant
+from bench.study.arms import ARMS, Knobs
+from bench.study.base import base_model, base_path, digest
+from bench.study.loop import execute
+from bench.study.results import Results, Row
+from bench.study.settings import Settings
+from bench.study.task import tasks
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    part: str
+    task: str
+    arm: str
+    knobs: Knobs
+    seed: int
+    name: str = ""  # of the variant
+    variant: Variant = dataclasses.field(default_factory=Variant)
+
+    @property
+    def key(self) -> str:
+        knobs = ",".join(f"{k}={v:g}" for k, v in self.knobs.items())
+        return "/".join(filter(None, (self.task, self.arm, self.name, knobs, f"seed={self.seed}")))
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Where a study's files are. `results` is committed; `scratch` holds locks."""
+
+    settings: Settings
+    results: Path
+    scratch: Path
+
+    def part(self, name: str) -> Results:
+        return Results(self.results, name, self.settings, self.scratch / "locks")
+
+    def ready_tasks(self) -> list[str]:
+        """Tasks that have their base model."""
+        return [task for task in self.settings.tasks if base_path(self.results, task).exists()]
+
+
+PARTS = ("sweep", "arms", "ablations")
+
+
+def jobs(study: Study, part: str) -> Iterator[Job]:
+    """All jobs of a part whose settings are known by now."""
+    return {"sweep": sweep_jobs, "arms": arm_jobs, "ablations": ablation_jobs}[part](study)
+
+
+def sweep_jobs(study: Study) -> Iterator[Job]:
+    """The grid of every arm, one seed. SFT comes first: SFT → GRPO starts from its winner."""
+    for task in study.ready_tasks():
+        for arm in ARMS:
+            for knobs in grid(study, task, arm) or ():
+                yield Job("sweep", task, arm, knobs, study.settings.sweep_seed)
+
+
+def grid(study: Study, task: str, arm: str) -> list[Knobs] | None:
+    """An arm's settings to try; None while they depend on a sweep that is not finished."""
+    found: list[Knobs] = list(ARMS[arm].grid)[: study.settings.sweep_size]
+    if arm != "sft_then_rl":
+        return found
+    sft = chosen(study, task, "sft")
+    return None if sft is None else [{**k, "sft_lr": sft["lr"], "sft_batch": sft["batch"]} for k in found]
+
+
+def chosen(study: Study, task: str, arm: str) -> Knobs | None:
+    """The settings with the best validation score in the sweep (the earlier on a tie); None while it is unfinished."""
+    settings = grid(study, task, arm)
+    if settings is None:
+        return None
+    rows = {row["key"]: row for row in study.part("sweep").rows()}
+    mine = [rows.get(Job("sweep", task, arm, knobs, study.settings.sweep_seed).key) for knobs in settings]
+    if any(row is None or row["status"] == "running" for row in mine):
+        return None
+    scores = [row["validation"] if row and row["status"] == "finished" else -1.0 for row in mine]
+    return settings[scores.index(max(scores))]
+
+
+def arm_jobs(study: Study) -> Iterator[Job]:
+    """Every arm at its chosen settings, a seed after the other, so that an unfinished study has whole seeds."""
+    for seed in study.settings.seeds:
+        for task in study.settings.tasks:
+            for arm in ARMS:
+                knobs = chosen(study, task, arm)
+                if knobs is not None:
+                    yield Job("arms", task, arm, knobs, seed)
+
+
+def ablation_jobs(study: Study) -> Iterator[Job]:
+    """Variants of TRAPO, then conditions, with the settings that the sweep chose."""
+    for seed in study.settings.ablation_seeds:
+        yield from _variants(study, "trapo_paper", TRAPO_VARIANTS, seed)
+        for arm in CONDITION_ARMS:
+            yield from _variants(study, arm, CONDITIONS, seed)
+
+
+def _variants(study: Study, arm: str, variants: Mapping[str, Variant], seed: int) -> Iterator[Job]:
+    if ABLATION_TASK not in study.settings.tasks:
+        return
+    knobs = chosen(study, ABLATION_TASK, arm)
+    if knobs is None:
+        return
+    for name, variant in variants.items():
+        yield Job("ablations", ABLATION_TASK, arm, knobs, seed, name, variant)
+
+
+def missing_settings(study: Study) -> list[str]:
+    """Task and arm of every sweep that is not finished."""
+    return [f"{t}/{a}" for t in study.settings.tasks for a in ARMS if chosen(study, t, a) is None]
+
+
+def work(study: Study, part: str, deadline: float | None = None) -> int:
+    """Run jobs until none is left for this process or the deadline (time.monotonic) is past; returns how many."""
+    torch.set_num_threads(1)
+    results, done = study.part(part), 0
+    while deadline is None or time.monotonic() < deadline:
+        job = next((job for job in jobs(study, part) if not results.taken(job.key)), None)
+        if job is None:
+            break
+        started = time.monotonic()
+        if results.run(job.key, _about(study, job), lambda job=job: _execute(study, job)):
+            done += 1
+            row = next(row for row in results.rows() if row["key"] == job.key)
+            print(f"{part}: {job.key}: {_told(row)}, {time.monotonic() - started:.0f} s", flush=True)
+    return done
+
+
+def _about(study: Study, job: Job) -> Row:
+    base = base_model(study.settings, study.results, tasks()[job.task])
+    return {
+        "task": job.task,
+        "arm": job.arm,
+        **({"variant": job.name} if job.name else {}),
+        "knobs": dict(job.knobs),
+        "seed": job.seed,
+        "base": digest(base),
+        "pid": os.getpid(),
+    }
+
+
+def _execute(study: Study, job: Job) -> dict[str, Any]:
+    task = tasks()[job.task]
+    model = base_model(study.settings, study.results, task)
+    return execute(
+        study.settings,
+        task,
+        model,
+        job.arm,
+        job.knobs,
+        job.seed,
+        job.variant,
+        with_test=job.part != "sweep",
+        with_passes=job.part == "arms",
+    )
+
+
+def _told(row: Row) -> str:
+    if row["status"] != "finished":
+        return row["status"]
+    test = f", test {row['test']:.3f}" if "test" in row else ""
+    return f"validation {row['validation']:.3f} at step {row['validation_step']}{test}"

@@ -1,0 +1,298 @@
+"""From rows to tables: means, intervals, paired differences, and what is still missing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from bench.study.ablations import ABLATION_TASK, CONDITION_ARMS, CONDITIONS, TRAPO_VARIANTS
+from bench.study.arms import ARMS
+from bench.study.evaluate import unpacked
+from bench.study.intervals import Estimate, estimate
+from bench.study.jobs import PARTS, Study, jobs
+from bench.study.results import Row
+
+BASELINES = ("sft_then_rl", "grpo", "sft")  # what each arm is compared with
+
+
+def right(row: Row, count: int) -> np.ndarray:
+    """[problems] bool of a run's greedy answers."""
+    return unpacked(row["test_right"], count)
+
+
+def by_seed(rows: Iterable[Row]) -> dict[int, Row]:
+    return {row["seed"]: row for row in rows}
+
+
+def accuracy(rows: Sequence[Row], count: int) -> Estimate:
+    """Greedy test accuracy of several seeds."""
+    return estimate(np.array([right(row, count) for row in rows], dtype=float))
+
+
+def difference(rows: Sequence[Row], others: Sequence[Row], count: int) -> tuple[Estimate, int] | None:
+    """Paired by seed and problem: `rows` − `others`, and over how many seeds; None where no seed is shared."""
+    mine, theirs = by_seed(rows), by_seed(others)
+    seeds = sorted(mine.keys() & theirs.keys())
+    if not seeds:
+        return None
+    values = [right(mine[s], count).astype(float) - right(theirs[s], count) for s in seeds]
+    return estimate(np.array(values)), len(seeds)
+
+
+def finished_by_arm(study: Study, part: str) -> dict[tuple[str, ...], list[Row]]:
+    """(task, arm) or (task, arm, variant) -> finished rows."""
+    grouped: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in study.part(part).finished().values():
+        name = (row["task"], row["arm"], row["variant"]) if "variant" in row else (row["task"], row["arm"])
+        grouped[name].append(row)
+    return grouped
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [f"| {' | '.join(header)} |", f"| {' | '.join('---' for _ in header)} |"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def percent(e: Estimate) -> str:
+    return f"{100 * e.mean:.1f} [{100 * e.low:.1f}, {100 * e.high:.1f}]"
+
+
+def points(e: Estimate) -> str:
+    return f"{100 * e.mean:+.1f} [{100 * e.low:+.1f}, {100 * e.high:+.1f}]"
+
+
+def base_table(study: Study) -> str:
+    """The base models by length."""
+    out = []
+    for row in study.part("pretrain").finished().values():
+        parts = {"all": row, **row["by_length"]}
+        for length, part in parts.items():
+            out.append([row["task"], length, *(f"{100 * part[k]:.1f}" for k in ("greedy", "pass@1", "pass@8"))])
+    return table(("task", "length", "greedy", "pass@1 (T=1)", "pass@8 (T=1)"), out) if out else NOTHING
+
+
+NOTHING = "*Not run yet.*"
+
+
+def arms_table(study: Study, task: str) -> str:
+    """One row per arm: test accuracy, differences to the baselines, cost."""
+    found, count = finished_by_arm(study, "arms"), study.settings.test_problems
+    out = []
+    for arm in ARMS:
+        rows = found.get((task, arm), [])
+        if not rows:
+            continue
+        e = accuracy(rows, count)
+        compared = [difference(rows, found.get((task, other), []), count) for other in BASELINES if other != arm]
+        cells = iter(points(c[0]) if c else "" for c in compared)
+        out.append(
+            [
+                ARMS[arm].label,
+                str(len(rows)),
+                percent(e),
+                f"{100 * e.seed_std:.1f}",
+                f"{100 * _mean(rows, 'test_sampled'):.1f}",
+                f"{100 * _mean(rows, 'test_last'):.1f}",
+                *("" if other == arm else next(cells) for other in BASELINES),
+                f"{_mean(rows, 'generated_tokens') / 1e6:.2f}",
+                f"{_mean(rows, 'trained_tokens') / 1e6:.2f}",
+            ]
+        )
+    against = [f"− {ARMS[b].label}" for b in BASELINES]
+    header = ("arm", "seeds", "test, greedy [95%]", "std over seeds", "test, T=1", "last step", *against)
+    return table((*header, "M tokens generated", "M tokens trained"), out) if out else NOTHING
+
+
+def lengths_table(study: Study, task: str) -> str:
+    """Greedy test accuracy by problem length, means over seeds."""
+    found = finished_by_arm(study, "arms")
+    out, lengths = [], []
+    for arm in ARMS:
+        if rows := found.get((task, arm)):
+            lengths = list(rows[0]["test_by_length"])
+            means = [np.mean([row["test_by_length"][n] for row in rows]) for n in lengths]
+            out.append([ARMS[arm].label, *(f"{100 * m:.1f}" for m in means)])
+    return table(("arm", *lengths), out) if out else NOTHING
+
+
+def passes_table(study: Study, task: str) -> str:
+    """pass@k at T = 1, before and after."""
+    found, out, ks = finished_by_arm(study, "arms"), [], []
+    for arm in ("base", *ARMS):
+        rows = base_scores(study, task) if arm == "base" else found.get((task, arm), [])
+        rows = [row for row in rows if "pass_at" in row]
+        if rows:
+            ks = list(rows[0]["pass_at"])
+            means = [np.mean([row["pass_at"][k] for row in rows]) for k in ks]
+            label = "base" if arm == "base" else ARMS[arm].label
+            out.append([label, *(f"{100 * m:.1f}" for m in means)])
+    return table(("arm", *(f"k={k}" for k in ks)), out) if out else NOTHING
+
+
+def base_scores(study: Study, task: str) -> list[Row]:
+    return [row["test"] for row in study.part("pretrain").finished().values() if row["task"] == task]
+
+
+def sweep_table(study: Study, task: str) -> str:
+    """Every setting that was tried, with its validation score."""
+    out = []
+    for row in study.part("sweep").rows():
+        if row["task"] == task:
+            knobs = ", ".join(f"{k} {v:g}" for k, v in row["knobs"].items())
+            score = f"{100 * row['validation']:.1f}" if row["status"] == "finished" else row["status"]
+            out.append([ARMS[row["arm"]].label, knobs, score, str(row.get("validation_step", ""))])
+    return table(("arm", "settings", "best validation, greedy", "at step"), out) if out else NOTHING
+
+
+def ablations_table(study: Study) -> str:
+    """Variants of TRAPO paper, as differences from the arm itself over the same seeds."""
+    found, count = finished_by_arm(study, "ablations"), study.settings.test_problems
+    plain = finished_by_arm(study, "arms").get((ABLATION_TASK, "trapo_paper"), [])
+    out = []
+    for name in TRAPO_VARIANTS:
+        if rows := found.get((ABLATION_TASK, "trapo_paper", name)):
+            compared = difference(rows, plain, count)
+            against = points(compared[0]) if compared else ""
+            out.append([name, str(len(rows)), percent(accuracy(rows, count)), against])
+    return table(("variant", "seeds", "test, greedy [95%]", "− TRAPO paper"), out) if out else NOTHING
+
+
+def conditions_table(study: Study) -> str:
+    """The arms again under other conditions."""
+    found, count = finished_by_arm(study, "ablations"), study.settings.test_problems
+    out = []
+    for name in CONDITIONS:
+        cells = [found.get((ABLATION_TASK, arm, name), []) for arm in CONDITION_ARMS]
+        if any(cells):
+            out.append([name, *(percent(accuracy(rows, count)) if rows else "" for rows in cells)])
+    return table(("condition", *(ARMS[a].label for a in CONDITION_ARMS)), out) if out else NOTHING
+
+
+def exact_rows(study: Study, kind: str) -> list[Row]:
+    """Rows of part 1: `proposition`, `tables` or `transformers`."""
+    pieces = study.part("exact").finished()
+    return [row for key, piece in pieces.items() if key.startswith(kind + "/") for row in piece["rows"]]
+
+
+def proposition_table(study: Study) -> str:
+    """What TrSFT forgets."""
+    found = exact_rows(study, "proposition")
+    if not found:
+        return NOTHING
+    out = [
+        [
+            r["expert"],
+            r["objective"],
+            f"{r['classes_kept']} of {r['classes']}" + (" (one in part)" if r["one_kept_in_part"] else ""),
+            f"{100 * r['expert_mass_forgotten']:.1f}",
+            f"{abs(r['entropy_lost']):.2f}",
+            f"{r['total_variation_found_vs_predicted']:.4f}",
+        ]
+        for r in found
+    ]
+    header = ("expert", "loss", "classes kept", "% of the expert's mass forgotten", "entropy lost, nats")
+    return table((*header, "distance of the minimiser found by descent"), out)
+
+
+def void_table(study: Study) -> str:
+    """Void mass of the one-token tables."""
+    found = exact_rows(study, "tables")
+    if not found:
+        return NOTHING
+    shares = sorted({r["share_of_style_a"] for r in found})
+    names = list(dict.fromkeys(r["objective"] for r in found))
+    cell = {(r["objective"], r["share_of_style_a"]): r for r in found}
+    out = [[name, *(_two_masses(cell.get((name, s))) for s in shares)] for name in names]
+    return table(("loss", *(f"{100 * s:g}% A" for s in shares)), out)
+
+
+def _two_masses(row: Row | None) -> str:
+    return "" if row is None else f"{100 * row['void']:.1f} / {100 * row['style_b']:.1f}"
+
+
+def void_transformer_table(study: Study) -> str:
+    """Void mass of the small transformers, mean and range over seeds."""
+    found = exact_rows(study, "transformers")
+    if not found:
+        return NOTHING
+    cells: dict[tuple[str, int], list[Row]] = defaultdict(list)
+    for r in found:
+        cells[r["objective"], r["steps"]].append(r)
+    steps = sorted({s for _, s in cells})
+    names = list(dict.fromkeys(name for name, _ in cells))
+    out = [[name, *(_void_cell(cells[name, s]) for s in steps)] for name in names]
+    return table(("loss", *(f"{s} steps" for s in steps)), out)
+
+
+def _void_cell(rows: Sequence[Row]) -> str:
+    void, b = ([100 * r[k] for r in rows] for k in ("void", "style_b"))
+    return f"{np.mean(void):.1f} ({min(void):.1f} to {max(void):.1f}) / {np.mean(b):.1f}"
+
+
+def smollm_table(study: Study) -> str:
+    """Part 4: accuracy with its interval over the test problems, paired differences from the best SFT run."""
+    rows = [row for row in study.part("smollm").rows() if row["status"] == "finished"]
+    if not rows:
+        return NOTHING
+    sft = max((r for r in rows if r["arm"].startswith("sft")), key=lambda r: r["eval_after"], default=None)
+    out = []
+    for row in rows:
+        low, high = row["eval_after_interval"]
+        paired = ""
+        if sft is not None and row is not sft:
+            paired = points(estimate(np.array([row["test_rewards"]]) - np.array([sft["test_rewards"]])))
+        after = f"{100 * row['eval_after']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+        tokens = (f"{row[k] / 1e3:.0f}" for k in ("generated_tokens", "trained_tokens"))
+        out.append([row["arm"], str(row["steps"]), f"{100 * row['eval_before']:.1f}", after, paired, *tokens])
+    header = ("arm", "steps", "before", "after [95%]", "− best SFT run", "k tokens generated", "k tokens trained")
+    return table(header, out)
+
+
+def _mean(rows: Sequence[Row], key: str) -> float:
+    return float(np.mean([row[key] for row in rows]))
+
+
+def status(study: Study, part: str) -> str:
+    """What is done of a part (of all of them for `status`), and what the rest will cost."""
+    lines = []
+    for name in PARTS if part == "status" else [part]:
+        if name not in PARTS:
+            rows = study.part(name).rows()
+            lines.append(f"{name}: {sum(r['status'] == 'finished' for r in rows)} rows finished")
+            continue
+        todo = list(jobs(study, name))
+        rows = study.part(name).rows()
+        done = [r for r in rows if r["status"] == "finished"]
+        failed = [r["key"] for r in rows if r["status"] == "failed"]
+        left = len(todo) - len(done) - len(failed)
+        # SFT's runs come first and are cheap: no estimate before each arm has a run.
+        known = left > 0 and {r["arm"] for r in done} == set(ARMS)
+        cost = f", about {left * _mean(done, 'cpu_seconds') / 3600:.1f} core-hours" if known else ""
+        lines.append(f"{name}: {len(done)} of {len(todo)} known runs finished{cost}; failed: {failed or 'none'}")
+    if missing := sorted(set(study.settings.tasks) - set(study.ready_tasks())):
+        lines.append(f"no base model yet: {', '.join(missing)}")
+    return "\n".join(lines)
+
+
+def all_tables(study: Study) -> dict[str, Any]:
+    """Every generated region of docs/study.md by its mark."""
+    regions = {
+        "proposition": proposition_table(study),
+        "void": void_table(study),
+        "void-transformer": void_transformer_table(study),
+        "base": base_table(study),
+        "ablations": ablations_table(study),
+        "conditions": conditions_table(study),
+        "smollm": smollm_table(study),
+        "status": "```\n" + status(study, "status") + "\n```",
+    }
+    for task in study.settings.tasks:
+        regions[f"arms-{task}"] = arms_table(study, task)
+        regions[f"lengths-{task}"] = lengths_table(study, task)
+        regions[f"passes-{task}"] = passes_table(study, task)
+        regions[f"sweep-{task}"] = sweep_table(study, task)
+    return regions

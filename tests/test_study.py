@@ -1,0 +1,413 @@
+"""The study's harness (bench/study): its tasks, its engine, its bookkeeping, and one tiny run from end to end."""
+
+import dataclasses
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench.study import chain, countdown, exact, plots, summary
+from bench.study.ablations import CONDITIONS, TRAPO_VARIANTS
+from bench.study.arms import ARMS
+from bench.study.base import base_model, base_path, digest, make_base
+from bench.study.engine import StudyEngine
+from bench.study.evaluate import packed, unpacked
+from bench.study.intervals import estimate
+from bench.study.jobs import Study, chosen, jobs, work
+from bench.study.loop import RandomPrefixProblem, Run, execute
+from bench.study.model import new_model
+from bench.study.results import Results
+from bench.study.settings import FULL, SMOKE
+from bench.study.task import EOS, PAD, decode, encode, encoded, tasks
+from trapo.modes import phases
+from trapo.rollout import Request
+from trapo.rollout.hf import HFEngine
+
+TINY = dataclasses.replace(
+    SMOKE,
+    tasks=("chain",),
+    hidden=24,
+    layers=1,
+    pretrain_steps={"chain": 2},
+    traces=8,
+    prompts_per_step=2,
+    steps=4,
+    validate_every=2,
+    sweep_size=1,
+    seeds=(1,),
+    validation_problems=8,
+    test_problems=16,
+    test_samples=1,
+    pass_problems=2,
+    pass_samples=4,
+)
+
+
+@pytest.fixture(params=["chain", "countdown"])
+def task(request):
+    return tasks()[request.param]
+
+
+@pytest.fixture
+def model():
+    """Random weights, sharpened so that greedy choices are not near ties."""
+    model = new_model(0, hidden=48, layers=2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+    return model.eval()
+
+
+def study(path, settings=TINY):
+    return Study(settings, path / "results", path / "scratch")
+
+
+# Tasks
+
+
+def test_every_expert_trace_earns_the_reward_and_fits(task):
+    rng = random.Random(0)
+    for length in task.lengths * 30:
+        instance = task.sample(rng, length)
+        assert task.is_right(instance.prompt, instance.answer, instance.trace), instance
+        assert len(instance.trace) + 1 <= task.max_response
+        assert decode(encode(instance.prompt)) == instance.prompt
+
+
+def test_chain_traces_work_out_what_the_prompt_says():
+    rng = random.Random(1)
+    for _ in range(200):
+        instance = chain.Chain().sample(rng, rng.randrange(3, 9))
+        operations = re.findall(r"([-+*@&])([0-9X])", instance.prompt)
+        value = chain.DIGITS.index(instance.prompt[0])
+        values, written = [value], ""
+        for op, operand in operations:
+            d = chain.DIGITS.index(operand)
+            value = (
+                chain.TABLES[op][d][value] if op in "@&" else {"+": value + d, "-": value - d, "*": value * d}[op] % 11
+            )
+            written += f"{chain.DIGITS[values[-1]]}{op}{operand}={chain.DIGITS[value]};"
+            values.append(value)
+        assert instance.trace == f"{written}>{chain.DIGITS[values[-2]]}{chain.DIGITS[values[-1]]}"
+
+
+@pytest.mark.parametrize("response", [">53", "3+5=8;>53", "3+5=8;8*2=4;4@7=3;>53", "3+5=8;8*2=5;>85", ""])
+def test_the_chain_refuses_anything_but_the_whole_working(response):
+    task = chain.Chain()
+    assert not task.is_right("3+5*2@7:", "53", response)
+    last = chain.DIGITS[chain.apply("@", 5, 7)]
+    assert task.is_right("3+5*2@7:", f"5{last}", f"3+5=8;8*2=5;5@7={last};>5{last}")
+
+
+def test_every_operation_of_the_chain_is_a_bijection_so_mistakes_do_not_heal():
+    for op in chain.KNOWN + chain.NEW:
+        for operand in range(1, chain.P):
+            assert sorted(chain.apply(op, value, operand) for value in range(chain.P)) == list(range(chain.P))
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "3*4=12;12+6=19;",
+        "3*6=18;",
+        "6*3=18;4+18=22;",
+        "3*4=12;12+6=18;9+9=18;",
+        "12+6=18;",
+        "3*4=12;12+6=18;>",
+        "",
+        "18",
+    ],
+    ids=["false", "number left out", "other target", "goes on", "not given", "text after", "empty", "claimed"],
+)
+def test_countdown_refuses(response):
+    assert not countdown.Countdown().is_right("346=18:", "18", response)
+
+
+def test_countdown_accepts_any_way_to_the_target():
+    for response in ("3*4=12;12+6=18;", "4*3=12;6+12=18;"):
+        assert countdown.Countdown().is_right("346=18:", "18", response)
+
+
+def test_no_problem_is_in_two_splits(task):
+    keys = {}
+    for split, count in (
+        ("train", FULL.traces),
+        ("validation", FULL.validation_problems),
+        ("test", FULL.test_problems),
+    ):
+        found = {task.key(i.prompt) for i in task.problems(split, count)}
+        assert len(found) == count
+        keys[split] = found
+    rng = random.Random(0)
+    keys["corpus"] = {task.key(task.corpus_line(rng)[0]) for _ in range(3000)}
+    names = list(keys)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            assert not keys[a] & keys[b], (a, b)
+
+
+def test_the_corpus_says_nothing_about_the_new_operators():
+    rng, right, seen = random.Random(0), 0, 0
+    for _ in range(8000):
+        prompt, response = chain.Chain().corpus(rng)
+        if match := re.fullmatch(r"([0-9X])([@&])([0-9X]):", prompt):
+            value, operand = chain.DIGITS.index(match[1]), chain.DIGITS.index(match[3])
+            seen += 1
+            right += response[-1] == chain.DIGITS[chain.TABLES[match[2]][operand][value]]
+    assert seen > 300
+    assert abs(right / seen - 1 / 11) < 4 * (1 / 11 / seen) ** 0.5
+
+
+def test_step_ends_are_where_the_steps_end(task):
+    problem = encoded(task, task.problems("train", 3))[0]
+    trace = problem.traces[0]
+    text = decode(trace.token_ids)
+    assert [text[i] for i in trace.blank_lines] == [";"] * text.count(";")
+    assert trace.token_ids[-1] == EOS
+
+
+# Engine
+
+
+def requests(task, limit=30):
+    rng = random.Random(2)
+    prompts = [encode(task.sample(rng, n).prompt) for n in task.lengths * 3]
+    return [Request(p, limit) for p in [*prompts, *prompts[:2]]] + [Request(prompts[0] + encode("3+"), 5)]
+
+
+def test_greedy_tokens_are_those_of_transformers(model, task):
+    ours = StudyEngine(model, eos_id=EOS, pad_id=PAD, batch_size=4)
+    theirs = HFEngine(model, eos_ids=[EOS], pad_id=PAD, batch_size=4)
+    asked = requests(task)
+    assert ours.generate(asked, temperature=0.0, seed=0) == theirs.generate(asked, temperature=0.0, seed=0)
+
+
+def test_finished_rows_may_be_dropped_without_changing_the_others(model, task, monkeypatch):
+    engine = StudyEngine(model, eos_id=EOS, pad_id=PAD)
+    results = []
+    for share in (0.0, 1.0):
+        monkeypatch.setattr("bench.study.engine.SHRINK_AT", share)
+        results.append(engine.generate(requests(task), temperature=0.0, seed=0))
+    assert results[0] == results[1]
+    assert any(c.finished for c in results[0])
+    assert not all(c.finished for c in results[0])
+
+
+def test_samples_follow_the_models_distribution_and_the_seed(model):
+    context, n = encode("3+4:"), 4000
+    engine = StudyEngine(model, eos_id=EOS, pad_id=PAD, batch_size=n)
+    asked = [Request(context, 1)] * n
+    drawn = engine.generate(asked, temperature=2.0, seed=1)
+    assert drawn == engine.generate(asked, temperature=2.0, seed=1)
+    assert drawn != engine.generate(asked, temperature=2.0, seed=2)
+    p = (model(input_ids=torch.tensor([context])).logits[0, -1] / 2).softmax(-1)
+    counts = torch.bincount(torch.tensor([c.token_ids[0] for c in drawn]), minlength=len(p))
+    assert ((counts / n - p).abs() <= 4.5 * (p * (1 - p) / n).sqrt() + 1e-3).all()
+
+
+# Arms and runs
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_each_arm_trains_and_is_scored(arm):
+    knobs = {**ARMS[arm].grid[0], "sft_lr": 1e-3, "sft_batch": 1, "split": 0.5}
+    model = new_model(0, hidden=24, layers=1)
+    row = execute(TINY, tasks()["chain"], model, arm, knobs, seed=1, with_passes=True)
+    assert row["steps"] == TINY.steps
+    assert [step for step, _ in row["validation_curve"]] == [0, 2, 4]
+    assert unpacked(row["test_right"], TINY.test_problems).mean() == row["test"]
+    assert row["trained_tokens"] > 0 or arm in (
+        "grpo",
+        "micro_groups",
+    )  # a base that is never right teaches them nothing
+    assert (row["generated_tokens"] > 0) == (arm != "sft")
+    assert json.dumps(row, allow_nan=False)
+
+
+def test_all_arms_with_rollouts_draw_the_same_number_of_them():
+    for name, arm in ARMS.items():
+        knobs = {**arm.grid[0], "sft_lr": 1e-3, "sft_batch": 1, "split": 0.5}
+        stages = arm.stages(FULL, 1, knobs, {})
+        assert sum(stage.config.train.steps for stage in stages) == FULL.steps
+        for stage in stages:
+            (phase,) = phases(stage.config)
+            if phase.schedule.generates:
+                assert phase.schedule.rollouts_per_prompt == FULL.rollouts, name
+                assert stage.config.train.prompts_per_step == FULL.prompts_per_step
+
+
+def test_grids_are_of_equal_size_but_for_sft():
+    assert {name: len(arm.grid) for name, arm in ARMS.items()} == {n: 12 if n == "sft" else 6 for n in ARMS}
+
+
+def test_every_variant_is_a_configuration_with_as_many_rollouts_a_step():
+    for variant in [*TRAPO_VARIANTS.values(), *CONDITIONS.values()]:
+        (stage,) = ARMS["trapo_paper"].stages(FULL, 1, {"lr": 1e-4, "expert_coef": 1.0}, variant.overrides)
+        (phase,) = phases(stage.config)
+        drawn = stage.config.train.prompts_per_step * phase.schedule.rollouts_per_prompt
+        assert drawn == FULL.prompts_per_step * FULL.rollouts
+
+
+def test_random_prefixes_have_all_lengths():
+    problem = encoded(tasks()["chain"], tasks()["chain"].problems("train", 1))[0]
+    problem = RandomPrefixProblem(problem.problem, problem.prompt_ids, problem.traces)
+    lengths = {len(problem.prefix(None, 0, random.Random(i))) for i in range(400)}
+    assert lengths == set(range(1, len(problem.traces[0].token_ids) + 1))
+
+
+def test_a_run_is_the_same_again_and_keeps_its_best_weights():
+    rows = [
+        execute(TINY, tasks()["chain"], new_model(0, hidden=24, layers=1), "trapo_paper", {"lr": 1e-3}, seed=1)
+        for _ in range(2)
+    ]
+    for row in rows:
+        del row["cpu_seconds"], row["cpu_seconds_train"]
+    assert rows[0] == rows[1]
+    run = Run(TINY, tasks()["chain"], new_model(0, hidden=24, layers=1), "sft", {"lr": 1e-3, "batch": 1}, seed=1)
+    run.validated = [(0, 0.5)]
+    first = {k: v.clone() for k, v in run.best.items()}
+    run.train()
+    assert max(v for _, v in run.validated) == 0.5 or run.validated[0][1] < 0.5
+    assert all(torch.equal(first[k], run.best[k]) for k in first)  # nothing beat 0.5
+
+
+# Bookkeeping
+
+
+def test_finished_and_failed_runs_stay_and_are_not_repeated(tmp_path):
+    table = Results(tmp_path, "sweep", TINY, tmp_path / "locks")
+    assert table.run("a", {"arm": "sft"}, lambda: {"validation": 0.5})
+    assert not table.run("a", {"arm": "sft"}, lambda: pytest.fail("ran twice"))
+    assert table.run("b", {"arm": "grpo"}, lambda: 1 / 0)
+    assert not table.run("b", {"arm": "grpo"}, lambda: pytest.fail("ran twice"))
+    a, b = json.loads((tmp_path / "sweep.json").read_text())["runs"]
+    assert (a["status"], a["validation"], a["attempts"]) == ("finished", 0.5, 1)
+    assert (b["status"], b["error"]) == ("failed", "ZeroDivisionError: division by zero")
+
+
+def test_a_started_run_is_in_the_table_and_an_interrupted_one_starts_again(tmp_path):
+    table = Results(tmp_path, "sweep", TINY, tmp_path / "locks")
+
+    def interrupted():
+        assert table.rows()[0]["status"] == "running"
+        assert table.taken("a")
+        assert not table.run("a", {}, lambda: pytest.fail("two at once"))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        table.run("a", {}, interrupted)
+    assert not table.taken("a")
+    assert table.run("a", {}, lambda: {"validation": 1.0})
+    assert [(r["status"], r["attempts"]) for r in table.rows()] == [("finished", 2)]
+
+
+def test_settings_are_chosen_by_validation_alone_and_only_when_the_sweep_is_complete(tmp_path):
+    s = study(tmp_path, dataclasses.replace(TINY, sweep_size=3))
+    assert not list(jobs(s, "sweep"))  # without a base model there is nothing to tune
+    base_path(s.results, "chain").parent.mkdir(parents=True)
+    base_path(s.results, "chain").touch()
+    table = s.part("sweep")
+    todo = [job for job in jobs(s, "sweep") if job.arm == "sft"]
+    for job, score in zip(todo, (0.1, 0.3), strict=False):
+        table.run(job.key, {"task": "chain"}, lambda score=score: {"validation": score})
+    assert chosen(s, "chain", "sft") is None
+    assert not any(job.arm == "sft_then_rl" for job in jobs(s, "sweep"))
+    assert not list(jobs(s, "arms"))
+    table.run(todo[2].key, {"task": "chain"}, lambda: {"validation": 0.2})
+    assert chosen(s, "chain", "sft") == todo[1].knobs
+    assert {j.knobs["sft_lr"] for j in jobs(s, "sweep") if j.arm == "sft_then_rl"} == {todo[1].knobs["lr"]}
+
+
+def test_bits_survive_packing():
+    right = np.random.default_rng(0).random(1021) < 0.3
+    assert (unpacked(packed(right), 1021) == right).all()
+
+
+def test_intervals_of_known_cases():
+    same = estimate(np.full((3, 50), 0.25))
+    assert (same.mean, same.low, same.high, same.seed_std) == pytest.approx((0.25, 0.25, 0.25, 0.0))
+    rng = np.random.default_rng(0)
+    problems = estimate((rng.random((1, 1000)) < 0.3).astype(float))
+    assert problems.high - problems.low == pytest.approx(2 * 1.96 * (0.3 * 0.7 / 1000) ** 0.5, rel=0.1)
+    # Seeds that differ much more than problems do: the interval must show it.
+    seeds = estimate(np.repeat(np.array([[0.1], [0.3], [0.5], [0.7], [0.9]]), 1000, axis=1))
+    assert seeds.high - seeds.low > 0.35
+
+
+def test_tables_fill_the_marked_regions_and_no_others():
+    page = "a\n<!-- begin:base -->\nold\n<!-- end:base -->\nb\n"
+    assert plots.fill(page, {"base": "new"}) == "a\n<!-- begin:base -->\nnew\n<!-- end:base -->\nb\n"
+    with pytest.raises(ValueError, match="'base' is no region"):
+        plots.fill(page, {})
+
+
+def test_the_page_has_only_marks_that_are_filled(tmp_path):
+    page = (plots.ROOT / "docs/study.md").read_text()
+    plots.fill(page, plots.regions(study(tmp_path, FULL), []))
+
+
+def test_a_tiny_study_runs_from_base_to_tables_and_resumes(tmp_path):
+    s = study(tmp_path)
+    make_base(s.settings, s.results, tasks()["chain"], s.part("pretrain"))
+    base = digest(base_model(s.settings, s.results, tasks()["chain"]))
+    swept = work(s, "sweep")
+    assert swept == len(ARMS)
+    assert work(s, "sweep") == 0
+    assert work(s, "arms") == len(ARMS)
+    rows = s.part("arms").rows()
+    assert {row["status"] for row in rows} == {"finished"}
+    assert {row["base"] for row in rows} == {base}
+    assert not any("test" in row for row in s.part("sweep").rows())
+    text = summary.arms_table(s, "chain")
+    assert all(arm.label in text for arm in ARMS.values())
+    assert plots.draw_arms(s, __import__("matplotlib.figure", fromlist=["Figure"]).Figure())
+
+
+# Exact
+
+
+def test_predicted_minimisers_meet_the_optimality_conditions():
+    """At a minimiser no class has a steeper slope −∂E[ℓ]/∂π_c = p_E/max(π, α) than those that are kept."""
+    partial = 0
+    for name in exact.EXPERTS:
+        expert = exact.EXPERTS[name] / exact.EXPERTS[name].sum()
+        for alpha in exact.ALPHAS:
+            policy = exact.predicted(expert, alpha)
+            assert policy.sum() == pytest.approx(1)
+            slope = expert / np.maximum(policy, alpha)
+            assert slope[policy > 0] == pytest.approx(slope.max()), (name, alpha)
+            partial += bool(((policy > 0) & (policy < 0.999 * alpha)).any())
+    assert partial  # the case that Proposition 1 leaves open comes up
+
+
+def test_descent_finds_the_predicted_minimiser():
+    for row in exact.proposition("two modes (0.6, 0.3, ten of 0.01)"):
+        assert -1e-9 < row["loss_of_found_minus_predicted"] < 1e-3
+        assert row["total_variation_found_vs_predicted"] < 0.01
+
+
+def test_the_void_mass_of_nll_has_its_closed_form():
+    for share in (0.5, 0.8):
+        (row,) = exact.void_of_tables(share, {"NLL": exact.OBJECTIVES["NLL"]})
+        assert row["void"] == pytest.approx(1 - share**5 - (1 - share) ** 5, abs=1e-4)
+        assert row["style_a"] + row["style_b"] + row["void"] == pytest.approx(1)
+    assert exact.masses(exact.expert_strings(0.8)) == pytest.approx({"style_a": 0.8, "style_b": 0.2, "void": 0})
+
+
+@pytest.mark.slow
+def test_the_smoke_study_runs_from_its_command(tmp_path):
+    command = [sys.executable, "-m", "bench.study", "all", "--smoke", "--results", str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for part in ("exact", "pretrain", "sweep", "arms", "ablations", "smollm"):
+        rows = json.loads((tmp_path / f"{part}.json").read_text())["runs"]
+        assert rows
+        assert {row["status"] for row in rows} == {"finished"}, part
+    assert (tmp_path / "study.md").exists()
