@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,13 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-import trapo_kernels as tk
 from trapo import checkpoint, lora
 from trapo.advantages import assign_advantages
 from trapo.collect import Rollout, collect
 from trapo.config import Config
 from trapo.display import Display
 from trapo.encode import EncodedProblem, decode_text
-from trapo.evaluate import EvalResult, evaluate
+from trapo.evaluate import evaluate
 from trapo.learner import Learner, Update
 from trapo.loggers import HISTOGRAM, Loggers, check_loggers
 from trapo.metrics import peak_memory_gb, rollout_metrics
@@ -43,7 +42,8 @@ from trapo.sampling import derive_seed, load_eval_set, load_train_set, problems_
 from trapo.sharding import save_shards, shard_over
 from trapo.skips import SkipLimit
 from trapo.stopping import Stopped, StopSignal
-from trapo.timing import PARTS, StepTimer
+from trapo.summary import summarise
+from trapo.timing import StepTimer
 from trapo.weights import writer
 
 
@@ -290,48 +290,10 @@ class Trainer:
         if not self.ranks.first:
             return {}
         checkpoint.write_or_explain(self.run_dir.final, write)
-        summary = self._summary()
+        summary = summarise(self.run_dir, self.config, self.step, self.seconds)
         write_report(self.run_dir.path, summary)
         self.run_dir.finish(summary)
         return summary
-
-    def _summary(self) -> dict[str, Any]:
-        before, after = (self._evaluation(step) for step in (0, self.config.train.steps))
-        return {
-            "mode": self.config.mode,
-            "model": self.config.model.path,
-            "backend": tk.default_backend(),
-            "steps": self.step,
-            "seconds": round(self.seconds, 1),
-            "seconds_by_part": self._seconds_by_part(),
-            "skipped_steps": sum(row["skipped_steps"] for row in self.run_dir.rows()),
-            "eval_before": before.accuracy if before else None,
-            "eval_before_interval": before.interval if before else None,
-            "eval_after": after.accuracy if after else None,
-            "eval_after_interval": after.interval if after else None,
-            "eval_problems": after.problems if after else 0,
-            "best_step": next(iter(self.run_dir.best_steps(1)), None),
-            "reward_failures": self._reward_failures(),
-            "peak_memory_gb": max([peak_memory_gb(), *(row["peak_memory_gb"] for row in self.run_dir.rows())]),
-        }
-
-    def _seconds_by_part(self) -> dict[str, float]:
-        """Of the steps of the whole run; what is missing to `seconds` are evaluations, saves and starts."""
-        rows = self.run_dir.rows()
-        return {part: round(sum(row.get(f"seconds_{part}", 0.0) for row in rows), 1) for part in (*PARTS, "sync")}
-
-    def _reward_failures(self) -> dict[str, int]:
-        """Of the whole run, from what is on disk: an interruption loses none."""
-        total: Counter[str] = Counter()
-        for row in self.run_dir.rows():
-            total.update(row["reward_failures"])
-        for path in self.run_dir.evaluations().values():
-            total.update(EvalResult.load(path).reward_failures)
-        return dict(total)
-
-    def _evaluation(self, step: int) -> EvalResult | None:
-        path = self.run_dir.evaluation(step)
-        return EvalResult.load(path) if path.exists() else None
 
     def _phase(self) -> Phase:
         """The phase that the next step belongs to."""
