@@ -45,7 +45,8 @@ def undisturbed(tiny_model_path, tmp_path_factory):
 
 # Two optimizer steps a step, so step:8 and step:9 are just before and after the checkpoint of step 4; evaluations are
 # at steps 0, 3 and 6.
-KILLS = ["step:1", "step:8", "step:9", "save:1", "save:2", "log:4", "eval:1", "eval:2", "eval:3", "report:1"]
+KILLS = ["step:8", "save:1", "save:2", "log:4", "eval:3", "report:1"]
+KILLS += [pytest.param(when, marks=pytest.mark.slow) for when in ("step:1", "step:9", "eval:1", "eval:2")]
 
 
 @pytest.mark.parametrize("kill_at", KILLS)

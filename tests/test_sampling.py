@@ -83,7 +83,8 @@ def test_what_is_over_a_length_limit_is_left_out_and_said(tmp_path, tokenizer):
     )
     problems, lines = load(tokenizer, path, "data.max_prompt_tokens=100", "data.max_trace_tokens=20")
     assert [len(p.traces) for p in problems] == [1]
-    assert "left out 1 prompts over 100 tokens and 1 traces over 20" in lines[0]
+    assert "left out 1 prompts over 100 tokens (first: data/" in lines[0]
+    assert ") and 1 traces over 20 tokens (first: data/" in lines[0]
 
 
 def test_no_evaluation_set_is_fine_and_no_training_set_is_not(tokenizer):

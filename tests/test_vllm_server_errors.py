@@ -15,8 +15,10 @@ def listener(answer):
 
     def serve():
         connection, _ = listening.accept()
-        connection.recv(65536)
         connection.sendall(answer)
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(65536):  # hanging up on an unread request would reset the connection
+            pass
         connection.close()
         listening.close()
 
