@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import trapo_kernels as tk
@@ -34,7 +35,7 @@ def summarise(run_dir: RunDir, config: Config, steps: int, seconds: float) -> di
         "eval_after_interval": after.interval if after else None,
         "eval_problems": after.problems if after else 0,
         "best_step": next(iter(run_dir.best_steps(1)), None),
-        "reward_failures": _reward_failures(run_dir),
+        "reward_failures": _reward_failures(run_dir, rows),
         "peak_memory_gb": max([peak_memory_gb(), *(row["peak_memory_gb"] for row in rows)]),
     }
 
@@ -44,9 +45,9 @@ def _evaluation(run_dir: RunDir, step: int) -> EvalResult | None:
     return EvalResult.load(path) if path.exists() else None
 
 
-def _reward_failures(run_dir: RunDir) -> dict[str, int]:
+def _reward_failures(run_dir: RunDir, rows: Sequence[dict[str, Any]]) -> dict[str, int]:
     total: Counter[str] = Counter()
-    for row in run_dir.rows():
+    for row in rows:
         total.update(row["reward_failures"])
     for path in run_dir.evaluations().values():
         total.update(EvalResult.load(path).reward_failures)
