@@ -33,7 +33,6 @@ def test_targets_are_the_next_tokens_and_masks_mark_prefix_and_own_tokens():
     batch = collate([rollout(prefix=(10, 11), own=(20, 21)), rollout(own=(30,))], pad_id=0, device=torch.device("cpu"))
     assert batch.input_ids.tolist() == [[5, 6, 7, 10, 11, 20], [5, 6, 7, 0, 0, 0]]
     assert batch.targets.tolist() == [[6, 7, 10, 11, 20, 21], [6, 7, 30, 0, 0, 0]]
-    assert batch.attention_mask.tolist() == [[1] * 6, [1, 1, 1, 0, 0, 0]]
     assert batch.mask.tolist() == [[False, False, True, True, True, True], [False, False, True, False, False, False]]
     assert batch.expert_mask.tolist() == [[False, False, True, True, False, False], [False] * 6]
     assert batch.advantages.tolist() == [0.5, 0.5]

@@ -27,8 +27,7 @@ def model(tiny_model_path):
 def hidden(model, batch):
     options = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
     with torch.no_grad():
-        decoder = model.get_decoder()
-        states = decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **options)
+        states = model.get_decoder()(input_ids=batch.input_ids, use_cache=False, **options)
     return batch.rows(states.last_hidden_state)
 
 

@@ -2,7 +2,8 @@
 
 packed   one row of concatenated sequences, no padding; position ids start anew with each sequence, from which
          transformers makes cu_seqlens for varlen (flash) attention and a block-diagonal causal mask for the others
-padded   one row a sequence, of about equal lengths
+padded   one row a sequence, of about equal lengths, padding on the right: no token of a causal model sees what follows
+         it, so that none needs a mask (with one, SDPA is slower and flash attention unpads and pads again)
 
 Varlen attention pays for each sequence's own square. A block mask pays for the square of the whole row, most of which
 it throws away: on a CPU, rows of equal lengths cost less than that, and little of them is padding.
@@ -28,7 +29,6 @@ class Batch:
     """
 
     input_ids: torch.Tensor  # [B, T] int64
-    attention_mask: torch.Tensor | None  # [B, T] int64; None: packed
     position_ids: torch.Tensor | None  # [B, T] int64; None: padded
     targets: torch.Tensor  # [B, T] int64
     mask: torch.Tensor  # [B, T] bool: tokens in the loss (own tokens and supervised prefix tokens)
@@ -39,7 +39,7 @@ class Batch:
 
     def rows(self, values: torch.Tensor) -> list[torch.Tensor]:
         """Values [B, T] as one [n] per rollout."""
-        if self.attention_mask is None:
+        if self.sequence_ids is not None:
             return list(values[0].split(self.lengths))
         return [row[:n] for row, n in zip(values, self.lengths, strict=True)]
 
@@ -91,14 +91,13 @@ def collate(rollouts: Sequence[Rollout], pad_id: int, device: torch.device) -> B
     shape = (len(rollouts), max(lengths))
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
     targets = torch.full(shape, pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
     mask = torch.zeros(shape, dtype=torch.bool)
     expert_mask = torch.zeros(shape, dtype=torch.bool)
     for row, (rollout, n) in enumerate(zip(rollouts, lengths, strict=True)):
         ids, mask[row, :n], expert_mask[row, :n] = _tokens(rollout)
-        input_ids[row, :n], targets[row, :n], attention_mask[row, :n] = ids[:-1], ids[1:], 1
+        input_ids[row, :n], targets[row, :n] = ids[:-1], ids[1:]
     advantages = torch.tensor([r.advantage for r in rollouts], dtype=torch.float32)
-    batch = Batch(input_ids, attention_mask, None, targets, mask, expert_mask, advantages, None, lengths)
+    batch = Batch(input_ids, None, targets, mask, expert_mask, advantages, None, lengths)
     return _to(batch, device)
 
 
@@ -109,7 +108,6 @@ def pack(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
     counts = torch.tensor(lengths)
     batch = Batch(
         input_ids=torch.cat([ids[:-1] for ids, _, _ in tokens])[None],
-        attention_mask=None,
         position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
         targets=torch.cat([ids[1:] for ids, _, _ in tokens])[None],
         mask=torch.cat([mask for _, mask, _ in tokens])[None],
@@ -125,7 +123,7 @@ def filler(pad_id: int, device: torch.device) -> Batch:
     """A token that is in no loss: for a rank that has no rollout left while others still have some."""
     token = torch.full((1, 1), pad_id, dtype=torch.int64)
     none = torch.zeros(1, 1, dtype=torch.bool)
-    return _to(Batch(token, torch.ones_like(token), None, token, none, none, torch.zeros(1), None, (1,)), device)
+    return _to(Batch(token, None, token, none, none, torch.zeros(1), None, (1,)), device)
 
 
 def loss_tokens(rollout: Rollout) -> int:

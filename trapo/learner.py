@@ -189,9 +189,7 @@ class Learner:
         """[B, T, D], what the head would be applied to."""
         # Without position_ids, where they are the default: not every decoder's forward takes None for it.
         positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
-        decoder = model.get_decoder()
-        output = decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **positions)
-        return output.last_hidden_state
+        return model.get_decoder()(input_ids=batch.input_ids, use_cache=False, **positions).last_hidden_state
 
     def _loss(
         self,
