@@ -11,6 +11,7 @@
     python -m bench.study all          all of it, in this order
 
 --smoke: a version of minutes, into runs/study-smoke. --workers N: processes, one core each (default: all cores).
+--task chain: of sweep, arms and ablations that task alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 ORDER = ("exact", "pretrain", "sweep", "arms", "ablations", "smollm", "plot")
@@ -47,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("part", choices=[*ORDER, "status", "all"])
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, results in runs/study-smoke")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, one core each")
+    parser.add_argument("--task", choices=("chain", "countdown"), help="of sweep, arms and ablations; default: both")
     parser.add_argument("--minutes", type=float, help="start no further run after this long")
     parser.add_argument("--results", type=Path, help="where the JSON files are")
     return parser
@@ -61,7 +64,7 @@ def _run(study, part: str, options: argparse.Namespace) -> None:
     elif part == "pretrain":
         pretrain(study)
     elif part in jobs.PARTS:
-        _in_processes(study, part, options.workers, deadline)
+        _in_processes(options.workers, study, part, deadline, options.task)
         if missing := jobs.missing_settings(study):
             print(f"{part}: sweeps not finished: {', '.join(missing)}")
     elif part == "smollm":
@@ -95,13 +98,13 @@ def pretrain(study) -> None:
         make_base(study.settings, study.results, tasks()[name], study.part("pretrain"))
 
 
-def _in_processes(study, part: str, workers: int, deadline: float | None) -> None:
+def _in_processes(workers: int, study, part: str, *options: Any) -> None:
     """`workers` processes that share the part's jobs; each has a core, and torch one thread."""
     from bench.study.jobs import work
 
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=work, args=(study, part, deadline)) for _ in range(workers)]
+    processes = [context.Process(target=work, args=(study, part, *options)) for _ in range(workers)]
     for process in processes:
         process.start()
     for process in processes:

@@ -20,7 +20,11 @@ SHRINK_AT = 0.75  # drop finished rows once fewer than this share is still going
 
 
 class Weights:
-    """A Llama's weights as few matrices: norms folded into the matrix behind them, q, k and v side by side."""
+    """A Llama's weights as few matrices: norms folded into the matrix behind them, q, k and v side by side.
+
+    Within a head, q and k are reordered so that the two numbers that are rotated together are neighbours (a complex
+    number); their products do not change.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         config = model.config
@@ -30,27 +34,26 @@ class Weights:
         self.layers = []
         for layer in model.model.layers:
             a, m = layer.self_attn, layer.mlp
-            q = a.q_proj.weight * self.width**-0.5
-            qkv = torch.cat([q, a.k_proj.weight, a.v_proj.weight]) * layer.input_layernorm.weight
+            q_k = torch.cat([a.q_proj.weight * self.width**-0.5, a.k_proj.weight])
+            q_k = q_k.unflatten(0, (-1, 2, self.width // 2)).transpose(1, 2).flatten(0, 2)
+            qkv = torch.cat([q_k, a.v_proj.weight]) * layer.input_layernorm.weight
             gate_up = torch.cat([m.gate_proj.weight, m.up_proj.weight]) * layer.post_attention_layernorm.weight
             self.layers.append((qkv.t(), a.o_proj.weight.t(), gate_up.t(), m.down_proj.weight.t()))
         self.embedding = model.model.embed_tokens.weight
         self.head = (model.lm_head.weight * model.model.norm.weight).t()
         self.inverse_frequencies = model.model.rotary_emb.inv_freq
 
-    def rotation(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos, sin [length, width]."""
+    def rotation(self, length: int) -> Tensor:
+        """Complex [length, width / 2]."""
         angles = torch.arange(length)[:, None] * self.inverse_frequencies
-        angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos(), angles.sin()
+        return torch.polar(torch.ones_like(angles), angles)
 
     def normalised(self, x: Tensor) -> Tensor:
-        return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
+def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * rotation).flatten(-2)
 
 
 class StudyEngine:
@@ -94,47 +97,43 @@ class _Decoding:
         self.prompt_width = max(map(len, unique))
         self.budget = max(r.max_new_tokens for r in requests)
         total = self.prompt_width + self.budget
-        self.cos, self.sin = weights.rotation(total)
+        self.rotation = weights.rotation(total)
         ids = torch.tensor([[pad_id] * (self.prompt_width - len(c)) + list(c) for c in unique])
         starts = torch.tensor([self.prompt_width - len(c) for c in unique])  # [U] first real column
         # Additive mask over columns [U, total]: padding on the left is never seen.
         padded = torch.zeros(len(unique), total).masked_fill(torch.arange(total) < starts[:, None], -torch.inf)
-        self.logits, caches = self._prefill(ids, padded)
+        self.logits, filled = self._prefill(ids, padded)
         repeat = torch.tensor([rows[r.context] for r in requests])
-        self.logits, self.padded = self.logits[repeat], padded[repeat]
-        self.keys, self.values = (self._room(c, repeat) for c in zip(*caches, strict=True))
+        self.logits, self.padded = self.logits[repeat], padded[repeat, None, None]
+        # Per layer, keys and values: [U, P, 2 KV, W] -> [B, 2 KV, P + budget, W].
+        self.caches = [F.pad(x.transpose(1, 2)[repeat], (0, 0, 0, self.budget)) for x in filled]
 
-    def _room(self, filled: Sequence[Tensor], repeat: Tensor) -> list[Tensor]:
-        """Per layer [U, KV, P, W] -> [B, KV, P + budget, W]."""
-        return [F.pad(x[repeat], (0, 0, 0, self.budget)) for x in filled]
-
-    def _prefill(self, ids: Tensor, padded: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        width = ids.shape[1]
+    def _prefill(self, ids: Tensor, padded: Tensor) -> tuple[Tensor, list[Tensor]]:
+        (rows, width), w = ids.shape, self.w
         causal = torch.full((width, width), -torch.inf).triu(1)
         mask = (padded[:, None, None, :width] + causal).clamp(min=-1e30)  # a padded row may see nothing: no NaN
-        x, caches = self.w.embedding[ids], []
-        for layer in self.w.layers:
-            q, k, v = self._qkv(x, layer[0], self.cos[:width], self.sin[:width])
-            caches.append((k, v))
-            seen = F.scaled_dot_product_attention(q, self._spread(k), self._spread(v), attn_mask=mask, scale=1.0)
-            x = self._rest(x, seen.transpose(1, 2).flatten(2), layer)
-        return self.w.normalised(x[:, -1]) @ self.w.head, caches
+        x, filled = w.embedding[ids].flatten(0, 1), []
+        for layer in w.layers:
+            q, kv = self._qkv(x.unflatten(0, (rows, width)), layer[0], self.rotation[:width, None])
+            filled.append(kv)
+            k, v = kv.repeat_interleave(w.heads // w.kv_heads, dim=2).transpose(1, 2).chunk(2, dim=1)
+            seen = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, scale=1.0)
+            x = self._rest(x, seen.transpose(1, 2).reshape(len(x), -1), layer)
+        return w.normalised(x.unflatten(0, (rows, width))[:, -1]) @ w.head, filled
 
-    def _spread(self, x: Tensor) -> Tensor:
-        return x.repeat_interleave(self.w.heads // self.w.kv_heads, dim=1)
-
-    def _qkv(self, x: Tensor, matrix: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B, H, T, W], k and v [B, KV, T, W] of x [B, T, D]."""
+    def _qkv(self, x: Tensor, matrix: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        """q [..., H, W], and k and v [..., 2 KV, W], of x [..., D]."""
         w = self.w
-        both = (w.normalised(x) @ matrix).unflatten(-1, (-1, w.width)).transpose(1, 2)
-        q_k, v = both.split([w.heads + w.kv_heads, w.kv_heads], dim=1)
-        q, k = _rotate(q_k, cos, sin).split([w.heads, w.kv_heads], dim=1)
-        return q, k, v
+        both = (w.normalised(x) @ matrix).unflatten(-1, (-1, w.width))
+        q_k, v = both.split([w.heads + w.kv_heads, w.kv_heads], dim=-2)
+        q, k = _rotate(q_k, rotation).split([w.heads, w.kv_heads], dim=-2)
+        return q, torch.cat([k, v], dim=-2)
 
     def _rest(self, x: Tensor, seen: Tensor, layer: tuple[Tensor, ...]) -> Tensor:
-        x = x + seen @ layer[1]
+        """x and seen [tokens, D]."""
+        x = torch.addmm(x, seen, layer[1])
         gate, up = (self.w.normalised(x) @ layer[2]).chunk(2, dim=-1)
-        return x + (F.silu(gate) * up) @ layer[3]
+        return torch.addmm(x, F.silu(gate).mul_(up), layer[3])
 
     def run(self, temperature: float, generator: torch.Generator, eos_id: int) -> Tensor:
         """Tokens [B, budget]; after the end mark comes padding."""
@@ -164,20 +163,17 @@ class _Decoding:
 
     def _keep(self, rows: Tensor) -> None:
         self.padded = self.padded[rows]
-        self.keys = [k[rows] for k in self.keys]
-        self.values = [v[rows] for v in self.values]
+        self.caches = [cache[rows] for cache in self.caches]
 
     def _advance(self, tokens: Tensor, column: int) -> None:
         """Feed one token per row [B] in at `column`; leaves the next logits [B, V]."""
         w, seen_columns = self.w, column + 1
-        cos, sin = self.cos[column], self.sin[column]
-        mask = self.padded[:, None, None, :seen_columns]
-        x = w.embedding[tokens][:, None]
-        for i, layer in enumerate(w.layers):
-            q, k, v = self._qkv(x, layer[0], cos, sin)
-            self.keys[i][:, :, column], self.values[i][:, :, column] = k[:, :, 0], v[:, :, 0]
-            keys, values = self.keys[i][:, :, :seen_columns], self.values[i][:, :, :seen_columns]
-            q = q.squeeze(2).unflatten(1, (w.kv_heads, -1))  # [B, KV, H/KV, W]
-            scores = q @ keys.transpose(-1, -2) + mask
-            x = self._rest(x, (scores.softmax(-1) @ values).flatten(1)[:, None], layer)
-        self.logits = w.normalised(x[:, 0]) @ w.head
+        mask, rotation = self.padded[..., :seen_columns], self.rotation[column]
+        x = w.embedding[tokens]
+        for cache, layer in zip(self.caches, w.layers, strict=True):
+            q, cache[:, :, column] = self._qkv(x, layer[0], rotation)
+            keys, values = cache[:, :, :seen_columns].chunk(2, dim=1)
+            q = q.unflatten(1, (w.kv_heads, -1))  # the heads that share a key are its queries
+            seen = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=1.0)
+            x = self._rest(x, seen.flatten(1), layer)
+        self.logits = w.normalised(x) @ w.head

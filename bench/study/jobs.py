@@ -123,12 +123,14 @@ def missing_settings(study: Study) -> list[str]:
     return [f"{t}/{a}" for t in study.settings.tasks for a in ARMS if chosen(study, t, a) is None]
 
 
-def work(study: Study, part: str, deadline: float | None = None) -> int:
-    """Run jobs until none is left for this process or the deadline (time.monotonic) is past; returns how many."""
+def work(study: Study, part: str, deadline: float | None = None, task: str | None = None) -> int:
+    """Run jobs (of one task, or of all) until none is left for this process or the deadline (time.monotonic) is past;
+    returns how many."""
     torch.set_num_threads(1)
     results, done = study.part(part), 0
     while deadline is None or time.monotonic() < deadline:
-        job = next((job for job in jobs(study, part) if not results.taken(job.key)), None)
+        asked = (job for job in jobs(study, part) if task in (None, job.task))
+        job = next((job for job in asked if not results.taken(job.key)), None)
         if job is None:
             break
         started = time.monotonic()
