@@ -325,6 +325,24 @@ def test_settings_are_chosen_by_validation_alone_and_only_when_the_sweep_is_comp
     assert {j.knobs["sft_lr"] for j in jobs(s, "sweep") if j.arm == "sft_then_rl"} == {todo[1].knobs["lr"]}
 
 
+def test_a_sweep_goes_on_while_the_highest_learning_rate_is_the_best(tmp_path):
+    s = study(tmp_path, dataclasses.replace(TINY, sweep_size=3, sweep_extensions=2))
+    base_path(s.results, "chain").parent.mkdir(parents=True)
+    base_path(s.results, "chain").touch()
+    rates = []
+    for _ in range(6):
+        job = next((j for j in jobs(s, "sweep") if j.arm == "grpo" and not s.part("sweep").taken(j.key)), None)
+        if job is None:
+            break
+        assert chosen(s, "chain", "grpo") is None
+        rates.append(job.knobs["lr"])
+        score = 0.1 * min(len(rates), 4)
+        s.part("sweep").run(job.key, {"task": "chain"}, lambda score=score: {"validation": score})
+    highest = ARMS["grpo"].grid[2]["lr"]
+    assert rates[3:] == [2 * highest, 4 * highest]  # the second is no better, and the last anyway
+    assert chosen(s, "chain", "grpo") == {"lr": 2 * highest}
+
+
 def test_bits_survive_packing():
     right = np.random.default_rng(0).random(1021) < 0.3
     assert (unpacked(packed(right), 1021) == right).all()

@@ -1,7 +1,8 @@
 """The arms: each a configuration of the one loop, and the grid of settings that its sweep tries.
 
 A run is one or two stages of `trapo`'s own modes. The grids have six settings each but SFT's, which has twelve: the
-baseline that a later paper found broken (METHODS.md) is tuned hardest.
+baseline that a later paper found broken (METHODS.md) is tuned hardest. A sweep goes on beyond its grid while the
+highest learning rate is the best (jobs.py).
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def _grid(**axes: tuple[float, ...]) -> tuple[Knobs, ...]:
     return tuple(dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
 
 
-LRS = (3e-5, 5e-5, 1e-4, 1.5e-4, 2e-4, 3e-4)  # from 5e-4 on every arm with rollouts was destroyed in the pilot
-WITH_EXPERT = _grid(lr=(5e-5, 1e-4, 2e-4), expert_coef=(1.0, 0.1))
+LRS = (3e-5, 5e-5, 1e-4, 1.5e-4, 2e-4, 3e-4)
+WITH_EXPERT = _grid(lr=(1e-4, 3e-4, 1e-3), expert_coef=(1.0, 0.1))
 SFT_GRID = _grid(lr=(1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3), batch=(1, 4))  # batch: times prompts_per_step
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,19 +69,30 @@ def sweep_jobs(study: Study) -> Iterator[Job]:
 
 
 def grid(study: Study, task: str, arm: str) -> list[Knobs] | None:
-    """An arm's settings to try; None while they depend on a sweep that is not finished."""
+    """An arm's settings to try, with those beyond the grid that its results ask for; None while they depend on a sweep
+    that is not finished."""
     found: list[Knobs] = list(ARMS[arm].grid)[: study.settings.sweep_size]
-    if arm != "sft_then_rl":
-        return found
-    sft = chosen(study, task, "sft")
-    return None if sft is None else [{**k, "sft_lr": sft["lr"], "sft_batch": sft["batch"]} for k in found]
+    if arm == "sft_then_rl":
+        sft = chosen(study, task, "sft")
+        if sft is None:
+            return None
+        found = [{**k, "sft_lr": sft["lr"], "sft_batch": sft["batch"]} for k in found]
+    for _ in range(study.settings.sweep_extensions):
+        best = _best(study, task, arm, found)
+        if best is None or best["lr"] < max(k["lr"] for k in found):
+            break
+        found.append({**best, "lr": 2 * best["lr"]})
+    return found
 
 
 def chosen(study: Study, task: str, arm: str) -> Knobs | None:
-    """The settings with the best validation score in the sweep (the earlier on a tie); None while it is unfinished."""
+    """The winner of an arm's sweep; None while it is unfinished."""
     settings = grid(study, task, arm)
-    if settings is None:
-        return None
+    return None if settings is None else _best(study, task, arm, settings)
+
+
+def _best(study: Study, task: str, arm: str, settings: Sequence[Knobs]) -> Knobs | None:
+    """The settings with the best validation score (the earlier on a tie); None while one has none."""
     rows = {row["key"]: row for row in study.part("sweep").rows()}
     mine = [rows.get(Job("sweep", task, arm, knobs, study.settings.sweep_seed).key) for knobs in settings]
     if any(row is None or row["status"] == "running" for row in mine):

@@ -27,6 +27,7 @@ class Settings:
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     ablation_seeds: tuple[int, ...] = (1, 2, 3)
     sweep_size: int | None = None  # configurations per arm; None: all of its grid
+    sweep_extensions: int = 4  # further ones, each at twice the learning rate, while the highest one tried is the best
     # Evaluation.
     validation_problems: int = 512
     test_problems: int = 1024
@@ -48,6 +49,7 @@ SMOKE = Settings(
     seeds=(1, 2),
     ablation_seeds=(1,),
     sweep_size=2,
+    sweep_extensions=0,
     validation_problems=32,
     test_problems=64,
     test_samples=2,
