@@ -267,16 +267,19 @@ def plot() -> None:
     rows = json.loads((RESULTS / "cpu.json").read_text())["sweep"]
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), constrained_layout=True, facecolor="white")
     sides = [("tokens", "vocab", 49152, "N, tokens"), ("vocab", "tokens", 1024, "V, vocabulary")]
+    names = list(dict.fromkeys(r["provider"] for r in rows))
     for column, (x, fixed, value, label) in enumerate(sides):
-        chosen = [r for r in rows if r[fixed] == value and (x == "vocab" or r["tokens"] <= 4096)]
-        for name in dict.fromkeys(r["provider"] for r in chosen):
-            mine = sorted((r[x], r["seconds"], r["extra_mb"]) for r in chosen if r["provider"] == name)
-            for line, index in ((axes[0][column], 1), (axes[1][column], 2)):
-                if not (index == 2 and name == FLOOR):
-                    line.plot([m[0] for m in mine], [m[index] for m in mine], marker="o", label=name)
+        for i, name in enumerate(names):
+            mine = sorted(
+                (r[x], r["seconds"], r["extra_mb"]) for r in rows if r["provider"] == name and r[fixed] == value
+            )
+            short = [m for m in mine if x == "vocab" or m[0] <= 4096]  # time: where all providers are
+            axes[0][column].plot([m[0] for m in short], [m[1] for m in short], f"C{i}o-", label=name)
+            if name != FLOOR:
+                axes[1][column].plot([m[0] for m in mine], [m[2] for m in mine], f"C{i}o-", label=name)
         title = f"D = 576, {'V' if x == 'tokens' else 'N'} = {value}"
         axes[0][column].set(title=title, xlabel=label, ylabel="seconds, forward + backward", ylim=(0, None))
-        axes[1][column].set(xlabel=label, ylabel="memory beyond inputs and gradients, MB", yscale="log")
+        axes[1][column].set(xlabel=label, ylabel="memory beyond inputs and gradients, MB", yscale="log", xscale="log")
         for line in axes[:, column]:
             line.grid(alpha=0.3)
             line.legend()
