@@ -79,10 +79,14 @@ def write_oracle(inputs: Path, gives: str) -> Path | None:
     return path
 
 
-def step(provider: Provider, case: Case) -> float:
-    """Seconds of one forward and backward, gradients freed first."""
+def free_gradients(case: Case) -> None:
     case.hidden.grad = case.weight.grad = None
     gc.collect()
+
+
+def step(provider: Provider, case: Case) -> float:
+    """Seconds of one forward and backward, gradients freed first."""
+    free_gradients(case)
     start = time.perf_counter()
     loss = provider.run(case)
     if loss is not None:
@@ -98,8 +102,7 @@ def resident(key: str) -> int:
 
 def extra_memory(provider: Provider, case: Case) -> int:
     """Bytes at the peak of a step beyond what was there before and the gradients."""
-    case.hidden.grad = case.weight.grad = None
-    gc.collect()
+    free_gradients(case)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     step(provider, case)
@@ -126,11 +129,11 @@ def work(connection: Connection, name: str, inputs: Path, expected: Path | None,
         found = {"extra_mb": extra_memory(provider, case) / 1e6}
         if expected is not None:
             found |= gradient_error(case, expected)
-        case.hidden.grad = case.weight.grad = None  # while it waits: a dozen d_weights would not fit
+        free_gradients(case)  # while it waits: a dozen d_weights would not fit
         connection.send(found)
         while connection.recv():
             connection.send(step(provider, case))
-            case.hidden.grad = case.weight.grad = None
+            free_gradients(case)
     except EOFError:
         pass
     except Exception as error:  # a peer that cannot do this shape is a row of the table, not the end of it
