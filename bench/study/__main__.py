@@ -22,7 +22,8 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+
+from bench.study.settings import FULL, SMOKE
 
 ROOT = Path(__file__).parents[2]
 ORDER = ("exact", "pretrain", "sweep", "arms", "ablations", "smollm", "plot")
@@ -32,7 +33,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     options = _parser().parse_args(arguments)
     from bench.study.jobs import Study
-    from bench.study.settings import FULL, SMOKE
 
     folder = options.results or (ROOT / "runs/study-smoke" if options.smoke else Path(__file__).parent / "results")
     scratch = ROOT / "runs/study" if options.results is None and not options.smoke else folder / "scratch"
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("part", choices=[*ORDER, "status", "all"])
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, results in runs/study-smoke")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, one core each")
-    parser.add_argument("--task", choices=("chain", "countdown"), help="of sweep, arms and ablations; default: both")
+    parser.add_argument("--task", choices=FULL.tasks, help="of sweep, arms and ablations; default: both")
     parser.add_argument("--minutes", type=float, help="start no further run after this long")
     parser.add_argument("--results", type=Path, help="where the JSON files are")
     return parser
@@ -64,7 +64,7 @@ def _run(study, part: str, options: argparse.Namespace) -> None:
     elif part == "pretrain":
         pretrain(study)
     elif part in jobs.PARTS:
-        _in_processes(options.workers, study, part, deadline, options.task)
+        _in_processes(study, part, options.workers, deadline, options.task)
         if missing := jobs.missing_settings(study):
             print(f"{part}: sweeps not finished: {', '.join(missing)}")
     elif part == "smollm":
@@ -98,13 +98,13 @@ def pretrain(study) -> None:
         make_base(study.settings, study.results, tasks()[name], study.part("pretrain"))
 
 
-def _in_processes(workers: int, study, part: str, *options: Any) -> None:
+def _in_processes(study, part: str, workers: int, deadline: float | None, task: str | None) -> None:
     """`workers` processes that share the part's jobs; each has a core, and torch one thread."""
     from bench.study.jobs import work
 
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=work, args=(study, part, *options)) for _ in range(workers)]
+    processes = [context.Process(target=work, args=(study, part, deadline, task)) for _ in range(workers)]
     for process in processes:
         process.start()
     for process in processes:
