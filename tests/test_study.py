@@ -19,7 +19,7 @@ from bench.study.base import base_model, base_path, digest, make_base
 from bench.study.engine import StudyEngine
 from bench.study.evaluate import packed, unpacked
 from bench.study.intervals import estimate
-from bench.study.jobs import Study, chosen, jobs, work
+from bench.study.jobs import Study, Sweep, changes_nothing, jobs, work
 from bench.study.loop import RandomPrefixProblem, Run, execute
 from bench.study.model import new_model
 from bench.study.results import Results
@@ -255,6 +255,13 @@ def test_every_variant_is_a_configuration_with_as_many_rollouts_a_step():
         assert drawn == FULL.prompts_per_step * FULL.rollouts
 
 
+def test_a_variant_that_is_the_arm_itself_is_not_run_again():
+    knobs = {"lr": 1e-4, "expert_coef": 1.0}
+    same = [n for n, v in TRAPO_VARIANTS.items() if changes_nothing(FULL, "trapo_paper", knobs, v)]
+    assert same == ["baseline=all, expert_coef=1"]
+    assert not any(changes_nothing(FULL, "trapo_paper", knobs, v) for v in CONDITIONS.values())
+
+
 def test_random_prefixes_have_all_lengths():
     problem = encoded(tasks()["chain"], tasks()["chain"].problems("train", 1))[0]
     problem = RandomPrefixProblem(problem.problem, problem.prompt_ids, problem.traces)
@@ -317,11 +324,11 @@ def test_settings_are_chosen_by_validation_alone_and_only_when_the_sweep_is_comp
     todo = [job for job in jobs(s, "sweep") if job.arm == "sft"]
     for job, score in zip(todo, (0.1, 0.3), strict=False):
         table.run(job.key, {"task": "chain"}, lambda score=score: {"validation": score})
-    assert chosen(s, "chain", "sft") is None
+    assert Sweep(s).chosen("chain", "sft") is None
     assert not any(job.arm == "sft_then_rl" for job in jobs(s, "sweep"))
     assert not list(jobs(s, "arms"))
     table.run(todo[2].key, {"task": "chain"}, lambda: {"validation": 0.2})
-    assert chosen(s, "chain", "sft") == todo[1].knobs
+    assert Sweep(s).chosen("chain", "sft") == todo[1].knobs
     assert {j.knobs["sft_lr"] for j in jobs(s, "sweep") if j.arm == "sft_then_rl"} == {todo[1].knobs["lr"]}
 
 
@@ -334,13 +341,13 @@ def test_a_sweep_goes_on_while_the_highest_learning_rate_is_the_best(tmp_path):
         job = next((j for j in jobs(s, "sweep") if j.arm == "grpo" and not s.part("sweep").taken(j.key)), None)
         if job is None:
             break
-        assert chosen(s, "chain", "grpo") is None
+        assert Sweep(s).chosen("chain", "grpo") is None
         rates.append(job.knobs["lr"])
         score = 0.1 * min(len(rates), 4)
         s.part("sweep").run(job.key, {"task": "chain"}, lambda score=score: {"validation": score})
     highest = ARMS["grpo"].grid[2]["lr"]
     assert rates[3:] == [2 * highest, 4 * highest]  # the second is no better, and the last anyway
-    assert chosen(s, "chain", "grpo") == {"lr": 2 * highest}
+    assert Sweep(s).chosen("chain", "grpo") == {"lr": 2 * highest}
 
 
 def test_bits_survive_packing():

@@ -60,78 +60,97 @@ def jobs(study: Study, part: str) -> Iterator[Job]:
     return {"sweep": sweep_jobs, "arms": arm_jobs, "ablations": ablation_jobs}[part](study)
 
 
+class Sweep:
+    """The sweep as it stands: its rows are read once, for one look at what there is to do."""
+
+    def __init__(self, study: Study) -> None:
+        self.settings = study.settings
+        self.rows = {row["key"]: row for row in study.part("sweep").rows()}
+
+    def job(self, task: str, arm: str, knobs: Knobs) -> Job:
+        return Job("sweep", task, arm, knobs, self.settings.sweep_seed)
+
+    def grid(self, task: str, arm: str) -> list[Knobs] | None:
+        """An arm's settings to try, with those beyond the grid that its results ask for; None while they depend on a
+        sweep that is not finished."""
+        found: list[Knobs] = list(ARMS[arm].grid)[: self.settings.sweep_size]
+        if arm == "sft_then_rl":
+            sft = self.chosen(task, "sft")
+            if sft is None:
+                return None
+            found = [{**k, "sft_lr": sft["lr"], "sft_batch": sft["batch"]} for k in found]
+        for _ in range(self.settings.sweep_extensions):
+            best = self._best(task, arm, found)
+            if best is None or best["lr"] < max(k["lr"] for k in found):
+                break
+            found.append({**best, "lr": 2 * best["lr"]})
+        return found
+
+    def chosen(self, task: str, arm: str) -> Knobs | None:
+        """The winner of an arm's sweep; None while it is unfinished."""
+        settings = self.grid(task, arm)
+        return None if settings is None else self._best(task, arm, settings)
+
+    def _best(self, task: str, arm: str, settings: Sequence[Knobs]) -> Knobs | None:
+        """The settings with the best validation score (the earlier on a tie); None while one has none."""
+        mine = [self.rows.get(self.job(task, arm, knobs).key) for knobs in settings]
+        if any(row is None or row["status"] == "running" for row in mine):
+            return None
+        scores = [row["validation"] if row and row["status"] == "finished" else -1.0 for row in mine]
+        return settings[scores.index(max(scores))]
+
+
 def sweep_jobs(study: Study) -> Iterator[Job]:
     """The grid of every arm, one seed. SFT comes first: SFT → GRPO starts from its winner."""
+    sweep = Sweep(study)
     for task in study.ready_tasks():
         for arm in ARMS:
-            for knobs in grid(study, task, arm) or ():
-                yield Job("sweep", task, arm, knobs, study.settings.sweep_seed)
-
-
-def grid(study: Study, task: str, arm: str) -> list[Knobs] | None:
-    """An arm's settings to try, with those beyond the grid that its results ask for; None while they depend on a sweep
-    that is not finished."""
-    found: list[Knobs] = list(ARMS[arm].grid)[: study.settings.sweep_size]
-    if arm == "sft_then_rl":
-        sft = chosen(study, task, "sft")
-        if sft is None:
-            return None
-        found = [{**k, "sft_lr": sft["lr"], "sft_batch": sft["batch"]} for k in found]
-    for _ in range(study.settings.sweep_extensions):
-        best = _best(study, task, arm, found)
-        if best is None or best["lr"] < max(k["lr"] for k in found):
-            break
-        found.append({**best, "lr": 2 * best["lr"]})
-    return found
-
-
-def chosen(study: Study, task: str, arm: str) -> Knobs | None:
-    """The winner of an arm's sweep; None while it is unfinished."""
-    settings = grid(study, task, arm)
-    return None if settings is None else _best(study, task, arm, settings)
-
-
-def _best(study: Study, task: str, arm: str, settings: Sequence[Knobs]) -> Knobs | None:
-    """The settings with the best validation score (the earlier on a tie); None while one has none."""
-    rows = {row["key"]: row for row in study.part("sweep").rows()}
-    mine = [rows.get(Job("sweep", task, arm, knobs, study.settings.sweep_seed).key) for knobs in settings]
-    if any(row is None or row["status"] == "running" for row in mine):
-        return None
-    scores = [row["validation"] if row and row["status"] == "finished" else -1.0 for row in mine]
-    return settings[scores.index(max(scores))]
+            for knobs in sweep.grid(task, arm) or ():
+                yield sweep.job(task, arm, knobs)
 
 
 def arm_jobs(study: Study) -> Iterator[Job]:
     """Every arm at its chosen settings, a seed after the other, so that an unfinished study has whole seeds."""
+    sweep = Sweep(study)
     for seed in study.settings.seeds:
         for task in study.settings.tasks:
             for arm in ARMS:
-                knobs = chosen(study, task, arm)
+                knobs = sweep.chosen(task, arm)
                 if knobs is not None:
                     yield Job("arms", task, arm, knobs, seed)
 
 
 def ablation_jobs(study: Study) -> Iterator[Job]:
     """Variants of TRAPO, then conditions, with the settings that the sweep chose."""
+    sweep = Sweep(study)
     for seed in study.settings.ablation_seeds:
-        yield from _variants(study, "trapo_paper", TRAPO_VARIANTS, seed)
+        yield from _variants(sweep, "trapo_paper", TRAPO_VARIANTS, seed)
         for arm in CONDITION_ARMS:
-            yield from _variants(study, arm, CONDITIONS, seed)
+            yield from _variants(sweep, arm, CONDITIONS, seed)
 
 
-def _variants(study: Study, arm: str, variants: Mapping[str, Variant], seed: int) -> Iterator[Job]:
-    if ABLATION_TASK not in study.settings.tasks:
+def _variants(sweep: Sweep, arm: str, variants: Mapping[str, Variant], seed: int) -> Iterator[Job]:
+    if ABLATION_TASK not in sweep.settings.tasks:
         return
-    knobs = chosen(study, ABLATION_TASK, arm)
+    knobs = sweep.chosen(ABLATION_TASK, arm)
     if knobs is None:
         return
     for name, variant in variants.items():
-        yield Job("ablations", ABLATION_TASK, arm, knobs, seed, name, variant)
+        if not changes_nothing(sweep.settings, arm, knobs, variant):
+            yield Job("ablations", ABLATION_TASK, arm, knobs, seed, name, variant)
+
+
+def changes_nothing(settings: Settings, arm: str, knobs: Knobs, variant: Variant) -> bool:
+    """Whether a variant is the arm itself at its settings, whose runs `arms` has already."""
+    same_problems = dataclasses.replace(variant, overrides={}) == Variant()
+    stages = ARMS[arm].stages
+    return same_problems and stages(settings, 0, knobs, variant.overrides) == stages(settings, 0, knobs, {})
 
 
 def missing_settings(study: Study) -> list[str]:
     """Task and arm of every sweep that is not finished."""
-    return [f"{t}/{a}" for t in study.settings.tasks for a in ARMS if chosen(study, t, a) is None]
+    sweep = Sweep(study)
+    return [f"{t}/{a}" for t in study.settings.tasks for a in ARMS if sweep.chosen(t, a) is None]
 
 
 def work(study: Study, part: str, deadline: float | None = None, task: str | None = None) -> int:

@@ -12,7 +12,7 @@ from bench.study.ablations import ABLATION_TASK, CONDITION_ARMS, CONDITIONS, TRA
 from bench.study.arms import ARMS
 from bench.study.evaluate import unpacked
 from bench.study.intervals import Estimate, estimate
-from bench.study.jobs import PARTS, Study, jobs
+from bench.study.jobs import PARTS, Study, Sweep, changes_nothing, jobs
 from bench.study.results import Row
 
 BASELINES = ("sft_then_rl", "grpo", "sft")  # what each arm is compared with
@@ -152,12 +152,15 @@ def ablations_table(study: Study) -> str:
     """Variants of TRAPO paper, as differences from the arm itself over the same seeds."""
     found, count = finished_by_arm(study, "ablations"), study.settings.test_problems
     plain = finished_by_arm(study, "arms").get((ABLATION_TASK, "trapo_paper"), [])
+    knobs = Sweep(study).chosen(ABLATION_TASK, "trapo_paper")
     out = []
-    for name in TRAPO_VARIANTS:
+    for name, variant in TRAPO_VARIANTS.items():
         if rows := found.get((ABLATION_TASK, "trapo_paper", name)):
             compared = difference(rows, plain, count)
             against = points(compared[0]) if compared else ""
             out.append([name, str(len(rows)), percent(accuracy(rows, count)), against])
+        elif plain and knobs and changes_nothing(study.settings, "trapo_paper", knobs, variant):
+            out.append([f"{name}: the arm itself", str(len(plain)), percent(accuracy(plain, count)), ""])
     return table(("variant", "seeds", "test, greedy [95%]", "− TRAPO paper"), out) if out else NOTHING
 
 
@@ -256,6 +259,10 @@ def _mean(rows: Sequence[Row], key: str) -> float:
     return float(np.mean([row[key] for row in rows]))
 
 
+def _hours(rows: Sequence[Row]) -> float:
+    return sum(row["cpu_seconds"] for row in rows) / 3600
+
+
 def status(study: Study, part: str) -> str:
     """What is done of a part (of all of them for `status`), and what the rest will cost."""
     lines = []
@@ -269,10 +276,11 @@ def status(study: Study, part: str) -> str:
         done = [r for r in rows if r["status"] == "finished"]
         failed = [r["key"] for r in rows if r["status"] == "failed"]
         left = len(todo) - len(done) - len(failed)
+        spent = f" in {_hours(done):.1f} core-hours" if done else ""
         # SFT's runs come first and are cheap: no estimate before each arm has a run.
         known = left > 0 and {r["arm"] for r in done} == set(ARMS)
-        cost = f", about {left * _mean(done, 'cpu_seconds') / 3600:.1f} core-hours" if known else ""
-        lines.append(f"{name}: {len(done)} of {len(todo)} known runs finished{cost}; failed: {failed or 'none'}")
+        cost = f", the rest about {_hours(done) * left / len(done):.1f}" if known else ""
+        lines.append(f"{name}: {len(done)} of {len(todo)} known runs finished{spent}{cost}; failed: {failed or 'none'}")
     if missing := sorted(set(study.settings.tasks) - set(study.ready_tasks())):
         lines.append(f"no base model yet: {', '.join(missing)}")
     return "\n".join(lines)
