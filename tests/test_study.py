@@ -219,7 +219,7 @@ def test_samples_follow_the_models_distribution_and_the_seed(model):
 def test_each_arm_trains_and_is_scored(arm):
     knobs = {**ARMS[arm].grid[0], "sft_lr": 1e-3, "sft_batch": 1, "split": 0.5}
     model = new_model(0, hidden=24, layers=1)
-    row = execute(TINY, tasks()["chain"], model, arm, knobs, seed=1, with_passes=True)
+    row = execute(Run(TINY, tasks()["chain"], model, arm, knobs, seed=1), with_passes=True)
     assert row["steps"] == TINY.steps
     assert [step for step, _ in row["validation_curve"]] == [0, 2, 4]
     assert unpacked(row["test_right"], TINY.test_problems).mean() == row["test"]
@@ -271,7 +271,7 @@ def test_random_prefixes_have_all_lengths():
 
 def test_a_run_is_the_same_again_and_keeps_its_best_weights():
     rows = [
-        execute(TINY, tasks()["chain"], new_model(0, hidden=24, layers=1), "trapo_paper", {"lr": 1e-3}, seed=1)
+        execute(Run(TINY, tasks()["chain"], new_model(0, hidden=24, layers=1), "trapo_paper", {"lr": 1e-3}, seed=1))
         for _ in range(2)
     ]
     for row in rows:

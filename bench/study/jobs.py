@@ -14,7 +14,7 @@ import torch
 from bench.study.ablations import ABLATION_TASK, CONDITION_ARMS, CONDITIONS, TRAPO_VARIANTS, Variant
 from bench.study.arms import ARMS, Knobs
 from bench.study.base import base_model, base_path, digest
-from bench.study.loop import execute
+from bench.study.loop import Run, execute
 from bench.study.results import Results, Row
 from bench.study.settings import Settings
 from bench.study.task import tasks
@@ -187,17 +187,8 @@ def _about(study: Study, job: Job) -> Row:
 def _execute(study: Study, job: Job) -> dict[str, Any]:
     task = tasks()[job.task]
     model = base_model(study.settings, study.results, task)
-    return execute(
-        study.settings,
-        task,
-        model,
-        job.arm,
-        job.knobs,
-        job.seed,
-        job.variant,
-        with_test=job.part != "sweep",
-        with_passes=job.part == "arms",
-    )
+    run = Run(study.settings, task, model, job.arm, job.knobs, job.seed, job.variant)
+    return execute(run, with_test=job.part != "sweep", with_passes=job.part == "arms")
 
 
 def _told(row: Row) -> str:

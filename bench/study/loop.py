@@ -179,21 +179,9 @@ def passes(drawn: Samples) -> dict[str, float]:
     return {str(2**i): drawn.pass_at(2**i) for i in range(count.bit_length()) if 2**i <= count}
 
 
-def execute(
-    settings: Settings,
-    task: Task,
-    model: LlamaForCausalLM,
-    arm: str,
-    knobs: Knobs,
-    seed: int,
-    variant: Variant | None = None,
-    *,
-    with_test: bool = True,
-    with_passes: bool = False,
-) -> dict[str, Any]:
-    """Train and score one run; a sweep's run (`with_test=False`) never sees the test problems."""
+def execute(run: Run, *, with_test: bool = True, with_passes: bool = False) -> dict[str, Any]:
+    """Train and score a run; a sweep's (`with_test=False`) never sees the test problems."""
     cpu = time.process_time()
-    run = Run(settings, task, model, arm, knobs, seed, variant)
     run.train()
     trained = time.process_time()
     best_step, best = max(run.validated, key=lambda pair: (pair[1], -pair[0]))
