@@ -332,22 +332,34 @@ def test_settings_are_chosen_by_validation_alone_and_only_when_the_sweep_is_comp
     assert {j.knobs["sft_lr"] for j in jobs(s, "sweep") if j.arm == "sft_then_rl"} == {todo[1].knobs["lr"]}
 
 
-def test_a_sweep_goes_on_while_the_highest_learning_rate_is_the_best(tmp_path):
-    s = study(tmp_path, dataclasses.replace(TINY, sweep_size=3, sweep_extensions=2))
+def swept(s: Study, arm: str, score) -> list[dict]:
+    """The settings that an arm's sweep tries, in order, when a run at some settings scores `score(settings)`."""
     base_path(s.results, "chain").parent.mkdir(parents=True)
     base_path(s.results, "chain").touch()
-    rates = []
-    for _ in range(6):
-        job = next((j for j in jobs(s, "sweep") if j.arm == "grpo" and not s.part("sweep").taken(j.key)), None)
-        if job is None:
-            break
-        assert Sweep(s).chosen("chain", "grpo") is None
-        rates.append(job.knobs["lr"])
-        score = 0.1 * min(len(rates), 4)
-        s.part("sweep").run(job.key, {"task": "chain"}, lambda score=score: {"validation": score})
-    highest = ARMS["grpo"].grid[2]["lr"]
-    assert rates[3:] == [2 * highest, 4 * highest]  # the second is no better, and the last anyway
-    assert Sweep(s).chosen("chain", "grpo") == {"lr": 2 * highest}
+    tried = []
+    while job := next((j for j in jobs(s, "sweep") if j.arm == arm and not s.part("sweep").taken(j.key)), None):
+        assert Sweep(s).chosen("chain", arm) is None
+        tried.append(job.knobs)
+        s.part("sweep").run(job.key, {"task": "chain"}, lambda job=job: {"validation": score(job.knobs)})
+    assert score(Sweep(s).chosen("chain", arm)) == max(map(score, tried))
+    return tried
+
+
+@pytest.mark.parametrize(("peak", "beyond"), [(1e-4, []), (3e-4, [2]), (6e-4, [2, 4]), (1.0, [2, 4, 8])])
+def test_a_sweep_goes_on_while_the_highest_learning_rate_is_the_best(tmp_path, peak, beyond):
+    s = study(tmp_path, dataclasses.replace(TINY, sweep_size=6, sweep_extensions=3))
+    tried = swept(s, "grpo", lambda knobs: -abs(knobs["lr"] - peak))
+    assert tried[:6] == list(ARMS["grpo"].grid)
+    assert [round(knobs["lr"] / 3e-4) for knobs in tried[6:]] == beyond
+
+
+def test_a_sweep_goes_on_in_expert_coef_too(tmp_path):
+    s = study(tmp_path, dataclasses.replace(TINY, sweep_size=6, sweep_extensions=4))
+    tried = swept(s, "luffy", lambda knobs: -abs(knobs["lr"] - 2e-3) - abs(knobs["expert_coef"] - 4))
+    beyond = [(knobs["lr"], knobs["expert_coef"]) for knobs in tried[6:]]
+    assert beyond == [(2e-3, 1), (4e-3, 1), (2e-3, 4), (4e-3, 4)]
+    s = study(tmp_path / "inside", s.settings)
+    assert swept(s, "luffy", lambda knobs: -abs(knobs["lr"] - 3e-4) - knobs["expert_coef"]) == list(ARMS["luffy"].grid)
 
 
 def test_bits_survive_packing():

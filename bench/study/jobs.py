@@ -60,6 +60,10 @@ def jobs(study: Study, part: str) -> Iterator[Job]:
     return {"sweep": sweep_jobs, "arms": arm_jobs, "ablations": ablation_jobs}[part](study)
 
 
+# How a sweep goes on beyond its grid, axis by axis: the bounds of a grid must not decide the comparison.
+BEYOND: Knobs = {"lr": 2, "expert_coef": 4}
+
+
 class Sweep:
     """The sweep as it stands: its rows are read once, for one look at what there is to do."""
 
@@ -79,11 +83,14 @@ class Sweep:
             if sft is None:
                 return None
             found = [{**k, "sft_lr": sft["lr"], "sft_batch": sft["batch"]} for k in found]
+        bounds = {axis: max(k[axis] for k in found) for axis in BEYOND if axis in found[0]}
         for _ in range(self.settings.sweep_extensions):
             best = self._best(task, arm, found)
-            if best is None or best["lr"] < max(k["lr"] for k in found):
+            further = () if best is None else _beyond(best, bounds)
+            untried = next((knobs for knobs in further if knobs not in found), None)
+            if untried is None:
                 break
-            found.append({**best, "lr": 2 * best["lr"]})
+            found.append(untried)
         return found
 
     def chosen(self, task: str, arm: str) -> Knobs | None:
@@ -98,6 +105,11 @@ class Sweep:
             return None
         scores = [row["validation"] if row and row["status"] == "finished" else -1.0 for row in mine]
         return settings[scores.index(max(scores))]
+
+
+def _beyond(best: Knobs, bounds: Knobs) -> list[Knobs]:
+    """The settings next to the best ones on each axis where those are at the highest of the grid, or above it."""
+    return [{**best, axis: BEYOND[axis] * best[axis]} for axis in bounds if best[axis] >= bounds[axis]]
 
 
 def sweep_jobs(study: Study) -> Iterator[Job]:
