@@ -27,7 +27,7 @@ class Settings:
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     ablation_seeds: tuple[int, ...] = (1, 2, 3)
     sweep_size: int | None = None  # configurations per arm; None: all of its grid
-    sweep_extensions: int = 4  # further ones, each at twice the learning rate, while the highest one tried is the best
+    sweep_extensions: int = 8  # beyond the grid at most, while the best setting is at its highest values (jobs.py)
     # Evaluation.
     validation_problems: int = 512
     test_problems: int = 1024
