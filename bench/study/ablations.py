@@ -22,13 +22,8 @@ def _one(key: str, *values: Any) -> dict[str, Variant]:
 
 
 TRAPO_VARIANTS: dict[str, Variant] = {
-    **{
-        f"baseline={baseline}, expert_coef={coef:g}": Variant(
-            {"advantage.baseline": baseline, "objective.expert_coef": coef}
-        )
-        for baseline in ("all", "unguided", "own_tokens")
-        for coef in (1.0, 0.1)
-    },
+    **_one("advantage.baseline", "unguided", "own_tokens"),
+    **_one("objective.expert_coef", 1.0, 0.1),
     **_one("objective.alpha", 0.01, 0.03, 0.3, 1.0),
     "thresholds: only where all failed": Variant({"guidance.thresholds": "[-1,0.01,0.01,0.01]"}),
     "thresholds: higher": Variant({"guidance.thresholds": "[-1,0.8,0.9,1.0]"}),
@@ -51,7 +46,6 @@ TRAPO_VARIANTS: dict[str, Variant] = {
 CONDITION_ARMS = ("sft", "grpo", "sft_then_rl", "trapo_paper")
 CONDITIONS: dict[str, Variant] = {
     "50 traces": Variant(traces=50),
-    "150 traces": Variant(traces=150),
     "long problems only (sparse reward)": Variant(lengths=(6, 7, 8)),
     "short problems only (dense reward)": Variant(lengths=(3, 4)),
 }
