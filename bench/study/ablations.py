@@ -29,7 +29,6 @@ TRAPO_VARIANTS: dict[str, Variant] = {
     "thresholds: higher": Variant({"guidance.thresholds": "[-1,0.8,0.9,1.0]"}),
     "thresholds: always": Variant({"guidance.thresholds": "[-1,2,2,2]"}),
     "ratios: short": Variant({"guidance.ratios": "[0,0.1,0.2,0.4]"}),
-    "ratios: half": Variant({"guidance.ratios": "[0,0.5,0.5,0.5]"}),
     "ratios: no full trace": Variant({"guidance.ratios": "[0,0.2,0.5,0.8]"}),
     "groups of 4 (2,1,1)": Variant(
         {
@@ -41,6 +40,7 @@ TRAPO_VARIANTS: dict[str, Variant] = {
     ),
     "groups of 16 (8,4,2,2)": Variant({"guidance.sizes": "[8,4,2,2]", "train.prompts_per_step": 8}),
     "cut at a step boundary": Variant({"guidance.cut": "blank_line"}),
+    "learning rate falls to 0, as SFT's": Variant({"optim.schedule": "linear"}),
 }
 # When does it pay? Fewer traces (400 prompts all the same), and rewards that are sparser or denser.
 CONDITION_ARMS = ("sft", "grpo", "sft_then_rl", "trapo_paper")
