@@ -138,13 +138,17 @@ def base_scores(study: Study, task: str) -> list[Row]:
 
 
 def sweep_table(study: Study, task: str) -> str:
-    """Every setting that was tried, with its validation score."""
+    """Every setting that was tried, arm by arm, with its validation score; the chosen one in bold."""
+    sweep, order = Sweep(study), list(ARMS)
+    mine = sorted((r for r in sweep.rows.values() if r["task"] == task), key=lambda r: order.index(r["arm"]))
+    winners = {arm: sweep.chosen(task, arm) for arm in ARMS}
     out = []
-    for row in study.part("sweep").rows():
-        if row["task"] == task:
-            knobs = ", ".join(f"{k} {v:g}" for k, v in row["knobs"].items())
-            score = f"{100 * row['validation']:.1f}" if row["status"] == "finished" else row["status"]
-            out.append([ARMS[row["arm"]].label, knobs, score, str(row.get("validation_step", ""))])
+    for row in mine:
+        knobs = ", ".join(f"{k} {v:g}" for k, v in row["knobs"].items())
+        score = f"{100 * row['validation']:.1f}" if row["status"] == "finished" else row["status"]
+        if row["knobs"] == winners[row["arm"]]:
+            score = f"**{score}**"
+        out.append([ARMS[row["arm"]].label, knobs, score, str(row.get("validation_step", ""))])
     return table(("arm", "settings", "best validation, greedy", "at step"), out) if out else NOTHING
 
 
