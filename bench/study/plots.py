@@ -104,18 +104,20 @@ def draw_arms(study: Study, figure: Any) -> bool:
     if not found:
         return False
     axes = np.atleast_1d(figure.subplots(1, len(study.settings.tasks), sharey=True))
+    names = [arm for arm in reversed(ARMS) if any((task, arm) in found for task in study.settings.tasks)]
+    axes[0].set_yticks(range(len(names)), [ARMS[arm].label for arm in names])  # shared by all tasks
     for axis, task in zip(axes, study.settings.tasks, strict=True):
-        names = [arm for arm in ARMS if (task, arm) in found]
-        for y, arm in enumerate(reversed(names)):
-            rows = found[task, arm]
+        for y, arm in enumerate(names):
+            rows = found.get((task, arm))
+            if not rows:
+                continue
             e = accuracy(rows, count)
             axis.plot([100 * e.low, 100 * e.high], [y, y], color=COLOURS[arm], linewidth=4, alpha=0.5)
             axis.plot([100 * row["test"] for row in rows], [y] * len(rows), "o", color=COLOURS[arm], markersize=4)
             axis.plot(100 * e.mean, y, "|", color=COLOURS[arm], markersize=16, markeredgewidth=2)
-        axis.set_yticks(range(len(names)), [ARMS[arm].label for arm in reversed(names)])
         for row in base_scores(study, task):
             axis.axvline(100 * row["test"], color="#57606a", linestyle=":", label="base")
-        axis.set(title=f"{task} (bar: 95% interval, dots: seeds)", xlabel="test accuracy, greedy, %")
+        axis.set(title=task, xlabel="test accuracy, greedy, %")
         axis.grid(alpha=0.3, axis="x")
         axis.legend(fontsize=8)
     return True
@@ -124,7 +126,7 @@ def draw_arms(study: Study, figure: Any) -> bool:
 def draw_passes(study: Study, figure: Any) -> bool:
     """pass@k before and after."""
     found = finished_by_arm(study, "arms")
-    shown = ("sft", "grpo", "sft_then_rl", "luffy", "trapo_paper")
+    shown = ("sft", "grpo", "sft_then_rl", "luffy", "micro_groups_nll", "trapo_paper")
     if not found:
         return False
     axes = np.atleast_1d(figure.subplots(1, len(study.settings.tasks)))
@@ -138,9 +140,11 @@ def draw_passes(study: Study, figure: Any) -> bool:
                 style = {"color": "#24292f", "linestyle": ":"} if arm == "base" else {"color": COLOURS[arm]}
                 axis.plot(ks, means, marker="o", label="base" if arm == "base" else ARMS[arm].label, **style)
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.set(title=task, xlabel="k", ylabel="pass@k at T = 1, %")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=len(labels))
     return True
 
 
@@ -170,7 +174,7 @@ def draw_guidance(study: Study, figure: Any) -> bool:
 
 PICTURES: dict[str, tuple[Callable[[Study, Any], bool], str]] = {
     "void": (draw_void, "Void mass of the tables by the expert's mixture"),
-    "arms": (draw_arms, "Test accuracy of every arm"),
+    "arms": (draw_arms, "Test accuracy of every arm: mean, 95% interval, and a dot per seed"),
     "passes": (draw_passes, "pass@k before and after"),
     "guidance": (draw_guidance, "Guided rollouts over the steps"),
 }

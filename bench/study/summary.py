@@ -15,6 +15,13 @@ from bench.study.intervals import Estimate, estimate
 from bench.study.jobs import PARTS, Study, Sweep, changes_nothing, jobs
 from bench.study.results import Row
 
+PARTS_OF_TRAPO = {
+    "an expert term on the prefixes": "micro_groups",
+    "TrSFT instead of NLL": "micro_groups_nll",
+    "prefixes that follow the rewards, not a fixed half": "fixed_prefix",
+    "prefixes that follow the rewards, not random ones": "random_prefix",
+    "the paper's settings, not its code's": "trapo_official",
+}
 BASELINES = ("sft_then_rl", "grpo", "sft")  # what each arm is compared with
 
 
@@ -100,11 +107,23 @@ def arms_table(study: Study, task: str) -> str:
                 *("" if other == arm else next(cells) for other in BASELINES),
                 f"{_mean(rows, 'generated_tokens') / 1e6:.2f}",
                 f"{_mean(rows, 'trained_tokens') / 1e6:.2f}",
+                f"{_mean(rows, 'cpu_seconds_train'):.0f}",
             ]
         )
     against = [f"− {ARMS[b].label}" for b in BASELINES]
     header = ("arm", "seeds", "test, greedy [95%]", "std over seeds", "test, T=1", "last step", *against)
-    return table((*header, "M tokens generated", "M tokens trained"), out) if out else NOTHING
+    return table((*header, "M tokens generated", "M tokens trained", "core-seconds"), out) if out else NOTHING
+
+
+def parts_table(study: Study, task: str) -> str:
+    """What a part of TRAPO is worth: paired differences between TRAPO paper and the arms that lack the part."""
+    found, count = finished_by_arm(study, "arms"), study.settings.test_problems
+    out = []
+    for part, other in PARTS_OF_TRAPO.items():
+        compared = difference(found.get((task, "trapo_paper"), []), found.get((task, other), []), count)
+        if compared:
+            out.append([part, ARMS[other].label, points(compared[0]), str(compared[1])])
+    return table(("part", "arm without it", "TRAPO paper − that arm", "seeds"), out) if out else NOTHING
 
 
 def lengths_table(study: Study, task: str) -> str:
@@ -290,6 +309,16 @@ def status(study: Study, part: str) -> str:
     return "\n".join(lines)
 
 
+def cost_table(study: Study) -> str:
+    """Processor time of the finished runs, by part and task."""
+    grouped: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for part in PARTS:
+        for row in study.part(part).finished().values():
+            grouped[part, row["task"]].append(row)
+    out = [[part, task, str(len(rows)), f"{_hours(rows):.1f}"] for (part, task), rows in grouped.items()]
+    return table(("part", "task", "runs", "core-hours"), out) if out else NOTHING
+
+
 def all_tables(study: Study) -> dict[str, Any]:
     """Every generated region of docs/study.md by its mark."""
     regions = {
@@ -300,10 +329,12 @@ def all_tables(study: Study) -> dict[str, Any]:
         "ablations": ablations_table(study),
         "conditions": conditions_table(study),
         "smollm": smollm_table(study),
+        "cost": cost_table(study),
         "status": "```\n" + status(study, "status") + "\n```",
     }
     for task in study.settings.tasks:
         regions[f"arms-{task}"] = arms_table(study, task)
+        regions[f"parts-{task}"] = parts_table(study, task)
         regions[f"lengths-{task}"] = lengths_table(study, task)
         regions[f"passes-{task}"] = passes_table(study, task)
         regions[f"sweep-{task}"] = sweep_table(study, task)
