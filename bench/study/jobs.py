@@ -134,22 +134,22 @@ def arm_jobs(study: Study) -> Iterator[Job]:
 
 def ablation_jobs(study: Study) -> Iterator[Job]:
     """Variants of TRAPO, then conditions, with the settings that the sweep chose."""
-    sweep = Sweep(study)
-    for seed in study.settings.ablation_seeds:
-        yield from _variants(sweep, "trapo_paper", TRAPO_VARIANTS, seed)
-        for arm in CONDITION_ARMS:
-            yield from _variants(sweep, arm, CONDITIONS, seed)
-
-
-def _variants(sweep: Sweep, arm: str, variants: Mapping[str, Variant], seed: int) -> Iterator[Job]:
-    if ABLATION_TASK not in sweep.settings.tasks:
+    if ABLATION_TASK not in study.settings.tasks:
         return
+    sweep = Sweep(study)
+    wanted = [("trapo_paper", TRAPO_VARIANTS), *((arm, CONDITIONS) for arm in CONDITION_ARMS)]
+    kept = [job for arm, variants in wanted for job in _variants(sweep, arm, variants)]
+    for seed in study.settings.ablation_seeds:
+        yield from (dataclasses.replace(job, seed=seed) for job in kept)
+
+
+def _variants(sweep: Sweep, arm: str, variants: Mapping[str, Variant]) -> Iterator[Job]:
     knobs = sweep.chosen(ABLATION_TASK, arm)
     if knobs is None:
         return
     for name, variant in variants.items():
         if not changes_nothing(sweep.settings, arm, knobs, variant):
-            yield Job("ablations", ABLATION_TASK, arm, knobs, seed, name, variant)
+            yield Job("ablations", ABLATION_TASK, arm, knobs, 0, name, variant)
 
 
 def changes_nothing(settings: Settings, arm: str, knobs: Knobs, variant: Variant) -> bool:
