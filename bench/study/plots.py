@@ -143,8 +143,8 @@ def draw_passes(study: Study, figure: Any) -> bool:
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set(title=task, xlabel="k", ylabel="pass@k at T = 1, %")
         axis.grid(alpha=0.3)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=len(labels))
+    lines = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines.keys(), fontsize=8, loc="outside lower center", ncols=len(lines))
     return True
 
 

@@ -23,6 +23,7 @@ PARTS_OF_TRAPO = {
     "the paper's settings, not its code's": "trapo_official",
 }
 BASELINES = ("sft_then_rl", "grpo", "sft")  # what each arm is compared with
+CONDITION_BASELINES = ("sft_then_rl", "grpo")
 
 
 def right(row: Row, count: int) -> np.ndarray:
@@ -176,26 +177,42 @@ def ablations_table(study: Study) -> str:
     found, count = finished_by_arm(study, "ablations"), study.settings.test_problems
     plain = finished_by_arm(study, "arms").get((ABLATION_TASK, "trapo_paper"), [])
     knobs = Sweep(study).chosen(ABLATION_TASK, "trapo_paper")
-    out = []
+    out = [["TRAPO paper", *_variant_cells(plain, count), ""]] if plain else []
     for name, variant in TRAPO_VARIANTS.items():
         if rows := found.get((ABLATION_TASK, "trapo_paper", name)):
             compared = difference(rows, plain, count)
-            against = points(compared[0]) if compared else ""
-            out.append([name, str(len(rows)), percent(accuracy(rows, count)), against])
+            out.append([name, *_variant_cells(rows, count), points(compared[0]) if compared else ""])
         elif plain and knobs and changes_nothing(study.settings, "trapo_paper", knobs, variant):
-            out.append([f"{name}: the arm itself", str(len(plain)), percent(accuracy(plain, count)), ""])
-    return table(("variant", "seeds", "test, greedy [95%]", "− TRAPO paper"), out) if out else NOTHING
+            out.append([f"{name}: the arm itself", *_variant_cells(plain, count), ""])
+    header = ("variant", "seeds", "test, greedy [95%]", "% guided at the end", "k expert tokens", "− TRAPO paper")
+    return table(header, out) if out else NOTHING
+
+
+def _variant_cells(rows: Sequence[Row], count: int) -> list[str]:
+    guided = np.mean([row["series"][-1]["guided"] for row in rows])
+    return [
+        str(len(rows)),
+        percent(accuracy(rows, count)),
+        f"{100 * guided:.0f}",
+        f"{_mean(rows, 'expert_tokens') / 1e3:.0f}",
+    ]
 
 
 def conditions_table(study: Study) -> str:
-    """The arms again under other conditions."""
+    """The arms again under other conditions, below part 2's; TRAPO against both RL baselines, paired."""
     found, count = finished_by_arm(study, "ablations"), study.settings.test_problems
+    usual, seeds = finished_by_arm(study, "arms"), study.settings.ablation_seeds
     out = []
-    for name in CONDITIONS:
-        cells = [found.get((ABLATION_TASK, arm, name), []) for arm in CONDITION_ARMS]
-        if any(cells):
-            out.append([name, *(percent(accuracy(rows, count)) if rows else "" for rows in cells)])
-    return table(("condition", *(ARMS[a].label for a in CONDITION_ARMS)), out) if out else NOTHING
+    for name in ("as in part 2", *CONDITIONS):
+        cells = {arm: found.get((ABLATION_TASK, arm, name), []) for arm in CONDITION_ARMS}
+        if name not in CONDITIONS:
+            cells = {arm: [r for r in usual.get((ABLATION_TASK, arm), []) if r["seed"] in seeds] for arm in cells}
+        if any(cells.values()):
+            scores = [percent(accuracy(rows, count)) if rows else "" for rows in cells.values()]
+            compared = [difference(cells["trapo_paper"], cells[other], count) for other in CONDITION_BASELINES]
+            out.append([name, *scores, *(points(c[0]) if c else "" for c in compared)])
+    against = (f"TRAPO − {ARMS[other].label}" for other in CONDITION_BASELINES)
+    return table(("condition", *(ARMS[a].label for a in CONDITION_ARMS), *against), out) if out else NOTHING
 
 
 def exact_rows(study: Study, kind: str) -> list[Row]:
