@@ -311,16 +311,19 @@ def status(study: Study, part: str) -> str:
             rows = study.part(name).rows()
             lines.append(f"{name}: {sum(r['status'] == 'finished' for r in rows)} rows finished")
             continue
-        todo = list(jobs(study, name))
+        todo = {job.key for job in jobs(study, name)}
         rows = study.part(name).rows()
         done = [r for r in rows if r["status"] == "finished"]
         failed = [r["key"] for r in rows if r["status"] == "failed"]
-        left = len(todo) - len(done) - len(failed)
+        left = len(todo - {r["key"] for r in done} - set(failed))
+        further = len({r["key"] for r in done} - todo)  # a choice made since then no longer asks for them
         spent = f" in {_hours(done):.1f} core-hours" if done else ""
         # SFT's runs come first and are cheap: no estimate before each arm has a run.
         known = left > 0 and {r["arm"] for r in done} == set(ARMS)
         cost = f", the rest about {_hours(done) * left / len(done):.1f}" if known else ""
-        lines.append(f"{name}: {len(done)} of {len(todo)} known runs finished{spent}{cost}; failed: {failed or 'none'}")
+        told = f"{name}: {len(done) - further} of {len(todo)} known runs finished"
+        told += f" (and {further} that a later choice made needless)" if further else ""
+        lines.append(f"{told}{spent}{cost}; failed: {failed or 'none'}")
     if missing := sorted(set(study.settings.tasks) - set(study.ready_tasks())):
         lines.append(f"no base model yet: {', '.join(missing)}")
     return "\n".join(lines)
