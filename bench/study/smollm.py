@@ -14,7 +14,7 @@ from typing import Any
 from bench.study.jobs import Study
 from bench.study.results import Row
 
-STEPS, SMOKE_STEPS = 40, 1
+STEPS, SMOKE_STEPS = 25, 1
 ARMS: dict[str, dict[str, Any]] = {
     "sft lr=2e-5": {"mode": "sft", "optim.lr": 2e-5, "optim.schedule": "linear", "train.prompts_per_step": 32},
     "sft lr=5e-5": {"mode": "sft", "optim.lr": 5e-5, "optim.schedule": "linear", "train.prompts_per_step": 32},
@@ -36,7 +36,7 @@ def overrides(name: str, run_dir: Path, *, smoke: bool) -> list[str]:
         "guidance.ratios": "[0,0.2,0.5,1.0]",
         "guidance.thresholds": "[-1,0.5,0.7,0.9]",
         "optim.schedule": "constant",
-        "eval.every": 20,
+        "eval.every": 25,
         "checkpoint.every": 5,
     }
     chosen = {**common, **ARMS[name]}
