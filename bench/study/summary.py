@@ -89,7 +89,7 @@ NOTHING = "*Not run yet.*"
 def arms_table(study: Study, task: str) -> str:
     """One row per arm: test accuracy, differences to the baselines, cost."""
     found, count = finished_by_arm(study, "arms"), study.settings.test_problems
-    out = []
+    out = [_base_cells(row, count) for row in base_scores(study, task)]
     for arm in ARMS:
         rows = found.get((task, arm), [])
         if not rows:
@@ -116,6 +116,11 @@ def arms_table(study: Study, task: str) -> str:
     return table((*header, "M tokens generated", "M tokens trained", "core-seconds"), out) if out else NOTHING
 
 
+def _base_cells(row: Row, count: int) -> list[str]:
+    blank = [""] * (len(BASELINES) + 4)  # last step, differences, tokens, time
+    return ["base", "", percent(accuracy([row], count)), "", f"{100 * row['test_sampled']:.1f}", *blank]
+
+
 def parts_table(study: Study, task: str) -> str:
     """What a part of TRAPO is worth: paired differences between TRAPO paper and the arms that lack the part."""
     found, count = finished_by_arm(study, "arms"), study.settings.test_problems
@@ -140,17 +145,23 @@ def lengths_table(study: Study, task: str) -> str:
 
 
 def passes_table(study: Study, task: str) -> str:
-    """pass@k at T = 1, before and after."""
+    """pass@k at T = 1, before and after; at the largest k the paired difference from the base."""
     found, out, ks = finished_by_arm(study, "arms"), [], []
+    base = base_scores(study, task)
     for arm in ("base", *ARMS):
-        rows = base_scores(study, task) if arm == "base" else found.get((task, arm), [])
-        rows = [row for row in rows if "pass_at" in row]
+        rows = [row for row in (base if arm == "base" else found.get((task, arm), [])) if "pass_at" in row]
         if rows:
             ks = list(rows[0]["pass_at"])
             means = [np.mean([row["pass_at"][k] for row in rows]) for k in ks]
             label = "base" if arm == "base" else ARMS[arm].label
-            out.append([label, *(f"{100 * m:.1f}" for m in means)])
-    return table(("arm", *(f"k={k}" for k in ks)), out) if out else NOTHING
+            against = "" if arm == "base" or not base else points(estimate(_ever_right(rows) - _ever_right(base)))
+            out.append([label, *(f"{100 * m:.1f}" for m in means), against])
+    return table(("arm", *(f"k={k}" for k in ks), f"k={ks[-1]}: − base"), out) if out else NOTHING
+
+
+def _ever_right(rows: Sequence[Row]) -> np.ndarray:
+    """[seeds, problems]: 1 where one of all samples was right, which is pass@k for k = all of them."""
+    return np.array([np.array(row["pass_right"]) > 0 for row in rows], dtype=float)
 
 
 def base_scores(study: Study, task: str) -> list[Row]:
