@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench.study import chain, countdown, exact, plots, summary
-from bench.study.ablations import CONDITIONS, TRAPO_VARIANTS
+from bench.study.ablations import CONDITIONS, RETUNED, TRAPO_VARIANTS
 from bench.study.arms import ARMS
 from bench.study.base import base_model, base_path, digest, make_base
 from bench.study.engine import StudyEngine
@@ -362,6 +362,22 @@ def test_a_sweep_goes_on_in_expert_coef_too(tmp_path):
     assert swept(s, "luffy", lambda knobs: -abs(knobs["lr"] - 3e-4) - knobs["expert_coef"]) == list(ARMS["luffy"].grid)
 
 
+def test_a_condition_that_is_tuned_anew_has_its_own_winner(tmp_path):
+    s = study(tmp_path, dataclasses.replace(TINY, sweep_size=2, sweep_extensions=0))
+    base_path(s.results, "chain").parent.mkdir(parents=True)
+    base_path(s.results, "chain").touch()
+    while job := next((j for j in jobs(s, "sweep") if not s.part("sweep").taken(j.key)), None):
+        score = job.knobs.get("batch", 1) * (1 if job.name else -1)  # in part 2 the smaller batch is the better one
+        s.part("sweep").run(job.key, {"task": "chain"}, lambda score=score: {"validation": score})
+    knobs = {(j.arm, j.name): j.knobs for j in jobs(s, "ablations")}
+    anew = RETUNED["50 traces"]["sft"][1]
+    assert anew["batch"] == 4
+    assert knobs["sft", "50 traces"] == anew
+    assert knobs["sft", "long problems only (sparse reward)"] == ARMS["sft"].grid[0]
+    assert knobs["sft_then_rl", "50 traces"]["sft_lr"] == anew["lr"]
+    assert knobs["grpo", "50 traces"] == Sweep(s).chosen("chain", "grpo")
+
+
 def test_bits_survive_packing():
     right = np.random.default_rng(0).random(1021) < 0.3
     assert (unpacked(packed(right), 1021) == right).all()
@@ -395,7 +411,7 @@ def test_a_tiny_study_runs_from_base_to_tables_and_resumes(tmp_path):
     make_base(s.settings, s.results, tasks()["chain"], s.part("pretrain"))
     base = digest(base_model(s.settings, s.results, tasks()["chain"]))
     swept = work(s, "sweep")
-    assert swept == len(ARMS)
+    assert swept == len(ARMS) + sum(map(len, RETUNED.values()))
     assert work(s, "sweep") == 0
     assert work(s, "arms") == len(ARMS)
     rows = s.part("arms").rows()

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from bench.study.arms import ARMS, Knobs, grid
+
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
@@ -49,4 +51,14 @@ CONDITIONS: dict[str, Variant] = {
     "long problems only (sparse reward)": Variant(lengths=(6, 7, 8)),
     "short problems only (dense reward)": Variant(lengths=(3, 4)),
 }
+# Settings chosen on part 2's problems need not suit these (RULES.md, 2026-11-29): sweeps of their own, at part 2's
+# rates and below. GRPO is not among them: its sweep was flat, and it sees no trace.
+_ANEW: dict[str, tuple[Knobs, ...]] = {
+    "sft": grid(lr=(1e-3, 4e-3, 1.6e-2), batch=(1, 4)),
+    "sft_then_rl": ARMS["sft_then_rl"].grid,
+    "trapo_paper": grid(lr=(3e-4, 1e-3), expert_coef=(1.0, 4.0, 16.0)),
+}
+RETUNED = {"50 traces": _ANEW, "short problems only (dense reward)": _ANEW}
+# Their first seeds lost more than 15 points, four times the spread over seeds: they get no further ones (RULES.md).
+SETTLED = {"expert_coef=1.0", "expert_coef=0.1", "alpha=0.3", "alpha=1.0", "ratios: short", "groups of 16 (8,4,2,2)"}
 ABLATION_TASK = "chain"

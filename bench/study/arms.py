@@ -33,13 +33,14 @@ class Arm:
     grid: tuple[Knobs, ...]
 
 
-def _grid(**axes: tuple[float, ...]) -> tuple[Knobs, ...]:
+def grid(**axes: tuple[float, ...]) -> tuple[Knobs, ...]:
+    """Every combination of the axes' values, the last axis fastest."""
     return tuple(dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
 
 
 LRS = (3e-5, 5e-5, 1e-4, 1.5e-4, 2e-4, 3e-4)
-WITH_EXPERT = _grid(lr=(1e-4, 3e-4, 1e-3), expert_coef=(1.0, 0.1))
-SFT_GRID = _grid(lr=(1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3), batch=(1, 4))  # batch: times prompts_per_step
+WITH_EXPERT = grid(lr=(1e-4, 3e-4, 1e-3), expert_coef=(1.0, 0.1))
+SFT_GRID = grid(lr=(1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3), batch=(1, 4))  # batch: times prompts_per_step
 
 
 def _config(
@@ -93,11 +94,11 @@ def _sft_then_rl(settings: Settings, seed: int, knobs: Knobs, overrides: Mapping
 
 ARMS: dict[str, Arm] = {
     "sft": Arm("SFT", _sft, SFT_GRID),
-    "grpo": Arm("GRPO", _guided("grpo"), _grid(lr=LRS)),
-    "sft_then_rl": Arm("SFT → GRPO", _sft_then_rl, _grid(lr=(1e-4, 2e-4), split=(0.25, 0.5, 0.75))),
+    "grpo": Arm("GRPO", _guided("grpo"), grid(lr=LRS)),
+    "sft_then_rl": Arm("SFT → GRPO", _sft_then_rl, grid(lr=(1e-4, 2e-4), split=(0.25, 0.5, 0.75))),
     "luffy": Arm("LUFFY", _guided("luffy"), WITH_EXPERT),
     "micro_groups": Arm(
-        "micro-groups, no expert loss", _guided("trapo", objective__expert_coef=0.0, advantage__std=True), _grid(lr=LRS)
+        "micro-groups, no expert loss", _guided("trapo", objective__expert_coef=0.0, advantage__std=True), grid(lr=LRS)
     ),
     "micro_groups_nll": Arm("micro-groups + NLL", _guided("nll_prefix", advantage__std=True), WITH_EXPERT),
     "trapo_paper": Arm("TRAPO paper", _guided("trapo", advantage__std=True), WITH_EXPERT),

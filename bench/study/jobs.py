@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.study.ablations import ABLATION_TASK, CONDITION_ARMS, CONDITIONS, TRAPO_VARIANTS, Variant
+from bench.study.ablations import ABLATION_TASK, CONDITION_ARMS, CONDITIONS, RETUNED, SETTLED, TRAPO_VARIANTS, Variant
 from bench.study.arms import ARMS, Knobs
 from bench.study.base import base_model, base_path, digest
 from bench.study.loop import Run, execute
@@ -71,21 +71,23 @@ class Sweep:
         self.settings = study.settings
         self.rows = {row["key"]: row for row in study.part("sweep").rows()}
 
-    def job(self, task: str, arm: str, knobs: Knobs) -> Job:
-        return Job("sweep", task, arm, knobs, self.settings.sweep_seed)
+    def job(self, task: str, arm: str, knobs: Knobs, condition: str = "") -> Job:
+        variant = CONDITIONS[condition] if condition else Variant()
+        return Job("sweep", task, arm, knobs, self.settings.sweep_seed, condition, variant)
 
-    def grid(self, task: str, arm: str) -> list[Knobs] | None:
+    def grid(self, task: str, arm: str, condition: str = "") -> list[Knobs] | None:
         """An arm's settings to try, with those beyond the grid that its results ask for; None while they depend on a
-        sweep that is not finished."""
-        found: list[Knobs] = list(ARMS[arm].grid)[: self.settings.sweep_size]
+        sweep that is not finished. `condition`: one of RETUNED."""
+        whole = RETUNED[condition][arm] if condition else ARMS[arm].grid
+        found: list[Knobs] = list(whole)[: self.settings.sweep_size]
         if arm == "sft_then_rl":
-            sft = self.chosen(task, "sft")
+            sft = self.chosen(task, "sft", condition)
             if sft is None:
                 return None
             found = [{**k, "sft_lr": sft["lr"], "sft_batch": sft["batch"]} for k in found]
         bounds = {axis: max(k[axis] for k in found) for axis in BEYOND if axis in found[0]}
         for _ in range(self.settings.sweep_extensions):
-            best = self._best(task, arm, found)
+            best = self._best(task, arm, condition, found)
             further = () if best is None else _beyond(best, bounds)
             untried = next((knobs for knobs in further if knobs not in found), None)
             if untried is None:
@@ -93,14 +95,14 @@ class Sweep:
             found.append(untried)
         return found
 
-    def chosen(self, task: str, arm: str) -> Knobs | None:
+    def chosen(self, task: str, arm: str, condition: str = "") -> Knobs | None:
         """The winner of an arm's sweep; None while it is unfinished."""
-        settings = self.grid(task, arm)
-        return None if settings is None else self._best(task, arm, settings)
+        settings = self.grid(task, arm, condition)
+        return None if settings is None else self._best(task, arm, condition, settings)
 
-    def _best(self, task: str, arm: str, settings: Sequence[Knobs]) -> Knobs | None:
+    def _best(self, task: str, arm: str, condition: str, settings: Sequence[Knobs]) -> Knobs | None:
         """The settings with the best validation score (the earlier on a tie); None while one has none."""
-        mine = [self.rows.get(self.job(task, arm, knobs).key) for knobs in settings]
+        mine = [self.rows.get(self.job(task, arm, knobs, condition).key) for knobs in settings]
         if any(row is None or row["status"] == "running" for row in mine):
             return None
         scores = [row["validation"] if row and row["status"] == "finished" else -1.0 for row in mine]
@@ -113,12 +115,15 @@ def _beyond(best: Knobs, bounds: Knobs) -> list[Knobs]:
 
 
 def sweep_jobs(study: Study) -> Iterator[Job]:
-    """The grid of every arm, one seed. SFT comes first: SFT → GRPO starts from its winner."""
-    sweep = Sweep(study)
-    for task in study.ready_tasks():
-        for arm in ARMS:
-            for knobs in sweep.grid(task, arm) or ():
-                yield sweep.job(task, arm, knobs)
+    """The grid of every arm, one seed; then those of the conditions that are tuned anew. SFT comes first: SFT → GRPO
+    starts from its winner."""
+    sweep, ready = Sweep(study), study.ready_tasks()
+    wanted = [(task, arm, "") for task in ready for arm in ARMS]
+    if ABLATION_TASK in ready:
+        wanted += [(ABLATION_TASK, arm, condition) for condition, grids in RETUNED.items() for arm in grids]
+    for task, arm, condition in wanted:
+        for knobs in sweep.grid(task, arm, condition) or ():
+            yield sweep.job(task, arm, knobs, condition)
 
 
 def arm_jobs(study: Study) -> Iterator[Job]:
@@ -133,22 +138,21 @@ def arm_jobs(study: Study) -> Iterator[Job]:
 
 
 def ablation_jobs(study: Study) -> Iterator[Job]:
-    """Variants of TRAPO, then conditions, with the settings that the sweep chose."""
+    """Variants of TRAPO, then conditions, with the settings that the sweeps chose."""
     if ABLATION_TASK not in study.settings.tasks:
         return
     sweep = Sweep(study)
     wanted = [("trapo_paper", TRAPO_VARIANTS), *((arm, CONDITIONS) for arm in CONDITION_ARMS)]
     kept = [job for arm, variants in wanted for job in _variants(sweep, arm, variants)]
     for seed in study.settings.ablation_seeds:
-        yield from (dataclasses.replace(job, seed=seed) for job in kept)
+        first = seed == study.settings.ablation_seeds[0]
+        yield from (dataclasses.replace(job, seed=seed) for job in kept if first or job.name not in SETTLED)
 
 
 def _variants(sweep: Sweep, arm: str, variants: Mapping[str, Variant]) -> Iterator[Job]:
-    knobs = sweep.chosen(ABLATION_TASK, arm)
-    if knobs is None:
-        return
     for name, variant in variants.items():
-        if not changes_nothing(sweep.settings, arm, knobs, variant):
+        knobs = sweep.chosen(ABLATION_TASK, arm, name if arm in RETUNED.get(name, {}) else "")
+        if knobs is not None and not changes_nothing(sweep.settings, arm, knobs, variant):
             yield Job("ablations", ABLATION_TASK, arm, knobs, 0, name, variant)
 
 

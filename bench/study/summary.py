@@ -171,15 +171,15 @@ def base_scores(study: Study, task: str) -> list[Row]:
 def sweep_table(study: Study, task: str) -> str:
     """Every setting that was tried, arm by arm, with its validation score; the chosen one in bold."""
     sweep, order = Sweep(study), list(ARMS)
-    mine = sorted((r for r in sweep.rows.values() if r["task"] == task), key=lambda r: order.index(r["arm"]))
-    winners = {arm: sweep.chosen(task, arm) for arm in ARMS}
+    mine = [(row.get("variant", ""), row["arm"], row) for row in sweep.rows.values() if row["task"] == task]
     out = []
-    for row in mine:
+    for condition, arm, row in sorted(mine, key=lambda m: (m[0], order.index(m[1]))):
         knobs = ", ".join(f"{k} {v:g}" for k, v in row["knobs"].items())
         score = f"{100 * row['validation']:.1f}" if row["status"] == "finished" else row["status"]
-        if row["knobs"] == winners[row["arm"]]:
+        if row["knobs"] == sweep.chosen(task, arm, condition):
             score = f"**{score}**"
-        out.append([ARMS[row["arm"]].label, knobs, score, str(row.get("validation_step", ""))])
+        label = ", ".join(filter(None, (ARMS[arm].label, condition)))
+        out.append([label, knobs, score, str(row.get("validation_step", ""))])
     return table(("arm", "settings", "best validation, greedy", "at step"), out) if out else NOTHING
 
 
@@ -211,19 +211,26 @@ def _variant_cells(rows: Sequence[Row], count: int) -> list[str]:
 
 def conditions_table(study: Study) -> str:
     """The arms again under other conditions, below part 2's; TRAPO against both RL baselines, paired."""
-    found, count = finished_by_arm(study, "ablations"), study.settings.test_problems
-    usual, seeds = finished_by_arm(study, "arms"), study.settings.ablation_seeds
+    count, seeds = study.settings.test_problems, study.settings.ablation_seeds
+    wanted = {job.key for job in jobs(study, "ablations")}
+    lines: dict[str, dict[str, list[Row]]] = defaultdict(lambda: {arm: [] for arm in CONDITION_ARMS})
+    for (task, arm), rows in finished_by_arm(study, "arms").items():
+        if task == ABLATION_TASK and arm in CONDITION_ARMS:
+            lines["as in part 2"][arm] = [row for row in rows if row["seed"] in seeds]
+    for condition in CONDITIONS:
+        for arm in CONDITION_ARMS:
+            for row in finished_by_arm(study, "ablations").get((ABLATION_TASK, arm, condition), []):
+                # a condition that was tuned anew later has runs with part 2's settings, too
+                name = condition if row["key"] in wanted else f"{condition}, part 2's settings"
+                lines[name][arm].append(row)
     out = []
-    for name in ("as in part 2", *CONDITIONS):
-        cells = {arm: found.get((ABLATION_TASK, arm, name), []) for arm in CONDITION_ARMS}
-        if name not in CONDITIONS:
-            cells = {arm: [r for r in usual.get((ABLATION_TASK, arm), []) if r["seed"] in seeds] for arm in cells}
-        if any(cells.values()):
-            scores = [percent(accuracy(rows, count)) if rows else "" for rows in cells.values()]
-            compared = [difference(cells["trapo_paper"], cells[other], count) for other in CONDITION_BASELINES]
-            out.append([name, *scores, *(points(c[0]) if c else "" for c in compared)])
+    for name, cells in lines.items():
+        scores = [percent(accuracy(rows, count)) if rows else "" for rows in cells.values()]
+        compared = [difference(cells["trapo_paper"], cells[other], count) for other in CONDITION_BASELINES]
+        runs = "/".join(str(len(rows)) for rows in cells.values())
+        out.append([name, runs, *scores, *(points(c[0]) if c else "" for c in compared)])
     against = (f"TRAPO − {ARMS[other].label}" for other in CONDITION_BASELINES)
-    return table(("condition", *(ARMS[a].label for a in CONDITION_ARMS), *against), out) if out else NOTHING
+    return table(("condition", "seeds", *(ARMS[a].label for a in CONDITION_ARMS), *against), out) if out else NOTHING
 
 
 def exact_rows(study: Study, kind: str) -> list[Row]:
