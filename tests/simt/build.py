@@ -4,10 +4,10 @@ the content of what went into them."""
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -91,8 +91,10 @@ def _linked(name: str, parts: Sequence[Path], options: Sequence[str]) -> Path:
 
 def _run(command: list[str], out: Path) -> None:
     BUILD.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f"unfinished-{os.getpid()}-{out.name}")  # two test runs may build at once
-    done = subprocess.run([*command, str(unfinished)], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{COMPILER} failed:\n{done.stderr[-4000:]}")
-    unfinished.rename(out)
+    # A folder of its own for each call: two test runs, or two threads of one, may build the same part at once.
+    with tempfile.TemporaryDirectory(dir=BUILD, prefix="unfinished-") as folder:
+        unfinished = Path(folder) / out.name
+        done = subprocess.run([*command, str(unfinished)], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"{COMPILER} failed:\n{done.stderr[-4000:]}")
+        unfinished.rename(out)
