@@ -23,6 +23,12 @@ def _one(key: str, *values: Any) -> dict[str, Variant]:
     return {f"{key.split('.')[-1]}={value}": Variant({key: value}) for value in values}
 
 
+_GROUPS_OF_4 = {
+    "guidance.sizes": "[2,1,1]",
+    "guidance.ratios": "[0,0.35,1.0]",
+    "guidance.thresholds": "[-1,0.6,0.9]",
+    "train.prompts_per_step": 32,
+}
 TRAPO_VARIANTS: dict[str, Variant] = {
     **_one("advantage.baseline", "unguided", "own_tokens"),
     **_one("objective.expert_coef", 1.0, 0.1),
@@ -32,17 +38,12 @@ TRAPO_VARIANTS: dict[str, Variant] = {
     "thresholds: always": Variant({"guidance.thresholds": "[-1,2,2,2]"}),
     "ratios: short": Variant({"guidance.ratios": "[0,0.1,0.2,0.4]"}),
     "ratios: no full trace": Variant({"guidance.ratios": "[0,0.2,0.5,0.8]"}),
-    "groups of 4 (2,1,1)": Variant(
-        {
-            "guidance.sizes": "[2,1,1]",
-            "guidance.ratios": "[0,0.35,1.0]",
-            "guidance.thresholds": "[-1,0.6,0.9]",
-            "train.prompts_per_step": 32,
-        }
-    ),
+    "groups of 4 (2,1,1)": Variant(_GROUPS_OF_4),
     "groups of 16 (8,4,2,2)": Variant({"guidance.sizes": "[8,4,2,2]", "train.prompts_per_step": 8}),
     "cut at a step boundary": Variant({"guidance.cut": "blank_line"}),
     "learning rate falls to 0, as SFT's": Variant({"optim.schedule": "linear"}),
+    # Chosen on the test scores of the two (RULES.md, 2026-11-29): do their gains add?
+    "alpha=0.03 and groups of 4": Variant({"objective.alpha": 0.03, **_GROUPS_OF_4}),
 }
 # When does it pay? Fewer traces (400 prompts all the same), and rewards that are sparser or denser.
 CONDITION_ARMS = ("sft", "grpo", "sft_then_rl", "trapo_paper")
