@@ -101,6 +101,15 @@ def test_a_run_of_one_step_without_evaluation_can_be_drawn(tmp_path):
     assert write_report(write_run(tmp_path / "run", [row(1, reward=None, trsft_clipped=None)])).exists()
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_sft_run_without_rewards_can_be_drawn(tmp_path):
+    sft = {"reward": None, "reward_by_ratio": {}, "rollouts_by_ratio": {"1": 32}, "guided": 1.0}
+    steps = [full_row(step) | sft | {"generated_length": None} for step in (1, 2, 3)]
+    run = write_run(tmp_path / "run", steps, accuracies=[(0, 0.2), (3, 0.3)], overrides=["mode=sft"])
+    assert lines(figures_in(write_report(run))["Guidance used"]) == {"prefix 100%": [32, 32, 32]}
+    assert json.loads((run / "report.json").read_text())["rollouts_by_ratio"] == {"1": [32, 32, 32]}
+
+
 def test_a_folder_without_steps_is_refused(tmp_path):
     with pytest.raises(TrapoError, match="holds no steps"):
         write_report(tmp_path)

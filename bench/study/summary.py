@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,8 @@ PARTS_OF_TRAPO = {
     "prefixes that follow the rewards, not random ones": "random_prefix",
     "the paper's settings, not its code's": "trapo_official",
 }
+VARIANTS_AGAINST = ("trapo_paper", "micro_groups_nll", "sft")
 BASELINES = ("sft_then_rl", "grpo", "sft")  # what each arm is compared with
-CONDITION_BASELINES = ("sft_then_rl", "grpo")
 
 
 def right(row: Row, count: int) -> np.ndarray:
@@ -41,13 +41,19 @@ def accuracy(rows: Sequence[Row], count: int) -> Estimate:
 
 
 def difference(rows: Sequence[Row], others: Sequence[Row], count: int) -> tuple[Estimate, int] | None:
-    """Paired by seed and problem: `rows` − `others`, and over how many seeds; None where no seed is shared."""
+    """Of greedy answers; see `paired`."""
+    return paired(rows, others, lambda row: right(row, count).astype(float))
+
+
+def paired(
+    rows: Sequence[Row], others: Sequence[Row], values: Callable[[Row], np.ndarray]
+) -> tuple[Estimate, int] | None:
+    """`rows` − `others` by seed and problem, and over how many seeds; None where no seed is shared."""
     mine, theirs = by_seed(rows), by_seed(others)
     seeds = sorted(mine.keys() & theirs.keys())
     if not seeds:
         return None
-    values = [right(mine[s], count).astype(float) - right(theirs[s], count) for s in seeds]
-    return estimate(np.array(values)), len(seeds)
+    return estimate(np.array([values(mine[s]) - values(theirs[s]) for s in seeds])), len(seeds)
 
 
 def finished_by_arm(study: Study, part: str) -> dict[tuple[str, ...], list[Row]]:
@@ -145,23 +151,27 @@ def lengths_table(study: Study, task: str) -> str:
 
 
 def passes_table(study: Study, task: str) -> str:
-    """pass@k at T = 1, before and after; at the largest k the paired difference from the base."""
-    found, out, ks = finished_by_arm(study, "arms"), [], []
-    base = base_scores(study, task)
+    """pass@k at T = 1, before and after; at the largest k the paired differences from the base and from GRPO."""
+    found, base = finished_by_arm(study, "arms"), base_scores(study, task)
+    grpo, out, ks = found.get((task, "grpo"), []), [], []
     for arm in ("base", *ARMS):
         rows = [row for row in (base if arm == "base" else found.get((task, arm), [])) if "pass_at" in row]
         if rows:
             ks = list(rows[0]["pass_at"])
-            means = [np.mean([row["pass_at"][k] for row in rows]) for k in ks]
+            means = [f"{100 * np.mean([row['pass_at'][k] for row in rows]):.1f}" for k in ks]
+            # the one base model is every seed's start
+            start = [{**base[0], "seed": row["seed"]} for row in rows] if arm != "base" and base else []
+            others = [start, grpo if arm not in ("base", "grpo") else []]
+            compared = [paired(rows, other, _ever_right) if other else None for other in others]
             label = "base" if arm == "base" else ARMS[arm].label
-            against = "" if arm == "base" or not base else points(estimate(_ever_right(rows) - _ever_right(base)))
-            out.append([label, *(f"{100 * m:.1f}" for m in means), against])
-    return table(("arm", *(f"k={k}" for k in ks), f"k={ks[-1]}: − base"), out) if out else NOTHING
+            out.append([label, *means, *(points(c[0]) if c else "" for c in compared)])
+    header = ("arm", *(f"k={k}" for k in ks), *(f"k={k}: − {other}" for k in ks[-1:] for other in ("base", "GRPO")))
+    return table(header, out) if out else NOTHING
 
 
-def _ever_right(rows: Sequence[Row]) -> np.ndarray:
-    """[seeds, problems]: 1 where one of all samples was right, which is pass@k for k = all of them."""
-    return np.array([np.array(row["pass_right"]) > 0 for row in rows], dtype=float)
+def _ever_right(row: Row) -> np.ndarray:
+    """[problems]: 1 where one of all samples was right, which is pass@k for k = all of them."""
+    return (np.array(row["pass_right"]) > 0).astype(float)
 
 
 def base_scores(study: Study, task: str) -> list[Row]:
@@ -184,19 +194,25 @@ def sweep_table(study: Study, task: str) -> str:
 
 
 def ablations_table(study: Study) -> str:
-    """Variants of TRAPO paper, as differences from the arm itself over the same seeds."""
+    """Variants of TRAPO paper, as differences from the arm itself and from others over the same seeds."""
     found, count = finished_by_arm(study, "ablations"), study.settings.test_problems
-    plain = finished_by_arm(study, "arms").get((ABLATION_TASK, "trapo_paper"), [])
+    others = {arm: finished_by_arm(study, "arms").get((ABLATION_TASK, arm), []) for arm in VARIANTS_AGAINST}
+    plain = others["trapo_paper"]
     knobs = Sweep(study).chosen(ABLATION_TASK, "trapo_paper")
-    out = [["TRAPO paper", *_variant_cells(plain, count), ""]] if plain else []
+    out = [["TRAPO paper", *_variant_cells(plain, count), *_against(plain, others, count)]] if plain else []
     for name, variant in TRAPO_VARIANTS.items():
         if rows := found.get((ABLATION_TASK, "trapo_paper", name)):
-            compared = difference(rows, plain, count)
-            out.append([name, *_variant_cells(rows, count), points(compared[0]) if compared else ""])
+            out.append([name, *_variant_cells(rows, count), *_against(rows, others, count)])
         elif plain and knobs and changes_nothing(study.settings, "trapo_paper", knobs, variant):
-            out.append([f"{name}: the arm itself", *_variant_cells(plain, count), ""])
-    header = ("variant", "seeds", "test, greedy [95%]", "% guided at the end", "k expert tokens", "− TRAPO paper")
+            out.append([f"{name}: the arm itself", *_variant_cells(plain, count), *_against(plain, others, count)])
+    against = (f"− {ARMS[arm].label}" for arm in VARIANTS_AGAINST)
+    header = ("variant", "seeds", "test, greedy [95%]", "% guided at the end", "k expert tokens", *against)
     return table(header, out) if out else NOTHING
+
+
+def _against(rows: Sequence[Row], others: Mapping[str, Sequence[Row]], count: int) -> list[str]:
+    compared = [None if rows is other else difference(rows, other, count) for other in others.values()]
+    return [points(c[0]) if c else "" for c in compared]
 
 
 def _variant_cells(rows: Sequence[Row], count: int) -> list[str]:
@@ -210,7 +226,7 @@ def _variant_cells(rows: Sequence[Row], count: int) -> list[str]:
 
 
 def conditions_table(study: Study) -> str:
-    """The arms again under other conditions, below part 2's; TRAPO against both RL baselines, paired."""
+    """The arms again under other conditions, below part 2's; TRAPO against the others, paired."""
     count, seeds = study.settings.test_problems, study.settings.ablation_seeds
     wanted = {job.key for job in jobs(study, "ablations")}
     lines: dict[str, dict[str, list[Row]]] = defaultdict(lambda: {arm: [] for arm in CONDITION_ARMS})
@@ -226,10 +242,10 @@ def conditions_table(study: Study) -> str:
     out = []
     for name, cells in lines.items():
         scores = [percent(accuracy(rows, count)) if rows else "" for rows in cells.values()]
-        compared = [difference(cells["trapo_paper"], cells[other], count) for other in CONDITION_BASELINES]
+        compared = [difference(cells["trapo_paper"], cells[other], count) for other in BASELINES]
         runs = "/".join(str(len(rows)) for rows in cells.values())
         out.append([name, runs, *scores, *(points(c[0]) if c else "" for c in compared)])
-    against = (f"TRAPO − {ARMS[other].label}" for other in CONDITION_BASELINES)
+    against = (f"TRAPO − {ARMS[other].label}" for other in BASELINES)
     return table(("condition", "seeds", *(ARMS[a].label for a in CONDITION_ARMS), *against), out) if out else NOTHING
 
 

@@ -25,7 +25,11 @@ def report_data(
     rows: list[dict[str, Any]], summary: dict[str, Any], evaluations: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Series by name, each a list over steps with None where a step has no such value."""
-    ratios = sorted({ratio for row in rows for ratio in row["reward_by_ratio"]}, key=float)
+    # SFT's full traces have no rewards, so that the two differ.
+    rewarded, rolled_out = (
+        sorted({ratio for row in rows for ratio in row[name]}, key=float)
+        for name in ("reward_by_ratio", "rollouts_by_ratio")
+    )
     names = [
         "reward",
         "trsft_clipped",
@@ -41,8 +45,8 @@ def report_data(
         "evaluations": evaluations,
         "step": [row["step"] for row in rows],
         "series": {name: [row.get(name) for row in rows] for name in names},
-        "reward_by_ratio": {ratio: [row["reward_by_ratio"].get(ratio) for row in rows] for ratio in ratios},
-        "rollouts_by_ratio": {ratio: [row["rollouts_by_ratio"].get(ratio, 0) for row in rows] for ratio in ratios},
+        "reward_by_ratio": {ratio: [row["reward_by_ratio"].get(ratio) for row in rows] for ratio in rewarded},
+        "rollouts_by_ratio": {ratio: [row["rollouts_by_ratio"].get(ratio, 0) for row in rows] for ratio in rolled_out},
     }
 
 
@@ -117,4 +121,5 @@ def _lines(axis: Any, steps: list[int], series: dict[str, list[float | None]], t
         axis.plot(steps, numbers, label=name, color=colour, linewidth=1.8, marker=".", markersize=5)
     axis.set(title=title, xlabel="step", ylabel=unit)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    if series:
+        axis.legend(fontsize=8)
