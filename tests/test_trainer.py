@@ -1,0 +1,33 @@
+"""Every mode trains to its end, its report included. Interruptions: test_resume.py and test_restarts.py."""
+
+import io
+import json
+
+import pytest
+import torch
+from killed_run import settings
+from rich.console import Console
+
+from trapo import trainer
+from trapo.config import MODES
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_trains_evaluates_and_draws_its_report(mode, tiny_model_path, tmp_path):
+    run_dir, threads = tmp_path / "run", torch.get_num_threads()
+    steps = ["train.steps=3", "checkpoint.every=0", "eval.every=3"]
+    split = ["train.sft_steps=2"] if mode == "sft_then_rl" else []
+    try:
+        trainer.train(
+            settings(tiny_model_path, run_dir, f"mode={mode}", *steps, *split), console=Console(file=io.StringIO())
+        )
+    finally:
+        torch.set_num_threads(threads)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["optimizer_steps"] + row["skipped_steps"] > 0 for row in rows)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["mode"], summary["steps"]) == (mode, 3)
+    assert summary["eval_after"] is not None
+    assert (run_dir / "report.png").stat().st_size > 10_000
+    assert "</html>" in (run_dir / "report.html").read_text()
