@@ -311,21 +311,26 @@ def _void_cell(rows: Sequence[Row]) -> str:
 
 
 def smollm_table(study: Study) -> str:
-    """Part 4: accuracy with its interval over the test problems, paired differences from the best SFT run."""
+    """Part 4: accuracy with its interval over the test problems, paired differences from the best SFT and GRPO."""
     rows = [row for row in study.part("smollm").rows() if row["status"] == "finished"]
     if not rows:
         return NOTHING
     sft = max((r for r in rows if r["arm"].startswith("sft")), key=lambda r: r["eval_after"], default=None)
+    grpo = next((r for r in rows if r["arm"] == "grpo"), None)
     out = []
     for row in rows:
         low, high = row["eval_after_interval"]
-        paired = ""
-        if sft is not None and row is not sft:
-            paired = points(estimate(np.array([row["test_rewards"]]) - np.array([sft["test_rewards"]])))
+        compared = [
+            paired([row], [other], lambda r: np.array(r["test_rewards"])) if other and other is not row else None
+            for other in (sft, grpo)
+        ]
         after = f"{100 * row['eval_after']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-        tokens = (f"{row[k] / 1e3:.0f}" for k in ("generated_tokens", "trained_tokens"))
-        out.append([row["arm"], str(row["steps"]), f"{100 * row['eval_before']:.1f}", after, paired, *tokens])
-    header = ("arm", "steps", "before", "after [95%]", "− best SFT run", "k tokens generated", "k tokens trained")
+        counts = (f"{row[k] / 1e3:.0f}" for k in ("expert_tokens", "generated_tokens", "trained_tokens"))
+        differences = (points(c[0]) if c else "" for c in compared)
+        before = f"{100 * row['eval_before']:.1f}"
+        out.append([row["arm"], str(row["steps"]), before, after, *differences, *counts, f"{row['seconds'] / 60:.0f}"])
+    tokens = (f"k {kind} tokens" for kind in ("expert", "generated", "trained"))
+    header = ("arm", "steps", "before", "after [95%]", "− best SFT run", "− GRPO", *tokens, "minutes on a core")
     return table(header, out)
 
 
@@ -334,7 +339,7 @@ def _mean(rows: Sequence[Row], key: str) -> float:
 
 
 def _hours(rows: Sequence[Row]) -> float:
-    return sum(row["cpu_seconds"] for row in rows) / 3600
+    return sum(row.get("cpu_seconds", row.get("seconds", 0)) for row in rows) / 3600
 
 
 def status(study: Study, part: str) -> str:
@@ -350,13 +355,15 @@ def status(study: Study, part: str) -> str:
         done = [r for r in rows if r["status"] == "finished"]
         failed = [r["key"] for r in rows if r["status"] == "failed"]
         left = len(todo - {r["key"] for r in done} - set(failed))
-        further = len({r["key"] for r in done} - todo)  # a choice made since then no longer asks for them
+        further = [r for r in done if r["key"] not in todo]  # a choice made since then no longer asks for them
         spent = f" in {_hours(done):.1f} core-hours" if done else ""
         # SFT's runs come first and are cheap: no estimate before each arm has a run.
         known = left > 0 and {r["arm"] for r in done} == set(ARMS)
         cost = f", the rest about {_hours(done) * left / len(done):.1f}" if known else ""
-        told = f"{name}: {len(done) - further} of {len(todo)} known runs finished"
-        told += f" (and {further} that a later choice made needless)" if further else ""
+        told = f"{name}: {len(done) - len(further)} of {len(todo)} known runs finished"
+        told += f" (and {len(further)}, {_hours(further):.1f} core-hours, that a later choice made needless)" * bool(
+            further
+        )
         lines.append(f"{told}{spent}{cost}; failed: {failed or 'none'}")
     if missing := sorted(set(study.settings.tasks) - set(study.ready_tasks())):
         lines.append(f"no base model yet: {', '.join(missing)}")
@@ -364,9 +371,9 @@ def status(study: Study, part: str) -> str:
 
 
 def cost_table(study: Study) -> str:
-    """Processor time of the finished runs, by part and task."""
+    """Processor time of the finished runs, by part and task; of smollm the time on one core."""
     grouped: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for part in PARTS:
+    for part in (*PARTS, "smollm"):
         for row in study.part(part).finished().values():
             grouped[part, row["task"]].append(row)
     out = [[part, task, str(len(rows)), f"{_hours(rows):.1f}"] for (part, task), rows in grouped.items()]
