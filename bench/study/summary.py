@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -40,11 +42,6 @@ def accuracy(rows: Sequence[Row], count: int) -> Estimate:
     return estimate(np.array([right(row, count) for row in rows], dtype=float))
 
 
-def difference(rows: Sequence[Row], others: Sequence[Row], count: int) -> tuple[Estimate, int] | None:
-    """Of greedy answers; see `paired`."""
-    return paired(rows, others, lambda row: right(row, count).astype(float))
-
-
 def paired(
     rows: Sequence[Row], others: Sequence[Row], values: Callable[[Row], np.ndarray]
 ) -> tuple[Estimate, int] | None:
@@ -53,7 +50,16 @@ def paired(
     seeds = sorted(mine.keys() & theirs.keys())
     if not seeds:
         return None
-    return estimate(np.array([values(mine[s]) - values(theirs[s]) for s in seeds])), len(seeds)
+    values_of = [[np.asarray(values(side[seed]), float) for seed in seeds] for side in (mine, theirs)]
+    return estimate(np.subtract(*values_of)), len(seeds)
+
+
+def differences(
+    rows: Sequence[Row], against: Iterable[Sequence[Row]], values: Callable[[Row], np.ndarray]
+) -> list[str]:
+    """A cell for each of `against`: the paired difference; blank for the rows themselves and without a shared seed."""
+    compared = [None if rows == others else paired(rows, others, values) for others in against]
+    return [points(c[0]) if c else "" for c in compared]
 
 
 def finished_by_arm(study: Study, part: str) -> dict[tuple[str, ...], list[Row]]:
@@ -101,8 +107,7 @@ def arms_table(study: Study, task: str) -> str:
         if not rows:
             continue
         e = accuracy(rows, count)
-        compared = [difference(rows, found.get((task, other), []), count) for other in BASELINES if other != arm]
-        cells = iter(points(c[0]) if c else "" for c in compared)
+        others = [found.get((task, other), []) for other in BASELINES]
         out.append(
             [
                 ARMS[arm].label,
@@ -111,7 +116,7 @@ def arms_table(study: Study, task: str) -> str:
                 f"{100 * e.seed_std:.1f}",
                 f"{100 * _mean(rows, 'test_sampled'):.1f}",
                 f"{100 * _mean(rows, 'test_last'):.1f}",
-                *("" if other == arm else next(cells) for other in BASELINES),
+                *differences(rows, others, partial(right, count=count)),
                 f"{_mean(rows, 'generated_tokens') / 1e6:.2f}",
                 f"{_mean(rows, 'trained_tokens') / 1e6:.2f}",
                 f"{_mean(rows, 'cpu_seconds_train'):.0f}",
@@ -132,7 +137,8 @@ def parts_table(study: Study, task: str) -> str:
     found, count = finished_by_arm(study, "arms"), study.settings.test_problems
     out = []
     for part, other in PARTS_OF_TRAPO.items():
-        compared = difference(found.get((task, "trapo_paper"), []), found.get((task, other), []), count)
+        sides = (found.get((task, arm), []) for arm in ("trapo_paper", other))
+        compared = paired(*sides, partial(right, count=count))
         if compared:
             out.append([part, ARMS[other].label, points(compared[0]), str(compared[1])])
     return table(("part", "arm without it", "TRAPO paper − that arm", "seeds"), out) if out else NOTHING
@@ -152,26 +158,24 @@ def lengths_table(study: Study, task: str) -> str:
 
 def passes_table(study: Study, task: str) -> str:
     """pass@k at T = 1, before and after; at the largest k the paired differences from the base and from GRPO."""
-    found, base = finished_by_arm(study, "arms"), base_scores(study, task)
-    grpo, out, ks = found.get((task, "grpo"), []), [], []
-    for arm in ("base", *ARMS):
-        rows = [row for row in (base if arm == "base" else found.get((task, arm), [])) if "pass_at" in row]
-        if rows:
+    found = finished_by_arm(study, "arms")
+    # the one base model is every seed's start
+    base = [{**row, "seed": seed} for row in base_scores(study, task) for seed in study.settings.seeds]
+    lines = {"base": base, **{ARMS[arm].label: found.get((task, arm), []) for arm in ARMS}}
+    out, ks = [], []
+    for label, scored in lines.items():
+        if rows := [row for row in scored if "pass_at" in row]:
             ks = list(rows[0]["pass_at"])
             means = [f"{100 * np.mean([row['pass_at'][k] for row in rows]):.1f}" for k in ks]
-            # the one base model is every seed's start
-            start = [{**base[0], "seed": row["seed"]} for row in rows] if arm != "base" and base else []
-            others = [start, grpo if arm not in ("base", "grpo") else []]
-            compared = [paired(rows, other, _ever_right) if other else None for other in others]
-            label = "base" if arm == "base" else ARMS[arm].label
-            out.append([label, *means, *(points(c[0]) if c else "" for c in compared)])
+            compared = differences(rows, (base, found.get((task, "grpo"), [])), _ever_right)
+            out.append([label, *means, *(compared if label != "base" else ("", ""))])
     header = ("arm", *(f"k={k}" for k in ks), *(f"k={k}: − {other}" for k in ks[-1:] for other in ("base", "GRPO")))
     return table(header, out) if out else NOTHING
 
 
 def _ever_right(row: Row) -> np.ndarray:
-    """[problems]: 1 where one of all samples was right, which is pass@k for k = all of them."""
-    return (np.array(row["pass_right"]) > 0).astype(float)
+    """[problems]: whether one of all samples was right, which is pass@k for k = all of them."""
+    return np.array(row["pass_right"]) > 0
 
 
 def base_scores(study: Study, task: str) -> list[Row]:
@@ -196,32 +200,28 @@ def sweep_table(study: Study, task: str) -> str:
 def ablations_table(study: Study) -> str:
     """Variants of TRAPO paper, as differences from the arm itself and from others over the same seeds."""
     found, count = finished_by_arm(study, "ablations"), study.settings.test_problems
-    others = {arm: finished_by_arm(study, "arms").get((ABLATION_TASK, arm), []) for arm in VARIANTS_AGAINST}
-    plain = others["trapo_paper"]
-    knobs = Sweep(study).chosen(ABLATION_TASK, "trapo_paper")
-    out = [["TRAPO paper", *_variant_cells(plain, count), *_against(plain, others, count)]] if plain else []
+    arms = finished_by_arm(study, "arms")
+    against = [arms.get((ABLATION_TASK, arm), []) for arm in VARIANTS_AGAINST]
+    plain, knobs = against[0], Sweep(study).chosen(ABLATION_TASK, "trapo_paper")
+    out = [["TRAPO paper", *_variant_cells(plain, against, count)]] if plain else []
     for name, variant in TRAPO_VARIANTS.items():
         if rows := found.get((ABLATION_TASK, "trapo_paper", name)):
-            out.append([name, *_variant_cells(rows, count), *_against(rows, others, count)])
+            out.append([name, *_variant_cells(rows, against, count)])
         elif plain and knobs and changes_nothing(study.settings, "trapo_paper", knobs, variant):
-            out.append([f"{name}: the arm itself", *_variant_cells(plain, count), *_against(plain, others, count)])
-    against = (f"− {ARMS[arm].label}" for arm in VARIANTS_AGAINST)
-    header = ("variant", "seeds", "test, greedy [95%]", "% guided at the end", "k expert tokens", *against)
+            out.append([f"{name}: the arm itself", *_variant_cells(plain, against, count)])
+    others = (f"− {ARMS[arm].label}" for arm in VARIANTS_AGAINST)
+    header = ("variant", "seeds", "test, greedy [95%]", "% guided at the end", "k expert tokens", *others)
     return table(header, out) if out else NOTHING
 
 
-def _against(rows: Sequence[Row], others: Mapping[str, Sequence[Row]], count: int) -> list[str]:
-    compared = [None if rows is other else difference(rows, other, count) for other in others.values()]
-    return [points(c[0]) if c else "" for c in compared]
-
-
-def _variant_cells(rows: Sequence[Row], count: int) -> list[str]:
+def _variant_cells(rows: Sequence[Row], against: Iterable[Sequence[Row]], count: int) -> list[str]:
     guided = np.mean([row["series"][-1]["guided"] for row in rows])
     return [
         str(len(rows)),
         percent(accuracy(rows, count)),
         f"{100 * guided:.0f}",
         f"{_mean(rows, 'expert_tokens') / 1e3:.0f}",
+        *differences(rows, against, partial(right, count=count)),
     ]
 
 
@@ -233,18 +233,20 @@ def conditions_table(study: Study) -> str:
     for (task, arm), rows in finished_by_arm(study, "arms").items():
         if task == ABLATION_TASK and arm in CONDITION_ARMS:
             lines["as in part 2"][arm] = [row for row in rows if row["seed"] in seeds]
+    ablated = finished_by_arm(study, "ablations")
     for condition in CONDITIONS:
         for arm in CONDITION_ARMS:
-            for row in finished_by_arm(study, "ablations").get((ABLATION_TASK, arm, condition), []):
+            for row in ablated.get((ABLATION_TASK, arm, condition), []):
                 # a condition that was tuned anew later has runs with part 2's settings, too
                 name = condition if row["key"] in wanted else f"{condition}, part 2's settings"
                 lines[name][arm].append(row)
     out = []
     for name, cells in lines.items():
         scores = [percent(accuracy(rows, count)) if rows else "" for rows in cells.values()]
-        compared = [difference(cells["trapo_paper"], cells[other], count) for other in BASELINES]
+        others = [cells[other] for other in BASELINES]
+        compared = differences(cells["trapo_paper"], others, partial(right, count=count))
         runs = "/".join(str(len(rows)) for rows in cells.values())
-        out.append([name, runs, *scores, *(points(c[0]) if c else "" for c in compared)])
+        out.append([name, runs, *scores, *compared])
     against = (f"TRAPO − {ARMS[other].label}" for other in BASELINES)
     return table(("condition", "seeds", *(ARMS[a].label for a in CONDITION_ARMS), *against), out) if out else NOTHING
 
@@ -312,23 +314,20 @@ def _void_cell(rows: Sequence[Row]) -> str:
 
 def smollm_table(study: Study) -> str:
     """Part 4: accuracy with its interval over the test problems, paired differences from the best SFT and GRPO."""
-    rows = [row for row in study.part("smollm").rows() if row["status"] == "finished"]
+    rows = list(study.part("smollm").finished().values())
     if not rows:
         return NOTHING
-    sft = max((r for r in rows if r["arm"].startswith("sft")), key=lambda r: r["eval_after"], default=None)
-    grpo = next((r for r in rows if r["arm"] == "grpo"), None)
+    sft = [row for row in rows if row["arm"].startswith("sft")]
+    best = [max(sft, key=lambda row: row["eval_after"])] if sft else []
+    against = (best, [row for row in rows if row["arm"] == "grpo"])
     out = []
     for row in rows:
         low, high = row["eval_after_interval"]
-        compared = [
-            paired([row], [other], lambda r: np.array(r["test_rewards"])) if other and other is not row else None
-            for other in (sft, grpo)
-        ]
+        compared = differences([row], against, itemgetter("test_rewards"))
         after = f"{100 * row['eval_after']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
         counts = (f"{row[k] / 1e3:.0f}" for k in ("expert_tokens", "generated_tokens", "trained_tokens"))
-        differences = (points(c[0]) if c else "" for c in compared)
         before = f"{100 * row['eval_before']:.1f}"
-        out.append([row["arm"], str(row["steps"]), before, after, *differences, *counts, f"{row['seconds'] / 60:.0f}"])
+        out.append([row["arm"], str(row["steps"]), before, after, *compared, *counts, f"{row['seconds'] / 60:.0f}"])
     tokens = (f"k {kind} tokens" for kind in ("expert", "generated", "trained"))
     header = ("arm", "steps", "before", "after [95%]", "− best SFT run", "− GRPO", *tokens, "minutes on a core")
     return table(header, out)
@@ -339,7 +338,7 @@ def _mean(rows: Sequence[Row], key: str) -> float:
 
 
 def _hours(rows: Sequence[Row]) -> float:
-    return sum(row.get("cpu_seconds", row.get("seconds", 0)) for row in rows) / 3600
+    return sum(row["cpu_seconds"] if "cpu_seconds" in row else row["seconds"] for row in rows) / 3600
 
 
 def status(study: Study, part: str) -> str:
@@ -361,9 +360,8 @@ def status(study: Study, part: str) -> str:
         known = left > 0 and {r["arm"] for r in done} == set(ARMS)
         cost = f", the rest about {_hours(done) * left / len(done):.1f}" if known else ""
         told = f"{name}: {len(done) - len(further)} of {len(todo)} known runs finished"
-        told += f" (and {len(further)}, {_hours(further):.1f} core-hours, that a later choice made needless)" * bool(
-            further
-        )
+        if further:
+            told += f" (and {len(further)}, {_hours(further):.1f} core-hours, that a later choice made needless)"
         lines.append(f"{told}{spent}{cost}; failed: {failed or 'none'}")
     if missing := sorted(set(study.settings.tasks) - set(study.ready_tasks())):
         lines.append(f"no base model yet: {', '.join(missing)}")
