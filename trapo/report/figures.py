@@ -200,7 +200,7 @@ def _rollouts_by_level(run: RunData) -> Figure:
             "type": "scatter",
             "name": level_name(ratio),
             "x": run.steps,
-            "y": [count or 0 for count in run.by_ratio("rollouts_by_ratio", ratio)],
+            "y": run.rollouts_at(ratio),
             "mode": "lines",
             "stackgroup": "rollouts",
             "line": {"width": 0.5, "color": colours[ratio]},

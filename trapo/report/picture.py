@@ -15,21 +15,14 @@ COLOURS = ["#0b6bcb", "#c4420b", "#1f883d", "#8250df", "#9a6700", "#bf3989"]
 
 def write_picture(run: RunData) -> Path:
     """Write report.png and report.json into the run's folder."""
-    data = report_data(run.rows, run.summary, run.evaluations)
+    data = report_data(run)
     write_json(run.path / "report.json", data)
     _draw(data, run.path / "report.png")
     return run.path / "report.png"
 
 
-def report_data(
-    rows: list[dict[str, Any]], summary: dict[str, Any], evaluations: list[dict[str, Any]]
-) -> dict[str, Any]:
+def report_data(run: RunData) -> dict[str, Any]:
     """Series by name, each a list over steps with None where a step has no such value."""
-    # SFT's full traces have no rewards, so that the two differ.
-    rewarded, rolled_out = (
-        sorted({ratio for row in rows for ratio in row[name]}, key=float)
-        for name in ("reward_by_ratio", "rollouts_by_ratio")
-    )
     names = [
         "reward",
         "trsft_clipped",
@@ -41,12 +34,13 @@ def report_data(
         "generated_length",
     ]
     return {
-        "summary": summary,
-        "evaluations": evaluations,
-        "step": [row["step"] for row in rows],
-        "series": {name: [row.get(name) for row in rows] for name in names},
-        "reward_by_ratio": {ratio: [row["reward_by_ratio"].get(ratio) for row in rows] for ratio in rewarded},
-        "rollouts_by_ratio": {ratio: [row["rollouts_by_ratio"].get(ratio, 0) for row in rows] for ratio in rolled_out},
+        "summary": run.summary,
+        "evaluations": run.evaluations,
+        "step": run.steps,
+        "series": {name: run.series(name) for name in names},
+        # Levels of their own: SFT's full traces have no rewards.
+        "reward_by_ratio": {x: run.by_ratio("reward_by_ratio", x) for x in run.levels("reward_by_ratio")},
+        "rollouts_by_ratio": {x: run.rollouts_at(x) for x in run.levels("rollouts_by_ratio")},
     }
 
 

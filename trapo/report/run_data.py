@@ -42,6 +42,10 @@ class RunData:
     def by_ratio(self, name: str, ratio: str) -> list[float | None]:
         return [(row.get(name) or {}).get(ratio) for row in self.rows]
 
+    def rollouts_at(self, ratio: str) -> list[int]:
+        """How many rollouts had such a prefix, over the steps."""
+        return [int(count or 0) for count in self.by_ratio("rollouts_by_ratio", ratio)]
+
 
 def read_run(path: Path, summary: dict[str, Any] | None = None) -> RunData:
     """The run in `path`; summary: of one that is about to be finished. Raises TrapoError when there are no steps."""
