@@ -1,8 +1,9 @@
-"""Run by test_resume.py in a process of its own: a training run that kills itself (SIGKILL) at a given point.
+"""A small training run for tests of whole runs; as a script, one that kills itself (SIGKILL) at a given point.
 
 python killed_run.py MODEL RUN_DIR KILL_AT [key=value ...]      KILL_AT: none, step:N, save:N, log:N, eval:N, report:1
 """
 
+import io
 import os
 import signal
 import sys
@@ -33,6 +34,20 @@ def settings(model, run_dir, *overrides):
     from trapo.config import merge_config
 
     return merge_config(base(model, run_dir), overrides)
+
+
+def train_here(config):
+    """Run it in this process, whose number of threads is kept; returns what the console showed."""
+    import torch
+
+    from trapo import trainer
+
+    console, threads = Console(width=300, file=io.StringIO()), torch.get_num_threads()
+    try:
+        trainer.train(config, console=console)
+    finally:
+        torch.set_num_threads(threads)
+    return console.file.getvalue()
 
 
 def main() -> None:

@@ -4,17 +4,13 @@ Details are tested where they belong: rows and columns in test_data.py, limits i
 test_rewards.py; killed runs in test_resume.py; SIGTERM, disks and checkpoints in test_restarts.py.
 """
 
-import io
 import json
 import logging
 import shutil
 
 import pytest
-import torch
-from killed_run import settings
-from rich.console import Console
+from killed_run import settings, train_here
 
-from trapo import trainer
 from trapo.errors import TrapoError
 
 GOOD = {"prompt": "What is 2 + 2?", "answer": "4", "trace": "2 + 2 = 4\n#### 4"}
@@ -28,13 +24,8 @@ def run(tiny_model_path, tmp_path):
     def train(rows, *overrides, model=tiny_model_path):
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
         (tmp_path / "train.jsonl").write_text("".join(line + "\n" for line in lines))
-        console, threads = Console(width=300, file=io.StringIO()), torch.get_num_threads()
         data = f"data.train={tmp_path / 'train.jsonl'}"
-        try:
-            trainer.train(settings(model, tmp_path / "run", data, *SHORT, *overrides), console=console)
-        finally:
-            torch.set_num_threads(threads)
-        return console.file.getvalue()
+        return train_here(settings(model, tmp_path / "run", data, *SHORT, *overrides))
 
     return train
 

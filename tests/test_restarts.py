@@ -1,7 +1,6 @@
 """SIGTERM, full disks, damaged checkpoints, updates that are not finite: the run survives, says so, and goes on."""
 
 import dataclasses
-import io
 import json
 import os
 import shutil
@@ -13,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from killed_run import settings
-from rich.console import Console
+from killed_run import settings, train_here
 from test_resume import outcome
 
 from trapo import checkpoint, collect, evaluate, trainer
@@ -32,15 +30,9 @@ TRAPO = Path(sys.executable).with_name("trapo")
 
 def train(model, run_dir, *overrides):
     """What the run wrote to its console; it runs in this process, and draws no report."""
-    console = Console(width=300, file=io.StringIO())
-    threads, draw = torch.get_num_threads(), trainer.write_report
-    trainer.write_report = lambda *_: None
-    try:
-        trainer.train(settings(model, run_dir, *overrides), console=console)
-    finally:
-        trainer.write_report = draw
-        torch.set_num_threads(threads)
-    return console.file.getvalue()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "write_report", lambda *_: None)
+        return train_here(settings(model, run_dir, *overrides))
 
 
 def assert_same_outcome(run_dir, expected):

@@ -1,28 +1,19 @@
 """Every mode trains to its end, its report included. Interruptions: test_resume.py and test_restarts.py."""
 
-import io
 import json
 
 import pytest
-import torch
-from killed_run import settings
-from rich.console import Console
+from killed_run import settings, train_here
 
-from trapo import trainer
 from trapo.config import MODES
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_trains_evaluates_and_draws_its_report(mode, tiny_model_path, tmp_path):
-    run_dir, threads = tmp_path / "run", torch.get_num_threads()
+    run_dir = tmp_path / "run"
     steps = ["train.steps=3", "checkpoint.every=0", "eval.every=3"]
     split = ["train.sft_steps=2"] if mode == "sft_then_rl" else []
-    try:
-        trainer.train(
-            settings(tiny_model_path, run_dir, f"mode={mode}", *steps, *split), console=Console(file=io.StringIO())
-        )
-    finally:
-        torch.set_num_threads(threads)
+    train_here(settings(tiny_model_path, run_dir, f"mode={mode}", *steps, *split))
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["optimizer_steps"] + row["skipped_steps"] > 0 for row in rows)
