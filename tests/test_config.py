@@ -28,7 +28,7 @@ def test_overrides_change_single_keys_and_keep_their_types():
         ("train.steps", "override 'train.steps': expected key=value"),
         ("train.sft_steps=3", "train.sft_steps: only mode sft_then_rl"),
         ("mode=sft_then_rl", "train.sft_steps: mode sft_then_rl needs"),
-        ("data.train=[a", "override 'data.train=[a': not readable"),
+        ("eval.benchmarks=[a", "override 'eval.benchmarks=[a': not readable"),
         ("optim.betas=[2,0.9]", "optim.betas: got [2.0, 0.9]"),
         ("optim.lr=.inf", "optim.lr: got inf"),
         ("data.eval=???", "data.eval: got ???"),

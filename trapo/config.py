@@ -1,8 +1,9 @@
 """The run's configuration: a typed dataclass tree, read from YAML, changed by `key=value` overrides.
 
-OmegaConf does the merging and the type checks. Unknown keys are refused with the nearest known name, because a
-silently ignored `learning_rate=` costs a day. A field left at None takes its value from the mode or from the
-guidance preset (see modes.py and guidance.py). `<run_dir>/config.yaml` holds file and overrides merged.
+OmegaConf does the merging and the type checks; config_text.py has what is text and what is not. Unknown keys are
+refused with the nearest known name, because a silently ignored `learning_rate=` costs a day. A field left at None takes
+its value from the mode or from the guidance preset (see modes.py and guidance.py). `<run_dir>/config.yaml` holds file
+and overrides merged.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from trapo.config_text import check_keys, mark_expressions, merge_trees, one_line, override_tree, read_yaml, to_yaml
 from trapo.errors import TrapoError
 from trapo.files import write_atomic
 
@@ -254,6 +256,13 @@ BOUNDS: dict[str, tuple[float, bool]] = {
 }
 
 
+# Texts that name something; the others may be empty: data.system_prompt= takes the chat template's own away.
+NOT_EMPTY = (
+    *("run_dir", "model.path", "data.train", "data.eval", "data.dir", "reward.function"),
+    *("rollout.server_url", "rollout.sync_folder", "eval.suite", "eval.benchmarks", "lora.targets"),
+)
+
+
 def preset_names() -> list[str]:
     """Names of the configurations that are installed with the package."""
     return sorted(p.stem for p in PRESETS.glob("*.yaml"))
@@ -278,43 +287,38 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
 
     Raises TrapoError with one line that names the key.
     """
-    path = find_config(str(name))
-    try:
-        from_file = OmegaConf.load(path)
-    except Exception as error:  # PyYAML's errors span lines; the first says what and where
-        raise TrapoError(f"{path}: not readable as YAML: {_one_line(error)}") from error
-    if not isinstance(from_file, DictConfig):
-        raise TrapoError(f"{path}: expected a mapping of configuration keys, got {type(from_file).__name__}")
-    return merge_config(from_file, overrides)
+    return merge_config(read_yaml(find_config(str(name)), Config), overrides)
 
 
 def merge_config(base: DictConfig | Mapping[str, Any], overrides: Iterable[str] = ()) -> Config:
     """Configuration from a mapping and `key=value` overrides; the checks of `load_config`."""
-    overrides = list(overrides)
-    for item in overrides:
-        if "=" not in item:
-            raise TrapoError(f"override {item!r}: expected key=value, such as train.steps=20")
     try:
-        changes = OmegaConf.from_dotlist(overrides)
-    except Exception as error:  # PyYAML's, of the value
-        raise TrapoError(f"override {' '.join(overrides)!r}: not readable: {_one_line(error)}") from error
-    from_file = base if isinstance(base, DictConfig) else OmegaConf.create(dict(base))
-    for layer in (from_file, changes):
-        _refuse_unknown_keys(layer, Config, prefix="")
-        for key in sorted(OmegaConf.missing_keys(layer)):
-            raise TrapoError(f"{key}: got ???; give it a value")
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), from_file, changes)
-        config = typing.cast(Config, OmegaConf.to_object(merged))
+        # By value, so that expressions stay what they are.
+        tree = OmegaConf.to_container(OmegaConf.create(base if isinstance(base, DictConfig) else dict(base)))
     except OmegaConfBaseException as error:
-        raise TrapoError(f"{getattr(error, 'full_key', '') or 'config'}: {_one_line(error)}") from error
+        raise TrapoError(f"config: {one_line(error)}") from error
+    tree = typing.cast(dict[str, Any], tree)
+    check_keys(tree, Config)
+    for item in overrides:
+        change = override_tree(item, Config)
+        check_keys(change, Config)
+        tree = merge_trees(tree, change)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(tree))
+        config = typing.cast(Config, OmegaConf.to_object(merged))
+        mark_expressions(config, typing.cast(dict[str, Any], OmegaConf.to_container(merged, resolve=False)))
+    except OmegaConfBaseException as error:
+        raise TrapoError(f"{getattr(error, 'full_key', '') or 'config'}: {one_line(error)}") from error
+    except RecursionError:
+        raise TrapoError("config: an expression ${...} refers to itself") from None
+    _check_texts(config)
     _check_values(config)
     return config
 
 
 def save_config(config: Config, path: Path) -> None:
     """Write the configuration that `load_config` reads back."""
-    write_atomic(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
+    write_atomic(path, to_yaml(config))
 
 
 def changed_keys(old: Config, new: Config) -> list[str]:
@@ -323,18 +327,15 @@ def changed_keys(old: Config, new: Config) -> list[str]:
     return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
 
 
-def _refuse_unknown_keys(node: Any, schema: type, prefix: str) -> None:
-    hints = typing.get_type_hints(schema)
-    for key in node:
-        if key not in hints:
-            nearest = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)[0]
-            raise TrapoError(f"{prefix}{key}: unknown key; did you mean {prefix}{nearest}? (known: {', '.join(hints)})")
-        child = hints[key]
-        if dataclasses.is_dataclass(child):
-            value = node[key]
-            if not isinstance(value, DictConfig):
-                raise TrapoError(f"{prefix}{key}: expected a group of keys, got {value!r}")
-            _refuse_unknown_keys(value, typing.cast(type, child), f"{prefix}{key}.")
+def _check_texts(config: Config) -> None:
+    for key, value in _flatten(dataclasses.asdict(config)).items():
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            if not isinstance(text, str):
+                continue
+            if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+                raise TrapoError(f"{key}: got {text[:100]!r}; a text cannot hold NUL or bytes that are not UTF-8")
+            if key in NOT_EMPTY and not text:
+                raise TrapoError(f"{key}: got an empty text; leave it out or give it a value")
 
 
 def _check_values(config: Config) -> None:
@@ -380,7 +381,3 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _one_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

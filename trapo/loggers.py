@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import os
 import secrets
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from trapo.config import Config
+from trapo.config_text import plain_tree
 from trapo.errors import TrapoError
 from trapo.evaluate import EvalResult
 from trapo.files import write_atomic
@@ -77,7 +77,7 @@ class WandbLogger:
             resume="allow",
             name=run_dir.path.name,
             dir=str(run_dir.path),
-            config=dataclasses.asdict(config),
+            config=plain_tree(config),
         )
 
     def numbers(self, step: int, values: dict[str, float]) -> None:

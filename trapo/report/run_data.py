@@ -8,9 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from trapo.config import load_config
+from trapo.config_text import shown_yaml
 from trapo.errors import TrapoError
 from trapo.modes import phases
 from trapo.run_dir import RunDir, read_rows
@@ -62,7 +61,7 @@ def read_run(path: Path, summary: dict[str, Any] | None = None) -> RunData:
         evaluations=[{"step": step, **json.loads(f.read_text())} for step, f in run_dir.evaluations().items()],
         rollouts=read_rows(run_dir.rollouts),
         summary=summary or {},
-        config=dict(_flat(OmegaConf.to_container(OmegaConf.load(run_dir.config)))) if run_dir.config.exists() else {},
+        config=dict(_flat(shown_yaml(run_dir.config))) if run_dir.config.exists() else {},
         alpha=_alpha(run_dir),
     )
 
