@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,34 @@ def test_results_are_the_same_to_the_bit_from_run_to_run_and_for_any_number_of_t
             results.append(everything_of(run(case, EVERYTHING, "cpu")))
     for other in results[1:] if dtype == torch.float32 else results[-1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+_THREADS = """
+import sys; sys.path.insert(0, "tests")
+import torch
+from kernel_cases import EVERYTHING, make_case, run
+def results(threads):
+    torch.set_num_threads(threads)
+    found = run(case, EVERYTHING, "cpu")
+    return [found.logprobs, found.entropy, *found.grads]
+for shape in ((40, 3001, 64), (300, 5003, 33), (70, 2100, 600)):
+    case = make_case(*shape, dtype=torch.float32)
+    first = results(1)
+    for threads in (2, 3):
+        assert all(torch.equal(a, b) for a, b in zip(first, results(threads), strict=True)), (shape, threads)
+print("equal")
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_they_are_where_mkl_believes_to_be_on_a_cpu_of_intel(tmp_path):
+    # There it picks its kernel by the number of threads. What it asks can be answered for it, on any x86 CPU.
+    source, library = tmp_path / "intel.cpp", tmp_path / "intel.so"
+    source.write_text(
+        'extern "C" int mkl_serv_intel_cpu() { return 1; }\nextern "C" int mkl_serv_intel_cpu_true() { return 1; }\n'
+    )
+    subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    assert python(_THREADS, LD_PRELOAD=str(library)) == ["equal"]
 
 
 @pytest.mark.parametrize("head", [{}, {"softcap": 3.0, "with_bias": True, "temperature": 0.8}], ids=["plain", "all"])

@@ -13,8 +13,8 @@
 // Where the logits wait for the gradient: in a buffer [V, C], or, for the first C ≤ D tokens, in d_weight itself: row
 // v of d_weight holds the logits of v until its own gradient is written there. Without either they are computed again.
 //
-// Threads take panels, and tiles of dh; every product and sum has a fixed shape and order. So results are the same
-// to the bit for any number of threads.
+// Threads take panels, and tiles of dh; every product and sum has a fixed shape and order, and the GEMM library is told
+// that there is one thread. So results are the same to the bit for any number of threads.
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
@@ -31,6 +31,9 @@
 #endif
 
 #include "vectors.h"
+
+// Of MKL, where torch was built with it. Gives back what was set before; 0: nothing.
+extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int threads);
 
 namespace trapo {
 namespace {
@@ -52,12 +55,26 @@ int64_t even_pieces(int64_t length, int64_t most) {
   return ceil_div(ceil_div(length, ceil_div(length, most)), V::size()) * V::size();
 }
 
-// f(item) for every item, spread over threads. At least two, so that even a single one runs inside a parallel region:
-// outside, the GEMM library would spread it over threads itself, and the result would depend on their number.
+// As long as this lives, MKL takes its sequential way on this thread. In a parallel region of torch it has one thread in
+// any case, but cuts a long sum by the number of threads that it believes it may use.
+class SequentialMkl {
+ public:
+  SequentialMkl() : before_(set(1)) {}
+  ~SequentialMkl() { set(before_); }
+  SequentialMkl(const SequentialMkl&) = delete;
+  SequentialMkl& operator=(const SequentialMkl&) = delete;
+
+ private:
+  static int set(int threads) { return MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(threads) : 0; }
+  int before_;
+};
+
+// f(item) for every item, spread over threads, each of which runs its GEMMs alone.
 template <class F>
 void each_item(int64_t count, F f) {
   at::parallel_for(0, std::max<int64_t>(count, 2), 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const SequentialMkl sequential;
     for (int64_t item = begin; item < std::min(end, count); ++item) f(item);
   });
 }
