@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup setup-integrations setup-log setup-verl setup-vllm setup-docs setup-bench demo test test-verl test-vllm
+.PHONY: setup setup-cuda-torch setup-integrations setup-log setup-verl setup-vllm setup-docs setup-bench demo test test-verl test-vllm
 .PHONY: test-slow bench bench-rows check docs format clean gpu-evidence
 
 setup: $(STAMP)
@@ -83,6 +83,20 @@ $(VLLM)/.installed: $(STAMP) tests/vllm_cpu/requirements.txt
 test-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -m pytest tests/vllm_cpu
 
+# A torch for CUDA, which runs on a CPU too, with the triton that it brings, on top of everything else of the first: what
+# GPU machines have. 5.5 GB.
+CUDA := .venv-cuda
+CUDA_TORCH := torch==2.14.1
+
+setup-cuda-torch: $(CUDA)/.installed
+
+$(CUDA)/.installed: $(STAMP)
+	$(PYTHON) -m venv $(CUDA)
+	$(CUDA)/bin/pip install -q --disable-pip-version-check $(CUDA_TORCH)
+	echo "import site; site.addsitedir('$$(ls -d $(CURDIR)/$(VENV)/lib/python*/site-packages)')" > \
+	    $$(ls -d $(CUDA)/lib/python*/site-packages)/base.pth
+	touch $@
+
 setup-docs: $(VENV)/.docs
 
 $(VENV)/.docs: $(STAMP)
@@ -124,4 +138,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VERL) $(VLLM) build site *.egg-info
+	rm -rf $(VENV) $(CUDA) $(VERL) $(VLLM) build site *.egg-info

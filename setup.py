@@ -40,7 +40,7 @@ CUDA_CODE = [
     *("-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"),
     *("-gencode=arch=compute_100a,code=sm_100a", "-gencode=arch=compute_90,code=compute_90"),
 ]
-STABLE_ABI = "0x020a000000000000"  # of torch 2.10
+STABLE_ABI = (2, 10)  # the oldest torch that the CUDA extension serves
 
 
 def build_options() -> dict:
@@ -83,24 +83,34 @@ def nvcc_command(out: str) -> list[str]:
     import torch
 
     home = os.path.dirname(torch.__file__)
+    target = f"{STABLE_ABI[0] << 56 | STABLE_ABI[1] << 48:#x}"
     return [
         *(_nvcc() or "nvcc", "-shared", "-std=c++17", "-O3", "--expt-relaxed-constexpr", "--threads=0", *CUDA_CODE),
-        *("-Xcompiler=-fPIC,-g0", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA"),
+        *("-Xcompiler=-fPIC,-g0", f"-DTORCH_TARGET_VERSION={target}", "-DUSE_CUDA", torch_define(STABLE_ABI)),
         *("-isystem", os.path.join(home, "include"), f"-L{os.path.join(home, 'lib')}", "-ltorch_cpu"),
         *(*sorted(glob("csrc/cuda/*.c*")), "-o", out),
     ]
 
 
+def torch_define(version: tuple[int, int]) -> str:
+    """What csrc/built_for.h writes into a library, for rows/extension.py."""
+    return "-DTRAPO_TORCH={}.{}".format(*version)
+
+
 def _cpu_extension(capability: str, flags: list[str]) -> object:
+    import torch
     from torch.utils.cpp_extension import CppExtension
+
+    major, minor = torch.__version__.split(".")[:2]
 
     # The capability names the namespace of the SIMD code in ATen's headers, as torch's own build does.
     define = f"-DCPU_CAPABILITY={capability.upper()}"
+    built_for = torch_define((int(major), int(minor)))
     return CppExtension(
         f"trapo_kernels._cpu_{capability}",
         sorted(glob("csrc/cpu/*.cpp")),
         depends=sorted(glob("csrc/*.h") + glob("csrc/cpu/*.h")),
-        extra_compile_args=["-O3", "-g0", "-fopenmp", "-fno-math-errno", *QUIET, define, *flags],
+        extra_compile_args=["-O3", "-g0", "-fopenmp", "-fno-math-errno", *QUIET, define, built_for, *flags],
         extra_link_args=["-fopenmp"],
     )
 

@@ -13,6 +13,7 @@ import torch
 from simt import backend, build
 
 from trapo_kernels.rows import cuda as cuda_rows
+from trapo_kernels.rows import extension
 
 ROOT = Path(__file__).parent.parent
 on_fibers = pytest.mark.skipif(build.missing() is not None, reason=build.missing() or "")
@@ -102,11 +103,11 @@ def test_an_install_without_the_extension_says_what_to_do(monkeypatch, tmp_path)
         cuda_rows.missing.cache_clear()
 
 
-def setup_py(what: str, **environment: str) -> str:
+def setup_py(what: str, python: Path | str = sys.executable, **environment: str) -> str:
     """Runs a line with setup.py's functions at hand."""
     script = f"import setuptools\nsetuptools.setup = lambda **_: None\nfrom setup import *\n{what}"
     done = subprocess.run(
-        [sys.executable, "-c", script],
+        [python, "-c", script],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,
@@ -122,15 +123,83 @@ def test_setup_skips_cuda_with_one_line():
     assert "nvcc is neither in CUDA_HOME nor in PATH" in setup_py("", TRAPO_KERNELS_CUDA="1", CUDA_HOME="/nowhere")
 
 
+# The library and torch ----------------------------------------------------------------------------------------------
+
+CUDA_TORCH = ROOT / ".venv-cuda" / "bin" / "python"  # `make setup-cuda-torch`
+ASK_LIBRARY = """
+import ctypes, sys, torch
+torch.ops.load_library(sys.argv[1])
+address = torch.ops.trapo_kernels_cuda.stream_symbol()
+print(torch._C._dispatch_has_kernel_for_dispatch_key("trapo_kernels_cuda::row_fused_", "CUDA"), address != 0)
+if address and not torch.cuda.is_available():
+    stream = ctypes.c_void_p()
+    of = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_void_p))(address)
+    print("refused" if of(0, ctypes.byref(stream)) else "a stream without a device")
+"""
+
+
+def ask(python, library) -> list[str]:
+    done = subprocess.run([python, "-c", ASK_LIBRARY, library], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
+    return done.stdout.splitlines()
+
+
+def built(python, out) -> Path:
+    """The extension for one architecture, against the torch of a Python."""
+    leave_out = [
+        code for code in setup_py("print(*CUDA_CODE)").split() if code.startswith("-gencode") and "90a" not in code
+    ]
+    setup_py(
+        f"subprocess.run([c for c in nvcc_command({str(out)!r}) if c not in {leave_out!r}], check=True)",
+        python=python, TRAPO_KERNELS_CUDA="1",
+    )  # fmt: skip
+    return out
+
+
+@pytest.fixture(scope="module")
+def of_cuda_torch(tmp_path_factory) -> tuple[Path, Path]:
+    """(a Python whose torch is one for CUDA, the extension built there)."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed")
+    if torch.version.cuda is None and not CUDA_TORCH.exists():
+        pytest.skip(f"torch {torch.__version__} is not built for CUDA, and `make setup-cuda-torch` was not run")
+    python = Path(sys.executable) if torch.version.cuda is not None else CUDA_TORCH
+    return python, built(python, tmp_path_factory.mktemp("cuda") / "_cuda.so")
+
+
+def test_under_a_torch_for_cuda_the_extension_finds_the_stream(of_cuda_torch):
+    found, *called = ask(*of_cuda_torch)
+    assert found == "True True"
+    # Without a device torch's function says so: it is a function, and it is called as torch declares it.
+    assert called == ([] if torch.cuda.is_available() else ["refused"])
+
+
+def test_the_extension_leaves_no_symbol_of_torch_to_chance(of_cuda_torch):
+    command = ["nm", "-D", "--undefined-only", of_cuda_torch[1]]
+    symbols = [line.split() for line in subprocess.check_output(command, text=True).splitlines()]
+    weak = {name for kind, name in symbols if kind in "wv"}
+    assert not [name for name in weak if "torch" in name or "c10" in name or "cuda" in name.lower()]
+    assert len(symbols) > len(weak) > 0
+
+
+def test_one_build_serves_a_torch_for_cpus_too_and_says_what_it_lacks(of_cuda_torch):
+    if torch.version.cuda is not None:
+        pytest.skip("this torch is one for CUDA")
+    assert ask(sys.executable, of_cuda_torch[1]) == ["True False"]
+
+
+@on_fibers
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is one for CUDA")
+def test_a_torch_without_the_symbol_is_a_reason_in_one_line(operators):
+    assert cuda_rows.unresolved() == (
+        f"torch {torch.__version__} shows no CUDA streams to extensions (aoti_torch_get_current_cuda_stream)"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 def test_nvcc_builds_the_extension_and_it_registers_its_operators_under_this_torch(tmp_path):
     out = tmp_path / "_cuda.so"
     setup_py(f"subprocess.run(nvcc_command({str(out)!r}), check=True)", TRAPO_KERNELS_CUDA="1")
-    script = f"""
-import torch
-torch.ops.load_library({str(out)!r})
-print(torch._C._dispatch_has_kernel_for_dispatch_key("trapo_kernels_cuda::row_fused_", "CUDA"))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout == "True\n"
+    assert ask(sys.executable, out)[0] == f"True {torch.version.cuda is not None}"
+    assert extension.built_for(out) == (2, 10)

@@ -13,6 +13,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "../built_for.h"
 #include "vectors.h"
 
 namespace trapo {

@@ -1,5 +1,6 @@
 // torch.ops.trapo_kernels_cuda: the row kernels as operators, through torch's stable ABI, so that one build serves several
 // versions of torch. rows/cuda.py hands over vectors [C] that are contiguous and of the statistics' dtype.
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -10,10 +11,8 @@
 #include <tuple>
 #include <vector>
 
+#include "../built_for.h"
 #include "row_kernels.h"
-
-// Of torch's CUDA library. Weak, so that this one can be loaded, and say what it has, where there is a torch for CPUs.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 // tests/simt, where the kernels run on CPU tensors, sets another.
 #ifndef TRAPO_DISPATCH_KEY
@@ -27,6 +26,22 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// (device index, where to put its current stream)
+using StreamOf = AOTITorchError (*)(int32_t, void**);
+constexpr const char* kStreamOf = "aoti_torch_get_current_cuda_stream";
+
+// nullptr where there is none. It is in torch's CUDA library, which Python loads without showing its symbols to others;
+// linked against, it would keep this library from being loaded, and from saying what it has, under a torch for CPUs.
+StreamOf stream_of() {
+  static const StreamOf found = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_NOW);
+    return library == nullptr ? nullptr : reinterpret_cast<StreamOf>(dlsym(library, kStreamOf));
+  }();
+  return found;
+}
+
+int64_t stream_symbol() { return reinterpret_cast<int64_t>(stream_of()); }
 
 Dtype dtype_of(const Tensor& logits) {
   switch (logits.scalar_type()) {
@@ -45,8 +60,9 @@ struct OnDevice {
 
   explicit OnDevice(const Tensor& logits) {
     if (!logits.is_cuda()) return;
+    STD_TORCH_CHECK(stream_of() != nullptr, "trapo_kernels: this torch has no ", kStreamOf);
     guard.emplace(logits.get_device_index());
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(logits.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(stream_of()(logits.get_device_index(), &stream));
   }
 };
 
@@ -130,6 +146,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(trapo_kernels_cuda, m) {
       "row_fused_(Tensor(a!) logits, Tensor targets, Tensor expert, Tensor? advantages, Tensor? old_logprobs, "
       "Tensor? ref_logprobs, Tensor? rollout_logprobs, int expert_term, int policy_term, float[] numbers, "
       "float scale, float? cap) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("stream_symbol() -> int");  // address of torch's function for the current stream; 0: not found
+}
+
+STABLE_TORCH_LIBRARY_IMPL(trapo_kernels_cuda, CompositeExplicitAutograd, m) {
+  m.impl("stream_symbol", TORCH_BOX(&stream_symbol));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(trapo_kernels_cuda, TRAPO_DISPATCH_KEY, m) {

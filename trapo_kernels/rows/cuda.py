@@ -31,7 +31,14 @@ def missing() -> str | None:
         return f"the device is of compute capability {major}.{minor}; 8.0 is needed"
     if not library.is_file():
         return "the CUDA extension is not compiled; reinstall with nvcc, TRAPO_KERNELS_CUDA=1 and --no-build-isolation"
-    return extension.misfit("CUDA", library, register_fakes)
+    return extension.misfit("CUDA", library, register_fakes, stable=True) or unresolved()
+
+
+def unresolved() -> str | None:
+    """What the loaded library does not find in torch, or None."""
+    if torch.ops.trapo_kernels_cuda.stream_symbol():
+        return None
+    return f"torch {torch.__version__} shows no CUDA streams to extensions (aoti_torch_get_current_cuda_stream)"
 
 
 def scratch_bytes(vocab: int, dtype: torch.dtype, device: torch.device) -> int:

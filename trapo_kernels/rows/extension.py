@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import mmap
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import torch
 
-__all__ = ["load", "misfit"]
+__all__ = ["built_for", "load", "misfit"]
+
+_MARK = rb"trapo_kernels_built_for:(\d+)\.(\d+);"  # csrc/built_for.h
 
 
 @cache
@@ -18,11 +22,37 @@ def load(library: Path, register_fakes: Callable[[], None]) -> None:
     register_fakes()
 
 
-def misfit(name: str, library: Path, register_fakes: Callable[[], None]) -> str | None:
-    """Loads a library; why that fails, or None. It may be of another torch, or of another version of this package."""
+def built_for(library: Path) -> tuple[int, int] | None:
+    """The torch (major, minor) that a library was compiled for, read from the file; None: it does not say."""
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        found = re.search(_MARK, content)
+        return None if found is None else (int(found[1]), int(found[2]))
+
+
+def misfit(name: str, library: Path, register_fakes: Callable[[], None], stable: bool = False) -> str | None:
+    """Loads a library; why that fails, or None. It may be of another torch, or of another version of this package.
+
+    A library that uses torch's stable ABI serves the torch that it was compiled for and newer ones; another, whose
+    structs are those of one torch, serves that minor version alone, and is not even loaded under another.
+    """
+    here = torch.__version__
     try:
+        built, now = built_for(library), _numbers(here)
+        if built is not None and (now < built if stable else now != built):
+            wanted = "{}.{}".format(*built) + (" and newer" if stable else "")
+            return f"the {name} extension was compiled for torch {wanted}, this is torch {here}; {_REINSTALL}"
+        if built is None:
+            raise RuntimeError("it does not say for which torch it was compiled")
         load(library, register_fakes)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        return f"the {name} extension does not fit torch {torch.__version__} and this version; reinstall ({reason})"
+        return f"the {name} extension does not fit torch {here} and this version; reinstall ({reason})"
     return None
+
+
+_REINSTALL = "reinstall with --no-build-isolation"
+
+
+def _numbers(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
