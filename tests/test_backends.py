@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -94,10 +95,58 @@ def test_an_install_without_the_extension_says_what_to_do(monkeypatch, tmp_path)
         cpu_rows.missing.cache_clear()
 
 
-def test_a_library_of_another_torch_is_missing_with_a_reason(tmp_path):
+def test_what_is_no_library_is_missing_with_a_reason(tmp_path):
     library = tmp_path / "_cpu_default.so"
-    library.write_bytes(b"not a library")
-    reason = extension.misfit("C++", library, cpu_rows._register_fakes)
-    assert reason is not None
-    assert reason.startswith(f"the C++ extension does not fit torch {torch.__version__} and this version; reinstall (")
-    assert "\n" not in reason
+    for content in (b"not a library", b"", b"trapo_kernels_built_for:%d.%d;" % extension._numbers(torch.__version__)):
+        library.write_bytes(content)
+        reason = extension.misfit("C++", library, cpu_rows._register_fakes)
+        assert reason is not None
+        assert reason.startswith(
+            f"the C++ extension does not fit torch {torch.__version__} and this version; reinstall ("
+        )
+        assert "\n" not in reason
+
+
+def test_a_library_of_another_torch_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
+    library = tmp_path / "_cpu_default.so"
+    monkeypatch.setattr(extension, "load", lambda *_: pytest.fail("it may crash"))
+    monkeypatch.setattr(torch, "__version__", "2.13.1+cpu")
+    for built, stable, accepted in (("2.14", False, "2.14"), ("2.9", False, "2.9"), ("2.14", True, "2.14 and newer")):
+        library.write_bytes(b"..." + f"trapo_kernels_built_for:{built};".encode() + b"...")
+        assert extension.misfit("C++", library, cpu_rows._register_fakes, stable) == (
+            f"the C++ extension was compiled for torch {accepted}, this is torch 2.13.1+cpu; "
+            "reinstall with --no-build-isolation"
+        )
+    loaded = []
+    monkeypatch.setattr(extension, "load", lambda *arguments: loaded.append(arguments))
+    for built, stable in (("2.13", False), ("2.13", True), ("2.9", True)):
+        library.write_bytes(f"trapo_kernels_built_for:{built};".encode())
+        assert extension.misfit("C++", library, cpu_rows._register_fakes, stable) is None
+    assert len(loaded) == 3
+
+
+@pytest.mark.skipif(cpu_rows.library() is None, reason="the C++ extension is not compiled")
+def test_the_library_here_says_which_torch_it_is_for():
+    assert extension.built_for(cpu_rows.library()) == extension._numbers(torch.__version__)
+
+
+def test_without_the_extension_the_first_call_on_a_cpu_says_so_once(monkeypatch):
+    others = [b for b in tk.backends().values() if b.name != "cpu"]
+    missing = replace(tk.backends()["cpu"], look=lambda: "it was left out")
+    monkeypatch.setattr(dispatch, "_BACKENDS", [missing, *others])
+    dispatch._say_slower.cache_clear()
+    inputs = torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, dtype=torch.int64)
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert tk.default_backend() == "torch"
+            tk.linear_logprobs(*inputs, backend="torch")
+            assert not said
+            for _ in range(2):
+                tk.linear_logprobs(*inputs)
+        assert [str(w.message) for w in said] == [
+            "trapo_kernels: backend 'torch' does what C++ would do faster: it was left out "
+            "(naming a backend silences this)"
+        ]
+    finally:
+        dispatch._say_slower.cache_clear()

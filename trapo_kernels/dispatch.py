@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -91,16 +93,42 @@ def set_backend(name: str | None) -> None:
 
 def default_backend(device: torch.device | str = "cpu") -> str:
     """Name of the backend that does a call on this device which names none."""
-    return pick(None, "default_backend", torch.device(device)).name
+    device = torch.device(device)
+    chosen = _asked_for("default_backend", device)
+    return (_fastest(device) if chosen is None else chosen).name
 
 
 def pick(name: str | None, caller: str, device: torch.device) -> Backend:
     """The backend for a call on tensors of a device: the one named by argument, `set_backend` or environment, else the
     fastest."""
+    chosen = _asked_for(caller, device, name)
+    if chosen is not None:
+        return chosen
+    fastest, cpu = _fastest(device), backends().get("cpu")
+    if device.type == "cpu" and cpu is not None and cpu.missing is not None:
+        _say_slower(fastest.name, cpu.missing)
+    return fastest
+
+
+def _asked_for(caller: str, device: torch.device, name: str | None = None) -> Backend | None:
     for chosen, argument in ((name, "backend"), (_chosen, "backend (set_backend)"), (os.environ.get(ENV), _ENV_NAMED)):
         if chosen:
             return _able(_named(chosen, f"{caller}: {argument}"), f"{caller}: {argument}", device)
+    return None
+
+
+def _fastest(device: torch.device) -> Backend:
     return next(b for b in _BACKENDS if b.automatic and b.device in (None, device.type) and b.available)
+
+
+@cache
+def _say_slower(name: str, reason: str) -> None:
+    """Says once why calls on a CPU are slower than they could be: an install without the C++ backend is no error."""
+    warnings.warn(
+        f"trapo_kernels: backend {name!r} does what C++ would do faster: {reason} (naming a backend silences this)",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _able(backend: Backend, argument: str, device: torch.device) -> Backend:
