@@ -14,6 +14,7 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
+from hostile_memory import hostile_memory
 from kernel_cases import EVERYTHING, HEADS, TOLERANCE, assert_close, make_case, oracle
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -81,6 +82,13 @@ def loss_and_gradients_are_the_oracles_under_every_head(*ranks):
     for head in HEADS.values():
         compare(make_case(60, VOCAB, **head), EVERYTHING, *ranks)
         compare(make_case(60, VOCAB, **head), LCO, *ranks)
+
+
+def memory_that_nobody_wrote_does_not_matter(*ranks):
+    for dtype in TOLERANCE:
+        with hostile_memory():
+            compare(make_case(60, VOCAB, dtype=dtype, with_bias=True), EVERYTHING, *ranks, dtype=dtype)
+            compare(make_case(60, VOCAB, dtype=dtype), LCO, *ranks, dtype=dtype)
 
 
 def the_reference_backend_takes_a_group_too(*ranks):
@@ -213,6 +221,7 @@ def what_cannot_be_is_refused_on_every_rank(group, rank, world):
 CHECKS = [
     loss_and_gradients_are_the_oracles_in_every_dtype,
     loss_and_gradients_are_the_oracles_under_every_head,
+    memory_that_nobody_wrote_does_not_matter,
     the_reference_backend_takes_a_group_too,
     coupled_objectives_and_skipped_tokens_work,
     logprobs_and_entropies_are_differentiable,

@@ -101,6 +101,8 @@ class Recompute:
             local = self.targets - start
             local = torch.where((local >= 0) & (local < size), local, size)
             self.kernel.grad_(buffer[:, : size + _SPARE], local, self.stats, g_lp, g_entropy, self.head.cap)
+            # Products on a CPU may read past their operand (buffers.py), where by now there can be an infinity.
+            buffer[:, size : size + _SPARE].zero_()
             yield columns, x
 
 

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from . import reference, validate
 from .budget import chunk_rows
+from .buffers import logits_buffer
 from .dispatch import backend_name, pick
 from .head import Head
 from .rows.base import stats_dtype
@@ -236,7 +237,7 @@ def run(job: Job, ref: Any, params: Any) -> tuple[Tensor, tuple[Tensor | None, .
     size, middle = job.rows.size, job.rows.with_gradient if any(job.wants) else 0
     tokens = torch.empty(size, dtype=job.weights.dtype, device=source.device)
     step = _chunk(job, source, other)
-    mine, theirs = (torch.empty(step, s.vocab, dtype=s.dtype, device=s.device) for s in (source, other))
+    mine, theirs = (logits_buffer(step, s.vocab, s.dtype, s.device) for s in (source, other))
     for start, stop in ((0, middle), (middle, size)):
         for first in range(start, stop, step):
             at = slice(first, min(first + step, stop))

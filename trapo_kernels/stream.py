@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .budget import chunk_rows
+from .buffers import logits_buffer, row_bytes
 from .head import Head
 from .rows.base import FusedTerms, FusedVerb, RowInputs, RowKernel, RowStats, stats_dtype
 from .statistics import Collector
@@ -157,7 +158,7 @@ class LinearSource:
         self.wide = stats_dtype(self.dtype)
         # Only CUDA has a GEMM of 16-bit operands that adds to an fp32 result.
         self.widen = self.dtype != self.wide and self.device.type != "cuda" and (wants[1] or wants[2])
-        self.row_bytes = self.vocab * self.dtype.itemsize
+        self.row_bytes = row_bytes(self.vocab, self.dtype)
         self.extra_bytes = _WIDE_BYTES if self.widen else 0
         self.beta = 0.0  # of the next sum: the first one overwrites
         self.tolerance = 0.0  # share of the gradient's mass that may be left out (sparse.py)
@@ -203,10 +204,11 @@ class LinearSource:
         """The same with operands widened, a block of columns at a time."""
         chunk = self.chunk.to(self.wide)
         step = max(1, min(self.vocab, _WIDE_BYTES // (self.wide.itemsize * grad.shape[0])))  # a shard may be empty
-        widened = chunk.new_empty(grad.shape[0], step)
+        widened = chunk.new_empty(grad.shape[0] * step)
         for start in range(0, self.vocab, step):
             columns = slice(start, min(start + step, self.vocab))
-            block = widened[:, : columns.stop - start].copy_(grad[:, columns])
+            size = columns.stop - start
+            block = widened[: grad.shape[0] * size].view(-1, size).copy_(grad[:, columns])
             if self.d_weight is not None:
                 self.d_weight[columns].addmm_(block.t(), chunk, beta=self.beta)
             if self.d_bias is not None:
@@ -227,7 +229,7 @@ class LogitsSource:
         self.given, self.scale, self.rows = logits, head.scale, rows
         self.vocab, self.dtype, self.device = logits.shape[1], stats_dtype(logits.dtype), logits.device
         # The chunk, and a copy of it on the way in and out where rows are picked or converted.
-        self.row_bytes = self.vocab * (self.dtype.itemsize + logits.dtype.itemsize)
+        self.row_bytes = row_bytes(self.vocab, self.dtype) + self.vocab * logits.dtype.itemsize
         self.grad = torch.zeros_like(logits) if wanted else None
 
     def logits(self, rows: slice, out: Tensor) -> Tensor:
@@ -252,12 +254,8 @@ def _chunks(
     if extras is not None:
         scratch += extras.scratch_bytes(source.vocab, source.dtype, source.device)
     longest = max(stop - start for start, stop in spans)
-    # Padded rows keep wide accesses, of the kernel and of the GEMMs, where V is ragged.
-    unit = max(1, getattr(kernel, "ROW_ALIGNMENT", 1) // source.dtype.itemsize)
-    stride = -(-source.vocab // unit) * unit
-    padding = (stride - source.vocab) * source.dtype.itemsize
-    step = chunk_rows(longest, source.row_bytes + padding, scratch, source.device.type)
-    buffer = torch.empty(min(step, longest), stride, dtype=source.dtype, device=source.device)[:, : source.vocab]
+    step = chunk_rows(longest, source.row_bytes, scratch, source.device.type)
+    buffer = logits_buffer(min(step, longest), source.vocab, source.dtype, source.device)
     for start, stop in spans:
         for first in range(start, stop, step):
             size = min(step, stop - first)

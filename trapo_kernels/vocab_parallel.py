@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .budget import get_budget_mb
+from .buffers import row_bytes
 from .rows.base import RowKernel, RowState, RowStats, stats_dtype
 from .stream import LinearSource
 
@@ -153,7 +154,7 @@ class ShardedSource(LinearSource):
     def __init__(self, shard: Shard, *args: Any) -> None:
         super().__init__(*args)
         self.shard = shard
-        self.row_bytes = shard.largest * self.dtype.itemsize
+        self.row_bytes = row_bytes(shard.largest, self.dtype)
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight, d_bias = super().gradients()

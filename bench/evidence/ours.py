@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from trapo_kernels.buffers import logits_buffer
 from trapo_kernels.objective import Objective
 from trapo_kernels.rows import triton as rows
 from trapo_kernels.rows.base import RowInputs, RowStats
@@ -33,9 +34,7 @@ _EVERYTHING = Objective(
 def row_launches() -> Iterator[tuple[str, Launch]]:
     """(config, launch) of stats, grad_ and fused_ with every term."""
     for vocab, dtype, cap in _ROWS:
-        # Rows as the stream lays them out: at multiples of 128 bytes.
-        unit = rows.ROW_ALIGNMENT // dtype.itemsize
-        logits = torch.empty(16, -(-vocab // unit) * unit, dtype=dtype)[:, :vocab]
+        logits = logits_buffer(16, vocab, dtype, torch.device("cpu"))
         targets, vector = torch.zeros(16, dtype=torch.int64), torch.zeros(16)
         given = RowStats(vector, vector, vector, vector)
         terms = _EVERYTHING.fused()

@@ -33,9 +33,6 @@ FUSED_FLOAT64 = False
 # The recomputing backward runs over blocks of the vocabulary (columns.py).
 BY_COLUMNS = True
 
-# Rows start at a multiple of this many bytes, so that a ragged V keeps 16-byte accesses, here and in the GEMMs.
-ROW_ALIGNMENT = 128
-
 
 class Sizes(NamedTuple):
     """A program's block [R, K] and its warps."""

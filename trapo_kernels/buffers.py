@@ -1,0 +1,38 @@
+"""Buffers of logits [C, V], whose rows are padded: one rule for every kernel, chunk loop and device.
+
+A row starts at a multiple of 128 bytes, whatever V is:
+
+- on CUDA a ragged leading dimension keeps TMA and 128-bit tensor-core kernels out of all three GEMMs, and wide accesses
+  out of the row kernels; 16 bytes would do for those, 128 are a line of L2;
+- on a CPU an AMX tile takes 64 bytes of a row at a time, past the last column too, and multiplies what it finds there
+  by zero (oneDNN does so where the leading dimension leaves room). Zero times a NaN is NaN.
+
+So the padding is zero from the start, and nobody writes to it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["logits_buffer", "row_bytes"]
+
+_ALIGNMENT = 128  # bytes
+
+
+def _stride(vocab: int, itemsize: int) -> int:
+    """Elements from one row to the next."""
+    unit = max(1, _ALIGNMENT // itemsize)
+    return -(-vocab // unit) * unit
+
+
+def row_bytes(vocab: int, dtype: torch.dtype) -> int:
+    """What a row of logits holds, padding included."""
+    return _stride(vocab, dtype.itemsize) * dtype.itemsize
+
+
+def logits_buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A buffer [rows, V] for logits that are yet to be written, its padding zero."""
+    whole = torch.empty(rows, _stride(vocab, dtype.itemsize), dtype=dtype, device=device)
+    whole[:, vocab:].zero_()
+    return whole[:, :vocab]
