@@ -23,6 +23,7 @@ from .metrics import METRICS, Metric, merge_metrics
 from .modules import TrapoLoss
 from .objective import EXPERT_TERMS, POLICY_TERMS, Objective, Term, Tokens
 from .terms import Sequences
+from .verify import verify
 
 __all__ = [
     "EXPERT_TERMS",
@@ -51,4 +52,5 @@ __all__ = [
     "policy_loss_from_logits",
     "set_backend",
     "set_budget_mb",
+    "verify",
 ]

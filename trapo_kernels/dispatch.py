@@ -10,6 +10,7 @@ from functools import cache
 
 import torch
 
+from . import verify
 from .rows import cpu as cpu_rows
 from .rows import cuda as cuda_rows
 from .rows import torch as torch_rows
@@ -30,6 +31,8 @@ class Backend:
     kernel: RowKernel | None
     detail: str
     automatic: bool = True  # may be picked when the caller names none
+    proof: bool = False  # and then only where `verify` has found it right
+    compiled: bool = True  # what `verify` tries
     device: str | None = None  # the one type of device whose tensors it takes; None: any
     look: Callable[[], str | None] = lambda: None  # finds out whether it exists here
 
@@ -42,17 +45,28 @@ class Backend:
     def available(self) -> bool:
         return self.missing is None
 
+    @property
+    def left_out(self) -> str | None:
+        """Why it is not picked unasked though it exists here: what `verify` found on the current device, as far as is
+        known; None: nothing."""
+        if not (self.automatic and self.proof) or self.missing is not None:
+            return None
+        return verify.reason(self.name, torch.device(self.device or "cpu"))
+
     def __str__(self) -> str:
-        return f"{self.name}: {self.detail}" if self.missing is None else f"{self.name}: not here: {self.missing}"
+        if self.missing is not None:
+            return f"{self.name}: not here: {self.missing}"
+        reason = self.left_out
+        return f"{self.name}: {self.detail}" + (f"; not picked unasked: {reason}" if reason else "")
 
 
-# Fastest first. No GPU has run the conformance suite on the first two yet, so they have to be asked for.
+# Fastest first.
 _BACKENDS = [
     Backend(
         "cuda",
         cuda_rows,
         "CUDA C++: rows on chip, sm_80 and newer",
-        automatic=False,
+        proof=True,
         device="cuda",
         look=cuda_rows.missing,
     ),
@@ -60,20 +74,22 @@ _BACKENDS = [
         "triton",
         triton_rows,
         "Triton kernels on CUDA devices; interpreted, to test them, on CPU tensors",
-        automatic=False,
+        automatic=not triton_rows.interpreted(),
+        proof=True,
         device=None if triton_rows.interpreted() else "cuda",
         look=triton_rows.missing,
     ),
     Backend("cpu", cpu_rows, "C++ for CPU tensors: AVX-512, AVX2 or neither", device="cpu", look=cpu_rows.missing),
-    Backend("torch", torch_rows, "streamed in plain torch, any device"),
-    Backend("reference", None, "materialises the logits; the oracle, any float dtype", automatic=False),
+    Backend("torch", torch_rows, "streamed in plain torch, any device", compiled=False),
+    Backend("reference", None, "materialises the logits; the oracle, any float dtype", automatic=False, compiled=False),
 ]
 
 _chosen: str | None = None
 
 
 def backends() -> dict[str, Backend]:
-    """Every backend of this version by name: `.available`, `.missing` (why not, one line) and `.detail`."""
+    """Every backend of this version by name: `.available`, `.missing` (why not, one line), `.left_out` (why it is not
+    picked unasked, as far as `verify` has found out) and `.detail`."""
     return {backend.name: backend for backend in _BACKENDS}
 
 
@@ -98,13 +114,13 @@ def default_backend(device: torch.device | str = "cpu") -> str:
     return (_fastest(device) if chosen is None else chosen).name
 
 
-def pick(name: str | None, caller: str, device: torch.device) -> Backend:
+def pick(name: str | None, caller: str, device: torch.device, may_try: bool = True) -> Backend:
     """The backend for a call on tensors of a device: the one named by argument, `set_backend` or environment, else the
-    fastest."""
+    fastest that can be trusted. On a GPU the first such pick on a machine tries the kernels, if it `may_try`."""
     chosen = _asked_for(caller, device, name)
     if chosen is not None:
         return chosen
-    fastest, cpu = _fastest(device), backends().get("cpu")
+    fastest, cpu = _fastest(device, may_try), backends().get("cpu")
     if device.type == "cpu" and cpu is not None and cpu.missing is not None:
         _say_slower(fastest.name, cpu.missing)
     return fastest
@@ -117,8 +133,13 @@ def _asked_for(caller: str, device: torch.device, name: str | None = None) -> Ba
     return None
 
 
-def _fastest(device: torch.device) -> Backend:
-    return next(b for b in _BACKENDS if b.automatic and b.device in (None, device.type) and b.available)
+def _fastest(device: torch.device, may_try: bool = True) -> Backend:
+    able = (b for b in _BACKENDS if b.automatic and b.device in (None, device.type) and b.available)
+    return next(b for b in able if not b.proof or verify.proven(b.name, device, lambda: _to_prove(device), may_try))
+
+
+def _to_prove(device: torch.device) -> list[str]:
+    return [b.name for b in _BACKENDS if b.automatic and b.proof and b.device in (None, device.type) and b.available]
 
 
 @cache
@@ -149,4 +170,4 @@ def _named(name: str, argument: str) -> Backend:
 @torch.compiler.assume_constant_result
 def backend_name(name: str | None, caller: str, device: torch.device) -> str:
     """The name of what `pick` picks, as a constant of a compiled graph."""
-    return pick(name, caller, device).name
+    return pick(name, caller, device, may_try=False).name
