@@ -167,7 +167,11 @@ def _named(name: str, argument: str) -> Backend:
     return known[name]
 
 
-@torch.compiler.assume_constant_result
 def backend_name(name: str | None, caller: str, device: torch.device) -> str:
     """The name of what `pick` picks, as a constant of a compiled graph."""
+    return _constant_name(name, _chosen, caller, device)  # what is chosen is read here, and so guards the graph
+
+
+@torch.compiler.assume_constant_result
+def _constant_name(name: str | None, chosen: str | None, caller: str, device: torch.device) -> str:
     return pick(name, caller, device, may_try=False).name

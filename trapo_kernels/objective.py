@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .rows.base import FusedTerms
+from .scalars import constant
 from .terms import (
     ENTROPY,
     EXPERT_TERMS,
@@ -41,7 +42,7 @@ from .terms import (
     tis_weight,
 )
 
-__all__ = ["EXPERT_TERMS", "POLICY_TERMS", "REDUCTIONS", "Objective", "Term", "Tokens"]
+__all__ = ["EXPERT_TERMS", "FIELDS", "POLICY_TERMS", "REDUCTIONS", "Objective", "Term", "Tokens"]
 
 REDUCTIONS = ("token_mean", "sequence_mean", "sum")
 _CLIPPED = ("clip", "gspo", "cispo")
@@ -116,6 +117,7 @@ class Objective:
         for name in ("luffy_gamma", "sed_tau", "pear_gamma", "lco_beta", "sapo_tau_pos", "sapo_tau_neg"):
             self._number(name, "above 0", lambda x: x > 0)
         self._number("sed_k", "that is whole and above 0", lambda x: x > 0 and x == int(x))
+        object.__setattr__(self, "sed_k", int(self.sed_k))
         if self.reduction not in REDUCTIONS:
             accepted = ", ".join(map(repr, REDUCTIONS))
             raise ValueError(f"Objective: reduction must be one of {accepted}; got {self.reduction!r}")
@@ -141,9 +143,10 @@ class Objective:
         value = getattr(self, name)
         if value is None and optional:
             return
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not (number and ok(value)):
+        found = constant(value)
+        if found is None or not (math.isfinite(found) and ok(found)):
             raise ValueError(f"Objective: {name} must be a number {accepted}; got {value!r}")
+        object.__setattr__(self, name, found)
 
     def _term(self, name: str, table: dict[str, Term]) -> Term:
         setting = getattr(self, name)
@@ -365,9 +368,10 @@ class Objective:
     def chord(cls, mu: float = 0.1, **overrides: Any) -> Objective:
         """CHORD-φ (arXiv 2508.11408): μ · (−sg(p(1−p)) log p) on expert tokens, (1 − μ) · GRPO on own tokens. The
         schedule of μ is the caller's: an objective per step."""
-        if not (isinstance(mu, (int, float)) and 0 <= mu <= 1):
+        share = constant(mu)
+        if share is None or not 0 <= share <= 1:
             raise ValueError(f"Objective.chord: mu must be a number in [0, 1]; got {mu!r}")
-        return cls.grpo(**{"expert": "chord", "expert_coef": mu, "policy_coef": 1 - mu, **overrides})
+        return cls.grpo(**{"expert": "chord", "expert_coef": share, "policy_coef": 1 - share, **overrides})
 
     @classmethod
     def sed(cls, **overrides: Any) -> Objective:
@@ -393,6 +397,8 @@ class Objective:
     @classmethod
     def lco(cls, loss: str = "mse", **overrides: Any) -> Objective:
         """LCO: a regression of the target's logit alone onto z_y + A/β'; loss "mse" or "logcosh"."""
+        if loss not in ("mse", "logcosh"):
+            raise ValueError(f"Objective.lco: loss must be 'mse' or 'logcosh'; got {loss!r}")
         return cls(**{"expert": f"lco_{loss}", "policy": None, **overrides})
 
     @classmethod
@@ -413,6 +419,8 @@ class Objective:
         """SAPO: a soft gate instead of the clip, τ = 1 for A > 0 and 1.05 for the others."""
         return cls(**{"expert": None, "policy": "sapo", **overrides})
 
+
+FIELDS = tuple(field.name for field in fields(Objective))
 
 _REDUCTION_TEXT = {
     "token_mean": "sum over active tokens / their number",

@@ -25,8 +25,9 @@ from . import divergence as divergences
 from . import functional, stream  # functional calls these operators
 from .dispatch import pick
 from .head import Head
-from .objective import Objective
+from .objective import FIELDS, Objective
 from .rows.base import RowStats, stats_dtype
+from .scalars import constant
 from .statistics import Collector
 
 __all__ = ["Named", "divergence", "objective_key", "plain", "policy_loss", "three", "token_values"]
@@ -39,15 +40,27 @@ _WANTS = "bool want_first, bool want_weight, bool want_bias"
 _objectives: dict[str, Objective] = {}
 
 
-# A graph is compiled for one objective, and for another that is not equal to it there is another graph.
+# Equal objectives share a graph; for another that is not equal to it there is another graph.
 torch.utils._pytree.register_constant(Objective)
 
 
-@torch.compiler.assume_constant_result
 def objective_key(objective: Objective) -> str:
-    """A name for an objective inside a graph. Equal objectives have equal names, in every process."""
-    key = repr(objective)  # a function shows its address, and stays alive here
-    _objectives[key] = objective
+    """A name for an objective inside a graph. Equal objectives have equal names."""
+    # Field by field: an object that is made inside of what is compiled does not exist while that is traced.
+    return _key(*(_setting(getattr(objective, name)) for name in FIELDS))
+
+
+def _setting(value: Any) -> Any:
+    found = constant(value)
+    return value if found is None else found
+
+
+@torch.compiler.assume_constant_result
+def _key(*settings: Any) -> str:
+    """The name of the objective of these settings, which stays alive here."""
+    shown = [f"{id(value):x}" if callable(value) else repr(value) for value in settings]
+    key = ", ".join(shown)
+    _objectives[key] = Objective(*settings)
     return key
 
 

@@ -507,6 +507,18 @@ def _is_constant(p: inspect.Parameter) -> bool:
     return number and p.name not in _INPUTS and p.name not in _DIFFERENTIABLE and not is_statistic(p.name)
 
 
+@torch.compiler.assume_constant_result
+def _read_by(fn: Callable[..., Tensor]) -> str:
+    """What a function reads, as text, which a compiler can hold: names, with "?" after those that have a default; after
+    "!" a parameter that may not be one."""
+    parameters = [p for p in inspect.signature(fn).parameters.values() if not _is_constant(p)]
+    for p in parameters:
+        known = p.name in _INPUTS or p.name in _DIFFERENTIABLE or is_statistic(p.name)
+        if not known or p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
+            return f"!{p}"
+    return " ".join(p.name if p.default is p.empty else f"{p.name}?" for p in parameters)
+
+
 def own_term(fn: Callable[..., Tensor]) -> Term:
     """A function of per-token tensors [n] as a term: its parameters' names say what it reads.
 
@@ -519,16 +531,13 @@ def own_term(fn: Callable[..., Tensor]) -> Term:
     Raises:
         TypeError: a parameter is none of these.
     """
-    name = function_name(fn)
-    parameters = [p for p in inspect.signature(fn).parameters.values() if not _is_constant(p)]
-    for p in parameters:
-        known = p.name in _INPUTS or p.name in _DIFFERENTIABLE or is_statistic(p.name)
-        if not known or p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
-            accepted = ", ".join((*_DIFFERENTIABLE, *_INPUTS, "statistics of a row"))
-            raise TypeError(f"{name}: parameters must be among {accepted}, or have a number as default; got {p}")
-    names = tuple(p.name for p in parameters)
-    given = {p.name for p in parameters if p.name in _INPUTS}
-    needs = tuple(p.name for p in parameters if p.name in _INPUTS and p.default is p.empty)
+    name, read = function_name(fn), _read_by(fn)
+    if read.startswith("!"):
+        accepted = ", ".join((*_DIFFERENTIABLE, *_INPUTS, "statistics of a row"))
+        raise TypeError(f"{name}: parameters must be among {accepted}, or have a number as default; got {read[1:]}")
+    names = tuple(n.removesuffix("?") for n in read.split())
+    given = {n for n in names if n in _INPUTS}
+    needs = tuple(n for n in read.split() if n in _INPUTS)
 
     def value(o: Objective, t: Tokens) -> Tensor:
         inputs = {n: t.statistics[n] if is_statistic(n) else getattr(t, n) for n in names}
