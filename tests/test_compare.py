@@ -1,11 +1,14 @@
 """`trapo compare`: what is paired with what, and what is refused."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from trapo.compare import as_json, compare, table
 from trapo.errors import TrapoError
+from trapo.terminal import print_table
 
 
 def write(path, rewards):
@@ -52,6 +55,52 @@ def test_folders_are_paired_by_the_names_of_their_evaluations(tmp_path):
     ]
     assert [c["name"] for c in as_json(found, "a", "b")["comparisons"]] == ["aime24", "math500", "held-out"]
     assert table(found, "a", "b").row_count == 3
+
+
+def test_texts_may_hold_every_separator_of_lines(tmp_path):
+    row = {"id": "p", "reward": 1, "text": "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg"}
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    (found,) = compare(path, path)
+    assert found.problems == 1
+
+
+def test_the_same_problems_from_a_copy_under_another_name_are_the_same(tmp_path):
+    digests = [f"{i:016x}" for i in range(3)]
+    a = write(tmp_path / "a.jsonl", {f"n1/{d}": [1.0] for d in digests})
+    b = write(tmp_path / "b.jsonl", {f"n2/{d}": [0.0] for d in reversed(digests)})
+    (found,) = compare(a, b)
+    assert (found.problems, found.worse) == (3, 3)
+
+
+def test_no_difference_on_few_problems_is_not_certain(tmp_path):
+    a = write(tmp_path / "a.jsonl", {"p": [1.0], "q": [0.0]})
+    (found,) = compare(a, a)
+    assert found.difference == 0
+    assert found.low < -0.2
+    assert found.high > 0.2
+
+
+def test_the_table_shows_points_and_keeps_its_digits_on_a_narrow_terminal(tmp_path):
+    a = write(tmp_path / "a.jsonl", {f"p{i}": [0.0] for i in range(8)})
+    b = write(tmp_path / "b.jsonl", {f"p{i}": [float(i < 2)] for i in range(8)})
+    for width in (40, 60, 200):
+        console = Console(width=width, file=io.StringIO())
+        print_table(console, table(compare(a, b), "runs/a[b]", "runs/[/b]"))
+        shown = console.file.getvalue()
+        assert "…" not in shown
+        assert "runs/a[b]" in shown
+        assert "25.0%" in shown
+        assert "+25.0 " in shown
+
+
+@pytest.mark.parametrize("row", ["[" * 100_000, '{"id": "p"}', '{"id": "p", "reward": NaN}', "1", "\xff"])
+def test_a_bad_row_is_named_in_one_line(row, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"id": "p", "reward": 1}\n' + row.encode("latin-1") + b"\n")
+    with pytest.raises(TrapoError, match=r"a\.jsonl:2: not a row with id and reward") as error:
+        compare(path, path)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,18 @@ def test_one_trace_may_stand_alone(tmp_path):
     assert [p.traces for p in load_problems(jsonl(tmp_path / "toy.jsonl", *rows))] == [("#### 2",), ()]
 
 
+def test_the_two_columns_of_traces_go_together(tmp_path):
+    rows = [
+        {"prompt": "?", "answer": "2", "traces": None, "trace": "a"},
+        {"prompt": "?", "answer": "2", "traces": ["a", "b", "a"], "trace": "c"},
+        {"prompt": "?", "answer": "2", "traces": ["a", "b"], "trace": "b"},
+        {"prompt": "?", "answer": "2", "traces": [], "trace": None},
+    ]
+    expected = [("a",), ("a", "b", "a", "c"), ("a", "b"), ()]
+    for write in (jsonl, parquet):
+        assert [p.traces for p in load_problems(write(tmp_path / f"toy.{write.__name__}", *rows))] == expected
+
+
 def test_what_is_written_reads_back_the_same(tmp_path):
     problems = [
         Problem("é/1", tuple(CHAT), "½", ("a\nb", "a\u2028b"), "x"),
@@ -109,6 +121,14 @@ def test_the_real_gsm8k_reads_whole_and_its_traces_earn_their_reward(name, rows)
     assert all(math_reward(p.traces[0], p.answer) == 1.0 for p in problems)
 
 
+def test_a_question_beside_the_prompt_that_was_made_of_it_is_not_gsm8k(tmp_path):
+    row = {"question": "1 + 1?", "prompt": "Compute 1 + 1.", "answer": "2"}
+    (problem,) = load_problems(jsonl(tmp_path / "toy.jsonl", row))
+    assert (problem.prompt[0]["content"], problem.answer) == ("Compute 1 + 1.", "2")
+    (problem,) = load_problems(jsonl(tmp_path / "toy.jsonl", {**row, "answer": "One and one.\n#### 2"}))
+    assert (problem.prompt[0]["content"], problem.answer, problem.source) == ("1 + 1?", "2", "gsm8k")
+
+
 # ----------------------------------------------------------------------------------------------------- verl
 
 
@@ -125,6 +145,14 @@ def test_verl_reads_chat_answer_source_and_every_kind_of_trace(tmp_path):
     assert problem.prompt == tuple(CHAT)
     assert (problem.answer, problem.source) == ("2", "openr1")
     assert problem.traces == ("first", "second", "third")
+
+
+def test_verl_columns_that_describe_the_target_are_no_traces(tmp_path):
+    model = {"ground_truth": "2"}
+    about = {"target_lang": "en", "target-style": "terse", "target_length": 5, "extra_info": {"target_length": 5}}
+    chat = {"target_qwen": [{"role": "assistant", "content": "kept"}]}
+    (problem,) = load_problems(jsonl(tmp_path / "t.jsonl", {"prompt": CHAT, "reward_model": model, **about, **chat}))
+    assert problem.traces == ("kept",)
 
 
 @pytest.mark.parametrize(
@@ -207,6 +235,23 @@ def test_dedup_goes_by_question_and_answer_and_comes_before_the_limit(tmp_path):
     assert [(p.prompt[0]["content"], p.answer) for p in found] == [("x", "1"), ("x", "2"), ("y", "1")]
 
 
+def test_dedup_goes_by_content_also_where_rows_have_ids(tmp_path):
+    rows = [{"id": i, "prompt": q, "answer": "1"} for i, q in [("a", "x"), ("b", "x"), ("a", "y"), (7, "z")]]
+    found = load_problems(jsonl(tmp_path / "toy.jsonl", *rows), dedup=True)
+    assert [p.prompt[0]["content"] for p in found] == ["x", "y", "z"]
+    assert len({p.id for p in found}) == 3
+    assert found[2].id == "7"
+
+
+def test_an_id_that_is_a_category_is_told_apart_by_content_in_any_order(tmp_path):
+    rows = [{"id": "algebra", "prompt": q, "answer": "1"} for q in ("x", "y", "x")]
+    found = load_problems(jsonl(tmp_path / "toy.jsonl", *rows))
+    assert found[0].id == found[2].id != found[1].id
+    assert all(p.id.startswith("algebra/") for p in found)
+    other = load_problems(jsonl(tmp_path / "other.jsonl", *reversed(rows[:2])))
+    assert {p.id for p in other} == {p.id for p in found}
+
+
 @pytest.mark.parametrize("options", [{"limit": 0}, {"on_bad_row": "ignore"}])
 def test_impossible_options_are_refused(tmp_path, options):
     with pytest.raises(ValueError, match=next(iter(options))):
@@ -232,6 +277,15 @@ GOOD = {"prompt": "?", "answer": "2"}
         ({"prompt": [], "answer": "2"}, "column 'prompt' must be a text or a list of {role, content}; got a list []"),
         ({"prompt": [{"role": "user"}], "answer": "2"}, "column 'prompt' must be a text or a list of {role, content}"),
         ({"prompt": CHAT[:1], "answer": "2"}, "must end with a user message; got role 'system'"),
+        ('{"prompt": "?", "answer": NaN}', "column 'answer' must be a text or a finite number; got nan"),
+        ('{"prompt": "?", "answer": 1e999}', "column 'answer' must be a text or a finite number; got inf"),
+        ('{"prompt": "a \\ud83d", "answer": "2"}', "column 'prompt' holds half a character (\\ud83d)"),
+        ('{"prompt": "?", "answer": "\\udc00"}', "column 'answer' holds half a character (\\udc00)"),
+        ('{"prompt": "?", "answer": "2", "trace": "\\ud800"}', "column 'traces' holds half a character"),
+        ('{"prompt": "?", "answer": "2", "id": "\\ud800"}', "column 'id' holds half a character"),
+        ('{"prompt": "?", "answer": ["\\ud800"]}', "column 'answer' must be a text or a number; got a list"),
+        ('{"prompt": ' + "[" * 100_000, "nested too deep"),
+        ({**GOOD, "id": True}, "column 'id' must be a text that is not empty; got true or false True"),
         ({**GOOD, "traces": [3]}, "column 'traces' must hold texts or chat messages; got int 3"),
     ],
 )
@@ -248,6 +302,17 @@ def test_a_bad_row_of_a_parquet_file_is_named_by_its_number(tmp_path):
     path = parquet(tmp_path / "toy.parquet", GOOD, {"prompt": "?", "answer": None})
     with pytest.raises(DataError, match=r"toy.parquet:row 2: column 'answer' is missing"):
         load_problems(path)
+
+
+def test_a_damaged_page_of_a_parquet_file_is_one_line(tmp_path):
+    path = parquet(tmp_path / "toy.parquet", *({"prompt": f"{i}?" * 20, "answer": "2"} for i in range(500)))
+    raw = bytearray(path.read_bytes())
+    raw[200:400] = bytes(200)
+    path.write_bytes(raw)
+    for on_bad_row in ("raise", "skip"):
+        with pytest.raises(DataError, match=r"toy.parquet: damaged after row \d+: ") as caught:
+            load_problems(path, on_bad_row=on_bad_row)
+        assert "\n" not in str(caught.value)
 
 
 def test_bad_rows_can_be_skipped_and_are_reported(tmp_path, caplog):

@@ -8,7 +8,9 @@ import pytest
 from trapo.stats import (
     bootstrap_interval,
     mcnemar_exact,
+    mean_interval,
     paired_bootstrap,
+    paired_interval,
     pass_at_k,
     sign_flip_test,
     wilson_interval,
@@ -52,6 +54,36 @@ def test_bootstrap_interval_is_the_same_for_the_same_seed_only():
 
 def test_bootstrap_interval_of_one_constant_is_that_constant():
     assert bootstrap_interval([0.25] * 7) == (0.25, 0.25)
+
+
+@pytest.mark.parametrize(("value", "successes"), [(0.0, 0), (1.0, 7)])
+def test_the_interval_of_problems_that_all_came_out_the_same_is_wilsons(value, successes):
+    assert mean_interval([value] * 7) == wilson_interval(successes, 7)
+
+
+def test_the_interval_of_equal_means_between_the_ends_is_not_a_point_and_holds_them():
+    low, high = mean_interval([0.25] * 8)
+    assert low < 0.25 < high
+    assert mean_interval([0.25] * 8) == wilson_interval(2, 8)
+
+
+def test_the_interval_of_problems_that_differ_is_the_bootstraps():
+    values = [0.0, 0.5, 1.0, 0.25]
+    assert mean_interval(values) == bootstrap_interval(values)
+    assert mean_interval([3.0, 3.0]) == (3.0, 3.0)  # outside [0, 1] no rate stands behind it
+
+
+def test_the_interval_of_equal_differences_is_the_adjusted_wald_one_for_matched_pairs():
+    # Agresti and Min 2005: no discordant pairs of 98; (0 ± 1.96 sqrt(1)) / 100.
+    assert paired_interval([1.0] * 98, [1.0] * 98) == pytest.approx((-0.0196, 0.0196), abs=1e-4)
+    low, high = paired_interval([0.0] * 5, [1.0] * 5)
+    assert high == 1.0
+    assert 0 < low < 1
+
+
+def test_the_interval_of_differences_that_differ_is_the_paired_bootstraps():
+    first, second = [0.0, 1.0, 0.0, 1.0], [1.0, 1.0, 0.0, 0.0]
+    assert paired_interval(first, second) == paired_bootstrap(first, second)[1:3]
 
 
 @pytest.mark.parametrize("values", [[], [1.0, float("nan")], [[1.0]]])

@@ -110,7 +110,7 @@ def table(results: dict[str, EvalResult]) -> Table:
         metric = f"avg@{r.samples}" if r.samples > 1 else "pass@1"
         best = str(r.samples)
         several = (f"{r.pass_at[best]:.1%} @{best}", _percent(r.pass_at_interval[best])) if r.samples > 1 else ("", "")
-        row = (metric, f"{r.accuracy:.1%}", _percent(r.bootstrap or r.interval), *several)
+        row = (metric, f"{r.accuracy:.1%}", _percent(r.interval), *several)
         shown.add_row(title, str(r.problems), *row, f"{r.finished:.0%}", f"{r.mean_tokens:.0f}")
     if len(results) > 1:
         shown.add_row("average", "", "", f"{_average(results):.1%}")

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from trapo.errors import TrapoError
+from trapo.terminal import print_table, replace_what_cannot_be_shown
 
 app = typer.Typer(
     add_completion=False,
@@ -82,7 +83,7 @@ def evaluate(config: ConfigArgument, overrides: Overrides = None) -> None:
         from trapo import benchmarks
 
         results = benchmarks.evaluate_benchmarks(settings, log=log)
-        console.print(benchmarks.table(results), highlight=False)
+        print_table(console, benchmarks.table(results))
         return
     from trapo import evaluate as evaluation
 
@@ -103,7 +104,7 @@ def compare(
     from trapo.files import write_json
 
     found = comparison.compare(first, second)
-    _console().print(comparison.table(found, str(first), str(second)), highlight=False)
+    print_table(_console(), comparison.table(found, str(first), str(second)))
     if out is not None:
         write_json(out, comparison.as_json(found, str(first), str(second)))
 
@@ -125,7 +126,7 @@ def plan(
     from trapo.plan import make_plan, tables
 
     for table in tables(make_plan(settings, ranks, response_tokens)):
-        _console().print(table)
+        print_table(_console(), table)
 
 
 @app.command()
@@ -150,6 +151,7 @@ def report(
 
 def main() -> None:
     """Entry point: errors of the user's are one line on stderr and exit code 2."""
+    replace_what_cannot_be_shown()
     try:
         app()
     except TrapoError as error:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from trapo.errors import TrapoError
-from trapo.stats import mcnemar_exact, paired_bootstrap, sign_flip_test
+from trapo.stats import mcnemar_exact, paired_interval, sign_flip_test
 
 Rewards = dict[str, list[float]]  # by problem id, one value a sample
 
@@ -51,13 +54,16 @@ def compare(first: Path, second: Path) -> list[Comparison]:
 
 def table(found: list[Comparison], first: str, second: str) -> Table:
     """One row a problem set."""
-    shown = Table(box=None, padding=(0, 1), header_style="bold", title=f"A: {first}\nB: {second}", title_justify="left")
+    shown = Table(
+        box=None, padding=(0, 1), header_style="bold", title=Text(f"A: {first}\nB: {second}"), title_justify="left"
+    )
     shown.add_column("problems of")
-    for column in ("number", "A", "B", "B − A", "95% interval", "p", "test", "better", "worse"):
+    for column in ("number", "A", "B", "B − A, points", "95% interval", "p", "test", "better", "worse"):
         shown.add_column(column, justify="right")
     for c in found:
-        numbers = (f"{c.first:.1%}", f"{c.second:.1%}", f"{c.difference:+.1%}", f"{c.low:+.1%} to {c.high:+.1%}")
-        shown.add_row(c.name, str(c.problems), *numbers, f"{c.p_value:.3g}", c.test, str(c.better), str(c.worse))
+        points = [f"{100 * value:+.1f}" for value in (c.difference, c.low, c.high)]
+        numbers = (f"{c.first:.1%}", f"{c.second:.1%}", points[0], f"{points[1]} to {points[2]}")
+        shown.add_row(Text(c.name), str(c.problems), *numbers, f"{c.p_value:.3g}", c.test, str(c.better), str(c.worse))
     return shown
 
 
@@ -73,9 +79,9 @@ def _evaluations(path: Path) -> dict[str, Path]:
     found = {p.stem: p for p in sorted((path / "benchmarks").glob("*.jsonl")) if p.with_suffix(".json").exists()}
     if (single := path / "eval.jsonl").exists():
         found["eval"] = single
-    steps = sorted((path / "eval").glob("step-*.jsonl"), key=lambda p: int(p.stem.removeprefix("step-")))
+    steps = {int(m[1]): p for p in (path / "eval").glob("step-*.jsonl") if (m := re.fullmatch(r"step-(\d+)", p.stem))}
     if steps:
-        found["held-out"] = steps[-1]
+        found["held-out"] = steps[max(steps)]
     if not found:
         raise TrapoError(f"compare: {path} holds no evaluation (benchmarks/*.jsonl, eval.jsonl or eval/step-*.jsonl)")
     return found
@@ -83,6 +89,8 @@ def _evaluations(path: Path) -> dict[str, Path]:
 
 def _compare(name: str, first: Path, second: Path) -> Comparison:
     a, b = _read(first), _read(second)
+    if a.keys() != b.keys():
+        a, b = _by_content(a), _by_content(b)
     if a.keys() != b.keys():
         only_a, only_b = sorted(a.keys() - b.keys()), sorted(b.keys() - a.keys())
         example = (only_a or only_b)[0]
@@ -92,7 +100,7 @@ def _compare(name: str, first: Path, second: Path) -> Comparison:
         )
     means = [(sum(a[i]) / len(a[i]), sum(b[i]) / len(b[i])) for i in sorted(a)]
     values_a, values_b = [m[0] for m in means], [m[1] for m in means]
-    interval = paired_bootstrap(values_a, values_b)
+    interval = paired_interval(values_a, values_b)
     better, worse = sum(y > x for x, y in means), sum(y < x for x, y in means)
     binary = all(len(v) == 1 and v[0] in (0.0, 1.0) for side in (a, b) for v in side.values())
     return Comparison(
@@ -100,7 +108,7 @@ def _compare(name: str, first: Path, second: Path) -> Comparison:
         len(means),
         sum(values_a) / len(means),
         sum(values_b) / len(means),
-        interval.mean,
+        sum(y - x for x, y in means) / len(means),
         interval.low,
         interval.high,
         mcnemar_exact(worse, better) if binary else sign_flip_test([y - x for x, y in means]),
@@ -110,13 +118,28 @@ def _compare(name: str, first: Path, second: Path) -> Comparison:
     )
 
 
+def _finite(value: Any) -> float:
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"not finite: {number}")
+    return number
+
+
+def _by_content(rewards: Rewards) -> Rewards:
+    """The rewards by the digest that an id by content ends in (SOURCE/DIGEST): a copy of a file has another source."""
+    digests = [match[1] if (match := re.fullmatch(r".+/([0-9a-f]{16})", name)) else name for name in rewards]
+    return dict(zip(digests, rewards.values(), strict=True)) if len({*digests}) == len(digests) else rewards
+
+
 def _read(path: Path) -> Rewards:
     rewards: Rewards = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Lines of JSON end in \n alone; a text may hold U+2028 and other separators that str.splitlines() ends a line at.
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-            rewards.setdefault(row["id"], []).append(float(row["reward"]))
-        except (ValueError, KeyError, TypeError):
+            rewards.setdefault(str(row["id"]), []).append(_finite(row["reward"]))
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise TrapoError(f"compare: {path}:{number}: not a row with id and reward") from None
     if not rewards:
         raise TrapoError(f"compare: {path} has no rows")

@@ -8,7 +8,8 @@ The layout follows from the columns, whatever the file type:
 
     ours    prompt (text or chat), answer, and optionally traces (list) or trace (text), id, source
     GSM8K   question, answer (a worked solution ending in "#### n")
-    verl    prompt (chat), reward_model.ground_truth, and optionally data_source and target... (expert traces)
+    verl    prompt (chat), reward_model.ground_truth, and optionally data_source and expert traces: target, target_2 or
+            traces in the row or in its extra_info, and any other target_... that holds a chat
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import tempfile
@@ -50,9 +52,13 @@ class DataError(TrapoError):
 
 
 def problem_id(source: str, question: str, answer: str) -> str:
-    """An id by content: the same problem has the same id in every file and under every system prompt."""
-    digest = hashlib.sha256(f"{question}\0{answer}".encode()).hexdigest()
-    return f"{source}/{digest[:16]}"
+    """An id by content, SOURCE/DIGEST: a problem has the same digest in every file and under every system prompt."""
+    return f"{source}/{_digest(question, answer)}"
+
+
+def _digest(question: str, answer: str) -> str:
+    # surrogatepass: a row that UTF-8 cannot spell gets as far as the check that refuses it.
+    return hashlib.sha256(f"{question}\0{answer}".encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def load_problems(
@@ -69,7 +75,7 @@ def load_problems(
     system_prompt: takes the place of the prompts' own system message ("" removes it, None keeps it).
     prompt_suffix: appended to the last message. limit: the first so many problems. dedup: drops problems whose
     question and answer came before (AIME files repeat each 32 times). on_bad_row="skip" leaves bad rows out
-    and logs how many.
+    and logs how many. An id that different problems share is made unique by a digest of the problem.
 
     Raises DataError for an unknown layout, a bad row, a missing file, or no problem at all.
     """
@@ -82,16 +88,30 @@ def load_problems(
     else:
         found = _read(Path(path), skip=on_bad_row == "skip")
     problems: list[Problem] = []
+    contents: list[str] = []
     seen: set[str] = set()
     for problem in found:
-        if not (dedup and problem.id in seen):
-            seen.add(problem.id)
-            problems.append(_with_prompt(problem, system_prompt, prompt_suffix))
+        content = _content(problem.prompt, problem.answer)
+        if not (dedup and content in seen):
+            seen.add(content)
+            problems.append(problem)
+            contents.append(content)
         if len(problems) == limit:
             break
     if not problems:
         raise DataError(f"{path}: no problems in it")
-    return problems
+    return [_with_prompt(p, system_prompt, prompt_suffix) for p in _told_apart(problems, contents)]
+
+
+def _told_apart(problems: list[Problem], contents: list[str]) -> list[Problem]:
+    """Problems whose ids differ wherever their contents do: an id may be no more than a category in its file."""
+    by_id: dict[str, set[str]] = {}
+    for problem, content in zip(problems, contents, strict=True):
+        by_id.setdefault(problem.id, set()).add(content)
+    return [
+        replace(problem, id=f"{problem.id}/{content}") if len(by_id[problem.id]) > 1 else problem
+        for problem, content in zip(problems, contents, strict=True)
+    ]
 
 
 def write_problems(path: str | Path, problems: Iterable[Problem]) -> None:
@@ -170,7 +190,7 @@ def _read(path: Path, *, skip: bool) -> Iterator[Problem]:
                 raise row
             if parse is None:
                 parse = _layout(row, path)
-            problem = parse(row, path.stem)
+            problem = _writable(parse(row, path.stem))
         except _UnknownLayout:
             raise
         except DataError as error:
@@ -186,6 +206,20 @@ def _read(path: Path, *, skip: bool) -> Iterator[Problem]:
         log.warning("%s: skipped %d bad rows of %d; the first: %s", path, len(bad), len(bad) + good, bad[0])
 
 
+def _writable(problem: Problem) -> Problem:
+    """The problem, if UTF-8 can spell it: JSON may hold half of a surrogate pair, as a cut emoji leaves one."""
+    texts = [("id", problem.id), ("source", problem.source), ("answer", problem.answer)]
+    texts += [("prompt", m["role"] + m["content"]) for m in problem.prompt] + [
+        ("traces", trace) for trace in problem.traces
+    ]
+    for column, text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"column {column!r} holds half a character (\\u{ord(text[error.start]):04x})") from None
+    return problem
+
+
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Row | DataError]]:
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
@@ -195,6 +229,9 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Row | DataError]]:
                 row = json.loads(line)
             except ValueError as error:  # UnicodeDecodeError is one too
                 yield str(number), DataError(f"not JSON: {error}")
+                continue
+            except RecursionError:
+                yield str(number), DataError("not JSON that can be read: nested too deep")
                 continue
             if not isinstance(row, dict):
                 yield str(number), DataError(f"each line must be a JSON object; got {_kind(row)}")
@@ -206,22 +243,28 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row | DataError]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    number = 0
     try:
-        file = pq.ParquetFile(path)
+        with pq.ParquetFile(path) as file:
+            # Few rows at a time: a page of a few bytes may stand for rows of megabytes.
+            for batch in file.iter_batches(batch_size=32):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", row
     except pa.ArrowInvalid as error:
-        raise DataError(f"{path}: not a parquet file: {' '.join(str(error).split())}") from None
-    with file:
-        number = 0
-        for batch in file.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"row {number}", row
+        raise DataError(f"{path}: not a parquet file: {_one_line(error)}") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
+        raise DataError(f"{path}: damaged after row {number}: {_one_line(error)}") from None
 
 
 _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row | DataError]]]] = {
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
 }
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class _UnknownLayout(DataError):
@@ -231,7 +274,9 @@ class _UnknownLayout(DataError):
 def _layout(row: Row, path: Path) -> Callable[[Row, str], Problem]:
     for columns, parse in _LAYOUTS.items():
         if all(c in row for c in columns):
-            return parse
+            # A table may have both: a question, and the prompt that was made of it.
+            plain = parse is _parse_gsm8k and "prompt" in row and ANSWER_MARK not in str(row["answer"])
+            return _parse_own if plain else parse
     accepted = " or ".join(" + ".join(columns) for columns in _LAYOUTS)
     found = ", ".join(sorted(map(str, row))) or "none"
     raise _UnknownLayout(f"{path}: unknown layout; columns found: {found}; accepted: {accepted}")
@@ -240,10 +285,11 @@ def _layout(row: Row, path: Path) -> Callable[[Row, str], Problem]:
 def _parse_own(row: Row, source: str) -> Problem:
     messages = _messages(_column(row, "prompt"))
     answer = _answer(_column(row, "answer"), "answer")
-    column = "traces" if "traces" in row else "trace"
     source = _optional_text(row, "source") or source
-    known_id = _optional_text(row, "id") or _content_id(source, messages, answer)
-    return Problem(known_id, messages, answer, _traces(row.get(column), column), source)
+    known_id = _optional_id(row) or _content_id(source, messages, answer)
+    traces = _traces(row.get("traces"), "traces")
+    traces += tuple(t for t in _traces(row.get("trace"), "trace") if t not in traces)
+    return Problem(known_id, messages, answer, traces, source)
 
 
 def _parse_gsm8k(row: Row, _: str) -> Problem:
@@ -251,7 +297,10 @@ def _parse_gsm8k(row: Row, _: str) -> Problem:
     steps, mark, answer = solution.rpartition(ANSWER_MARK)
     answer = answer.strip().replace(",", "")
     if not mark or not answer:
-        raise DataError(f"column 'answer' must end in '{ANSWER_MARK} n'; got {solution[-40:]!r}")
+        raise DataError(
+            f"column 'answer' must end in '{ANSWER_MARK} n'; got {solution[-40:]!r} "
+            "(an answer without its solution goes with a column 'prompt' instead of 'question')"
+        )
     # <<48/2=24>> are marks for a calculator, which the reader of a solution never sees.
     steps = re.sub(r"<<.*?>>", "", steps).strip()
     trace = f"{steps}\n{FINAL_ANSWER.format(answer=answer)}".lstrip("\n")
@@ -268,8 +317,11 @@ def _parse_verl(row: Row, source: str) -> Problem:
     extra = row.get("extra_info")
     traces: list[str] = []
     for record in (row, extra if isinstance(extra, Mapping) else {}):
-        for column in sorted(k for k in record if re.fullmatch(r"traces?|target([_-]?\w+)?", str(k))):
-            traces += _traces(record[column], column)
+        for column in sorted(str(k) for k in record):
+            # target_lang, target_length and the like describe the row; only a chat under such a name is a trace.
+            named = re.fullmatch(r"traces?|targets?([_-]?\d+)?", column)
+            if named or (re.fullmatch(r"target[_-]\w+", column) and _holds_chat(record[column])):
+                traces += _traces(record[column], column)
     source = _optional_text(row, "data_source") or source
     return Problem(_content_id(source, messages, answer), messages, answer, tuple(traces), source)
 
@@ -300,8 +352,17 @@ def _optional_text(row: Row, column: str) -> str:
     return "" if row.get(column) is None else _text(row[column], column)
 
 
+def _optional_id(row: Row) -> str:
+    known_id = row.get("id")
+    if isinstance(known_id, int) and not isinstance(known_id, bool):  # many sets number their rows
+        return str(known_id)
+    return _optional_text(row, "id")
+
+
 def _answer(value: Any, column: str) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise DataError(f"column {column!r} must be a text or a finite number; got {value}")
         return str(value)
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"column {column!r} must be a text or a number; got {_kind(value)}")
@@ -323,6 +384,11 @@ def _is_message(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(value.get(k), str) for k in ("role", "content"))
 
 
+def _holds_chat(value: Any) -> bool:
+    items = value if isinstance(value, list) else [value]
+    return bool(items) and all(_is_message(i) or (isinstance(i, list) and _holds_chat(i)) for i in items)
+
+
 def _traces(value: Any, column: str) -> tuple[str, ...]:
     """Expert traces: a text, a list of texts, a chat (its assistant's messages), or a list of chats."""
     if value is None:
@@ -342,10 +408,16 @@ def _traces(value: Any, column: str) -> tuple[str, ...]:
 
 
 def _content_id(source: str, messages: tuple[Message, ...], answer: str) -> str:
-    return problem_id(source, "\0".join(m["content"] for m in messages if m["role"] != "system"), answer)
+    return f"{source}/{_content(messages, answer)}"
+
+
+def _content(messages: tuple[Message, ...], answer: str) -> str:
+    """A digest of question and answer, whatever the system prompt."""
+    return _digest("\0".join(m["content"] for m in messages if m["role"] != "system"), answer)
 
 
 def _kind(value: Any) -> str:
+    """What a value is, in one line that any terminal can show."""
     names = {list: "a list", dict: "a record", str: "text", type(None): "nothing", bool: "true or false"}
-    shown = repr(value)
+    shown = repr(value).encode(errors="replace").decode()
     return f"{names.get(type(value), type(value).__name__)} {shown[:60]}{'…' if len(shown) > 60 else ''}"

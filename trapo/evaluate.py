@@ -21,14 +21,16 @@ from trapo.rewards import RewardPool
 from trapo.rollout import Engine, Request, make_engine
 from trapo.rollout.guard import AgreementGuard, plain_scorer, unanswered
 from trapo.sampling import load_eval_set
-from trapo.stats import bootstrap_interval, pass_at_k, wilson_interval
+from trapo.stats import bootstrap_interval, mean_interval, pass_at_k, wilson_interval
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalResult:
     """accuracy: mean reward over problems and samples (avg@k); interval: its 95% interval, Wilson's for one sample a
-    problem, a bootstrap over problems for more; pass_at: k -> pass@k (Chen et al. 2021), for powers of two up to the
-    number of samples, and for that; bootstrap, pass_at_interval: 95% bootstrap intervals over problems."""
+    problem, a bootstrap over problems for more (Wilson's again where all problems came out the same, of which a
+    bootstrap knows no interval); pass_at: k -> pass@k (Chen et al. 2021), for powers of two up to the number of
+    samples, and for that, with pass_at_interval by the same rule; bootstrap: the 95% bootstrap interval, None where it
+    knows none."""
 
     accuracy: float
     interval: tuple[float, float]
@@ -141,8 +143,7 @@ def _summarise(by_problem: list[list[float]], **rest: Any) -> EvalResult:
     accuracy = sum(means) / len(means)
     right = [sum(value >= 1.0 for value in values) for values in by_problem]
     binary = samples == 1 and all(value in (0.0, 1.0) for values in by_problem for value in values)
-    bootstrap = bootstrap_interval(means)
-    interval = wilson_interval(sum(right), len(right)) if binary else bootstrap
+    interval = wilson_interval(sum(right), len(right)) if binary else mean_interval(means)
     ks = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
     if samples not in ks:
         ks.append(samples)
@@ -153,7 +154,7 @@ def _summarise(by_problem: list[list[float]], **rest: Any) -> EvalResult:
         len(means),
         samples,
         pass_at={k: sum(values) / len(values) for k, values in passes.items()},
-        bootstrap=bootstrap,
-        pass_at_interval={k: bootstrap_interval(values) for k, values in passes.items()},
+        bootstrap=bootstrap_interval(means) if len(set(means)) > 1 else None,
+        pass_at_interval={k: mean_interval(values) for k, values in passes.items()},
         **rest,
     )

@@ -37,14 +37,30 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"wilson_interval: needs 0 <= successes <= n and n >= 1; got {successes} of {n}")
-    z2 = _z(confidence, "wilson_interval") ** 2
-    rate = successes / n
+    return _wilson(successes / n, n, _z(confidence, "wilson_interval"))
+
+
+def _wilson(rate: float, n: int, z: float) -> Interval:
+    z2 = z**2
     center = (rate + z2 / (2 * n)) / (1 + z2 / n)
     half = math.sqrt(z2 * (rate * (1 - rate) / n + z2 / (4 * n * n))) / (1 + z2 / n)
     # At the ends the formula gives 0 and 1 exactly, but for rounding.
-    low = 0.0 if successes == 0 else max(0.0, center - half)
-    high = 1.0 if successes == n else min(1.0, center + half)
+    low = 0.0 if rate == 0 else max(0.0, center - half)
+    high = 1.0 if rate == 1 else min(1.0, center + half)
     return Interval(low, high)
+
+
+def mean_interval(values: Values, confidence: float = 0.95) -> Interval:
+    """An interval of the mean of `values`, one value per problem: the bootstrap's, unless all values are equal.
+
+    A bootstrap of equal values claims certainty: resampling them can give nothing else. Where they lie in [0, 1] the
+    interval is then Wilson's for that rate over as many problems, which no set of values in [0, 1] makes too narrow.
+    Raises ValueError for no values or values that are not finite.
+    """
+    data = _finite(values, "mean_interval: values")
+    if data.min() == data.max() and 0 <= data[0] <= 1:
+        return _wilson(float(data[0]), len(data), _z(confidence, "mean_interval"))
+    return bootstrap_interval(data, confidence)
 
 
 def bootstrap_interval(values: Values, confidence: float = 0.95, *, resamples: int = 10_000, seed: int = 0) -> Interval:
@@ -76,6 +92,25 @@ def paired_bootstrap(
     tail = min(np.count_nonzero(means <= 0), np.count_nonzero(means >= 0))
     p_value = min(1.0, 2 * (int(tail) + 1) / (resamples + 1))
     return PairedDifference(float((b - a).mean()), *_percentiles(means, confidence), p_value)
+
+
+def paired_interval(first: Values, second: Values, confidence: float = 0.95) -> Interval:
+    """An interval of the mean of `second - first`: the paired bootstrap's, unless all differences are equal.
+
+    Of equal differences the bootstrap claims certainty. Then it is Agresti and Min's for matched pairs ("Simple
+    improved confidence intervals for comparing matched proportions", 2005): half a problem is added to each of the four
+    cells right/right, right/wrong, wrong/right and wrong/wrong.
+    Raises ValueError for empty, unequal or non-finite inputs.
+    """
+    found = paired_bootstrap(first, second, confidence)
+    differences = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
+    if differences.min() != differences.max() or abs(differences[0]) > 1:
+        return Interval(found.low, found.high)
+    n = len(differences) + 2
+    gained, lost = np.maximum(differences, 0).sum() + 0.5, np.maximum(-differences, 0).sum() + 0.5
+    center = (gained - lost) / n
+    half = _z(confidence, "paired_interval") * math.sqrt(gained + lost - (gained - lost) ** 2 / n) / n
+    return Interval(max(-1.0, float(center - half)), min(1.0, float(center + half)))
 
 
 def mcnemar_exact(first_only: int, second_only: int) -> float:
