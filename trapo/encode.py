@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
+import re
 from collections.abc import Sequence
 from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-from trapo.data import Problem
+from trapo.data import Message, Problem
 from trapo.errors import TrapoError
 from trapo.guidance import MicroGroup, Schedule, prefix_length, thinking_part, trace_index
 
@@ -38,12 +40,13 @@ class EncodedProblem:
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-    """What `encode_problems` did not keep, for one line in the log."""
+    """What `encode_problems` did not keep or not take as it stands, for a few lines in the log."""
 
     long_prompts: int
     long_traces: int
     first_prompt: str = ""  # id of the first problem that each number counts
     first_trace: str = ""
+    notes: tuple[str, ...] = ()  # a line each
 
     def describe(self, max_prompt_tokens: int, max_trace_tokens: int) -> str:
         """What was left out, how many and which first; "" for nothing."""
@@ -65,33 +68,113 @@ def encode_problems(
 ) -> tuple[list[EncodedProblem], LeftOut]:
     """Token ids of all problems. Prompts over the limit are left out whole, traces over it singly.
 
-    Raises TrapoError when the tokenizer has no chat template or when no problem is left.
+    Raises TrapoError when the tokenizer has no chat template or no end of a sequence, when its template fails, or when
+    no problem is left.
     """
-    if not tokenizer.chat_template:
-        raise TrapoError("model.path: the tokenizer has no chat template, which the prompts need")
-    encoder = TraceEncoder(tokenizer, trace_part)
+    prompts = PromptEncoder(tokenizer)
+    encoder = TraceEncoder(tokenizer, trace_part, opening=prompts.opening)
+    longest = max(map(len, tokenizer.get_vocab()))  # characters of a token
     kept: list[EncodedProblem] = []
     long_prompts: list[str] = []  # ids
     long_traces: list[str] = []
     for problem in problems:
-        prompt_ids = cast(
-            list[int],
-            tokenizer.apply_chat_template(list(problem.prompt), add_generation_prompt=True, return_dict=False),
-        )
+        # What cannot be within the limit is not tokenised, which takes a hundred times its length in memory.
+        if sum(len(m["content"]) for m in problem.prompt) > max_prompt_tokens * longest:
+            long_prompts.append(problem.id)
+            continue
+        prompt_ids = prompts.encode(problem)
         if len(prompt_ids) > max_prompt_tokens:
             long_prompts.append(problem.id)
             continue
-        traces = [encoder.encode(trace) for trace in problem.traces]
+        texts = [text for text in problem.traces if len(text) <= max_trace_tokens * longest]
+        traces = [encoder.encode(text) for text in texts]
         short = tuple(t for t in traces if len(t.token_ids) <= max_trace_tokens)
-        long_traces += [problem.id] * (len(traces) - len(short))
-        kept.append(EncodedProblem(problem, tuple(prompt_ids), short))
+        long_traces += [problem.id] * (len(problem.traces) - len(short))
+        kept.append(EncodedProblem(problem, prompt_ids, short))
     if not kept:
         raise TrapoError(
             f"data.max_prompt_tokens: all {len(problems)} prompts are longer than {max_prompt_tokens} tokens; "
             f"the first: {long_prompts[0]}"
         )
     first_prompt, first_trace = (ids[0] if ids else "" for ids in (long_prompts, long_traces))
-    return kept, LeftOut(len(long_prompts), len(long_traces), first_prompt, first_trace)
+    notes = tuple(note for note in (prompts.note(), encoder.note()) if note)
+    return kept, LeftOut(len(long_prompts), len(long_traces), first_prompt, first_trace, notes)
+
+
+class PromptEncoder:
+    """Prompts as token ids, under the tokenizer's chat template.
+
+    A template without a place for a system message (Gemma's raises, others drop it) gets it in front of the first user
+    message. Raises TrapoError for a tokenizer without a template, and for a template that fails.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.chat_template:
+            raise TrapoError("model.path: the tokenizer has no chat template, which the prompts need")
+        self.tokenizer = tokenizer
+        self._folded = 0  # prompts whose system message went into the user's
+        self._special: list[str] = []  # ids of problems that hold the text of a special token
+        texts = [re.escape(text) for text in tokenizer.all_special_tokens if len(text) > 1]
+        self._special_texts = re.compile("|".join(texts) or r"(?!)")
+
+    @functools.cached_property
+    def opening(self) -> str:
+        """The tag and the blanks that a prompt ends in, such as "<think>\\n", where it ends in one."""
+        end = re.search(r"<[^<>\s]+>\s*$", self._render([{"role": "user", "content": "x"}], "a one-word prompt"))
+        return end[0] if end else ""
+
+    @functools.cached_property
+    def _takes_system(self) -> bool:
+        messages = [{"role": "system", "content": "a system message"}, {"role": "user", "content": "x"}]
+        try:
+            return "a system message" in self._apply(messages)
+        except Exception:  # whatever a template raises
+            return False
+
+    def encode(self, problem: Problem) -> tuple[int, ...]:
+        """Ids [n] of the prompt up to where the assistant answers."""
+        messages = list(problem.prompt)
+        if any(m["role"] == "system" for m in messages) and not self._takes_system:
+            messages = _without_system(messages)
+            self._folded += 1
+        if any(self._special_texts.search(m["content"]) for m in messages):
+            self._special.append(problem.id)
+        text = self._render(messages, problem.id)
+        # As apply_chat_template does: the template has put all special tokens in.
+        return tuple(cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+    def note(self) -> str:
+        """What users should know of the prompts encoded so far; "" for nothing."""
+        notes = []
+        if self._folded:
+            notes.append(
+                f"{self._folded} system messages went in front of the user's: the chat template has no place for them"
+            )
+        if self._special:
+            notes.append(
+                f"{len(self._special)} prompts hold the text of a special token, which is read as that token "
+                f"(first: {self._special[0]})"
+            )
+        return "; ".join(notes)
+
+    def _render(self, messages: list[Message], where: str) -> str:
+        try:
+            return self._apply(messages)
+        except Exception as error:  # a template is a program: it may raise anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise TrapoError(f"model.path: the chat template fails on {where}: {reason[:200]}") from error
+
+    def _apply(self, messages: list[Message]) -> str:
+        return cast(str, self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+
+def _without_system(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the system's text in front of the first user message."""
+    system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
+    others = [m for m in messages if m["role"] != "system"]
+    first = next(i for i, m in enumerate(others) if m["role"] == "user")
+    others[first] = {**others[first], "content": f"{system}\n\n{others[first]['content']}"}
+    return others
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
@@ -100,19 +183,45 @@ def decode_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) ->
 
 
 class TraceEncoder:
-    """Expert traces as token ids. part: the Schedule's trace_part."""
+    """Expert traces as token ids.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, part: str) -> None:
+    part: the Schedule's trace_part. opening: the tag and the blanks that the prompt ends in, such as "<think>\\n"; a
+    trace that begins with that tag is taken from behind it, or the model would learn to open a thought twice.
+
+    Raises TrapoError for a tokenizer that cannot end a sequence.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, part: str, opening: str = "") -> None:
+        if tokenizer.eos_token_id is None:
+            raise TrapoError("model.path: the tokenizer has no end-of-sequence token, which traces and answers need")
         self.tokenizer = tokenizer
         self.part = part
+        self._tag, self._blanks = opening.rstrip(), opening[len(opening.rstrip()) :]
+        self._reopened = 0
         self._texts: dict[int, str] = {}  # per token id, decoded once
 
     def encode(self, text: str) -> Trace:
         if self.part == "thinking":
             text = thinking_part(text)
+        text = self._without_opening(text)
+        if (eos := self.tokenizer.eos_token) and text.rstrip().endswith(eos):  # a trace may bring its own
+            text = text.rstrip().removesuffix(eos)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
         texts = [self._text(token) for token in ids]
         return Trace(tuple(ids), tuple(i for i in range(len(ids)) if _ends_blank_line(texts, i)))
+
+    def note(self) -> str:
+        """What users should know of the traces encoded so far; "" for nothing."""
+        if not self._reopened:
+            return ""
+        return f"{self._reopened} traces began with {self._tag}, which the prompt ends in already: it is there once"
+
+    def _without_opening(self, text: str) -> str:
+        if not self._tag or not text.lstrip().startswith(self._tag):
+            return text
+        self._reopened += 1
+        rest = text.lstrip().removeprefix(self._tag)
+        return rest.removeprefix(self._blanks) if self._blanks else rest
 
     def _text(self, token: int) -> str:
         if token not in self._texts:

@@ -27,7 +27,7 @@ def rollout_metrics(rollouts: Sequence[Rollout], *, scored: bool) -> dict[str, o
         "generated_tokens": sum(len(r.own_ids) for r in rollouts),
         "supervised_tokens": sum(len(r.prefix_ids) for r in rollouts if r.supervised),
         "generated_length": _mean(len(r.own_ids) for r in own),
-        "zero_advantage": _mean(r.advantage == 0.0 for r in rollouts),
+        "zero_advantage": _mean(r.advantage == 0.0 for r in own),
         "reward_failures": {status: failed.count(status) for status in sorted(set(failed))},
     }
 

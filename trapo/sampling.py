@@ -90,13 +90,19 @@ def _load(
         dedup=data.dedup,
         on_bad_row=cast(Literal["raise", "skip"], data.on_bad_row),  # config.py has checked it
     )
+    max_trace_tokens = data.max_trace_tokens
+    if path == data.train:  # a longer trace would be cut without its end, and teach the model never to stop
+        max_trace_tokens = min(max_trace_tokens, config.rollout.max_response_tokens)
     encoded, left_out = encode_problems(
         problems,
         tokenizer,
         max_prompt_tokens=data.max_prompt_tokens,
-        max_trace_tokens=data.max_trace_tokens,
+        max_trace_tokens=max_trace_tokens,
         trace_part=trace_part,
     )
-    if said := left_out.describe(data.max_prompt_tokens, data.max_trace_tokens):
-        log(f"{path}: left out {said}")
+    if said := left_out.describe(data.max_prompt_tokens, max_trace_tokens):
+        by = "rollout.max_response_tokens" if max_trace_tokens < data.max_trace_tokens else "data.max_trace_tokens"
+        log(f"{path}: left out {said}" + (f"; {by} says how long a trace may be" if left_out.long_traces else ""))
+    for note in left_out.notes:
+        log(f"{path}: {note}")
     return encoded

@@ -12,6 +12,7 @@ loss is used, on log-probabilities and entropies of this package (four GEMMs). `
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,7 +25,7 @@ from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import FusedCausalLMOutput
 
-from trapo.encode import Trace, TraceEncoder
+from trapo.encode import PromptEncoder, Trace, TraceEncoder
 from trapo.guidance import PRESETS, Schedule
 
 from ..functional import PolicyLoss, linear_logprobs, linear_policy_loss
@@ -33,6 +34,8 @@ from .guided_rollouts import draw_guided, unlogged
 from .transformers import IGNORED, LinearHead, PatchedForward
 
 __all__ = ["TrapoGRPOTrainer"]
+
+log = logging.getLogger(__name__)
 
 CLIP_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")  # TRL's loss types that clip a ratio; they differ in the normalizer
 TOKEN_LOSSES = ("bnpo", "dr_grpo", "dapo")  # one normalizer for every token
@@ -117,7 +120,8 @@ class TrapoGRPOTrainer(GRPOTrainer):
             for model, entropy in ((self._base_model(), True), (self.ref_model, False))
             if model is not None
         ]
-        self._encoder = TraceEncoder(self._tokenizer, self.schedule.trace_part if self.schedule else "full")
+        self._encoder: TraceEncoder | None = None
+        self._said_long_trace = False
         self._rng = random.Random(self.args.seed)
         self._rollouts: Any = None
         self._rows: list[dict[str, Any]] = []
@@ -396,7 +400,7 @@ class TrapoGRPOTrainer(GRPOTrainer):
         self._rollouts = draw_guided(
             self.schedule,
             prompt_ids,
-            [self._traces(row.get(self.trace_column)) for row in self._rows],
+            [self._traces(row) for row in self._rows],
             generate=lambda prompts: generate(prompts, None, {}, 1),
             score=score,
             max_tokens=self.max_completion_length,
@@ -433,9 +437,20 @@ class TrapoGRPOTrainer(GRPOTrainer):
             return known
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
-    def _traces(self, value: Any) -> list[Trace]:
+    def _traces(self, row: dict[str, Any]) -> list[Trace]:
+        """The row's traces that fit into a completion: one that was cut would teach the model never to stop."""
+        if self._encoder is None:
+            assert self.schedule is not None
+            opening = PromptEncoder(self._tokenizer).opening if is_conversational({"prompt": row["prompt"]}) else ""
+            self._encoder = TraceEncoder(self._tokenizer, self.schedule.trace_part, opening)
+        value = row.get(self.trace_column)
         texts = [value] if isinstance(value, str) else list(value or [])
-        return [self._encoder.encode(text) for text in texts if text]
+        traces = [self._encoder.encode(text) for text in texts if text]
+        fitting = [trace for trace in traces if len(trace.token_ids) <= self.max_completion_length]
+        if len(fitting) < len(traces) and not self._said_long_trace:
+            self._said_long_trace = True
+            log.warning("traces over max_completion_length=%d tokens are left out", self.max_completion_length)
+        return fitting
 
 
 def _schedule(guidance: Schedule | str | None) -> Schedule | None:
