@@ -30,6 +30,7 @@ def full_row(step):
     """A line with everything that a report shows."""
     parts = {"generate": 5.0, "reward": 0.5, "logprobs": 1.0, "update": 7.0 + step % 3}
     seconds = {f"seconds_{part}": value for part, value in parts.items()} | {"seconds": 13.0 * step}
+    seconds |= {"seconds_step": sum(parts.values()), "seconds_left": 99.0}
     histogram = [0] * 20
     for place, count in ((0, 20 - step), (1, 8), (5, 4), (19, 30 + step)):
         histogram[place] = count

@@ -57,6 +57,17 @@ def test_a_logger_that_is_asked_for_and_missing_is_refused_in_one_line(name, mon
     check_loggers(merge_config({}))
 
 
+@needs_wandb
+def test_wandb_without_a_key_is_refused_before_anything_is_computed(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))  # no netrc
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(TrapoError, match=r"log\.wandb: got true, but there is no key"):
+        check_loggers(merge_config({}, ["log.wandb=true"]))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_loggers(merge_config({}, ["log.wandb=true"]))
+
+
 @needs_tensorboard
 def test_tensorboard_gets_numbers_histograms_and_evaluations(tmp_path):
     config = merge_config({}, ["log.tensorboard=true"])

@@ -90,6 +90,12 @@ def test_several_runs_share_the_figures_and_are_told_apart(tmp_path):
     assert after == before | {page: page.read_bytes()}  # nothing is written into the runs
 
 
+def test_the_parts_of_a_steps_time_add_up_to_the_step(tmp_path):
+    steps = [full_row(1), full_row(2)]
+    drawn = lines(figures_in(write_report(write_run(tmp_path / "run", steps)))["Time of a step by part"])
+    assert [sum(values) for values in zip(*drawn.values(), strict=True)] == [r["seconds_step"] for r in steps]
+
+
 def test_what_an_older_run_did_not_record_is_left_out(tmp_path):
     figures = figures_in(write_report(write_run(tmp_path / "run", [row(1, seconds_collect=2.0, seconds_update=3.0)])))
     assert "Expert tokens by probability" not in figures

@@ -71,14 +71,30 @@ class WandbLogger:
         if not id_file.exists():
             write_atomic(id_file, secrets.token_hex(4))
         self.wandb = wandb
-        self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "trapo"),
-            id=id_file.read_text().strip(),
-            resume="allow",
-            name=run_dir.path.name,
-            dir=str(run_dir.path),
-            config=plain_tree(config),
-        )
+        try:
+            self.run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "trapo"),
+                id=id_file.read_text().strip(),
+                resume="allow",
+                name=run_dir.path.name,
+                dir=str(run_dir.path),
+                config=plain_tree(config),
+            )
+        except wandb.Error as error:
+            raise TrapoError(f"log.wandb: {' '.join(str(error).split())}; {WANDB_HINT}") from error
+
+    @staticmethod
+    def check() -> None:
+        """Raises TrapoError where W&B would ask for a key, which a run cannot answer."""
+        import wandb
+
+        api = getattr(wandb, "api", None)
+        if (
+            os.environ.get("WANDB_MODE", "online") in ("online", "shared")
+            and hasattr(api, "api_key")
+            and not api.api_key
+        ):
+            raise TrapoError(f"log.wandb: got true, but there is no key of W&B; {WANDB_HINT}")
 
     def numbers(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
@@ -91,6 +107,8 @@ class WandbLogger:
         self.run.finish()
 
 
+WANDB_HINT = "run `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline"
+
 # log.NAME -> (module that must be there, logger)
 LOGGERS: dict[str, tuple[str, type]] = {
     "tensorboard": ("tensorboard", TensorBoardLogger),
@@ -99,11 +117,13 @@ LOGGERS: dict[str, tuple[str, type]] = {
 
 
 def check_loggers(config: Config) -> None:
-    """Raises TrapoError for a logger that is asked for and not installed, before anything is computed."""
+    """Raises TrapoError for a logger that is asked for and cannot run here, before anything is computed."""
     for name in _wanted(config):
         module, _ = LOGGERS[name]
         if importlib.util.find_spec(module) is None:
             raise TrapoError(f"log.{name}: got true, but {module} is not installed (pip install {module})")
+        if name == "wandb":
+            WandbLogger.check()
 
 
 class Loggers:

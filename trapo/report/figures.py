@@ -333,7 +333,8 @@ def _histogram_over_time(run: RunData) -> Figure:
 
 
 def _time_by_part(run: RunData) -> Figure:
-    parts = [m[1] for key in run.rows[-1] if (m := re.fullmatch(r"seconds_(\w+)", key)) and m[1] != "left"]
+    whole = ("left", "step")  # not parts of a step: the rest of the run, and the step itself
+    parts = [m[1] for key in run.rows[-1] if (m := re.fullmatch(r"seconds_(\w+)", key)) and m[1] not in whole]
     if "generate" in parts:  # the parts of collecting
         parts = [part for part in parts if part != "collect"]
     order = {part: place for place, part in enumerate(PARTS)}

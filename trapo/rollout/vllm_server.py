@@ -7,29 +7,26 @@ time, and the server batches them.
 
 from __future__ import annotations
 
-import json
-import urllib.error
-import urllib.request
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from trapo.errors import TrapoError
 from trapo.rollout import Completion, Request, sequence_seed
+from trapo.rollout.http_server import Server
 from trapo.rollout.vllm_sync import SharedFolder, Transfer, WeightSync
 
-TIMEOUT = 3600.0  # seconds for one completion or one weight sync; a dead server refuses or resets at once
+MODELS, COMPLETIONS = "/v1/models", "/v1/completions"
 
 
 class VLLMServerEngine:
     """Engine protocol over HTTP. eos_ids: tokens that end a completion. sync: `folder`, `nccl` or `ipc` (vllm_sync.py).
 
-    The server gets the model's weights at once, whatever it was started with.
+    The server gets the model's weights at once, whatever it was started with. Each answer is checked before anything is
+    learnt from it. Raises TrapoError, one line, for a server that does not answer, or answers something else.
     """
 
     def __init__(
@@ -38,7 +35,8 @@ class VLLMServerEngine:
         self.server = Server(url)
         self.eos_ids = list(eos_ids)
         self.batch_size = batch_size
-        self.name = self.server.get("/v1/models")["data"][0]["id"]
+        self.name = self._name()
+        self.vocab = len(model.get_input_embeddings().weight)  # type: ignore[operator, union-attr]
         self.sync_weights: WeightSync = (
             SharedFolder(self.server, folder) if sync == "folder" else Transfer(self.server, model, sync)
         )
@@ -72,53 +70,51 @@ class VLLMServerEngine:
         }
 
     def _complete(self, body: dict[str, Any]) -> Completion:
-        choice = self.server.post("/v1/completions", body)["choices"][0]
-        logprobs = choice["logprobs"]["token_logprobs"]
-        return Completion(tuple(choice["token_ids"]), choice["finish_reason"] == "stop", tuple(logprobs))
-
-
-class Server:
-    """JSON over HTTP with one-line errors."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
-
-    def get(self, path: str) -> Any:
-        return self._call(urllib.request.Request(self.url + path))
-
-    def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        data = json.dumps(body or {}).encode()
-        headers = {"Content-Type": "application/json"}
-        return self._call(urllib.request.Request(self.url + path, data, headers, method="POST"))
-
-    def _call(self, request: urllib.request.Request) -> Any:
-        path = request.full_url.removeprefix(self.url)
+        answer = self.server.post(COMPLETIONS, body)
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-                text = response.read()
-        except urllib.error.HTTPError as error:
-            raise TrapoError(
-                f"rollout.server_url: {self.url}{path} answered {error.code}: {_reason(error)}{_hint(path, error.code)}"
-            ) from error
-        except (OSError, HTTPException) as error:  # refused, reset in the middle of an answer, timed out
-            reason = getattr(error, "reason", None) or error
-            raise TrapoError(
-                f"rollout.server_url: the vLLM server at {self.url} does not answer ({reason}); start it and repeat "
-                "the command: a run continues from its last checkpoint"
-            ) from error
-        return json.loads(text) if text else None
+            return completion_of(answer, body["max_tokens"], self.vocab)
+        except ValueError as error:
+            raise self.server.wrong(COMPLETIONS, str(error)) from None
+
+    def _name(self) -> str:
+        answer = self.server.get(MODELS)
+        try:
+            name = answer["data"][0]["id"]
+        except (KeyError, IndexError, TypeError):
+            name = None
+        if not isinstance(name, str):
+            raise self.server.wrong(MODELS, f"no name of a model, but {_shown(answer)}")
+        return name
 
 
-def _reason(error: urllib.error.HTTPError) -> str:
-    text = error.read().decode(errors="replace")
-    with suppress(ValueError, KeyError, TypeError):
-        text = json.loads(text)["error"]["message"]
-    return " ".join(text.split())[:200] or str(error.reason)
+def completion_of(answer: Any, max_tokens: int, vocab: int) -> Completion:
+    """The completion that a server's answer holds.
+
+    Raises ValueError, one line, where it is not one of 1 to max_tokens tokens of the vocabulary, each with a
+    log-probability, that ended by itself or at the limit.
+    """
+    try:
+        choice = answer["choices"][0]
+        tokens, logprobs, reason = choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"]
+    except (KeyError, IndexError, TypeError):
+        raise ValueError(f"no choice with token_ids, logprobs and finish_reason, but {_shown(answer)}") from None
+    if reason not in ("stop", "length"):
+        raise ValueError(f"finish_reason must be 'stop' or 'length'; got {_shown(reason)}")
+    if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < vocab for token in tokens):
+        raise ValueError(f"token_ids must be whole numbers from 0 to {vocab - 1}; got {_shown(tokens)}")
+    if not 1 <= len(tokens) <= max_tokens:
+        raise ValueError(f"{len(tokens)} tokens, where 1 to {max_tokens} were asked for")
+    if not isinstance(logprobs, list) or not all(_is_logprob(value) for value in logprobs):
+        raise ValueError(f"token_logprobs must be numbers of at most 0; got {_shown(logprobs)}")
+    if len(logprobs) != len(tokens):
+        raise ValueError(f"{len(logprobs)} log-probabilities for {len(tokens)} tokens")
+    return Completion(tuple(tokens), reason == "stop", tuple(map(float, logprobs)))
 
 
-def _hint(path: str, code: int) -> str:
-    if path == "/collective_rpc" and code == 404:
-        return "; start the server with VLLM_SERVER_DEV_MODE=1"
-    if path == "/collective_rpc":
-        return "; start the server with --worker-extension-cls trapo.rollout.vllm_sync.WorkerExtension"
-    return ""
+def _is_logprob(value: Any) -> bool:
+    # Rounding may leave a certain token a little above 0.
+    return type(value) in (int, float) and math.isfinite(value) and value <= 1e-3
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:80].encode(errors="replace").decode()

@@ -142,7 +142,9 @@ class Transfer:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
         from vllm.utils.network_utils import get_ip, get_open_port
 
-        workers = server.get("/get_world_size")["world_size"]
+        workers = (server.get("/get_world_size") or {}).get("world_size")
+        if not isinstance(workers, int):
+            raise TrapoError(f"rollout.server_url: {server.url} does not say how many workers it has")
         return NCCLTrainerInitInfo(
             rank=rank, master_address=get_ip(), master_port=get_open_port(), world_size=workers + 1
         )
@@ -180,7 +182,8 @@ def _wait_for_all() -> None:
 
 
 def _reset_prefix_cache(server: Server) -> None:
-    if not server.post("/reset_prefix_cache")["success"]:
+    answer = server.post("/reset_prefix_cache")
+    if not isinstance(answer, dict) or not answer.get("success"):
         raise TrapoError(
             f"rollout.server_url: {server.url} did not reset its prefix cache after a weight sync; is someone else "
             "using this server?"
