@@ -88,12 +88,13 @@ class WandbLogger:
         """Raises TrapoError where W&B would ask for a key, which a run cannot answer."""
         import wandb
 
-        api = getattr(wandb, "api", None)
-        if (
-            os.environ.get("WANDB_MODE", "online") in ("online", "shared")
-            and hasattr(api, "api_key")
-            and not api.api_key
-        ):
+        if os.environ.get("WANDB_MODE", "online") not in ("online", "shared"):
+            return
+        try:
+            found = wandb.login(prompt=False)
+        except TypeError:  # before 0.31 it has no such argument
+            found = wandb.api.api_key is not None
+        if not found:
             raise TrapoError(f"log.wandb: got true, but there is no key of W&B; {WANDB_HINT}")
 
     def numbers(self, step: int, values: dict[str, float]) -> None:
