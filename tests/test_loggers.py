@@ -4,6 +4,8 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 from report_runs import full_row
@@ -58,14 +60,15 @@ def test_a_logger_that_is_asked_for_and_missing_is_refused_in_one_line(name, mon
 
 
 @needs_wandb
-def test_wandb_without_a_key_is_refused_before_anything_is_computed(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))  # no netrc
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(TrapoError, match=r"log\.wandb: got true, but there is no key"):
-        check_loggers(merge_config({}, ["log.wandb=true"]))
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    check_loggers(merge_config({}, ["log.wandb=true"]))
+def test_wandb_without_a_key_is_refused_before_anything_is_computed(tmp_path):
+    asked = "from trapo import loggers, config; loggers.check_loggers(config.merge_config({}, ['log.wandb=true']))"
+    # In a process of its own: W&B remembers what it was asked.
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("WANDB") and k != "NETRC"}
+    variables |= {"HOME": str(tmp_path), "WANDB_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", asked], env=variables, capture_output=True, text=True, check=False)
+    assert "TrapoError: log.wandb: got true, but there is no key" in done.stderr
+    variables["WANDB_MODE"] = "offline"
+    subprocess.run([sys.executable, "-c", asked], env=variables, check=True)
 
 
 @needs_tensorboard
