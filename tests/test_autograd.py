@@ -27,6 +27,48 @@ def test_the_loss_inside_a_checkpoint_has_the_same_gradients(reentrant, backend)
         assert_close(p.grad, right, 1e-11, "gradient")
 
 
+HEADS = ("loss", "gspo", "asft", "logprobs", "forward_kl", "reverse_kl", "jsd")
+
+
+def through(head, case, backend):
+    """(a function of the parameters whose value is a scalar, through one of the package's doors)."""
+    ref_hidden, ref_weight = case.hidden.detach().flip(1), case.weight.detach().flip(0)
+    if head in ("loss", "gspo", "asft"):
+        objective = EVERYTHING if head == "loss" else getattr(tk.Objective, head)()
+        options = {"sequence_ids": torch.arange(case.targets.numel()) // 4, **case.inputs}
+        return lambda h, w, b: tk.linear_policy_loss(
+            h, w, case.targets, objective, bias=b, backend=backend, ref_hidden=ref_hidden, ref_weight=ref_weight,
+            **options,
+        ).loss  # fmt: skip
+    if head == "logprobs":
+        return lambda h, w, b: tk.linear_logprobs(h, w, case.targets, bias=b, backend=backend).logprobs.sum()
+    backend = "reference" if backend == "reference" else "torch"
+    return lambda h, w, b: tk.linear_divergence(h, w, ref_hidden, ref_weight, bias=b, kind=head, backend=backend).loss
+
+
+@backends
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_checkpoints_and_hooks_on_saved_tensors_change_no_gradient(dtype, head, backend):
+    case = make_case(12, 33, dtype=dtype, with_bias=True)
+    loss = through(head, case, backend)
+    expected = torch.autograd.grad(loss(*case.params()), case.params())
+
+    def check(value):
+        for a, b in zip(torch.autograd.grad(value, case.params()), expected, strict=True):
+            assert torch.equal(a, b)
+
+    # The factor makes the head's inputs tensors of the region, as a layer before it does.
+    check(checkpoint(lambda *params: loss(*(p * 1 for p in params)), *case.params(), use_reentrant=False))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
+        check(loss(*case.params()))
+    with torch.autograd.graph.save_on_cpu():
+        check(loss(*case.params()))
+    checkpoint(lambda *params: loss(*(p * 1 for p in params)), *case.params(), use_reentrant=True).backward()
+    for p, b in zip(case.params(), expected, strict=True):
+        assert torch.equal(p.grad, b)
+
+
 @backends
 def test_checkpointed_layers_before_the_loss_and_autocast_around_both_train(backend):
     torch.manual_seed(0)

@@ -359,6 +359,20 @@ def test_an_impossible_target_has_finite_gradients(backend):
     assert run(case, tk.Objective.sft(), backend).loss == torch.inf
 
 
+@pytest.mark.parametrize("head", ["plain", "softcap"])
+@pytest.mark.parametrize("loss", ["mse", "logcosh"])
+def test_a_removed_target_has_no_gradient_of_its_logit(backend, loss, head):
+    case = make_case(12, 33, dtype=torch.float32, with_bias=True, **HEADS[head])
+    case.targets[:6] = 5
+    with torch.no_grad():
+        case.bias[5] = -torch.inf
+    objective = tk.Objective.lco(loss=loss)
+    options = {"expert_mask": torch.ones(12, dtype=torch.bool)}
+    actual, expected = run(case, objective, backend, **options), oracle(case, objective, **options)
+    for name, a, b in zip(("d_hidden", "d_weight", "d_bias"), actual.grads, expected.grads, strict=True):
+        assert_close(a, b, 1e-5, name)
+
+
 def with_finite_logprobs(result):
     assert (result.logprobs == -torch.inf).any()
     result.logprobs = result.logprobs.masked_fill(result.logprobs == -torch.inf, -999.0)

@@ -160,6 +160,33 @@ def test_impossible_classes_are_left_out_or_honestly_infinite(backend):
 
 @kinds
 @backends
+def test_a_token_without_weight_adds_nothing_where_its_divergence_is_infinite(backend, kind):
+    pair = Pair()
+    pair.mask, pair.weights = None, torch.ones(30, dtype=torch.float64)
+    pair.weights[:10] = 0
+    pair.params[2][3] = pair.ref[2][4] = -torch.inf  # each can say a class that the other cannot
+    infinite = {"forward_kl": 3, "reverse_kl": 4, "jsd": None}[kind]
+    out, grads = pair.run(backend, kind)
+    assert (out.tokens == torch.inf).all() == (infinite is not None)
+    assert out.loss == torch.inf or kind == "jsd"
+    pair.weights.zero_()
+    out, grads = pair.run(backend, kind)
+    assert out.loss == 0
+    assert not any(g.any() for g in grads)
+    # Half of the tokens, and the classes possible for all of those that count.
+    pair.params[2][3] = pair.ref[2][4] = 0
+    pair.weights[10:] = 1
+    alone, expected = pair.run(backend, kind)
+    with torch.no_grad():
+        pair.ref[0][:10] *= torch.inf  # NaN or infinite logits
+    out, grads = pair.run(backend, kind)
+    assert_close(out.loss, alone.loss, 1e-12, "loss")
+    for a, b in zip(grads, expected, strict=True):
+        assert_close(a, b, 1e-12, "gradient")
+
+
+@kinds
+@backends
 def test_huge_logits_and_padding_do_no_harm(backend, kind):
     pair = Pair()
     for t in (*pair.params, *pair.ref):

@@ -27,9 +27,10 @@ from .buffers import logits_buffer
 from .dispatch import backend_name, pick
 from .head import Head
 from .rows.base import stats_dtype
+from .scalars import filled
 from .stream import LinearSource, Rows
 
-__all__ = ["KINDS", "Divergence", "Job", "linear_divergence", "run"]
+__all__ = ["KINDS", "Divergence", "Job", "linear_divergence", "run", "weighted_sum"]
 
 KINDS = ("forward_kl", "reverse_kl", "jsd")
 _BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
@@ -117,7 +118,7 @@ def linear_divergence(
     params = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
     ref = (ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), ref_weight.detach(), _detached(ref_bias))
     wants = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in params)
-    scale = torch.as_tensor(normalizer, device=hidden.device).to(dtype)
+    scale = filled(normalizer, dtype, hidden.device)
     if streamed and torch.compiler.is_compiling():
         total, tokens, *_ = torch.ops.trapo_kernels.divergence(
             *params, *ref, active, of_tokens, kind, beta, *head.options, *ref_head.options, *wants
@@ -174,6 +175,8 @@ def _materialised(job: Job, ref: tuple[Any, ...], *params: Any) -> tuple[Tensor,
         return F.log_softmax(z if head.cap is None else head.cap * torch.tanh(z / head.cap), -1)
 
     log_pi, log_p = log_softmax(job.head, *params), log_softmax(job.ref_head, *ref).to(job.weights.dtype)
+    # A token without weight has no gradient, where its divergence is infinite either.
+    log_pi = torch.where((job.weights != 0)[:, None], log_pi, log_pi.detach())
     if job.kind == "forward_kl":
         tokens = _kl(log_p, log_pi)
     elif job.kind == "reverse_kl":
@@ -183,7 +186,12 @@ def _materialised(job: Job, ref: tuple[Any, ...], *params: Any) -> tuple[Tensor,
         either = [t.masked_fill(none, 0) for t in (log_p, log_pi)]
         log_m = torch.logaddexp(either[0] + math.log(job.beta), either[1] + math.log(1 - job.beta))
         tokens = job.beta * _kl(log_p, log_m) + (1 - job.beta) * _kl(log_pi, log_m)
-    return (job.weights * tokens).sum() / job.normalizer, tokens
+    return weighted_sum(job.weights, tokens) / job.normalizer, tokens
+
+
+def weighted_sum(weights: Tensor, tokens: Tensor) -> Tensor:
+    """Σ weights · tokens, to which a token without weight adds nothing, not even one that is infinite."""
+    return (weights * tokens.masked_fill(weights == 0, 0)).sum()
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -205,7 +213,7 @@ class _StreamedDivergence(torch.autograd.Function):
         ctx.save_for_backward(*params, *ref)
         ctx.mark_non_differentiable(tokens)
         ctx.set_materialize_grads(False)
-        return (job.weights * tokens).sum() / job.normalizer, tokens
+        return weighted_sum(job.weights, tokens) / job.normalizer, tokens
 
     @staticmethod
     def backward(ctx: Any, g_loss: Tensor | None, _: Any) -> tuple[Any, ...]:
@@ -214,9 +222,10 @@ class _StreamedDivergence(torch.autograd.Function):
                 "linear_divergence: create_graph must be False, a streamed loss has no second derivative; "
                 "use backend='reference'"
             )
-        params, ref = ctx.saved_tensors[: ctx.ref], ctx.saved_tensors[ctx.ref :]
         if g_loss is None:
-            return None, None, *(None for _ in params)
+            return (None,) * (2 + ctx.ref)
+        saved = ctx.saved_tensors  # once: inside a checkpoint they can be unpacked no second time
+        params, ref = saved[: ctx.ref], saved[ctx.ref :]
         grads, ctx.grads = ctx.grads, None
         if grads is None:  # a second backward through a retained graph
             _, grads = run(ctx.job, ref, params)

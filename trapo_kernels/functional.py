@@ -17,6 +17,7 @@ from .metrics import policy_metrics
 from .objective import Objective, Tokens
 from .reference import TokenValues
 from .rows.base import RowInputs, RowKernel, RowStats, stats_dtype
+from .scalars import filled
 from .statistics import Collector, check_statistics
 from .stream import LinearSource, LogitsSource, Rows, Source
 from .terms import Sequences, Slopes
@@ -257,7 +258,7 @@ def linear_policy_loss(
         _check_reference_head(caller, kernel, ref)
     tolerance = validate.check_grad_tolerance(caller, grad_tolerance)
     if tolerance:
-        batch.counts["grad_left_out"] = torch.zeros((), device=hidden.device)
+        batch.counts["grad_left_out"] = torch.zeros((), dtype=torch.float32, device=hidden.device)
     if isinstance(kernel, ops.Named):
         return _anchored(_compiled(params, batch, head, kernel), params, ref, batch, head, kernel)
     if kernel is None or batch.objective.coupled:
@@ -459,7 +460,7 @@ class _TokenLogprobs(torch.autograd.Function):
             live = live if g is None else live | (g != 0)
         rows, kept = job.rows.narrow(live)
         g_lp, g_entropy, g_logit = (None if g is None else rows.counting(kept.take(g)) for g in incoming)
-        stats = stats.map(lambda t: rows.counting(kept.take(t)))
+        stats = rows.counting_stats(stats.map(kept.take))
         if g_logit is None and job.by_columns(params, rows):
             hidden, weight, bias = params
             recompute = columns.Recompute(
@@ -719,18 +720,11 @@ def _batch(
         sequences=replace(sequences, place=rows.take(sequences.place)) if sequences and objective.coupled else None,
         weights=None if weights is None else rows.take(weights),
         statistics=names,
-        normalizer=_scalar(normalizer, dtype, flat.device),
+        normalizer=filled(normalizer, dtype, flat.device),
         counts={"tokens": count, "zero_gradient_tokens": (active & ~live).sum()},
         shape=targets.shape,
         **masks,
     )
-
-
-def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """0-dim; a number is filled in on the device, since copying it there would wait for the stream."""
-    if isinstance(value, Tensor):
-        return value.to(device, dtype)
-    return torch.full((), value, dtype=dtype, device=device)
 
 
 def _default_normalizer(

@@ -192,6 +192,7 @@ def token_values_backward(
     rows = stream.Rows.choose(active & live)
     job = _job(rows, targets, params, *head_and_wants)
     stats = RowStats(logprobs, top, log_sum, entropy if entropy.numel() else None).map(rows.take)
+    stats = rows.counting_stats(stats)
     g_lp, g_h, g_z = (None if g is None else rows.counting(rows.take(g)) for g in incoming)
     source = job.source(params, rows, job.wants)
     stream.backward(
@@ -332,7 +333,7 @@ def divergence(
     head, ref_head = Head(*heads_and_wants[:3]), Head(*heads_and_wants[3:6])
     job = divergences.Job(kind, beta, head, ref_head, rows, of_rows, weights.new_ones(()), wants)
     tokens, grads = divergences.run(job, (ref_hidden, ref_weight, ref_bias), (hidden, weight, bias))
-    total = (of_rows * tokens).sum()
+    total = divergences.weighted_sum(of_rows, tokens)
     return total, rows.spread(tokens).clone(), *_three(grads, total)
 
 

@@ -53,7 +53,7 @@ def forward(
     source: LinearSource, rows: Rows, targets: Tensor, head: Head, entropy: bool, slopes: Slopes | None = None
 ) -> RowStats:
     """`stream.forward`."""
-    vectors = [torch.empty(rows.size, device=source.device) for _ in range(4)]
+    vectors = [torch.empty(rows.size, dtype=source.dtype, device=source.device) for _ in range(4)]
     out = RowStats(vectors[0], vectors[1], vectors[2], vectors[3] if entropy else None)
     middle = rows.with_gradient if slopes is not None else 0
     sparse = Sparse(source, head) if source.tolerance else None
@@ -96,7 +96,7 @@ def _keeping_chunks(source: LinearSource, size: int) -> Iterator[_Chunk]:
     if start == size:
         return
     step = chunk_rows(size - start, _row_bytes(source, keep=True), 0, "cpu", most=_LONGEST)
-    buffer = torch.empty(source.vocab, min(step, size - start), device=source.device)
+    buffer = torch.empty(source.vocab, min(step, size - start), dtype=source.dtype, device=source.device)
     torch.ops.trapo_kernels_cpu.advise_huge_pages(buffer)
     for at in range(start, size, step):
         stop = min(at + step, size)

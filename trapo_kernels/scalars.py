@@ -6,8 +6,9 @@ import numbers
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["constant", "number"]
+__all__ = ["constant", "filled", "number"]
 
 
 def number(value: Any) -> Any:
@@ -31,3 +32,10 @@ def constant(value: Any) -> Any:
     from torch.fx.experimental.symbolic_shapes import guard_scalar
 
     return guard_scalar(found)
+
+
+def filled(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0-dim; a number is filled in on the device, since copying it there would wait for the stream."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype)
+    return torch.full((), value, dtype=dtype, device=device)

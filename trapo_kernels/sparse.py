@@ -32,7 +32,7 @@ class Sparse:
 
     def __init__(self, source: LinearSource, head: Head) -> None:
         self.source, self.head = source, head
-        self.mass = self.dropped = torch.zeros((), dtype=torch.float64)
+        self.mass = self.dropped = torch.zeros((), dtype=torch.float64, device=source.device)
         if source.d_hidden is not None:
             source.d_hidden.zero_()
         if source.d_weight is not None and source.beta == 0:
@@ -78,12 +78,13 @@ class Sparse:
         """GEMMs 2 and 3 of these rows of the weight, a block at a time."""
         source = self.source
         d_hidden = None if source.d_hidden is None else torch.zeros_like(chunk.hidden)
-        place = torch.full((source.vocab,), -1, dtype=torch.int64)  # of a row of the weight, in its block
+        # Of a row of the weight, in its block.
+        place = torch.full((source.vocab,), -1, dtype=torch.int64, device=source.device)
         for block in rows.split(_BLOCK):
-            place[block] = torch.arange(block.numel())
+            place[block] = torch.arange(block.numel(), device=source.device)
             weight = source.weight.index_select(0, block)
             d_weight = None if source.d_weight is None else torch.empty_like(weight)
-            d_bias = None if source.d_bias is None else torch.zeros(block.numel())
+            d_bias = None if source.d_bias is None else source.d_bias.new_zeros(block.numel())
             torch.ops.trapo_kernels_cpu.panel_grad_(
                 chunk.hidden, weight, None, place[chunk.targets], self.head.scale, self.head.cap, *chunk.stats,
                 chunk.g_lp, chunk.g_entropy, logits.index_select(0, block), False, d_hidden, d_weight, d_bias, False,
@@ -95,7 +96,7 @@ class Sparse:
             if source.d_bias is not None and d_bias is not None:
                 source.d_bias.index_add_(0, block, d_bias)
         if source.d_hidden is not None and d_hidden is not None:
-            where = torch.arange(at.start, at.stop)[tokens]
+            where = tokens + at.start
             order = source.rows.order
             source.d_hidden.index_copy_(0, where if order is None else order[where], d_hidden)
 
@@ -123,5 +124,5 @@ def _kept(masses: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
     order = masses.nan_to_num(nan=torch.inf).argsort(stable=True)
     sums = masses[order].cumsum(0)
     fits = int((sums <= room).sum())
-    gone = sums[fits - 1] if fits else torch.zeros((), dtype=masses.dtype)
+    gone = sums[fits - 1] if fits else masses.new_zeros(())
     return order[fits:].sort().values, gone

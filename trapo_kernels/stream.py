@@ -78,13 +78,15 @@ class Rows:
             inside = active & live if drop_others and live is not None else active
             return cls(active.numel(), None, active.numel(), active.numel(), inside=inside)
         first = active if live is None else active & live
-        others = None if live is None or drop_others else active & ~live
-        index = first.nonzero().squeeze(1)
-        with_gradient = index.numel()
-        if others is not None:
-            index = torch.cat([index, others.nonzero().squeeze(1)])
+        if live is None or drop_others:
+            index = first.nonzero().squeeze(1)
+            size = with_gradient = index.numel()
+        else:  # in one order by which of the three kinds a row is, with both counts in one copy from the device
+            kind = 2 - active.to(torch.int8) - first.to(torch.int8)
+            index = kind.argsort(stable=True)
+            size, with_gradient = torch.stack([active.sum(), first.sum()]).tolist()
         whole = with_gradient == active.numel()
-        return cls(active.numel(), None if whole else index, index.numel(), with_gradient)
+        return cls(active.numel(), None if whole else index[:size], size, with_gradient)
 
     @classmethod
     def every(cls, active: Tensor) -> Rows:
@@ -113,6 +115,13 @@ class Rows:
         if self.inside is None:
             return values
         return values.masked_fill(~self.inside.reshape(-1, *[1] * (values.ndim - 1)), 0)
+
+    def counting_stats(self, stats: RowStats) -> RowStats:
+        """Compact statistics; in the rows that do not count such that a gradient is zero, whatever their logits are."""
+        if self.inside is None:
+            return stats
+        top = stats.max.masked_fill(~self.inside, torch.inf)  # of a row with e^(z − ∞) = 0 in every column
+        return stats.map(self.counting)._replace(max=top)
 
     def spread(self, values: Tensor) -> Tensor:
         """Compact `values` [n, ...] over all rows [N, ...], zero where none."""
@@ -363,8 +372,10 @@ def _add_at_target(logits: Tensor, targets: Tensor, stats: RowStats, g_logit: Te
     """The gradient of z_y: on one column of each row, so that row kernels need not know of it."""
     if logits.shape[1] == 0:
         return
+    z = target_logits(stats)
+    g_logit = g_logit.masked_fill(z == -torch.inf, 0)  # of a column that a bias of −∞ removed
     if cap is not None:  # dz/dx = 1 − (z / cap)²
-        g_logit = g_logit * (1 - (target_logits(stats) / cap).square())
+        g_logit = g_logit * (1 - (z / cap).square())
     column = targets[:, None]
     at_target = logits.gather(1, column).squeeze(1)
     logits.scatter_(1, column, (at_target.to(g_logit.dtype) + g_logit).to(logits.dtype)[:, None])

@@ -143,7 +143,7 @@ def policy_normalizer(o: GRPOOptions, mask: Tensor, num_items_in_batch: Tensor |
                 dist.all_reduce(count)
         return (count / ranks).clamp(min=1)
     length = (o.max_completion_length or 1) if o.loss_type == "dr_grpo" else 1
-    return torch.tensor(float(mask.shape[0] * length), device=mask.device)
+    return torch.full((), float(mask.shape[0] * length), dtype=torch.float32, device=mask.device)
 
 
 def _policy_term(o: GRPOOptions, t: GRPOTokens, ratio: Tensor, log_ratio: Tensor) -> Tensor:

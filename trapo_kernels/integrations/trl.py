@@ -294,7 +294,8 @@ class TrapoGRPOTrainer(GRPOTrainer):
         if self.loss_type == "dapo":
             normalizer = self._token_normalizer(inputs).float()
         elif self.loss_type == "dr_grpo":
-            normalizer = torch.as_tensor(float(mask.shape[0] * self.max_completion_length * steps), device=mask.device)
+            count = float(mask.shape[0] * self.max_completion_length * steps)
+            normalizer = torch.full((), count, dtype=torch.float32, device=mask.device)
         else:
             normalizer = tokens * steps
         if self._own_objective:
