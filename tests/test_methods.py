@@ -1,4 +1,4 @@
-"""What METHODS.md derives, as tests: the C¹ form of TrSFT, Proposition 1, and the one logit gradient of all losses."""
+"""What docs/methods.md derives: the C¹ form of TrSFT, Proposition 1, and the one logit gradient of all losses."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Every term against the published formula, transcribed in plain Python floats with its stop-gradients held.
 
-`published` shares no code with the package. Gradients are checked against finite differences of it: what METHODS.md
-writes sg(·) around is computed at the point itself and kept while logits move.
+`published` shares no code with the package. Gradients are checked against finite differences of it: what
+docs/methods.md writes sg(·) around is computed at the point itself and kept while logits move.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import trapo_kernels as tk
 Objective = tk.Objective
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
-# Every term of METHODS.md, with parameters that make each branch happen in a vocabulary of 33.
+# Every term of docs/methods.md, with parameters that make each branch happen in a vocabulary of 33.
 NEW = {
     "chord": Objective.chord(0.3),
     "sed": Objective.sed(sed_k=5, sed_tau=0.55, sed_coef=0.7),

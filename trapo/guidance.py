@@ -2,7 +2,7 @@
 
 The rollouts of one prompt are drawn in micro-groups, one after the other. A micro-group is guided, that is, its
 rollouts continue a prefix of an expert trace, while the mean reward of all earlier rollouts of that prompt is below
-the micro-group's threshold (arXiv 2512.17636; the two presets are the two columns of METHODS.md).
+the micro-group's threshold (arXiv 2512.17636; the two presets are the two columns of docs/methods.md).
 """
 
 from __future__ import annotations

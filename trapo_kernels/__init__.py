@@ -7,6 +7,8 @@ out = tk.linear_policy_loss(hidden, lm_head.weight, targets, tk.Objective.trapo(
 out.loss.backward()
 """
 
+__version__ = "0.2.0.dev0"
+
 from .budget import budget_mb, get_budget_mb, set_budget_mb
 from .dispatch import Backend, backends, default_backend, set_backend
 from .divergence import Divergence, linear_divergence
@@ -39,6 +41,7 @@ __all__ = [
     "TokenLogprobs",
     "Tokens",
     "TrapoLoss",
+    "__version__",
     "backends",
     "budget_mb",
     "default_backend",

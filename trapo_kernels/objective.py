@@ -66,7 +66,7 @@ class Objective:
         tis_cap: cap of the weight π_old / π_rollout on the policy term, or None for no weight.
         reduction: "token_mean", "sequence_mean" or "sum": weights of tokens and the default normalizer.
         luffy_gamma: γ of LUFFY's p/(p + γ).
-        sed_coef, sed_k, sed_tau: λ, k and τ of SED-SFT. METHODS.md records no published values; these are ours.
+        sed_coef, sed_k, sed_tau: λ, k and τ of SED-SFT. no published values are known here; these are ours.
         eaft_power: a of EAFT.
         asft_kl: λ of ASFT, the weight of KL(reference ‖ policy) over the whole vocabulary, on expert tokens.
         pear_gamma, pear_low, pear_high: γ of PEAR (no published value on record), and its clip of log ratios.

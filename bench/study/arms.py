@@ -1,8 +1,8 @@
 """The arms: each a configuration of the one loop, and the grid of settings that its sweep tries.
 
 A run is one or two stages of `trapo`'s own modes. The grids have six settings each but SFT's, which has twelve: the
-baseline that a later paper found broken (METHODS.md) is tuned hardest. A sweep goes on beyond its grid while the best
-setting is at its highest learning rate or `expert_coef` (jobs.py).
+baseline that a later paper found broken (docs/methods.md) is tuned hardest. A sweep goes on beyond its grid while the
+best setting is at its highest learning rate or `expert_coef` (jobs.py).
 """
 
 from __future__ import annotations

@@ -6,12 +6,12 @@ from __future__ import annotations
 import base64
 import dataclasses
 import gzip
-import importlib.metadata
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import trapo_kernels
 from trapo.errors import TrapoError
 from trapo.files import write_atomic
 from trapo.report.figures import level_colours, level_name, run_colour, sections
@@ -46,7 +46,7 @@ def write_page(runs: Sequence[RunData], path: Path) -> Path:
         figures=figures,
         rollouts=[_card(run, row) for run in runs for row in _spread(run.rollouts, SAMPLES)],
         settings=_settings(runs),
-        version=importlib.metadata.version("trapo-kernels"),
+        version=trapo_kernels.__version__,
         plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode(),
     )
     write_atomic(path, html)

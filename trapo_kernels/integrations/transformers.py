@@ -2,7 +2,7 @@
 
     from trapo_kernels.integrations.transformers import patch_causal_lm_loss
 
-    patch_causal_lm_loss(model, tk.Objective.trsft())
+    patch_causal_lm_loss(model, tk.Objective(expert="trsft", policy=None))
     Trainer(model=model, ...).train()
 
 The stock forward still does everything else. Asked for the logits of one position at most, it costs next to nothing

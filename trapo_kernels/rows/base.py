@@ -85,7 +85,7 @@ class RowInputs(NamedTuple):
 
 
 class FusedTerms(NamedTuple):
-    """An objective as kernels take it: numbers alone. The formulas are objective.py's, and tested against them."""
+    """An objective as kernels take it: numbers alone. The formulas are terms.py's, and tested against them."""
 
     expert: int  # Term.fused of the expert term, 0 = none
     policy: int  # of the policy term, 0 = none
