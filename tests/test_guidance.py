@@ -61,7 +61,10 @@ def test_a_token_cut_takes_the_whole_part_of_length_times_ratio(ratio, expected)
 
 
 def test_a_blank_line_cut_ends_with_the_first_near_blank_line():
-    assert prefix_length(100, 0.25, "blank_line", [3, 25, 40]) == 26  # at int(len·L) itself
+    # The authors' get_prefix_end_idx looks strictly behind int(len·L): past a blank line there, or else before it.
+    assert prefix_length(100, 0.25, "blank_line", [3, 25, 40]) == 41
+    assert prefix_length(100, 0.25, "blank_line", [3, 25]) == 25
+    assert prefix_length(100, 0.25, "blank_line", [3, 26]) == 27
     assert prefix_length(100, 0.25, "blank_line", [3, 40]) == 41
     assert prefix_length(100, 0.25, "blank_line", [3, 54]) == 55  # still before len·(L + 0.3)
     assert prefix_length(100, 0.25, "blank_line", [3, 56]) == 25  # too far: the plain cut

@@ -110,14 +110,15 @@ def prefix_length(trace_length: int, ratio: float, cut: str, blank_lines: Sequen
     """How many tokens of a trace become the prefix.
 
     `blank_lines` are the positions of the trace's tokens that hold a blank line. With cut="blank_line" the prefix ends
-    with the first of them from int(n * ratio) on, if that one comes before n * (ratio + 0.3); else, and with
-    cut="token", after int(n * ratio) tokens.
+    with the first of them strictly after position int(n * ratio), if that one comes before n * (ratio + 0.3); else, and
+    with cut="token", after int(n * ratio) tokens. So does the authors' code, also where the token at int(n * ratio)
+    holds a blank line itself: the prefix goes on to the next one, or ends before it.
     """
     if ratio >= 1.0:
         return trace_length
     start = int(trace_length * ratio)
     if cut == "blank_line":
-        step_end = next((i for i in blank_lines if i >= start), None)
+        step_end = next((i for i in blank_lines if i > start), None)
         if step_end is not None and step_end < trace_length * (ratio + 0.3):
             return step_end + 1
     return start
