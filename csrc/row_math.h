@@ -115,11 +115,14 @@ TRAPO_HD T policy_slope(const Terms<T>& o, const Token<T>& t, T logp) {
   const T old_logp = t.has_old ? t.old_logprob : logp;
   // A token of probability zero has ratio 0, whatever the old probability.
   const T ratio = logp == -std::numeric_limits<T>::infinity() ? T(0) : std::exp(logp - old_logp);
-  const bool clipped = (t.advantage < 0 && (ratio < o.clip_low || ratio > o.dual_clip)) ||
+  // A ratio may be infinite where the advantage is 0.
+  const bool clipped = t.advantage == 0 || (t.advantage < 0 && (ratio < o.clip_low || ratio > o.dual_clip)) ||
                        (t.advantage > 0 && ratio > o.clip_high);
   T slope = clipped ? T(0) : -ratio * t.advantage;
   if (o.tis_cap > 0) {
-    const T weight = std::exp(old_logp - t.rollout_logprob);
+    // 0 where the old probability is, whatever the sampler's.
+    const bool never = old_logp == -std::numeric_limits<T>::infinity();
+    const T weight = never ? T(0) : std::exp(old_logp - t.rollout_logprob);
     slope *= weight > o.tis_cap ? o.tis_cap : weight;
   }
   return slope;
@@ -132,7 +135,9 @@ TRAPO_HD Slopes<T> slopes(const Terms<T>& o, const Token<T>& t, const RowStats<T
     if (o.expert != kNoExpert) out.logprob = o.expert_coef * expert_slope(o, t, std::exp(row.logprob));
   } else {
     out.logprob = policy_slope(o, t, row.logprob);
-    if (o.kl_coef != 0) out.logprob -= o.kl_coef * std::expm1(t.ref_logprob - row.logprob);
+    // The difference is 0 where both are −inf.
+    const T above = t.ref_logprob == row.logprob ? T(0) : t.ref_logprob - row.logprob;
+    if (o.kl_coef != 0) out.logprob -= o.kl_coef * std::expm1(above);
   }
   return out;
 }

@@ -16,6 +16,7 @@ from .rows import cuda as cuda_rows
 from .rows import torch as torch_rows
 from .rows import triton as triton_rows
 from .rows.base import RowKernel
+from .scalars import shown
 
 __all__ = ["Backend", "backend_name", "backends", "default_backend", "pick", "set_backend"]
 
@@ -127,6 +128,8 @@ def pick(name: str | None, caller: str, device: torch.device, may_try: bool = Tr
 
 
 def _asked_for(caller: str, device: torch.device, name: str | None = None) -> Backend | None:
+    if name is not None and not (isinstance(name, str) and name):
+        raise ValueError(f"{caller}: backend must be one of {_names()} or None; got {shown(name)}")
     for chosen, argument in ((name, "backend"), (_chosen, "backend (set_backend)"), (os.environ.get(ENV), _ENV_NAMED)):
         if chosen:
             return _able(_named(chosen, f"{caller}: {argument}"), f"{caller}: {argument}", device)
@@ -158,10 +161,14 @@ def _able(backend: Backend, argument: str, device: torch.device) -> Backend:
     return backend
 
 
+def _names() -> str:
+    return ", ".join(map(repr, backends()))
+
+
 def _named(name: str, argument: str) -> Backend:
     known = backends()
-    if name not in known:
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, known))} or None; got {name!r}")
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"{argument} must be one of {_names()} or None; got {shown(name)}")
     if not known[name].available:
         raise ValueError(f"{argument} {name!r} does not exist here: {known[name].missing}")
     return known[name]

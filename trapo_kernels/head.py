@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .scalars import from_tensor, number, shown
+
 __all__ = ["Head"]
 
 
@@ -25,13 +27,18 @@ class Head:
             value = getattr(self, name)
             if value is None and name == "softcap":
                 continue
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            found = number(from_tensor(value))
             # Not math.isfinite: under torch.compile with dynamic shapes a number is a symbol.
-            if not (number and 0 < value < math.inf):
+            if found is None or not 0 < found < math.inf:
                 accepted = "a finite number above 0" + (" or None" if name == "softcap" else "")
-                raise ValueError(f"{name} must be {accepted}; got {value!r}")
-        if not isinstance(self.ignore_index, int) or isinstance(self.ignore_index, bool):
-            raise TypeError(f"ignore_index must be an int; got {self.ignore_index!r}")
+                raise ValueError(f"{name} must be {accepted}; got {shown(value)}")
+            object.__setattr__(self, name, found)
+        index = number(self.ignore_index)
+        if not isinstance(index, int):
+            raise TypeError(f"ignore_index must be an int; got {shown(self.ignore_index)}")
+        if not -(2**63) <= index < 2**63:
+            raise ValueError(f"ignore_index must be an int of 64 bits; got {shown(self.ignore_index)}")
+        object.__setattr__(self, "ignore_index", index)
 
     @property
     def scale(self) -> float:

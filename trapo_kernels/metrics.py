@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .objective import Objective, Tokens
 from .statistics import is_statistic
-from .terms import clipped, log_ratio, tis_weight
+from .terms import clipped, k3, log_ratio, tis_weight
 
 __all__ = ["METRICS", "Metric", "merge_metrics", "policy_metrics"]
 
@@ -83,10 +83,10 @@ def policy_metrics(
     out["ratio_mean"] = mean(ratio, own)
     out["ratio_max"] = torch.cat([torch.where(own, ratio, 0), zero[None]]).amax()
     out |= {f"clip_{side}": mean(where.to(p.dtype), own) for side, where in _clipped(objective, mine).items()}
-    out["kl_old_k1"], out["kl_old_k3"] = mean(-delta, own), mean(torch.expm1(delta) - delta, own)
+    out["kl_old_k1"], out["kl_old_k3"] = mean(-delta, own), mean(k3(delta), own)
     if mine.ref_logprobs is not None:
         delta = mine.ref_logprobs - mine.logprobs
-        out["kl_ref_k1"], out["kl_ref_k3"] = mean(-delta, own), mean(torch.expm1(delta) - delta, own)
+        out["kl_ref_k1"], out["kl_ref_k3"] = mean(-delta, own), mean(k3(delta), own)
     if objective.tis_cap is not None:
         out["tis_weight"] = mean(tis_weight(objective, mine), own)
     out |= {name: mean(values, expert | own) for name, values in tokens.statistics.items()}
@@ -95,7 +95,8 @@ def policy_metrics(
 
 def _clipped(objective: Objective, own: Tokens) -> dict[str, Tensor]:
     none = torch.zeros_like(own.expert)
-    low, high, dual = (none, none, none) if own.advantages is None else clipped(objective, own)
+    clips = own.advantages is not None and objective.has_policy_term
+    low, high, dual = clipped(objective, own) if clips else (none, none, none)
     return {"low": low, "high": high, "dual": dual}
 
 

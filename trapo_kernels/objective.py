@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .rows.base import FusedTerms
-from .scalars import constant
+from .scalars import constant, shown
 from .terms import (
     ENTROPY,
     EXPERT_TERMS,
@@ -118,9 +118,9 @@ class Objective:
             self._number(name, "above 0", lambda x: x > 0)
         self._number("sed_k", "that is whole and above 0", lambda x: x > 0 and x == int(x))
         object.__setattr__(self, "sed_k", int(self.sed_k))
-        if self.reduction not in REDUCTIONS:
+        if not isinstance(self.reduction, str) or self.reduction not in REDUCTIONS:
             accepted = ", ".join(map(repr, REDUCTIONS))
-            raise ValueError(f"Objective: reduction must be one of {accepted}; got {self.reduction!r}")
+            raise ValueError(f"Objective: reduction must be one of {accepted}; got {shown(self.reduction)}")
         self._fits_the_policy_term()
 
     def _fits_the_policy_term(self) -> None:
@@ -135,9 +135,9 @@ class Objective:
         value = getattr(self, name)
         if callable(value):
             own_term(value)
-        elif value is not None and value not in table:
+        elif value is not None and not (isinstance(value, str) and value in table):
             accepted = ", ".join(map(repr, table))
-            raise ValueError(f"Objective: {name} must be one of {accepted}, a function or None; got {value!r}")
+            raise ValueError(f"Objective: {name} must be one of {accepted}, a function or None; got {shown(value)}")
 
     def _number(self, name: str, accepted: str, ok: Callable[[float], bool], optional: bool = False) -> None:
         value = getattr(self, name)
@@ -145,7 +145,7 @@ class Objective:
             return
         found = constant(value)
         if found is None or not (math.isfinite(found) and ok(found)):
-            raise ValueError(f"Objective: {name} must be a number {accepted}; got {value!r}")
+            raise ValueError(f"Objective: {name} must be a number {accepted}; got {shown(value)}")
         object.__setattr__(self, name, found)
 
     def _term(self, name: str, table: dict[str, Term]) -> Term:
@@ -212,6 +212,11 @@ class Objective:
     @property
     def needs_sequences(self) -> bool:
         return self.coupled or self.reduction == "sequence_mean"
+
+    @property
+    def has_policy_term(self) -> bool:
+        """A policy term with a weight."""
+        return self.policy is not None and self.policy_coef != 0
 
     @property
     def supervised(self) -> bool:
@@ -370,7 +375,7 @@ class Objective:
         schedule of μ is the caller's: an objective per step."""
         share = constant(mu)
         if share is None or not 0 <= share <= 1:
-            raise ValueError(f"Objective.chord: mu must be a number in [0, 1]; got {mu!r}")
+            raise ValueError(f"Objective.chord: mu must be a number in [0, 1]; got {shown(mu)}")
         return cls.grpo(**{"expert": "chord", "expert_coef": share, "policy_coef": 1 - share, **overrides})
 
     @classmethod
@@ -398,7 +403,7 @@ class Objective:
     def lco(cls, loss: str = "mse", **overrides: Any) -> Objective:
         """LCO: a regression of the target's logit alone onto z_y + A/β'; loss "mse" or "logcosh"."""
         if loss not in ("mse", "logcosh"):
-            raise ValueError(f"Objective.lco: loss must be 'mse' or 'logcosh'; got {loss!r}")
+            raise ValueError(f"Objective.lco: loss must be 'mse' or 'logcosh'; got {shown(loss)}")
         return cls(**{"expert": f"lco_{loss}", "policy": None, **overrides})
 
     @classmethod

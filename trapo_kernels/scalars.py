@@ -1,4 +1,4 @@
-"""Numbers that a caller gives: of Python, of numpy, or a symbol inside torch.compile."""
+"""Numbers that a caller gives: of Python, of numpy, or a symbol inside torch.compile; and how messages show a value."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["constant", "filled", "number"]
+__all__ = ["constant", "filled", "from_tensor", "number", "shown"]
 
 
 def number(value: Any) -> Any:
@@ -17,7 +17,7 @@ def number(value: Any) -> Any:
         return None
     if isinstance(value, (int, float)):
         # A numpy float64 is a float too, and shows as something else.
-        return value if torch.compiler.is_compiling() or type(value) in (int, float) else value + 0
+        return value if torch.compiler.is_compiling() or type(value) in (int, float) else float(value)
     if isinstance(value, numbers.Integral):
         return int(value)
     return float(value) if isinstance(value, numbers.Real) else None
@@ -39,3 +39,20 @@ def filled(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> T
     if isinstance(value, Tensor):
         return value.to(device, dtype)
     return torch.full((), value, dtype=dtype, device=device)
+
+
+def from_tensor(value: Any) -> Any:
+    """The number in a 0-dim tensor, for which a device is waited for; anything else as it is."""
+    if not isinstance(value, Tensor) or value.ndim != 0 or value.dtype == torch.bool or value.is_complex():
+        return value
+    if torch.compiler.is_compiling():
+        raise TypeError("head options must be numbers under torch.compile; got a tensor")
+    return value.item()
+
+
+def shown(value: Any) -> str:
+    """A value in an error message: one line, not long."""
+    if isinstance(value, Tensor) and value.ndim != 0:
+        return f"a tensor of shape {list(value.shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:97]}..."

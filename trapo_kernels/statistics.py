@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .rows.base import RowStats, stats_dtype
+from .scalars import shown
 
 __all__ = ["Collector", "check_statistics", "is_statistic", "row_statistics"]
 
@@ -33,12 +34,14 @@ def is_statistic(name: str) -> bool:
 
 def check_statistics(caller: str, names: Iterable[str]) -> tuple[str, ...]:
     """The names, without repetition."""
-    names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+    accepted = "'top20_mass', 'top20_entropy' (any k), " + ", ".join(map(repr, _FIXED))
+    if not isinstance(names, (str, list, tuple, set, frozenset, dict)):
+        raise TypeError(f"{caller}: statistics must be a sequence of names among {accepted}; got {shown(names)}")
+    names = (names,) if isinstance(names, str) else tuple(names)
     for name in names:
         if not isinstance(name, str) or not is_statistic(name):
-            accepted = "'top20_mass', 'top20_entropy' (any k), " + ", ".join(map(repr, _FIXED))
-            raise ValueError(f"{caller}: statistics must be among {accepted}; got {name!r}")
-    return names
+            raise ValueError(f"{caller}: statistics must be among {accepted}; got {shown(name)}")
+    return tuple(dict.fromkeys(names))
 
 
 def row_statistics(

@@ -147,9 +147,14 @@ def _given(values: Tensor | None) -> Tensor:
     return values
 
 
-def _finite(logprobs: Tensor) -> Tensor:
-    """logp with 0 for −inf, for products with a weight that is 0 there: p log p → 0 as p → 0, 0 · −inf is not."""
+def _possible(logprobs: Tensor) -> Tensor:
+    """logp with 0 for −inf."""
     return logprobs.masked_fill(logprobs == -torch.inf, 0)
+
+
+def _weighted(weight: Tensor, logprobs: Tensor) -> Tensor:
+    """weight · logp, 0 where the weight is: p log p → 0 as p → 0, 0 · −inf is not."""
+    return weight * logprobs.masked_fill(weight == 0, 0)
 
 
 # Expert terms ------------------------------------------------------------------------------------------------
@@ -174,7 +179,7 @@ def _trsft_slope(o: Objective, t: Tokens) -> Tensor:
 
 
 def _dft_value(o: Objective, t: Tokens) -> Tensor:
-    return -t.logprobs.detach().exp() * _finite(t.logprobs)
+    return -_weighted(t.logprobs.detach().exp(), t.logprobs)
 
 
 def _dft_slope(o: Objective, t: Tokens) -> Tensor:
@@ -196,7 +201,7 @@ def _chord_weight(t: Tokens) -> Tensor:
 
 
 def _chord_value(o: Objective, t: Tokens) -> Tensor:
-    return -_chord_weight(t) * _finite(t.logprobs)
+    return -_weighted(_chord_weight(t), t.logprobs)
 
 
 def _chord_slope(o: Objective, t: Tokens) -> Tensor:
@@ -223,7 +228,7 @@ def _eaft_weight(o: Objective, t: Tokens) -> Tensor:
 
 
 def _eaft_value(o: Objective, t: Tokens) -> Tensor:
-    return -_eaft_weight(o, t) * t.logprobs
+    return -_weighted(_eaft_weight(o, t), t.logprobs)
 
 
 def _eaft_slope(o: Objective, t: Tokens) -> Tensor:
@@ -235,11 +240,12 @@ def _pear_weight(o: Objective, t: Tokens) -> Tensor:
     assert t.sequences is not None
     inside = t.expert.to(t.logprobs.dtype)
     steps = log_ratio(t).detach().clamp(o.pear_low, o.pear_high) * inside
-    return o.pear_gamma ** t.sequences.later(inside) * t.sequences.later(steps).exp()
+    # One exponential: of two factors one may underflow where the other overflows.
+    return (t.sequences.later(inside) * math.log(o.pear_gamma) + t.sequences.later(steps)).exp()
 
 
 def _pear_value(o: Objective, t: Tokens) -> Tensor:
-    return -_pear_weight(o, t) * t.logprobs
+    return -_weighted(_pear_weight(o, t), t.logprobs)
 
 
 def _pear_slope(o: Objective, t: Tokens) -> Tensor:
@@ -257,8 +263,13 @@ def _lco_mse_value(o: Objective, t: Tokens) -> Tensor:
     return _lco_miss(o, t).square()
 
 
+def _where_possible(slope: Tensor, t: Tokens) -> Tensor:
+    """A bias of −inf removes a column: its logit has no slope."""
+    return slope.masked_fill(_given(t.target_logits) == -torch.inf, 0)
+
+
 def _lco_mse_slope(o: Objective, t: Tokens) -> Tensor:
-    return 2 * _lco_miss(o, t).detach()
+    return _where_possible(2 * _lco_miss(o, t).detach(), t)
 
 
 def _lco_logcosh_value(o: Objective, t: Tokens) -> Tensor:
@@ -267,7 +278,7 @@ def _lco_logcosh_value(o: Objective, t: Tokens) -> Tensor:
 
 
 def _lco_logcosh_slope(o: Objective, t: Tokens) -> Tensor:
-    return torch.tanh(_lco_miss(o, t).detach())
+    return _where_possible(torch.tanh(_lco_miss(o, t).detach()), t)
 
 
 EXPERT_TERMS: dict[str, Term] = {
@@ -340,30 +351,40 @@ def log_ratio(t: Tokens) -> Tensor:
     return difference.masked_fill(impossible, -torch.inf)
 
 
+def _ratio_where(counts: Tensor, log_r: Tensor) -> Tensor:
+    """r where it `counts`, else 1: an overflown r times a zero, here or in a backward, would be NaN."""
+    return log_r.masked_fill(~counts, 0).exp()
+
+
 def _unclipped_value(o: Objective, t: Tokens) -> Tensor:
-    return -log_ratio(t).exp() * _given(t.advantages)
+    advantages = _given(t.advantages)
+    return -_ratio_where(advantages != 0, log_ratio(t)) * advantages
 
 
 def _unclipped_slope(o: Objective, t: Tokens) -> Tensor:
     return _unclipped_value(o, t)  # d exp(x) = exp(x) dx
 
 
-def policy_ratio(o: Objective, t: Tokens) -> Tensor:
-    """The ratio that the policy term clips [n], with the gradient of logp: r; for GSPO the geometric mean of r over the
-    own tokens of the sequence, sg(s) · p/sg(p)."""
+def _log_of_clipped_ratio(o: Objective, t: Tokens) -> Tensor:
+    """Logarithm of the ratio that the policy term clips [n], with the gradient of logp: log r; for GSPO its mean over
+    the own tokens of the sequence, as sg(mean) + logp − sg(logp)."""
     if o.policy != "gspo":
-        return log_ratio(t).exp()
+        return log_ratio(t)
     assert t.sequences is not None
     inside = t.own_tokens.to(t.logprobs.dtype)
     log_r = torch.where(t.own_tokens, log_ratio(t).detach(), 0)
     mean = t.sequences.total(log_r) / t.sequences.total(inside).clamp(min=1)
-    logprobs = _finite(t.logprobs)
-    return mean.exp() * (logprobs - logprobs.detach()).exp()
+    logprobs = _possible(t.logprobs)
+    return mean + (logprobs - logprobs.detach())
 
 
 def clipped(o: Objective, t: Tokens) -> tuple[Tensor, Tensor, Tensor]:
     """Where the clip takes the gradient away [n]: ratio too low (A < 0), too high (A > 0), beyond the dual clip."""
-    r, advantages = policy_ratio(o, t), _given(t.advantages)
+    return _clipped(o, t, _log_of_clipped_ratio(o, t))
+
+
+def _clipped(o: Objective, t: Tokens, log_r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r, advantages = log_r.detach().exp(), _given(t.advantages)
     none = torch.zeros_like(t.expert)
     low = none if o.clip_low is None else (advantages < 0) & (r < 1 - o.clip_low)
     high = none if o.clip_high is None else (advantages > 0) & (r > 1 + o.clip_high)
@@ -371,30 +392,34 @@ def clipped(o: Objective, t: Tokens) -> tuple[Tensor, Tensor, Tensor]:
     return low, high, dual
 
 
+def _clip_value(o: Objective, t: Tokens) -> Tensor:
+    log_r, advantages = _log_of_clipped_ratio(o, t), _given(t.advantages)
+    low, high, dual = _clipped(o, t, log_r)
+    r = _ratio_where(~(low | high | dual) & (advantages != 0), log_r)
+    for beyond, bound in ((low, 1 - (o.clip_low or 0)), (high, 1 + (o.clip_high or 0)), (dual, o.dual_clip or 0)):
+        r = torch.where(beyond, bound, r)
+    return -r * advantages
+
+
+def _clip_slope(o: Objective, t: Tokens) -> Tensor:
+    log_r, advantages = _log_of_clipped_ratio(o, t), _given(t.advantages)
+    low, high, dual = _clipped(o, t, log_r)
+    counts = ~(low | high | dual) & (advantages != 0)
+    return (-_ratio_where(counts, log_r) * advantages).masked_fill(~counts, 0)
+
+
 def _inside_clip(o: Objective, r: Tensor) -> Tensor:
     low = 0.0 if o.clip_low is None else 1 - o.clip_low
     return r.clamp(low, math.inf if o.clip_high is None else 1 + o.clip_high)
 
 
-def _clip_value(o: Objective, t: Tokens) -> Tensor:
-    r, advantages = policy_ratio(o, t), _given(t.advantages)
-    loss = -torch.minimum(r * advantages, _inside_clip(o, r) * advantages)
-    if o.dual_clip is not None:
-        loss = torch.where(advantages < 0, torch.minimum(loss, -o.dual_clip * advantages), loss)
-    return loss
-
-
-def _clip_slope(o: Objective, t: Tokens) -> Tensor:
-    low, high, dual = clipped(o, t)
-    return (-policy_ratio(o, t) * _given(t.advantages)).masked_fill(low | high | dual, 0)
-
-
 def _cispo_weight(o: Objective, t: Tokens) -> Tensor:
-    return _inside_clip(o, log_ratio(t).exp()).detach() * _given(t.advantages)
+    advantages = _given(t.advantages)
+    return _inside_clip(o, _ratio_where(advantages != 0, log_ratio(t).detach())) * advantages
 
 
 def _cispo_value(o: Objective, t: Tokens) -> Tensor:
-    return -_cispo_weight(o, t) * _finite(t.logprobs)
+    return -_cispo_weight(o, t) * _possible(t.logprobs)
 
 
 def _cispo_slope(o: Objective, t: Tokens) -> Tensor:
@@ -403,7 +428,8 @@ def _cispo_slope(o: Objective, t: Tokens) -> Tensor:
 
 def _sapo_gate(o: Objective, t: Tokens) -> tuple[Tensor, Tensor, Tensor]:
     """(τ, r, σ(τ(r − 1))) [n]."""
-    r = log_ratio(t).exp()
+    # Beyond 80 the gate is 1 and flat; an overflown r would make the backward 0 · ∞.
+    r = log_ratio(t).clamp(max=80).exp()
     tau = torch.where(_given(t.advantages) > 0, torch.full_like(r, o.sapo_tau_pos), torch.full_like(r, o.sapo_tau_neg))
     return tau, r, torch.sigmoid(tau * (r - 1))
 
@@ -415,8 +441,7 @@ def _sapo_value(o: Objective, t: Tokens) -> Tensor:
 
 def _sapo_slope(o: Objective, t: Tokens) -> Tensor:
     _, r, gate = _sapo_gate(o, t)
-    # r is finite where σ(1 − σ) is 0, but for an overflown exp: 0 · ∞.
-    return torch.where(gate < 1, -4 * gate * (1 - gate) * r * _given(t.advantages), 0)
+    return -4 * gate * (1 - gate) * r * _given(t.advantages)
 
 
 _POLICY_INPUTS: dict[str, Any] = {
@@ -463,22 +488,35 @@ POLICY_TERMS: dict[str, Term] = {
 
 
 def tis_weight(o: Objective, t: Tokens) -> Tensor:
-    """sg(min(π_old / π_rollout, C)) [n]: truncated importance sampling of the engine that sampled the tokens."""
-    old = t.logprobs.detach() if t.old_logprobs is None else t.old_logprobs
-    return (old - _given(t.rollout_logprobs)).exp().clamp(max=o.tis_cap).detach()
+    """sg(min(π_old / π_rollout, C)) [n]: truncated importance sampling of the engine that sampled the tokens; 0 where
+    π_old is, whatever π_rollout."""
+    old = (t.logprobs if t.old_logprobs is None else t.old_logprobs).detach()
+    weight = (old - _given(t.rollout_logprobs)).exp().clamp(max=o.tis_cap)
+    return weight.masked_fill(old == -torch.inf, 0)
 
 
 # Terms beside those two --------------------------------------------------------------------------------------
 
 
-def _k3_value(o: Objective, t: Tokens) -> Tensor:
-    difference = _given(t.ref_logprobs) - t.logprobs
-    # Beyond 80 the exponential has absorbed the rest; unclamped, inf − inf would be NaN at logp = −inf.
+def k3(difference: Tensor) -> Tensor:
+    """e^d − 1 − d [n], of a difference of log-probabilities."""
+    # Beyond 80 the exponential has absorbed the rest; unclamped, inf − inf would be NaN at d = inf.
     return torch.expm1(difference) - difference.clamp(max=80)
 
 
+def _above_policy(t: Tokens) -> Tensor:
+    """ref_logp − logp [n]; 0 where both are −inf."""
+    ref = _given(t.ref_logprobs)
+    neither = (ref == -torch.inf) & (t.logprobs == -torch.inf)
+    return ref.masked_fill(neither, 0) - t.logprobs.masked_fill(neither, 0)
+
+
+def _k3_value(o: Objective, t: Tokens) -> Tensor:
+    return k3(_above_policy(t))
+
+
 def _k3_slope(o: Objective, t: Tokens) -> Tensor:
-    return -torch.expm1(_given(t.ref_logprobs) - t.logprobs)
+    return -torch.expm1(_above_policy(t))
 
 
 K3 = Term(_k3_value, _k3_slope, source="Schulman 2020, 'Approximating KL divergence'", needs=("ref_logprobs",))

@@ -40,6 +40,12 @@ def expm1(x):
 
 
 @triton.jit
+def _zero_like(x):
+    """0, where x is infinite too."""
+    return tl.minimum(tl.abs(x), 0.0)
+
+
+@triton.jit
 def soft_cap(x, cap):
     """z = cap · tanh(x / cap), with t = e^(−2|x|/cap): |z| = cap (1 − t) / (1 + t)."""
     t = tl.exp(tl.abs(x) * (-2.0 / cap))
@@ -215,7 +221,7 @@ def _policy_slope(
     TERM: tl.constexpr, OLD: tl.constexpr, TIS: tl.constexpr,
 ):  # fmt: skip
     """∂P/∂logp of the policy term, its truncated importance weight included."""
-    slope = logp * 0.0
+    slope = _zero_like(logp)
     if TERM == 1:
         before = logp
         if OLD:
@@ -223,9 +229,11 @@ def _policy_slope(
         # A token of probability zero has the ratio 0 whatever the old probability.
         r = tl.where(logp == _NOTHING, 0.0, tl.exp(logp - before))
         stopped = ((A < 0) & (r < low)) | ((A > 0) & (r > high)) | ((A < 0) & (r > dual))
-        slope = tl.where(stopped, 0.0, -r * A)
+        # A ratio may be infinite where the advantage is 0.
+        slope = tl.where(stopped | (A == 0), 0.0, -r * A)
         if TIS:
-            weight = tl.exp(before - rollout)
+            # 0 where the old probability is, whatever the sampler's.
+            weight = tl.where(before == _NOTHING, 0.0, tl.exp(before - rollout))
             slope = slope * tl.where(weight > cap, cap, weight)
     return slope
 
@@ -250,9 +258,9 @@ def row_fused(
     tl.store(max_ + i, m)
     tl.store(log_sum + i, log_s)
     tl.store(entropy + i, H)
-    A = logp * 0.0
-    before = logp * 0.0
-    sampled = logp * 0.0
+    A = _zero_like(logp)
+    before = _zero_like(logp)
+    sampled = _zero_like(logp)
     if ADVANTAGES:
         A = tl.load(advantages + i)
     if OLD:
@@ -261,7 +269,9 @@ def row_fused(
         sampled = tl.load(rollout + i)
     own = _policy_slope(logp, A, before, sampled, low, high, dual, tis_cap, POLICY, OLD, TIS)
     if KL:
-        own = own - kl_coef * expm1(tl.load(ref + i) - logp)
+        anchor = tl.load(ref + i)
+        # 0 where both are −inf.
+        own = own - kl_coef * expm1(tl.where(anchor == logp, 0.0, anchor - logp))
     taught = expert_coef * _expert_slope(logp, A, alpha, gamma, EXPERT)
     g_lp = scale * tl.where(tl.load(expert + i) != 0, taught, own)
     g_H = -scale * entropy_coef
