@@ -36,7 +36,7 @@ class VLLMServerEngine:
         self.eos_ids = list(eos_ids)
         self.batch_size = batch_size
         self.name = self._name()
-        self.vocab = len(model.get_input_embeddings().weight)  # type: ignore[operator, union-attr]
+        self.vocab = len(model.get_input_embeddings().weight)  # type: ignore[operator]
         self.sync_weights: WeightSync = (
             SharedFolder(self.server, folder) if sync == "folder" else Transfer(self.server, model, sync)
         )
