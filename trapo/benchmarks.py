@@ -25,9 +25,9 @@ from trapo.errors import TrapoError
 from trapo.evaluate import EvalResult, check_engine, evaluate
 from trapo.files import write_json
 from trapo.model import find_weights, load_model
-from trapo.rewards import RewardPool
 from trapo.rollout import make_engine
 from trapo.sampling import derive_seed, load_eval_set
+from trapo.scoring import FailureNotes, make_pool
 
 TEMPERATURE = 0.6  # the paper's, on every benchmark
 
@@ -144,8 +144,8 @@ def _run(benchmarks: list[Benchmark], config: Config, log: Callable[[str], None]
         return
     model, tokenizer = load_model(config.model)
     engine = make_engine(config, model, tokenizer)
-    reward = config.reward
-    with RewardPool(reward.function, workers=reward.workers, timeout=reward.timeout) as pool:
+    failures = FailureNotes(log)
+    with make_pool(config) as pool:
         for i, b in enumerate(benchmarks):
             # Files may repeat a problem once per sample.
             data = dataclasses.replace(config.data, eval=str(b.file), dedup=True)
@@ -156,7 +156,20 @@ def _run(benchmarks: list[Benchmark], config: Config, log: Callable[[str], None]
             log(f"{b.title}: {len(problems)} problems, {b.samples} samples each, T = {config.eval.temperature:g}")
             seed = derive_seed(config.seed, "benchmark", b.name)
             rows = _result_path(b, config).with_suffix(".jsonl")
-            yield b, evaluate(problems, engine, pool, tokenizer, config, seed=seed, rows_path=rows, samples=b.samples)
+            yield (
+                b,
+                evaluate(
+                    problems,
+                    engine,
+                    pool,
+                    tokenizer,
+                    config,
+                    seed=seed,
+                    rows_path=rows,
+                    samples=b.samples,
+                    failures=failures,
+                ),
+            )
 
 
 def _result_path(benchmark: Benchmark, config: Config) -> Path:
@@ -179,6 +192,7 @@ def _settings(benchmark: Benchmark, config: Config, weights: str | None) -> dict
         "system_prompt": config.data.system_prompt,
         "prompt_suffix": config.data.prompt_suffix,
         "reward": config.reward.function,
+        "reward_range": config.reward.range,
         "seed": config.seed,
     }
 

@@ -1,5 +1,5 @@
-"""`trapo train|eval|plan|compare|report`: the command line. Heavy imports wait until a command needs them, so that
---help and the reward workers, which import this module again, start fast."""
+"""`trapo train|eval|grade|plan|compare|report`: the command line. Heavy imports wait until a command needs them, so
+that --help and the reward workers, which import this module again, start fast."""
 
 from __future__ import annotations
 
@@ -110,6 +110,31 @@ def compare(
 
 
 @app.command()
+def grade(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="JSONL: eval.jsonl, eval/step-N.jsonl, rollouts.jsonl, ...")
+    ],
+    text: Annotated[str | None, typer.Option(help="the column of answers; default: the first that is there")] = None,
+    answer: Annotated[str | None, typer.Option(help="the column of golds; default: the first that is there")] = None,
+    function: Annotated[str, typer.Option(help="as reward.function")] = "math",
+    out: Annotated[Path | None, typer.Option(help="write each row with its grade to this JSONL file")] = None,
+    show: Annotated[int, typer.Option(min=0, help="so many rows of each rule, right ones and wrong ones")] = 0,
+    timeout: Annotated[float, typer.Option(help="seconds for one answer")] = 10.0,
+    workers: Annotated[int, typer.Option(min=1)] = 2,
+) -> None:
+    """Grade a file of answers, and show which rule decided how often."""
+    from trapo import grading
+
+    console = _console()
+    graded = grading.grade_file(file, text, answer, function, timeout=timeout, workers=workers)
+    console.print(grading.table(graded), highlight=False)
+    for line in grading.lines(graded, show):
+        console.print(line, markup=False, highlight=False)
+    if out is not None:
+        grading.write(graded, out)
+
+
+@app.command()
 def plan(
     config: ConfigArgument,
     overrides: Overrides = None,
@@ -178,15 +203,24 @@ def _quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
+def _share(value: float) -> str:
+    """A percentage; a plain number where rewards are no shares of 1."""
+    return f"{value:.1%}" if 0 <= value <= 1 else f"{value:.3g}"
+
+
 def _print_summary(console: Console, run_dir: Path, summary: dict) -> None:
     before, after = summary["eval_before"], summary["eval_after"]
     if before is not None and after is not None:
         low, high = summary["eval_before_interval"]
         console.print(
-            f"held-out accuracy before: {before:.1%}  (95% interval {low:.1%} to {high:.1%})", highlight=False
+            f"held-out accuracy before: {_share(before)}  (95% interval {_share(low)} to {_share(high)})",
+            highlight=False,
         )
         low, high = summary["eval_after_interval"]
-        console.print(f"held-out accuracy after:  {after:.1%}  (95% interval {low:.1%} to {high:.1%})", highlight=False)
+        console.print(
+            f"held-out accuracy after:  {_share(after)}  (95% interval {_share(low)} to {_share(high)})",
+            highlight=False,
+        )
     if summary["reward_failures"]:
         console.print(f"reward failures (scored 0): {summary['reward_failures']}", highlight=False)
     console.print(

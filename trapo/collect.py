@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from trapo.encode import EncodedProblem
 from trapo.guidance import Schedule, carries_expert_term, is_decided, is_guided
-from trapo.rewards import Reward
+from trapo.rewards import Reward, Status
 from trapo.rollout import Completion, Engine, Request
 from trapo.timing import StepTimer
 
@@ -29,7 +29,8 @@ class Rollout:
     supervised: bool  # the prefix carries the expert term
     finished: bool
     reward: float = 0.0
-    status: str = "ok"
+    status: Status = "ok"
+    detail: str = ""  # what went wrong, where the status is another one
     advantage: float = 0.0
     own_logprobs: tuple[float, ...] | None = None  # of own_ids, as the engine sampled them; None: it gives none
 
@@ -77,7 +78,7 @@ def collect(
             with timer.part("reward"):
                 rewards = score(drawn)
             for rollout, reward in zip(drawn, rewards, strict=True):
-                rollout.reward, rollout.status = reward.value, reward.status
+                rollout.reward, rollout.status, rollout.detail = reward.value, reward.status, reward.detail
         for rollout in drawn:
             by_prompt[rollout.group].append(rollout)
     return [rollout for group in by_prompt for rollout in group]

@@ -38,6 +38,7 @@ class Comparison:
     test: str
     better: int  # problems on which B is better
     worse: int
+    all_failed: str = ""  # A, B or both: each of that side's rewards failed, so that its zeros say nothing
 
 
 def compare(first: Path, second: Path) -> list[Comparison]:
@@ -64,6 +65,12 @@ def table(found: list[Comparison], first: str, second: str) -> Table:
         points = [f"{100 * value:+.1f}" for value in (c.difference, c.low, c.high)]
         numbers = (f"{c.first:.1%}", f"{c.second:.1%}", points[0], f"{points[1]} to {points[2]}")
         shown.add_row(Text(c.name), str(c.problems), *numbers, f"{c.p_value:.3g}", c.test, str(c.better), str(c.worse))
+    warnings = [f"WARNING: {c.name}: every reward of {c.all_failed} failed" for c in found if c.all_failed]
+    if warnings:
+        shown.caption = Text(
+            "\n".join([*warnings, "Their zeros say nothing of the model; detail in the rows has the reasons."])
+        )
+        shown.caption_justify = "left"
     return shown
 
 
@@ -115,7 +122,14 @@ def _compare(name: str, first: Path, second: Path) -> Comparison:
         "McNemar" if binary else "sign flips",
         better,
         worse,
+        " and ".join(side for side, path in (("A", first), ("B", second)) if _all_failed(path)),
     )
+
+
+def _all_failed(path: Path) -> bool:
+    """Whether no row holds a reward that the function gave."""
+    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    return all(json.loads(line).get("status", "ok") != "ok" for line in lines)
 
 
 def _finite(value: Any) -> float:

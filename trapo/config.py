@@ -107,7 +107,8 @@ class RolloutConfig:
 
 @dataclasses.dataclass
 class RewardConfig:
-    function: str = "math"  # or package.module:function(text, answer) -> float
+    function: str = "math"  # math, math_verify, package.module:function or ./file.py:function (rewards/functions.py)
+    range: list[float] | None = None  # lowest and highest reward: scaled to 0..1, others are errors; None: as they are
     workers: int = 1
     timeout: float = 10.0  # seconds for one answer; a worker past it is killed and the answer scores 0
 
@@ -347,6 +348,9 @@ def _check_values(config: Config) -> None:
         value = flat[key]
         if value is not None and not ((value >= low if inclusive else value > low) and math.isfinite(value)):
             raise TrapoError(f"{key}: got {value}; must be {'>=' if inclusive else '>'} {low}, and finite")
+    bounds = config.reward.range
+    if bounds is not None and not (len(bounds) == 2 and all(map(math.isfinite, bounds)) and bounds[0] < bounds[1]):
+        raise TrapoError(f"reward.range: got {list(bounds)}; must be two finite numbers, the lower one first")
     if not all(0 <= beta < 1 for beta in config.optim.betas):
         raise TrapoError(f"optim.betas: got {list(config.optim.betas)}; both must be in [0, 1)")
     if config.mode == "sft_then_rl":

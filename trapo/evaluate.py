@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from trapo.errors import TrapoError
 from trapo.files import write_atomic, write_json
 from trapo.model import load_model
 from trapo.ranks import Scorer
-from trapo.rewards import RewardPool
 from trapo.rollout import Engine, Request, make_engine
 from trapo.rollout.guard import AgreementGuard, plain_scorer, unanswered
 from trapo.sampling import load_eval_set
+from trapo.scoring import FailureNotes, make_pool, score_texts
 from trapo.stats import bootstrap_interval, mean_interval, pass_at_k, wilson_interval
 
 
@@ -60,6 +61,8 @@ class EvalResult:
 
     def __str__(self) -> str:
         low, high = self.interval
+        if not 0 <= self.accuracy <= 1:  # rewards that are no shares of 1
+            return f"mean reward {self.accuracy:.3g} [{low:.3g}, {high:.3g}] of {self.problems} problems"
         several = f", {self.samples} samples each" if self.samples > 1 else ""
         return f"{self.accuracy:.1%} [{low:.1%}, {high:.1%}] of {self.problems} problems{several}"
 
@@ -77,10 +80,10 @@ def evaluate_model(config: Config, log: Callable[[str], None]) -> EvalResult:
     engine = make_engine(config, model, tokenizer)
     check_engine(engine, model, problems, config)
     path = Path(config.run_dir) / "eval.json"
-    reward = config.reward
-    with RewardPool(reward.function, workers=reward.workers, timeout=reward.timeout) as pool:
+    with make_pool(config) as pool:
+        rows, failures = path.with_suffix(".jsonl"), FailureNotes(log)
         result = evaluate(
-            problems, engine, pool, tokenizer, config, seed=config.seed, rows_path=path.with_suffix(".jsonl")
+            problems, engine, pool, tokenizer, config, seed=config.seed, rows_path=rows, failures=failures
         )
     result.save(path)
     return result
@@ -102,10 +105,12 @@ def evaluate(
     seed: int,
     rows_path: Path | None = None,
     samples: int | None = None,
+    failures: FailureNotes | None = None,
 ) -> EvalResult:
     """Generate responses to each problem (`samples`, else `eval.samples` of them) and score them.
 
-    rows_path: where to write one JSON row per response (id, answer, text, reward, status).
+    rows_path: where to write one JSON row per response (id, answer, text, reward, status, detail).
+    failures: told of the rewards; raises TrapoError, after the rows are written, where none can be had.
     """
     samples = samples or config.eval.samples
     limit = config.eval.max_response_tokens or config.rollout.max_response_tokens
@@ -116,24 +121,28 @@ def evaluate(
         seed=seed,
     )
     texts = [decode_text(tokenizer, c.token_ids) for c in completions]
-    rewards = pool.score([(text, p.problem.answer) for text, p in zip(texts, asked, strict=True)])
+    rewards = score_texts(pool, texts, [p.problem for p in asked])
     if rows_path is not None:
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"id": p.problem.id, "source": p.problem.source, "answer": p.problem.answer, "text": text}
-            | {"reward": r.value, "status": r.status, "tokens": len(c.token_ids), "finished": c.finished}
+            | {
+                "reward": r.value,
+                "status": r.status,
+                "detail": r.detail,
+                "tokens": len(c.token_ids),
+                "finished": c.finished,
+            }
             for p, text, r, c in zip(asked, texts, rewards, completions, strict=True)
         ]
         write_atomic(rows_path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    failures: dict[str, int] = {}
-    for reward in rewards:
-        if reward.status != "ok":
-            failures[reward.status] = failures.get(reward.status, 0) + 1
+    if failures is not None:
+        failures.check(rewards, f"the evaluation of {len(problems)} problems")
     values = [r.value for r in rewards]
     return _summarise(
         [values[i : i + samples] for i in range(0, len(values), samples)],
         finished=sum(c.finished for c in completions) / len(completions),
         mean_tokens=sum(len(c.token_ids) for c in completions) / len(completions),
-        reward_failures=failures,
+        reward_failures=dict(Counter(r.status for r in rewards if r.status != "ok")),
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from trapo.errors import TrapoError
-from trapo.rewards import Reward
+from trapo.rewards import Item, Reward
 
 T = TypeVar("T")
 
@@ -110,7 +110,7 @@ def leave(ranks: Ranks) -> None:
 class Scorer(Protocol):
     """What `RewardPool` is to those who use it."""
 
-    def score(self, items: Sequence[tuple[str, str]]) -> list[Reward]: ...
+    def score(self, items: Sequence[Item]) -> list[Reward]: ...
 
 
 class SharedRewards:
@@ -118,7 +118,8 @@ class SharedRewards:
 
     def __init__(self, pool: Scorer, ranks: Ranks) -> None:
         self.pool, self.ranks = pool, ranks
+        self.wants_row = getattr(pool, "wants_row", False)
 
-    def score(self, items: Sequence[tuple[str, str]]) -> list[Reward]:
+    def score(self, items: Sequence[Item]) -> list[Reward]:
         """The rewards of (text, answer) pairs, in order, on every rank."""
         return self.ranks.gather(self.pool.score(self.ranks.share(items)))

@@ -41,6 +41,7 @@ def rollout_row(step: int, rollout: Rollout, tokenizer: PreTrainedTokenizerBase,
         "finished": rollout.finished,
         "reward": rollout.reward if scored else None,
         "status": rollout.status,
+        "detail": rollout.detail,
         "advantage": rollout.advantage if scored else None,
     }
 

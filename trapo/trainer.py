@@ -33,12 +33,13 @@ from trapo.model import load_model
 from trapo.modes import Phase, phases
 from trapo.ranks import ALONE, Ranks, Scorer, SharedRewards, join, leave
 from trapo.report import write_report
-from trapo.rewards import Reward, RewardPool
+from trapo.rewards import Reward
 from trapo.rollout import make_engine
 from trapo.rollout.guard import AgreementGuard, unanswered
 from trapo.rollout_log import rollout_row, sample_rollouts
 from trapo.run_dir import RunDir, append_rows
 from trapo.sampling import derive_seed, load_eval_set, load_train_set, problems_at
+from trapo.scoring import FailureNotes, make_pool, score_texts
 from trapo.sharding import save_shards, shard_over
 from trapo.skips import SkipLimit
 from trapo.stopping import Stopped, StopSignal
@@ -69,8 +70,7 @@ def _train(config: Config, console: Console, restart_finished: bool, ranks: Rank
     resume_from = ranks.once(lambda: run_dir.look(config, restart_finished=restart_finished, log=log))
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    reward = config.reward
-    pool = RewardPool(reward.function, workers=reward.workers, timeout=reward.timeout)
+    pool = make_pool(config)
     with pool, StopSignal(ranks) as stop:
         scorer = pool if ranks.world == 1 else SharedRewards(pool, ranks)
         trainer = Trainer(config, plan, run_dir, scorer, stop, console, resume_from, ranks)
@@ -100,6 +100,7 @@ class Trainer:
         self.config, self.phases, self.run_dir, self.pool = config, plan, run_dir, pool
         self.stop, self.ranks = stop, ranks
         source, log = config.model, functools.partial(console.print, markup=False, highlight=False)
+        self.failures = FailureNotes(log)
         if resume_from is not None:
             source = dataclasses.replace(source, path=str(resume_from.path))
             log(f"continuing {run_dir.path} after step {resume_from.step}")
@@ -181,6 +182,8 @@ class Trainer:
         lr = self.learner.lr
         if self._due(self.config.log.rollouts_every):
             self._log_rollouts(rollouts, seed, scored=phase.needs_rewards)
+        if phase.needs_rewards:
+            self.failures.check([Reward(r.reward, r.status, r.detail) for r in rollouts], f"step {self.step + 1}")
         with self.timer.part("sync"):
             self.engine.rest()
         with self.timer.part("update"):
@@ -233,7 +236,7 @@ class Trainer:
 
     def _score(self, rollouts: Sequence[Rollout]) -> list[Reward]:
         texts = [decode_text(self.tokenizer, r.response_ids) for r in rollouts]
-        return self.pool.score([(text, r.problem.problem.answer) for text, r in zip(texts, rollouts, strict=True)])
+        return score_texts(self.pool, texts, [r.problem.problem for r in rollouts])
 
     def _evaluate(self, display: Display, loggers: Loggers) -> None:
         """Held-out accuracy now; left alone when an interrupted run already has it."""
@@ -245,7 +248,14 @@ class Trainer:
         rows = path.with_suffix(".jsonl") if self.ranks.first else None
         with self.stop.abandonable():
             result = evaluate(
-                self.eval_set, self.engine, self.pool, self.tokenizer, self.config, seed=seed, rows_path=rows
+                self.eval_set,
+                self.engine,
+                self.pool,
+                self.tokenizer,
+                self.config,
+                seed=seed,
+                rows_path=rows,
+                failures=self.failures,
             )
         if self.ranks.first:
             result.save(path)
