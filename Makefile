@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: setup setup-cuda-torch setup-integrations setup-log setup-verl setup-vllm setup-docs setup-bench demo test test-verl test-vllm
-.PHONY: test-slow bench bench-rows check docs format clean gpu-evidence
+.PHONY: test-slow bench bench-rows check docs format clean gpu gpu-evidence
 
 setup: $(STAMP)
 
@@ -108,6 +108,10 @@ docs: $(VENV)/.docs
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow
+
+# Everything that a GPU can tell, in nine minutes, into bench/results/gpu; ARGS="--device cpu" shows that it works.
+gpu: $(STAMP)
+	$(BIN)/python -m bench.gpu $(ARGS)
 
 # Compiled code, counted bytes, memory and bounds of the GPU kernels, without a GPU. ARGS=--ours leaves the peers out;
 # they are wanted with `pip install --no-deps liger-kernel cut-cross-entropy trl` (their dependencies pull a second torch).

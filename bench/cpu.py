@@ -28,7 +28,8 @@ import torch
 
 import trapo_kernels as tk
 from bench.measure import Shape, Worker, extra_memory, load_case, step, write_inputs, write_oracle
-from bench.providers import CHUNK, PROVIDERS, Case, Provider, ours
+from bench.providers import CHUNK as CHUNKS
+from bench.providers import PROVIDERS, Case, Provider, ours
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = [Shape(2048, 576, 49152), Shape(1024, 896, 151936), Shape(512, 3584, 152064)]
@@ -140,8 +141,8 @@ def _savings_of(case: Case, rounds: int) -> dict[str, Any]:
 
     @torch.no_grad()
     def gemm(c: Case) -> None:
-        logits = torch.empty(CHUNK, c.weight.shape[0])
-        for chunk in c.hidden.split(CHUNK):
+        logits = torch.empty(CHUNKS["cpu"], c.weight.shape[0])
+        for chunk in c.hidden.split(CHUNKS["cpu"]):
             torch.mm(chunk, c.weight.t(), out=logits[: chunk.shape[0]])
 
     zero = case.advantages.masked_fill(part, 0)

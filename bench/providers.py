@@ -1,4 +1,5 @@
-"""Who computes the loss: every provider behind one signature, each through its package's public function.
+"""Who computes the loss: every provider behind one signature, each through its package's public function. One list, for
+CPUs (bench/cpu.py) and GPUs (bench/gpu).
 
 All get the same inputs and, where their head returns log-probabilities, the same terms (`Objective.losses`): what
 differs is how hidden states become log-probabilities, and their gradient.
@@ -6,6 +7,8 @@ differs is how hidden states become log-probabilities, and their gradient.
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import trapo_kernels as tk
 
-CHUNK = 512  # rows, of the bare GEMMs and of chunked checkpointing
+CHUNK = {"cpu": 512, "cuda": 4096}  # rows, of the bare GEMMs and of chunked checkpointing
 # TRAPO's objective and the entropy bonus of its authors' code.
 OBJECTIVE = tk.Objective.trapo(entropy_coef=0.001)
 
@@ -44,14 +47,43 @@ class Provider:
     """`run(case)` -> the loss, to be differentiated; `gives`: which loss that is.
 
     "entropy": the whole objective. "logprobs": without the entropy bonus. "grpo": all tokens own, no entropy bonus.
-    "gemms": no loss, the bare products.
+    "nll": plain cross-entropy. "gemms": no loss, the bare products.
     """
 
     name: str
     run: Callable[[Case], Tensor | None]
     gives: str
     bounded: bool  # never holds [N, V]
-    package: str | None = None
+    package: str | None = None  # on PyPI
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    backend: str | None = None  # of ours
+
+    def absent(self) -> str | None:
+        """Why it cannot run here, in one line; None: nothing is known against it."""
+        if self.backend is not None:
+            return tk.backends()[self.backend].missing
+        if self.package is not None and installed(self.package) is None:
+            return f"{self.package} is not installed"
+        if self.run in (torch_lce, torch_lce_chunked) and not hasattr(F, "linear_cross_entropy"):
+            return f"torch {torch.__version__} has no linear_cross_entropy"
+        return None
+
+
+# PyPI's name -> the module's
+MODULES = {
+    "trl": "trl", "liger-kernel": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy", "verl": "verl",
+    "quack-kernels": "quack",
+}  # fmt: skip
+
+
+def installed(package: str) -> str | None:
+    """The version of a package that is here, or None."""
+    if importlib.util.find_spec(MODULES[package]) is None:
+        return None
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a folder in PYTHONPATH
+        return "unknown"
 
 
 def _loss(case: Case, logprobs: Tensor, entropy: Tensor | None) -> Tensor:
@@ -70,21 +102,38 @@ def ours(backend: str, **options: object) -> Callable[[Case], Tensor]:
     return run
 
 
+def ours_recomputing(backend: str) -> Callable[[Case], Tensor]:
+    """The recomputing backward: log-probabilities first, the objective on vectors, by autograd."""
+
+    def run(case: Case) -> Tensor:
+        found = tk.linear_logprobs(case.hidden, case.weight, case.targets, entropy=True, backend=backend)
+        return _loss(case, *found)
+
+    return run
+
+
 def floor(case: Case) -> None:
-    """The three GEMMs of exact gradients, and nothing else."""
+    """The three GEMMs of exact gradients, d_weight summed in fp32, and nothing else."""
     hidden, weight = case.hidden.detach(), case.weight.detach()
-    logits = torch.empty(CHUNK, weight.shape[0])
-    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
-    for start in range(0, hidden.shape[0], CHUNK):
-        chunk = hidden[start : start + CHUNK]
-        z = logits[: chunk.shape[0]]
+    rows = min(CHUNK[hidden.device.type], hidden.shape[0])
+    logits = hidden.new_empty(rows, weight.shape[0])
+    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight, dtype=torch.float32)
+    for start in range(0, hidden.shape[0], rows):
+        chunk = hidden[start : start + rows]
+        z, beta = logits[: chunk.shape[0]], float(start > 0)
         torch.mm(chunk, weight.t(), out=z)
-        torch.mm(z, weight, out=d_hidden[start : start + CHUNK])
-        d_weight.addmm_(z.t(), chunk, beta=float(start > 0))
+        torch.mm(z, weight, out=d_hidden[start : start + rows])
+        if hidden.is_cuda and hidden.dtype != torch.float32:
+            torch.addmm(d_weight, z.t(), chunk, out_dtype=torch.float32, beta=beta, out=d_weight)
+        else:
+            d_weight.addmm_(z.t().float(), chunk.float(), beta=beta)
 
 
 def _head(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    log_pi = F.log_softmax(F.linear(hidden, weight), dim=-1)
+    logits = F.linear(hidden, weight)
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    log_pi = F.log_softmax(logits, dim=-1)
     return log_pi.gather(1, targets[:, None]).squeeze(1), -(log_pi.exp() * log_pi).sum(1)
 
 
@@ -107,9 +156,10 @@ def compiled(case: Case) -> Tensor:
 
 
 def chunked_checkpoint(case: Case) -> Tensor:
+    rows = CHUNK[case.hidden.device.type]
     found = [
         checkpoint(_head, hidden, case.weight, targets, use_reentrant=False)
-        for hidden, targets in zip(case.hidden.split(CHUNK), case.targets.split(CHUNK), strict=True)
+        for hidden, targets in zip(case.hidden.split(rows), case.targets.split(rows), strict=True)
     ]
     return _loss(case, torch.cat([lp for lp, _ in found]), torch.cat([h for _, h in found]))
 
@@ -144,10 +194,51 @@ def liger(case: Case) -> Tensor:
     length = 64
     shape = (case.hidden.shape[0] // length, length)
     loss, _ = _liger_loss()(
-        case.hidden.view(*shape, -1), case.weight, case.targets.view(shape), torch.ones(shape),
-        case.advantages.view(shape)[:, 0],
+        case.hidden.view(*shape, -1), case.weight, case.targets.view(shape),
+        torch.ones(shape, device=case.hidden.device), case.advantages.view(shape)[:, 0],
     )  # fmt: skip
     return loss
+
+
+def liger_entropy(case: Case) -> Tensor:
+    """Negative log-likelihoods and entropies: on Hopper its CuTe kernels, elsewhere chunks of plain torch."""
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+
+    nll, entropy = LigerFusedLinearScaledCrossEntropyFunction.apply(
+        case.hidden, case.weight, case.targets, 1.0, -100, 1, True
+    )
+    return _loss(case, -nll, entropy)
+
+
+def liger_cross_entropy(case: Case) -> Tensor:
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    return LigerFusedLinearCrossEntropyFunction.apply(case.hidden, case.weight, case.targets)[0]
+
+
+def verl(case: Case) -> Tensor:
+    """Its Triton kernels, which recompute the logits in the backward."""
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    logprobs, entropy = linear_cross_entropy(case.hidden, case.weight, case.targets, 1.0, "none", None)
+    return _loss(case, logprobs, entropy)
+
+
+def quack(scaled_exp: bool) -> Callable[[Case], Tensor]:
+    def run(case: Case) -> Tensor:
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+        return chunked_linear_cross_entropy(case.hidden, case.weight, case.targets, use_scaled_exp=scaled_exp)
+
+    return run
+
+
+def cce_exact(case: Case) -> Tensor:
+    """Its Triton kernels, with the gradient filter off: exact gradients, as everybody else's."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    nll = linear_cross_entropy(case.hidden, case.weight, case.targets, reduction="none", impl="cce", filter_eps=None)
+    return _loss(case, -nll, None)
 
 
 def cce(case: Case) -> Tensor:
@@ -169,21 +260,49 @@ def torch_lce_chunked(case: Case) -> Tensor:
     return F.linear_cross_entropy(case.hidden, case.weight, case.targets, options=options)
 
 
-PROVIDERS = [
+def _of_ours(backend: str, *devices: str) -> Provider:
+    return Provider(f"trapo_kernels {backend}", ours(backend), "entropy", True, None, devices, backend)
+
+
+def _recomputing(backend: str, *devices: str) -> Provider:
+    name = f"trapo_kernels {backend}, recomputing"
+    return Provider(name, ours_recomputing(backend), "entropy", True, None, devices, backend)
+
+
+CUDA = ("cuda",)
+EVERYBODY = [
     Provider("three bare GEMMs", floor, "gemms", True),
-    Provider("trapo_kernels cpu", ours("cpu"), "entropy", True),
-    Provider("trapo_kernels torch", ours("torch"), "entropy", True),
+    _of_ours("cuda", "cuda"),
+    _of_ours("triton", "cuda"),
+    _of_ours("cpu", "cpu"),
+    _of_ours("torch", "cpu", "cuda"),
+    _recomputing("cuda", "cuda"),
+    _recomputing("triton", "cuda"),
     Provider("eager", eager, "entropy", False),
     Provider("torch.compile", compiled, "entropy", False),
     Provider("chunked checkpoint", chunked_checkpoint, "entropy", True),
     Provider("TRL chunked head", trl, "entropy", True, "trl"),
+    Provider("Liger entropy head", liger_entropy, "entropy", True, "liger-kernel"),
+    Provider("verl fused head", verl, "entropy", True, "verl", CUDA),
     Provider("eager, no entropy", eager_without_entropy, "logprobs", False),
     Provider("TRL chunked head, no entropy", trl_without_entropy, "logprobs", True, "trl"),
     Provider("Liger PPO head", liger, "grpo", True, "liger-kernel"),
-    Provider("CCE torch_compile", cce, "logprobs", False, "cut-cross-entropy"),
+    Provider("CCE torch_compile", cce, "logprobs", False, "cut-cross-entropy", ("cpu",)),
+    Provider("CCE, exact", cce_exact, "logprobs", True, "cut-cross-entropy", CUDA),
     Provider("torch linear_cross_entropy", torch_lce, "logprobs", False),
     Provider("torch linear_cross_entropy, chunked", torch_lce_chunked, "nll", True),
+    Provider("Liger fused linear CE", liger_cross_entropy, "nll", True, "liger-kernel", CUDA),
+    Provider("quack", quack(False), "nll", True, "quack-kernels", CUDA),
+    Provider("quack, scaled exp", quack(True), "nll", True, "quack-kernels", CUDA),
 ]
+
+
+def on(device: str) -> list[Provider]:
+    """Who runs on a type of device; see `Provider.absent`."""
+    return [p for p in EVERYBODY if device in p.devices]
+
+
+PROVIDERS = on("cpu")
 
 
 def oracle(case: Case, gives: str) -> Tensor:
