@@ -7,12 +7,9 @@ import os
 import resource
 from pathlib import Path
 
+import device
 import pytest
 import torch
-
-# Without a GPU the Triton kernels run in Python, on CPU tensors; Triton reads this when it is first imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Two processes with two spinning OpenMP threads each crawl on two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -36,8 +33,31 @@ REPEATS = {
 }
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="test the kernels on tensors of this device: cpu (default), cuda")
+
+
+def pytest_configure(config):
+    chosen = config.getoption("--device")
+    reason = device.refuse(chosen)
+    if reason is not None:
+        raise pytest.UsageError(reason)
+    device.activate(chosen)
+
+
+def pytest_report_header(config):
+    return f"kernels are tested on: {device.name()}"
+
+
+def pytest_ignore_collect(collection_path):
+    """The trainer's tests, and what only a CPU has, are not for other devices."""
+    if device.name() != "cpu" and collection_path.suffix == ".py":
+        return collection_path.name not in device.FILES or None
+    return None
+
+
 def pytest_collection_modifyitems(items):
-    interpreted = not torch.cuda.is_available()
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
     for item in items:
         backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
         if interpreted and backend == "triton" and item.originalname in REPEATS:

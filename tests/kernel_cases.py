@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import device
 import torch
 from simt import backend as cuda_on_cpu
 from torch import Tensor
@@ -18,7 +19,8 @@ import trapo_kernels as tk
 from trapo_kernels.rows.triton import interpreted
 
 # A new backend joins the whole suite by its name here; STREAMED ones bound their memory and leave work out.
-BACKENDS = ["reference", "torch", "triton", *cuda_on_cpu.register(), "cpu"]
+DEVICE = device.name()
+BACKENDS = device.BACKENDS[DEVICE] + ([*cuda_on_cpu.register(), "cpu"] if DEVICE == "cpu" else [])
 STREAMED = [name for name in BACKENDS if name != "reference"]
 
 # Largest error of a logprob and of a gradient, relative to the largest magnitude, against the float64 oracle on

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import BACKENDS, EVERYTHING, STREAMED, TOLERANCE, assert_close, make_case, oracle, policy_loss
+from kernel_cases import BACKENDS, DEVICE, EVERYTHING, STREAMED, TOLERANCE, assert_close, make_case, oracle, policy_loss
 from torch.utils.checkpoint import checkpoint
 
 import trapo_kernels as tk
@@ -77,7 +77,7 @@ def test_checkpointed_layers_before_the_loss_and_autocast_around_both_train(back
     optimizer = torch.optim.SGD([*layer.parameters(), *head.parameters()], lr=0.3)
     losses = []
     for _ in range(30):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             hidden = checkpoint(lambda x: torch.tanh(layer(x)), x, use_reentrant=False)
             assert hidden.dtype == torch.bfloat16
             out = tk.linear_policy_loss(
@@ -95,7 +95,7 @@ def test_grad_scaler_scales_skips_infinities_and_unscales(backend):
     case = make_case(30, 33, dtype=torch.float16)
     params = [torch.nn.Parameter(p.detach().float()) for p in case.params()]
     optimizer = torch.optim.SGD(params, lr=1.0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**10)
 
     def backward(factor=1.0):
         hidden, weight = (p.half() for p in params)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import (
     BACKENDS,
+    DEVICE,
     DTYPES,
     EVERYTHING,
     HEADS,
@@ -200,7 +201,7 @@ def test_from_logits_forms_agree_with_the_oracle(backend, head, dtype):
 def test_autocast_changes_nothing(backend):
     case = make_case(affordable(backend, 40), 257, dtype=torch.float32, with_bias=True)
     plain = run(case, EVERYTHING, backend)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         loss = policy_loss(case, EVERYTHING, backend).loss
     assert torch.equal(loss, plain.loss)
     grads = torch.autograd.grad(loss, case.params())
