@@ -8,6 +8,7 @@ Writes the JSON and, beside it, the same as Markdown tables:
 - traffic: bytes that the kernels ask for, counted in Triton's interpreter at a small shape
 - memory: peak by accounting on fake tensors, at the shapes of the roofline
 - roofline: least time by a card's published rates; bounds, nothing that a clock saw
+- estimate: the same phases on an H200 at rates that are assumed; nothing that a clock saw either
 
 Ours alone takes about three minutes on two cores. Exits with 1 if an invariant is broken (see `broken`).
 """
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import cuda_evidence
-from bench.evidence import ours, peers, roofline
+from bench.evidence import estimate, ours, peers, roofline
 from bench.evidence.compiled import ARCHS, compile_for
 
 __all__ = ["broken", "main"]
@@ -74,6 +75,16 @@ def roofline_rows() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def arithmetic() -> dict[str, Any]:
+    """What needs no compiler and no run."""
+    return {
+        "roofline": roofline_rows(),
+        "rows_for_15_percent": {card.name: roofline.rows_for_share(card) for card in roofline.CARDS},
+        "estimate": estimate.table(),
+        "estimate_beside_measured": estimate.checked(),
+    }
+
+
 def broken(evidence: dict[str, Any]) -> list[str]:
     """Invariants of our own kernels that do not hold."""
     faults = cuda_evidence.broken([row for row in evidence["kernels"] if row["provider"] == cuda_evidence.PROVIDER])
@@ -112,8 +123,11 @@ def broken(evidence: dict[str, Any]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ours", action="store_true", help="leave the peers out")
+    parser.add_argument("--arithmetic", action="store_true", help="roofline and estimates alone; the rest stays")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
+    if options.arithmetic:
+        return write({**json.loads(options.out.read_text()), **arithmetic()}, options.out)
     warnings.filterwarnings("ignore")
     import torch
     import triton
@@ -124,16 +138,20 @@ def main(arguments: list[str] | None = None) -> int:
         "versions": {"torch": torch.__version__, "triton": triton.__version__, **{p: versions[p] for p in providers}},
         "kernels": kernel_rows(providers),
         **counted_rows(providers),
-        "roofline": roofline_rows(),
-        "rows_for_15_percent": {card.name: roofline.rows_for_share(card) for card in roofline.CARDS},
+        **arithmetic(),
     }
+    return write(evidence, options.out)
+
+
+def write(evidence: dict[str, Any], out: Path) -> int:
+    """The JSON and the page; 1 if an invariant is broken."""
     from bench.evidence.tables import markdown
 
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(evidence, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(markdown(evidence))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(evidence, indent=1) + "\n")
+    out.with_suffix(".md").write_text(markdown(evidence))
     faults = broken(evidence)
-    print(f"{len(evidence['kernels'])} compiled kernels, {len(faults)} broken invariants -> {options.out}")
+    print(f"{len(evidence['kernels'])} compiled kernels, {len(faults)} broken invariants -> {out}")
     for fault in faults:
         print("  " + fault)
     return 1 if faults else 0

@@ -30,9 +30,12 @@ class Card:
 CARDS = (
     Card("A100-80GB SXM", 312e12, 2.039e12),
     Card("H100 SXM", 989.4e12, 3.35e12),
+    Card("H200 SXM", 989.4e12, 4.8e12),
     Card("B200", 2_250e12, 8.0e12),
 )
-SHAPES = ((8_192, 3_584, 152_064), (16_384, 4_096, 128_256), (32_768, 2_048, 151_936))
+SHAPES = (
+    (4_096, 4_096, 131_072), (8_192, 3_584, 152_064), (16_384, 4_096, 128_256), (32_768, 2_048, 151_936)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,8 @@ def eager(n: int, d: int, v: int) -> list[Phase]:
     ]
 
 
-def trl(n: int, d: int, v: int, columns: int = 8_192) -> list[Phase]:
-    """Tiles of 4096 tokens by `columns`; the backward computes them again; both gradients summed in fp32."""
+def trl(n: int, d: int, v: int, columns: int = 32_768) -> list[Phase]:
+    """Tiles of 4096 tokens by `columns` (TRL 1.16's), which the backward computes again; both gradients in fp32."""
     phases = []
     for rows in _chunks(n, 4096):
         for c in _chunks(v, columns):
@@ -122,6 +125,31 @@ def liger(n: int, d: int, v: int) -> list[Phase]:
     return _row_chunks(n, d, v, rows, 2)
 
 
+def liger_hopper(n: int, d: int, v: int) -> list[Phase]:
+    """Its CuTe kernels for sm_90, plain cross-entropy (Liger 0.8.5): all [N, V] logits at once, each GEMM once; the
+    scale of the gradient is in the epilogue of d_weight's."""
+    return [
+        _gemm("logits", n, v, d),
+        Phase("row kernel", 0, 4.0 * n * v),
+        _gemm("d_hidden", n, d, v),
+        _gemm("d_weight", v, d, n),
+        Phase("d_hidden scaled", 0, 4.0 * n * d),
+    ]
+
+
+def liger_hopper_entropy(n: int, d: int, v: int) -> list[Phase]:
+    """Its Hopper head with entropy: a forward that writes no logits, a backward that computes them again in waves of
+    1024 tokens and adds each wave's d_weight in memory. Four GEMMs."""
+    phases = [Phase("forward", 2.0 * n * d * v, 2.0 * (n * d + d * v))]
+    for i, c in enumerate(_chunks(n, 1024)):
+        phases += [
+            _gemm("logits again, to their gradient", c, v, d),
+            _gemm("d_hidden", c, d, v),
+            _gemm("d_weight", v, d, c, 2, reads_out=i > 0),
+        ]
+    return phases
+
+
 def cce(n: int, d: int, v: int, kept: float = 1.0) -> list[Phase]:
     """Forward without logits; the backward computes them again in registers. `kept`: share of blocks that the gradient
     filter leaves (1: exact gradients). Its sums of dE and dC through locks are left out: this is a bound."""
@@ -139,8 +167,33 @@ def cce_filtered(n: int, d: int, v: int) -> list[Phase]:
 
 
 def quack(n: int, d: int, v: int) -> list[Phase]:
-    """As published: chunked linear cross-entropy, the row on chip, d_weight in fp32; chunks of 4096 rows."""
-    return [*_row_chunks(n, d, v, 4096, 4), Phase("d_weight to bf16", 0, 6.0 * v * d)]
+    """Its base pipeline (quack 0.6.5): chunks of 4096 rows, the row on chip; d_weight in fp32, and the last chunk's
+    GEMM, put off to the backward, adds, scales and converts."""
+    phases = _row_chunks(n, d, v, 4096, 4)
+    last = phases.pop()
+    several = n > 4096
+    converts = Phase(
+        "d_weight, last", last.flops, last.bytes - (8 if several else 4) * v * d + (6 if several else 2) * v * d
+    )
+    return [*phases, converts, Phase("d_hidden scaled", 0, 4.0 * n * d)]
+
+
+def quack_scaled_exp(n: int, d: int, v: int) -> list[Phase]:
+    """Its pipeline for sm_90, bf16, V a multiple of 128, plain cross-entropy: GEMM 1 writes E = 2^(z·log2 e − k) and
+    partial sums instead of logits, a small kernel makes scales [C, V / 64] of them, and the other two GEMMs scale E as
+    they read it. No pass over the logits."""
+    phases = []
+    for i, c in enumerate(_chunks(n, 4096)):
+        strips = 2.0 * c * v / 64
+        logits, d_hidden = _gemm("E", c, v, d), _gemm("d_hidden", c, d, v)
+        d_weight = _gemm("d_weight", v, d, c, 4, reads_out=i > 0)
+        phases += [
+            Phase("E", logits.flops, logits.bytes + 8.0 * c * v / 192),
+            Phase("scales", 0, 8.0 * c * v / 192 + strips + 4.0 * c * d),
+            Phase("d_hidden", d_hidden.flops, d_hidden.bytes + strips),
+            Phase("d_weight", d_weight.flops, d_weight.bytes + strips),
+        ]
+    return [*phases, Phase("gradients scaled, to bf16", 0, 6.0 * v * d + 4.0 * n * d)]
 
 
 APPROACHES: dict[str, Callable[[int, int, int], list[Phase]]] = {
@@ -149,9 +202,12 @@ APPROACHES: dict[str, Callable[[int, int, int], list[Phase]]] = {
     "eager": eager,
     "trl": trl,
     "liger_kernel": liger,
+    "liger_kernel, Hopper, no entropy": liger_hopper,
+    "liger_kernel, Hopper, entropy": liger_hopper_entropy,
     "cut_cross_entropy, exact": cce,
     "cut_cross_entropy, all filtered": cce_filtered,
-    "quack, as published": quack,
+    "quack, base, no entropy": quack,
+    "quack, scaled exp, no entropy": quack_scaled_exp,
 }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from bench.evidence import estimate
+
 __all__ = ["markdown"]
 
 _HEAD = """# Evidence about the GPU kernels, without a GPU
@@ -67,6 +69,18 @@ def _roofline(rows: list[dict[str, Any]]) -> str:
     ))  # fmt: skip
 
 
+def _estimate(rows: list[dict[str, Any]]) -> str:
+    shapes = list(dict.fromkeys(_shape(r) for r in rows))
+    names = list(dict.fromkeys(r["approach"] for r in rows))
+    ms = {(r["approach"], _shape(r)): f"{r['ms']:.1f}" for r in rows}
+    return _table(["approach", *shapes], ([name, *(ms[name, shape] for shape in shapes)] for name in names))
+
+
+def _checked(rows: list[dict[str, Any]]) -> str:
+    head = ["approach", "shape", "measured by others, ms", "this arithmetic, ms"]
+    return _table(head, ([r["approach"], _shape(r), r["measured_ms"], f"{r['estimated_ms']:.1f}"] for r in rows))
+
+
 def markdown(evidence: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in evidence["versions"].items())
     rows = ", ".join(f"{card} {n}" for card, n in evidence["rows_for_15_percent"].items())
@@ -78,6 +92,13 @@ def markdown(evidence: dict[str, Any]) -> str:
         "it drops depends on the data.\n\n"
         f"Rows of a chunk at which d_weight's traffic is 15% of the time of its GEMMs: {rows}.\n",
         _roofline(evidence["roofline"]),
+        "## Estimated milliseconds on an H200, forward, backward and both gradients, bf16\n",
+        f"The same phases with GEMMs at {estimate.FLOPS / 1e12:.0f} TFLOP/s and memory at {estimate.BANDWIDTH / 1e12} "
+        "TB/s, rates that are assumed (bench/evidence/estimate.py). Arithmetic, to be replaced by `make gpu`: no clock "
+        "saw any of it.\n",
+        _estimate(evidence["estimate"]),
+        "Beside what Liger's authors measured on an H200 (liger-kernel 0.8.5, fused_linear_cross_entropy_sm90.py):\n",
+        _checked(evidence["estimate_beside_measured"]),
         "## Peak memory beyond the inputs, GiB, both gradients included, by accounting\n",
         _memory(evidence["memory"]),
         "## Bytes asked for, in units of N·V·itemsize, counted in the interpreter\n",
