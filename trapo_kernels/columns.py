@@ -30,6 +30,7 @@ from torch import Tensor
 
 from .budget import get_budget_mb
 from .head import Head
+from .products import WIDE_BYTES, add_product
 from .rows.base import RowKernel, RowStats, stats_dtype
 
 __all__ = ["Recompute", "block_columns", "pays"]
@@ -37,13 +38,10 @@ __all__ = ["Recompute", "block_columns", "pays"]
 # Columns at the end of the buffer that are nobody's; as many as keep its rows aligned.
 _SPARE = 64
 
-# On a CPU low-precision operands are widened for the sum over blocks, this many bytes at a time.
-_WIDE_BYTES = 2**21
-
 
 def block_columns(rows: int, vocab: int, itemsize: int, device_type: str) -> int:
     """Columns of a block, so that rows · (columns + spare) · itemsize keeps to the budget; blocks of equal size."""
-    room = int(get_budget_mb(device_type) * 2**20) - (_WIDE_BYTES if device_type == "cpu" else 0)
+    room = int(get_budget_mb(device_type) * 2**20) - (WIDE_BYTES if device_type == "cpu" else 0)
     most = room // max(1, rows * itemsize) - _SPARE
     most = max(_SPARE, most - most % _SPARE)
     even = math.ceil(vocab / math.ceil(vocab / most))
@@ -110,7 +108,7 @@ def _column_sums(a: Tensor, out: Tensor) -> None:
     """out = a summed over its rows, in the precision of `out`; a CPU would widen the whole of `a` first."""
     step = a.shape[1]
     if a.dtype != out.dtype and a.device.type == "cpu":
-        step = max(1, _WIDE_BYTES // (out.dtype.itemsize * a.shape[0]))
+        step = max(1, WIDE_BYTES // (out.dtype.itemsize * a.shape[0]))
     for start in range(0, a.shape[1], step):
         at = slice(start, start + step)
         torch.sum(a[:, at], 0, dtype=out.dtype, out=out[at])
@@ -121,9 +119,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.device.type == "cuda":
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        add_product(total, a, b)
     else:
-        step = max(1, _WIDE_BYTES // (total.dtype.itemsize * (a.shape[0] + b.shape[1])))
+        step = max(1, WIDE_BYTES // (total.dtype.itemsize * (a.shape[0] + b.shape[1])))
         for start in range(0, a.shape[1], step):
             at = slice(start, start + step)
             total.addmm_(a[:, at].to(total.dtype), b[at].to(total.dtype))

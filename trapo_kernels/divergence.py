@@ -7,7 +7,8 @@
 
 One stream over chunks of rows: the student's logits and the reference's (a GEMM each), value and gradient in place of
 the student's logits, then the GEMMs of the gradients: 4 in all, 2·N·D·V FLOPs each. The budget holds both buffers and
-the scratch of a block of rows (4 times [block, V], and a mask).
+the scratch of a block of rows (4 times [block, V], and a mask). Logits are fp32 where the heads are of 16 bits: a
+divergence is a difference of two distributions, in which their rounding would be large.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .dispatch import backend_name, pick
 from .head import Head
 from .rows.base import stats_dtype
 from .scalars import filled
+from .sources import finished
 from .stream import LinearSource, Rows
 
 __all__ = ["KINDS", "Divergence", "Job", "linear_divergence", "run", "weighted_sum"]
@@ -231,7 +233,7 @@ class _StreamedDivergence(torch.autograd.Function):
             _, grads = run(ctx.job, ref, params)
         scale = g_loss / ctx.job.normalizer
         scaled = (
-            None if d is None else d.to(stats_dtype(d.dtype)).mul_(scale).to(like.dtype)
+            None if d is None else finished(d, like, scale)
             for d, like in zip(grads, params, strict=True)
         )  # fmt: skip
         return None, None, *scaled
@@ -240,9 +242,9 @@ class _StreamedDivergence(torch.autograd.Function):
 def run(job: Job, ref: Any, params: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Divergences of the compact rows [n], and the gradients of their weighted sum."""
     hidden, weight, bias = params
-    source = LinearSource(job.rows.counting(hidden), weight, bias, job.head, job.rows, job.wants)
+    source = LinearSource(job.rows.counting(hidden), weight, bias, job.head, job.rows, job.wants, wide_chunks=True)
     hidden, weight, bias = ref
-    other = LinearSource(job.rows.counting(hidden), weight, bias, job.ref_head, job.rows)
+    other = LinearSource(job.rows.counting(hidden), weight, bias, job.ref_head, job.rows, wide_chunks=True)
     size, middle = job.rows.size, job.rows.with_gradient if any(job.wants) else 0
     tokens = torch.empty(size, dtype=job.weights.dtype, device=source.device)
     step = _chunk(job, source, other)
@@ -324,15 +326,17 @@ def _reverse_kl(beta: float, log_pi: Tensor, log_p: Tensor, a: Tensor, b: Tensor
 
 
 def _jsd(beta: float, log_pi: Tensor, log_p: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    torch.add(log_p, math.log(beta), out=a)
-    torch.logaddexp(a, torch.add(log_pi, math.log(1 - beta), out=b), out=b)  # log M
+    # log π/M = −log(1−β) − log(1 + β/(1−β) · p/π), and log p/M likewise: log π − log M would cancel.
+    odds, zero = math.log(beta / (1 - beta)), b.new_zeros(())
+    torch.sub(log_p, log_pi, out=b).add_(odds)
     torch.exp(log_p, out=a)
-    value = beta * log_p.sub_(b).masked_fill_(a == 0, 0).mul_(a).sum(1)
+    torch.logaddexp(torch.neg(b, out=log_p), zero, out=log_p).masked_fill_(a == 0, 0)
+    of_p = log_p.mul_(a).sum(1)
     torch.exp(log_pi, out=a)
-    log_pi.sub_(b).masked_fill_(a == 0, 0)  # log π/M
-    mean = torch.mul(log_pi, a, out=b).sum(1)
-    a.mul_(log_pi.sub_(mean[:, None])).mul_(1 - beta)
-    return value + (1 - beta) * mean
+    torch.logaddexp(b, zero, out=b).neg_().masked_fill_(a == 0, 0)  # log π/M + log(1−β)
+    mean = torch.mul(a, b, out=log_pi).sum(1)
+    a.mul_(b.sub_(mean[:, None])).mul_(1 - beta)
+    return (1 - beta) * (mean - math.log(1 - beta)) - beta * (of_p + math.log(beta))
 
 
 _KERNELS = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}

@@ -18,6 +18,7 @@ from .objective import Objective, Tokens
 from .reference import TokenValues
 from .rows.base import RowInputs, RowKernel, RowStats, stats_dtype
 from .scalars import filled
+from .sources import finished
 from .statistics import Collector, check_statistics
 from .stream import LinearSource, LogitsSource, Rows, Source
 from .terms import Sequences, Slopes
@@ -401,6 +402,8 @@ class _Job:
         hidden, weight, _ = params
         assert hidden is not None
         assert weight is not None
+        if hidden.dtype == torch.float16:  # whose factor (sources.py) blocks of columns do not have
+            return False
         return columns.pays(rows.size, weight.shape[0], hidden.dtype.itemsize, hidden.device.type)
 
 
@@ -409,17 +412,11 @@ def _wanted(params: _Params) -> tuple[bool, ...]:
 
 
 def _finished(grads: tuple[Tensor | None, ...], params: _Params, scale: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Accumulated gradients, scaled in the accumulator's precision, in the dtypes of the parameters. In place where the
-    dtype is right, so that autograd can keep the very tensor as `.grad`."""
-
-    def finish(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
-        if grad is None or like is None:
-            return None
-        if scale is not None:
-            grad = grad.to(stats_dtype(grad.dtype)).mul_(scale)
-        return grad.to(like.dtype)
-
-    return tuple(finish(grad, like) for grad, like in zip(grads, params, strict=True))
+    """Accumulated gradients as those of the parameters."""
+    return tuple(
+        None if grad is None or like is None else finished(grad, like, scale)
+        for grad, like in zip(grads, params, strict=True)
+    )
 
 
 def _refuse_second_derivative(caller: str) -> None:

@@ -28,6 +28,7 @@ from .head import Head
 from .objective import FIELDS, Objective
 from .rows.base import RowStats, stats_dtype
 from .scalars import constant
+from .sources import d_hidden_dtype, finished
 from .statistics import Collector
 
 __all__ = ["Named", "divergence", "objective_key", "plain", "policy_loss", "three", "token_values"]
@@ -99,9 +100,11 @@ def _three(found: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, Tens
     return first, weight, bias
 
 
-def _fake_gradients(first: Tensor, weight: Any, bias: Any, wants: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_gradients(
+    first: Tensor, weight: Any, bias: Any, wants: Any, wide_chunks: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = stats_dtype(first.dtype)
-    dtypes = (first.dtype, wide, wide)
+    dtypes = (first.dtype if weight is None else d_hidden_dtype(first.dtype, wide_chunks), wide, wide)
     found = [
         torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format) if wanted else None
         for t, dtype, wanted in zip((first, weight, bias), dtypes, wants, strict=True)
@@ -115,8 +118,7 @@ def _finished(grads: Any, params: Any, wants: Any, scale: Tensor | None) -> list
     def finish(grad: Tensor, like: Tensor | None, wanted: bool) -> Tensor | None:
         if not wanted or like is None:
             return None
-        wide = grad if scale is None else grad.to(stats_dtype(grad.dtype)) * scale
-        return wide.to(like.dtype)
+        return finished(grad, like, scale, give=False)
 
     return [finish(*each) for each in zip(grads, params, wants, strict=True)]
 
@@ -340,7 +342,7 @@ def divergence(
 @divergence.register_fake
 def _(hidden: Tensor, weight: Any, bias: Any, *others: Any) -> tuple[Tensor, ...]:
     wide = hidden.new_empty((), dtype=stats_dtype(hidden.dtype))
-    return wide, wide.new_empty(hidden.shape[0]), *_fake_gradients(hidden, weight, bias, others[-3:])
+    return wide, wide.new_empty(hidden.shape[0]), *_fake_gradients(hidden, weight, bias, others[-3:], wide_chunks=True)
 
 
 # Saved and differentiated as a policy loss is: (total, values, three gradients).

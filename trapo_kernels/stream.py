@@ -13,22 +13,23 @@ frozen hidden states no second. Passes over the logits: GEMM 1 writes them, the 
 them once, GEMMs 2 and 3 read them. Memory: budget.py.
 
 Gradients here are sums, undivided: the factor 1/normalizer · grad_output is put on at the end, in the accumulator's
-precision, so that fp16 does not lose to underflow what a loss scale is there to keep.
+precision. fp16 has a factor of its own, by which a chunk's gradient is multiplied before it is stored (sources.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .budget import chunk_rows
-from .buffers import logits_buffer, row_bytes
+from .buffers import logits_buffer
 from .head import Head
 from .rows.base import FusedTerms, FusedVerb, RowInputs, RowKernel, RowStats, stats_dtype
+from .sources import LinearSource, LogitsSource, Source
 from .statistics import Collector
 
 __all__ = ["LinearSource", "LogitsSource", "Rows", "Slopes", "Source", "backward", "forward", "target_logits"]
@@ -50,10 +51,6 @@ class Fused:
     def __call__(self, at: slice, logits: Tensor, targets: Tensor, head: Head) -> RowStats:
         """Statistics of the rows, whose logits become their gradient."""
         return self.verb(logits, targets[at], self.inputs.at(at), self.terms, head.scale, head.cap)
-
-
-# Widening low-precision gradients for an fp32 accumulation takes a block of this many bytes.
-_WIDE_BYTES = 2**21
 
 
 @dataclass(frozen=True)
@@ -134,127 +131,6 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-class Source(Protocol):
-    """Where chunks of logits come from, and where their gradients go."""
-
-    vocab: int
-    dtype: torch.dtype  # of the chunks
-    device: torch.device
-    row_bytes: int  # held at once per row of a chunk
-    extra_bytes: int  # and beside that
-
-    def logits(self, rows: slice, out: Tensor) -> Tensor: ...
-
-    def put(self, rows: slice, grad: Tensor) -> None: ...
-
-    def gradients(self) -> tuple[Tensor | None, ...]: ...
-
-
-class LinearSource:
-    """Logits of hidden [N, D], weight [V, D], bias [V] or None; gradients of those `wants` names, in that order."""
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        head: Head,
-        rows: Rows,
-        wants: tuple[bool, bool, bool] = (False, False, False),
-    ) -> None:
-        self.hidden, self.weight, self.bias, self.scale, self.rows = hidden, weight, bias, head.scale, rows
-        self.vocab, self.dtype, self.device = weight.shape[0], hidden.dtype, hidden.device
-        self.wide = stats_dtype(self.dtype)
-        # Only CUDA has a GEMM of 16-bit operands that adds to an fp32 result.
-        self.widen = self.dtype != self.wide and self.device.type != "cuda" and (wants[1] or wants[2])
-        self.row_bytes = row_bytes(self.vocab, self.dtype)
-        self.extra_bytes = _WIDE_BYTES if self.widen else 0
-        self.beta = 0.0  # of the next sum: the first one overwrites
-        self.tolerance = 0.0  # share of the gradient's mass that may be left out (sparse.py)
-        self.left_out: Tensor | None = None  # and the share that was; None: nothing
-        self.d_hidden = self.d_weight = self.d_bias = None
-        if wants[0]:
-            self.d_hidden = hidden.new_empty(hidden.shape) if rows.order is None else hidden.new_zeros(hidden.shape)
-        if wants[1]:
-            self.d_weight = weight.new_empty(weight.shape, dtype=self.wide)
-        if wants[2]:
-            self.d_bias = weight.new_zeros(self.vocab, dtype=self.wide)
-
-    def logits(self, rows: slice, out: Tensor) -> Tensor:
-        self.chunk = self.rows.take(self.hidden, rows)
-        bias = out if self.bias is None else self.bias
-        beta = 0.0 if self.bias is None else self.scale
-        return torch.addmm(bias, self.chunk, self.weight.t(), beta=beta, alpha=self.scale, out=out)
-
-    def put(self, rows: slice, grad: Tensor) -> None:
-        if self.d_hidden is not None:
-            if self.rows.order is None:
-                torch.mm(grad, self.weight, out=self.d_hidden[rows])
-            else:
-                # An out= product is left alone by autocast, as all others here are.
-                product = torch.mm(grad, self.weight, out=torch.empty_like(self.chunk))
-                self.d_hidden.index_copy_(0, self.rows.order[rows], product)
-        if self.widen:
-            self._sum_widened(grad)
-        else:
-            self._sum(grad)
-        self.beta = 1.0
-
-    def _sum(self, grad: Tensor) -> None:
-        if self.d_weight is not None and self.dtype == self.wide:
-            self.d_weight.addmm_(grad.t(), self.chunk, beta=self.beta)
-        elif self.d_weight is not None:
-            out, kind = self.d_weight, self.wide
-            torch.addmm(out, grad.t(), self.chunk, out_dtype=kind, beta=self.beta, out=out)
-        if self.d_bias is not None:
-            self.d_bias += grad.sum(0, dtype=self.wide)
-
-    def _sum_widened(self, grad: Tensor) -> None:
-        """The same with operands widened, a block of columns at a time."""
-        chunk = self.chunk.to(self.wide)
-        step = max(1, min(self.vocab, _WIDE_BYTES // (self.wide.itemsize * grad.shape[0])))  # a shard may be empty
-        widened = chunk.new_empty(grad.shape[0] * step)
-        for start in range(0, self.vocab, step):
-            columns = slice(start, min(start + step, self.vocab))
-            size = columns.stop - start
-            block = widened[: grad.shape[0] * size].view(-1, size).copy_(grad[:, columns])
-            if self.d_weight is not None:
-                self.d_weight[columns].addmm_(block.t(), chunk, beta=self.beta)
-            if self.d_bias is not None:
-                self.d_bias[columns] += block.sum(0)
-
-    def gradients(self) -> tuple[Tensor | None, ...]:
-        if self.d_weight is not None and self.beta == 0:
-            self.d_weight.zero_()
-        return self.d_hidden, self.d_weight, self.d_bias
-
-
-class LogitsSource:
-    """Logits that exist already [N, V]: no GEMM; chunks are in the statistics' dtype, the gradient in the logits'."""
-
-    extra_bytes = 0
-
-    def __init__(self, logits: Tensor, head: Head, rows: Rows, wanted: bool = False) -> None:
-        self.given, self.scale, self.rows = logits, head.scale, rows
-        self.vocab, self.dtype, self.device = logits.shape[1], stats_dtype(logits.dtype), logits.device
-        # The chunk, and a copy of it on the way in and out where rows are picked or converted.
-        self.row_bytes = row_bytes(self.vocab, self.dtype) + self.vocab * logits.dtype.itemsize
-        self.grad = torch.zeros_like(logits) if wanted else None
-
-    def logits(self, rows: slice, out: Tensor) -> Tensor:
-        return out.copy_(self.rows.take(self.given, rows)).mul_(self.scale)
-
-    def put(self, rows: slice, grad: Tensor) -> None:
-        assert self.grad is not None
-        if self.rows.order is None:
-            self.grad[rows] = grad
-        else:
-            self.grad.index_copy_(0, self.rows.order[rows], grad.to(self.grad.dtype))
-
-    def gradients(self) -> tuple[Tensor | None, ...]:
-        return (self.grad,)
-
-
 def _chunks(
     source: Source, kernel: RowKernel, *spans: tuple[int, int], extras: Collector | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -311,6 +187,8 @@ def forward(
     vectors = [torch.empty(rows.size, dtype=dtype, device=source.device) for _ in range(4)]
     out = RowStats(vectors[0], vectors[1], vectors[2], vectors[3] if entropy else None)
     middle = rows.with_gradient if slopes is not None else 0
+    if source.dtype == torch.float16:  # whose factor follows from the slopes, before they are put into the logits
+        fused = None
     for at, buffer in _chunks(source, kernel, (0, middle), (middle, rows.size), extras=extras):
         logits = source.logits(at, buffer)
         has_gradient = slopes is not None and at.stop <= middle
@@ -356,16 +234,28 @@ def _grad(
     head: Head,
     slopes: AllSlopes,
 ) -> None:
-    g_lp, g_entropy, g_logit = slopes(at, stats)
-    g_lp = torch.zeros_like(stats.logprobs) if g_lp is None else g_lp * head.scale
-    g_entropy = None if g_entropy is None else g_entropy * head.scale
+    g_lp, g_entropy, g_logit = (None if g is None else g * head.scale for g in slopes(at, stats))
+    g_lp = torch.zeros_like(stats.logprobs) if g_lp is None else g_lp
+    if source.dtype == torch.float16:
+        unit = source.magnify(_bound(stats, g_lp, g_entropy, g_logit))
+        g_lp, g_entropy, g_logit = (None if g is None else g * unit for g in (g_lp, g_entropy, g_logit))
+        assert g_lp is not None
     kernel.grad_(logits, targets[at], stats, g_lp, g_entropy, head.cap)
     if g_logit is not None:
         columns = getattr(kernel, "columns", None)  # of a kernel that holds a part of them
         column, here = (targets[at], None) if columns is None else columns(targets[at])
-        g_logit = g_logit * head.scale if here is None else g_logit * head.scale * here
-        _add_at_target(logits, column, stats, g_logit, head.cap)
+        _add_at_target(logits, column, stats, g_logit if here is None else g_logit * here, head.cap)
     source.put(at, logits)
+
+
+def _bound(stats: RowStats, g_lp: Tensor, g_entropy: Tensor | None, g_logit: Tensor | None) -> Tensor:
+    """No entry of the gradient is larger, in rows where all is finite: π |log π + H| <= 1/e + H."""
+    found = g_lp.abs()
+    if g_entropy is not None and stats.entropy is not None:
+        found = found + g_entropy.abs() * (0.5 + stats.entropy)
+    if g_logit is not None:
+        found = found + g_logit.abs()
+    return torch.where(found.isfinite(), found, 0).amax()
 
 
 def _add_at_target(logits: Tensor, targets: Tensor, stats: RowStats, g_logit: Tensor, cap: float | None) -> None:

@@ -1,0 +1,39 @@
+"""Matrix products of 16-bit operands whose results are wide, and what keeps fp16 operands in range.
+
+Only CUDA has such products; elsewhere operands are widened, a block of columns at a time (sources.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["WIDE_BYTES", "add_product", "power_of_two", "product"]
+
+# Widening 16-bit operands takes a block of this many bytes.
+WIDE_BYTES = 2**21
+
+# Gradients of fp16 logits are multiplied so that the largest lies in [2^11, 2^12): what is 2^26 times smaller keeps its
+# digits, and fp32 sums of products are far from their end.
+_TOP = 2.0**12
+_LEAST = 2.0**-100  # so that the factor and its inverse are finite
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """a b in `dtype`, on CUDA."""
+    if out is None:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b, out_dtype=dtype, out=out)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, beta: float = 1.0) -> None:
+    """total = beta · total + a b in the precision of `total`, on CUDA; nothing is read of it with beta = 0."""
+    torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+
+
+def power_of_two(largest: Tensor) -> Tensor:
+    """The power of two, 0-dim fp32, that takes a number of this size below 2^12; 1 for zero."""
+    largest = largest.float().clamp(min=_LEAST)
+    # m / (m · 2^e) is 2^-e without an error.
+    factor = torch.frexp(largest).mantissa / largest * _TOP
+    return torch.where(largest > _LEAST, factor, 1.0)

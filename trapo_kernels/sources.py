@@ -1,0 +1,246 @@
+"""Where chunks of logits come from, and where their gradients go: a linear head, or logits that exist.
+
+fp16 represents nothing below 6e-8, and an entry of dL/dz is a probability times a slope. A loss scale cannot help
+there: gradients are made in the forward, and it comes in the backward. So before the gradient of a chunk of fp16 logits
+is stored it is multiplied by a power of two that follows from the chunk's largest slope (`magnify`); the products are
+summed in fp32, and divided by it there. Gradients of logits that exist are final: slopes come in with the loss scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from .buffers import row_bytes
+from .head import Head
+from .products import WIDE_BYTES, add_product, power_of_two, product
+from .rows.base import stats_dtype
+
+if TYPE_CHECKING:
+    from .stream import Rows
+
+__all__ = ["LinearSource", "LogitsSource", "Source", "d_hidden_dtype", "finished"]
+
+
+class Source(Protocol):
+    vocab: int
+    dtype: torch.dtype  # of the chunks
+    device: torch.device
+    row_bytes: int  # held at once per row of a chunk
+    extra_bytes: int  # and beside that
+
+    def logits(self, rows: slice, out: Tensor) -> Tensor: ...
+
+    def magnify(self, largest: Tensor) -> Tensor:
+        """For chunks in fp16: what the gradient of the next chunk is to be multiplied by; `largest` bounds it."""
+        ...
+
+    def put(self, rows: slice, grad: Tensor) -> None: ...
+
+    def gradients(self) -> tuple[Tensor | None, ...]: ...
+
+
+def d_hidden_dtype(operands: torch.dtype, wide_chunks: bool = False) -> torch.dtype:
+    """Of the gradient of hidden states, before it is scaled: theirs, or wide where that would lose what was kept."""
+    return stats_dtype(operands) if wide_chunks or operands == torch.float16 else operands
+
+
+def finished(grad: Tensor, like: Tensor, scale: Tensor | None, give: bool = True) -> Tensor:
+    """An accumulated gradient in the dtype of its parameter, scaled in the accumulator's precision. `give`: in place
+    where the dtype is right, so that autograd can keep the very tensor as `.grad`."""
+    if scale is None:
+        return grad.to(like.dtype)
+    wide = stats_dtype(grad.dtype)
+    if grad.dtype != like.dtype and grad.dtype == wide and grad.is_cuda:  # one pass; on a CPU it would be two as well
+        return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=like.dtype))
+    grad = grad.to(wide)
+    return (grad.mul_(scale) if give else grad * scale).to(like.dtype)
+
+
+class LinearSource:
+    """Logits of hidden [N, D], weight [V, D], bias [V] or None; gradients of those `wants` names, in that order.
+
+    `wide_chunks`: 16-bit operands give chunks of fp32 logits, whose gradient is not rounded before it has to be.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        rows: Rows,
+        wants: tuple[bool, bool, bool] = (False, False, False),
+        wide_chunks: bool = False,
+    ) -> None:
+        self.hidden, self.weight, self.bias, self.scale, self.rows = hidden, weight, bias, head.scale, rows
+        self.operands, self.wide = hidden.dtype, stats_dtype(hidden.dtype)
+        self.vocab, self.dtype, self.device = weight.shape[0], self.wide if wide_chunks else hidden.dtype, hidden.device
+        d_hidden = d_hidden_dtype(self.operands, wide_chunks)
+        # Only CUDA has products of 16-bit operands that are wide.
+        wide_products = self.dtype == self.wide or wants[1] or wants[2] or (wants[0] and d_hidden == self.wide)
+        self.widen = self.operands != self.wide and self.device.type != "cuda" and wide_products
+        self.row_bytes = row_bytes(self.vocab, self.dtype)
+        self.extra_bytes = WIDE_BYTES if self.widen or self.dtype != self.operands else 0
+        self.beta = 0.0  # of the next sum: the first one overwrites
+        self.unit: Tensor | None = None  # what the gradient of the current chunk is multiplied by
+        self.weight_unit: Tensor | None = None  # and the sums in d_weight, where they are
+        self.tolerance = 0.0  # share of the gradient's mass that may be left out (sparse.py)
+        self.left_out: Tensor | None = None  # and the share that was; None: nothing
+        self.d_hidden = self.d_weight = self.d_bias = None
+        if wants[0]:
+            make = hidden.new_empty if rows.order is None else hidden.new_zeros
+            self.d_hidden = make(hidden.shape, dtype=d_hidden)
+        if wants[1]:
+            self.d_weight = weight.new_empty(weight.shape, dtype=self.wide)
+        if wants[2]:
+            self.d_bias = weight.new_zeros(self.vocab, dtype=self.wide)
+
+    def logits(self, rows: slice, out: Tensor) -> Tensor:
+        self.chunk = self.rows.take(self.hidden, rows)
+        if self.dtype != self.operands:
+            return self._wide_logits(out)
+        bias = out if self.bias is None else self.bias
+        beta = 0.0 if self.bias is None else self.scale
+        return torch.addmm(bias, self.chunk, self.weight.t(), beta=beta, alpha=self.scale, out=out)
+
+    def _wide_logits(self, out: Tensor) -> Tensor:
+        if self.widen:
+            chunk = self.chunk.to(self.wide)
+            for columns in self._blocks(self.weight.shape[1]):
+                torch.mm(chunk, self.weight[columns].to(self.wide).t(), out=out[:, columns])
+        else:
+            product(self.chunk, self.weight.t(), self.wide, out)
+        if self.bias is not None:
+            out += self.bias
+        return out if self.scale == 1 else out.mul_(self.scale)
+
+    def magnify(self, largest: Tensor) -> Tensor:
+        self.unit = power_of_two(largest)
+        if self.weight_unit is not None:
+            self.unit = torch.minimum(self.unit, self.weight_unit)
+        return self.unit
+
+    def put(self, rows: slice, grad: Tensor) -> None:
+        if self.widen:
+            self._put_widened(rows, grad)
+        else:
+            grad = self._narrowed(grad)
+            if self.d_hidden is not None:
+                self._put_d_hidden(rows, grad)
+            self._sum(grad)
+        self.beta = 1.0
+
+    def _put_d_hidden(self, rows: slice, grad: Tensor) -> None:
+        assert self.d_hidden is not None
+        if self.d_hidden.dtype != self.operands:
+            self._store(rows, product(grad, self.weight, self.wide))
+        elif self.rows.order is None:
+            torch.mm(grad, self.weight, out=self.d_hidden[rows])
+        else:
+            # An out= product is left alone by autocast, as all others here are.
+            self._store(rows, torch.mm(grad, self.weight, out=torch.empty_like(self.chunk)))
+
+    def _store(self, rows: slice, found: Tensor) -> None:
+        assert self.d_hidden is not None
+        if self.unit is not None:
+            found = found.div_(self.unit)
+        if self.rows.order is None:
+            self.d_hidden[rows] = found
+        else:
+            self.d_hidden.index_copy_(0, self.rows.order[rows], found)
+
+    def _sum(self, grad: Tensor) -> None:
+        if self.d_weight is not None and self.operands == self.wide:
+            self.d_weight.addmm_(grad.t(), self.chunk, beta=self.beta)
+        elif self.d_weight is not None:
+            if self.unit is not None:
+                if self.weight_unit is not None:
+                    self.d_weight.mul_(self.unit / self.weight_unit)
+                self.weight_unit = self.unit
+            add_product(self.d_weight, grad.t(), self.chunk, self.beta)
+        if self.d_bias is not None:
+            found = grad.sum(0, dtype=self.wide)
+            self.d_bias += found if self.unit is None else found.div_(self.unit)
+
+    def _put_widened(self, rows: slice, grad: Tensor) -> None:
+        """All products with operands widened, a block of columns at a time."""
+        chunk, count = self.chunk.to(self.wide), grad.shape[0]
+        if self.unit is not None:
+            chunk = chunk / self.unit
+        total = None
+        if self.d_hidden is not None and self.d_hidden.dtype == self.wide:
+            total = chunk.new_zeros(chunk.shape)
+        elif self.d_hidden is not None:
+            self._put_d_hidden(rows, grad)
+        step = count * (grad.dtype != self.wide) + (0 if total is None else self.weight.shape[1])
+        for columns in self._blocks(step):
+            # A copy, or the columns themselves.
+            block = grad[:, columns].to(self.wide)
+            if self.d_weight is not None:
+                self.d_weight[columns].addmm_(block.t(), chunk, beta=self.beta)
+            if self.d_bias is not None:
+                found = block.sum(0)
+                self.d_bias[columns] += found if self.unit is None else found.div_(self.unit)
+            if total is not None:
+                total.addmm_(block, self.weight[columns].to(self.wide))
+            del block  # before the next one is made
+        if total is not None:
+            self._store(rows, total)
+
+    def _blocks(self, widened: int) -> Iterator[slice]:
+        """Blocks of columns, each of which has so many elements to widen."""
+        step = max(1, min(self.vocab, WIDE_BYTES // (self.wide.itemsize * max(1, widened))))  # a shard may be empty
+        for start in range(0, self.vocab, step):
+            yield slice(start, min(start + step, self.vocab))
+
+    def _narrowed(self, grad: Tensor) -> Tensor:
+        """The gradient of a chunk in the operands' dtype: of wide logits it takes the first half of their rows."""
+        if grad.dtype == self.operands or grad.numel() == 0:
+            return grad.to(self.operands)
+        unit = self.magnify(torch.maximum(grad.amax(), -grad.amin())) if self.operands == torch.float16 else None
+        narrow = grad.view(self.operands)[:, : self.vocab]
+        step = max(1, WIDE_BYTES // (self.wide.itemsize * self.vocab))
+        for start in range(0, grad.shape[0], step):
+            at = slice(start, start + step)
+            narrow[at] = grad[at].clone() if unit is None else grad[at] * unit
+        return narrow
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        if self.d_weight is not None and self.beta == 0:
+            self.d_weight.zero_()
+        if self.d_weight is not None and self.weight_unit is not None:
+            self.d_weight.div_(self.weight_unit)
+        return self.d_hidden, self.d_weight, self.d_bias
+
+
+class LogitsSource:
+    """Logits that exist already [N, V]: no GEMM; chunks are in the statistics' dtype, the gradient in the logits'."""
+
+    extra_bytes = 0
+
+    def __init__(self, logits: Tensor, head: Head, rows: Rows, wanted: bool = False) -> None:
+        self.given, self.scale, self.rows = logits, head.scale, rows
+        self.vocab, self.dtype, self.device = logits.shape[1], stats_dtype(logits.dtype), logits.device
+        # The chunk, and a copy of it on the way in and out where rows are picked or converted.
+        self.row_bytes = row_bytes(self.vocab, self.dtype) + self.vocab * logits.dtype.itemsize
+        self.grad = torch.zeros_like(logits) if wanted else None
+
+    def logits(self, rows: slice, out: Tensor) -> Tensor:
+        return out.copy_(self.rows.take(self.given, rows)).mul_(self.scale)
+
+    def magnify(self, largest: Tensor) -> Tensor:
+        raise AssertionError("chunks are wide")
+
+    def put(self, rows: slice, grad: Tensor) -> None:
+        assert self.grad is not None
+        if self.rows.order is None:
+            self.grad[rows] = grad
+        else:
+            self.grad.index_copy_(0, self.rows.order[rows], grad.to(self.grad.dtype))
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        return (self.grad,)
