@@ -49,7 +49,9 @@ class ReadsPastRows(TorchDispatchMode):
         # The padding of the last row too: a view of a smaller chunk ends before the buffer does.
         offset = rows.storage_offset() + rows.shape[1]
         read = min(beside, 64 // rows.element_size())  # a row of a tile
-        between = rows.detach().as_strided((rows.shape[0], read), (rows.stride(0), 1), offset)
+        storage = rows.untyped_storage().nbytes() // rows.element_size()
+        count = rows.shape[0] if offset + (rows.shape[0] - 1) * rows.stride(0) + read <= storage else rows.shape[0] - 1
+        between = rows.detach().as_strided((count, read), (rows.stride(0), 1), offset)
         assert between.isfinite().all(), f"{rows.shape[1]} columns are followed by {between.flatten()[:4].tolist()}"
 
 
