@@ -33,9 +33,9 @@ def parts(shape: Shape) -> dict[str, Callable[[], Any]]:
     def stats(kept: torch.Tensor | None, entropy: bool = True) -> Any:
         return ops.panel_stats(hidden, weight, None, targets, 1.0, None, entropy, kept)
 
-    top, total, dot, target = stats(keep)
-    log_sum = total.log()
-    found = (target - top - log_sum, top, log_sum, log_sum - dot / total)
+    top, rest, dot, target = stats(keep)
+    log_sum = rest.log1p()
+    found = (target - top - log_sum, top, log_sum, log_sum - dot / (1 + rest))
     slope, entropy_slope = torch.randn(shape.tokens, generator=g), torch.full((shape.tokens,), -0.001)
 
     def grad(d_hidden: torch.Tensor | None, d_weight: torch.Tensor | None) -> None:

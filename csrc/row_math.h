@@ -1,11 +1,14 @@
 // What a row of logits is reduced to, and what the loss of its token does to it: scalar math for host and device.
 //
-// z are a row's logits, y its target, m = max z, S = Σ e^(z−m), H the entropy, logp = z_y − m − log S.
+// z are a row's logits, y its target, m = max z, S = Σ e^(z−m) = 1 + R, H the entropy, logp = z_y − m − log S.
 //
-//     RowState     m, S and Σ e^(z−m)(z−m) of some columns; states of disjoint columns merge
+//     RowState     m, R and Σ e^(z−m)(z−m) of some columns; states of disjoint columns merge
 //     RowStats     logp, m, log S, H of the whole row
 //     slopes       ∂loss/∂logp and ∂loss/∂H of the token: objective.py has the formulas, tests hold the two together
 //     RowGradient  dL/dz_j = g_lp (1[j=y] − π_j) − g_H π_j (log π_j + H), as e^(d_j) (slope · d_j + constant), d = z − m
+//
+// R leaves out one column that has the maximum: beside its e^0 = 1 the others would lose their digits where they have
+// little. log S = log1p(R) then holds them all, and with it logp and 1 − π_y of a target that leads by any margin.
 #pragma once
 
 #include <cmath>
@@ -42,30 +45,43 @@ TRAPO_HD T raise(T value, T floor) {
 
 template <class T>
 struct RowState {
-  T max = -std::numeric_limits<T>::infinity();
-  T sum = 0;
+  T max = -std::numeric_limits<T>::infinity();  // −inf: no column, or none that is possible
+  T rest = 0;
   T dot = 0;  // 0 where entropy is not asked for
 };
+
+template <class T>
+TRAPO_HD bool none(T max) {
+  return max == -std::numeric_limits<T>::infinity();
+}
 
 // What logits are shifted by before the exponential: m, but 0 where every logit so far is −inf.
 template <class T>
 TRAPO_HD T shift_of(T max) {
-  return max == -std::numeric_limits<T>::infinity() ? T(0) : max;
+  return none(max) ? T(0) : max;
 }
 
-// The state under a larger maximum: d grows by m − max for every column.
+// What a state's columns are to a row of this maximum: d grows by m − max for each. Where they have the maximum, one
+// is still left out; of several such states but one may do so.
 template <class T>
 TRAPO_HD RowState<T> shifted(const RowState<T>& state, T max) {
-  if (state.sum == T(0)) return {max, T(0), T(0)};
-  const T by = state.max - max, factor = std::exp(by);
-  return {max, state.sum * factor, factor == T(0) ? T(0) : factor * (state.dot + by * state.sum)};
+  if (state.max == max || none(state.max)) return {max, state.rest, state.dot};
+  const T by = state.max - max, factor = std::exp(by), all = 1 + state.rest;
+  return {max, all * factor, factor == T(0) ? T(0) : factor * (state.dot + by * all)};
+}
+
+// What is added to the rest when this many states of one maximum have been added up.
+template <class T>
+TRAPO_HD T ties(int holders) {
+  return holders > 1 ? T(holders - 1) : T(0);
 }
 
 template <class T>
 TRAPO_HD RowState<T> merge(const RowState<T>& a, const RowState<T>& b) {
   const T max = max_nan(a.max, b.max);
   const RowState<T> x = shifted(a, max), y = shifted(b, max);
-  return {max, x.sum + y.sum, x.dot + y.dot};
+  const bool tie = a.max == b.max && !none(max);
+  return {max, x.rest + y.rest + ties<T>(1 + tie), x.dot + y.dot};
 }
 
 template <class T>
@@ -75,8 +91,9 @@ struct RowStats {
 
 template <class T>
 TRAPO_HD RowStats<T> finish(const RowState<T>& state, T target) {
-  const T log_sum = std::log(state.sum);
-  return {(target - state.max) - log_sum, state.max, log_sum, raise(log_sum - state.dot / state.sum, T(0))};
+  const T rest = state.rest + (state.max - state.max);  // NaN where the maximum is no number
+  const T log_sum = std::log1p(rest);
+  return {(target - state.max) - log_sum, state.max, log_sum, raise(log_sum - state.dot / (1 + rest), T(0))};
 }
 
 // rows/base.py's FusedTerms, and the numbers of `Term.fused` in objective.py.

@@ -122,10 +122,10 @@ def _row_bytes(source: LinearSource, keep: bool) -> int:
 
 def _stats(source: LinearSource, chunk: _Chunk, targets: Tensor, head: Head, entropy: bool) -> RowStats:
     source.chunk = source.rows.take(source.hidden, chunk.rows)
-    top, total, dot, target = torch.ops.trapo_kernels_cpu.panel_stats(
+    top, rest, dot, target = torch.ops.trapo_kernels_cpu.panel_stats(
         source.chunk, source.weight, source.bias, targets[chunk.rows], head.scale, head.cap, entropy, chunk.keep
     )
-    return RowState(top, total, dot if entropy else None, target).finish()
+    return RowState(top, rest, dot if entropy else None, target).finish()
 
 
 def _grad(source: LinearSource, chunk: _Chunk, targets: Tensor, head: Head, stats: RowStats, slopes: Slopes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -40,12 +41,35 @@ def token_values(logits: Tensor, targets: Tensor, head: Head, statistics: tuple[
     # π log π → 0 as π → 0; filled before the product, whose backward would be 0 · −inf.
     entropy = -(log_pi.exp() * log_pi.masked_fill(log_pi == -torch.inf, 0)).sum(-1)
     logprobs, target = (values.gather(-1, targets[:, None]).squeeze(-1) for values in (log_pi, z))
+    likeliest = log_pi.detach().argmax(-1, keepdim=True)
+    leads = log_pi.detach().gather(-1, likeliest).squeeze(-1) > _HALF
+    led_logprobs, led_entropy = _with_a_leader(z, targets, likeliest.squeeze(-1))
+    logprobs, entropy = torch.where(leads, led_logprobs, logprobs), torch.where(leads, led_entropy, entropy)
     with torch.no_grad():
         found = _statistics(z, targets, statistics) if statistics else {}
     return TokenValues(logprobs, entropy, target, found)
 
 
+# log ½. A class of more than half of the mass is a row's only one.
+_HALF = math.log(0.5)
+
+
+def _with_a_leader(z: Tensor, targets: Tensor, leader: Tensor) -> tuple[Tensor, Tensor]:
+    """(log π(y), H) [n] of logits z [n, V], where a class leads [n]: from what the others have beside it, which is lost
+    in 1 − π once that is below the rounding of 1."""
+    column = leader[:, None]
+    d = (z - z.gather(-1, column)).scatter(-1, column, -torch.inf)
+    e = d.exp()
+    rest = e.sum(-1)
+    log_sum = rest.log1p()
+    below = (e * d.masked_fill(d == -torch.inf, 0)).sum(-1)
+    # Of the leader itself this is 0, and its derivatives cancel, but beside theirs those of the rest lose their digits.
+    gap = d.gather(-1, targets[:, None]).squeeze(-1).masked_fill(targets == leader, 0)
+    return gap - log_sum, log_sum - below / (1 + rest)
+
+
 def _statistics(z: Tensor, targets: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
     top = z.amax(-1)
     shifted = z - top[:, None]
-    return row_statistics(names, shifted, targets, top, shifted.exp().sum(-1).log())
+    rest = shifted.exp().scatter(-1, z.argmax(-1, keepdim=True), 0).sum(-1)
+    return row_statistics(names, shifted, targets, top, rest.log1p())

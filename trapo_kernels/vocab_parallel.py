@@ -2,7 +2,8 @@
 offset_r + V_r of the weight, of any sizes; hidden states and targets (ids in the whole vocabulary) are the same on all.
 
     per chunk, forward     all-reduce max z                              C numbers, maximum
-                           all-reduce Σ e^(z−m), Σ e^(z−m)(z−m), z_y     3 C numbers, sum
+                           all-reduce Σ e^(z−m), Σ e^(z−m)(z−m), z_y     4 C numbers, sum
+                           and how many shards have the maximum
     per call               all-gather shard sizes and what must agree    4 integers
                            all-reduce d_hidden                           N·D numbers, where hidden states are trained
 
@@ -90,31 +91,26 @@ class ShardedKernel:
 
     def stats(self, logits: Tensor, targets: Tensor, cap: float | None, entropy: bool) -> RowState:
         column, here = self.shard.columns(targets)
-        top, sums = self._local(logits, column, here, cap, entropy)
-        whole = top.clone()
+        mine = self._local(logits, column, cap, entropy)
+        whole = mine.max.clone()
         dist.all_reduce(whole, dist.ReduceOp.MAX, group=self.shard.group)
-        moved = (top - whole).masked_fill(top == -torch.inf, 0)  # from this shard's maximum to that of the row
-        factor = moved.exp()
-        if entropy:
-            sums[1] += moved * sums[0]
-        sums[:-1] *= factor
+        none = mine.max == -torch.inf  # no column here, or none that is possible
+        moved = (mine.max - whole).masked_fill(none, 0)  # from this shard's maximum to that of the row
+        factor, all_here = moved.exp(), 1 + mine.rest
+        holds = mine.max == whole  # and leaves one column out; one shard may
+        parts = [torch.where(holds, mine.rest, factor * all_here).masked_fill(none, 0), holds.to(whole.dtype)]
+        if mine.dot is not None:
+            parts.append((factor * (mine.dot + moved * all_here)).masked_fill(none, 0))
+        sums = torch.stack([*parts, mine.target.masked_fill(~here, 0)])
         dist.all_reduce(sums, group=self.shard.group)
-        return RowState(whole, sums[0], sums[1] if entropy else None, sums[-1])
+        return RowState(whole, sums[0] + (sums[1] - 1).clamp(min=0), sums[2] if entropy else None, sums[-1])
 
-    def _local(
-        self, logits: Tensor, column: Tensor, here: Tensor, cap: float | None, entropy: bool
-    ) -> tuple[Tensor, Tensor]:
-        """(max z [C], the sums of this shard [2 or 3, C]): no weight where a shard has no column, or none possible."""
-        rows, dtype = logits.shape[0], stats_dtype(logits.dtype)
-        if self.shard.size == 0:
-            none = logits.new_full((rows,), -torch.inf, dtype=dtype)
-            return none, none.new_zeros(3 if entropy else 2, rows)
-        state = self.kernel.stats(logits, column, cap, entropy)
-        parts = [state.sum, state.dot, state.target] if state.dot is not None else [state.sum, state.target]
-        sums = torch.stack(parts)
-        sums[:-1].masked_fill_(state.max == -torch.inf, 0)
-        sums[-1].masked_fill_(~here, 0)
-        return state.max, sums
+    def _local(self, logits: Tensor, column: Tensor, cap: float | None, entropy: bool) -> RowState:
+        """The state of this shard's columns, of which there may be none."""
+        if self.shard.size:
+            return self.kernel.stats(logits, column, cap, entropy)
+        zero = logits.new_zeros(logits.shape[0], dtype=stats_dtype(logits.dtype))
+        return RowState(zero - torch.inf, zero, zero if entropy else None, zero)
 
     def grad_(
         self,

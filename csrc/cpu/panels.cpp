@@ -1,7 +1,7 @@
 // The linear head and its loss on a CPU, fp32, panel by panel: a panel is 256 rows of the weight, and its logits for
 // a chunk of C tokens lie as [256, C], so that SIMD lanes are tokens and nothing is reduced across lanes.
 //
-//     panel_stats   Z_p = scale · (W_p hᵀ + b_p)  GEMM 1;  m, Σ e^(z−m), Σ e^(z−m)(z−m) per token;  panels merged
+//     panel_stats   Z_p = scale · (W_p hᵀ + b_p)  GEMM 1;  RowState of row_math.h per token;  panels merged
 //     panel_grad_   G_p = dL/dZ_p                 row_math.h
 //                   dW_p (+)= G_p h               GEMM 3
 //                   dh += G_gᵀ W_g                GEMM 2, for a group g of panels
@@ -98,15 +98,16 @@ void each_lanes(int64_t columns, F f) {
 }
 
 struct State {
-  float *max, *sum, *dot;  // [columns]
+  float *max, *rest, *dot;  // [columns]
 };
 
 template <bool kEntropy, bool kCap>
 void panel_state(const Panel& p, const SoftCap<float, kCap>& cap, const State& out) {
   const float infinity = std::numeric_limits<float>::infinity();
   std::fill_n(out.max, p.columns, -infinity);
-  std::fill_n(out.sum, p.columns, 0.f);
+  std::fill_n(out.rest, p.columns, 0.f);
   std::fill_n(out.dot, p.columns, 0.f);
+  std::vector<float> at_max(size_t(p.columns), -1.f);  // rows that have it, beside the one that is left out
   for (int64_t r = 0; r < p.rows; ++r) {
     const float* z = p.z + r * p.stride;
     each_lanes(p.columns, [&](int64_t c, int64_t n) {
@@ -118,41 +119,46 @@ void panel_state(const Panel& p, const SoftCap<float, kCap>& cap, const State& o
     each_lanes(p.columns, [&](int64_t c, int64_t n) {
       cap.logit(V::loadu(out.max + c, n)).store(out.max + c, n);
     });
-  const V zero(0.f), lowest(-infinity), floor{float(kFloor)};
+  const V zero(0.f), one(1.f), lowest(-infinity), floor{float(kFloor)};
   for (int64_t r = 0; r < p.rows; ++r) {
     const float* z = p.z + r * p.stride;
     each_lanes(p.columns, [&](int64_t c, int64_t n) {
       const V max = V::loadu(out.max + c, n);
       const V d = cap.logit(V::loadu(z + c, n)) - V::blendv(max, zero, max == lowest);
-      const V e = d.exp();
-      (V::loadu(out.sum + c, n) + e).store(out.sum + c, n);
+      const V e = d.exp(), top = d == zero;
+      (V::loadu(out.rest + c, n) + V::blendv(e, zero, top)).store(out.rest + c, n);
+      (V::loadu(at_max.data() + c, n) + V::blendv(zero, one, top)).store(at_max.data() + c, n);
       if constexpr (kEntropy)
         at::vec::fmadd(e, at::vec::maximum(d, floor), V::loadu(out.dot + c, n)).store(out.dot + c, n);
     });
   }
+  each_lanes(p.columns, [&](int64_t c, int64_t n) {
+    (V::loadu(out.rest + c, n) + at::vec::maximum(V::loadu(at_max.data() + c, n), zero)).store(out.rest + c, n);
+  });
 }
 
 // States of all panels [panels, 3, columns] -> the tokens' own.
 void merge_panels(const float* states, int64_t panels, int64_t columns, const State& out) {
-  const V floor{float(kFloor)}, zero(0.f);
+  const V floor{float(kFloor)}, zero(0.f), one(1.f);
   at::parallel_for(0, ceil_div(columns, V::size()), 4, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
       const int64_t c = group * V::size(), n = std::min<int64_t>(V::size(), columns - c);
       const auto part = [&](int64_t p, int64_t which) { return V::loadu(states + (3 * p + which) * columns + c, n); };
-      V max = part(0, 0), sum(0.f), dot(0.f);
+      V max = part(0, 0), rest(0.f), dot(0.f), at_max(-1.f);
       for (int64_t p = 1; p < panels; ++p) max = at::vec::maximum(max, part(p, 0));
       for (int64_t first = 0; first < panels; first += kMergeBlock) {
-        V block_sum(0.f), block_dot(0.f);
+        V block_rest(0.f), block_dot(0.f);
         for (int64_t p = first; p < std::min(panels, first + kMergeBlock); ++p) {
-          const V by = at::vec::maximum(part(p, 0) - max, floor), factor = by.exp();
-          block_sum = at::vec::fmadd(part(p, 1), factor, block_sum);
-          block_dot = at::vec::fmadd(at::vec::fmadd(by, part(p, 1), part(p, 2)), factor, block_dot);
+          const V by = at::vec::maximum(part(p, 0) - max, floor), factor = by.exp(), top = by == zero, others = part(p, 1);
+          block_rest = at::vec::fmadd(others + V::blendv(one, zero, top), factor, block_rest);
+          block_dot = at::vec::fmadd(at::vec::fmadd(by, others + one, part(p, 2)), factor, block_dot);
+          at_max = at_max + V::blendv(zero, one, top);
         }
-        sum = sum + block_sum;
+        rest = rest + block_rest;
         dot = dot + block_dot;
       }
       max.store(out.max + c, n);
-      sum.store(out.sum + c, n);
+      (rest + at::vec::maximum(at_max, zero)).store(out.rest + c, n);
       dot.store(out.dot + c, n);
     }
   });
@@ -247,7 +253,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> panel_stats(const Tensor& hidden, con
   check_targets(y, tokens, vocab);
   const Tensor states = at::empty({panels, 3, tokens}, hidden.options());
   const auto one = [&] { return at::empty({tokens}, hidden.options()); };
-  const Tensor max = one(), sum = one(), dot = one(), target = one();
+  const Tensor max = one(), rest = one(), dot = one(), target = one();
   with_options(entropy, cap, [&](auto has_entropy, const auto& soft) {
     each_panel(vocab, [&](int64_t from, int64_t to) {
       const Tensor rows = keep ? keep->narrow(0, from, to - from) : at::empty({to - from, tokens}, hidden.options());
@@ -262,8 +268,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> panel_stats(const Tensor& hidden, con
     });
   });
   merge_panels(states.const_data_ptr<float>(), panels, tokens,
-               State{max.data_ptr<float>(), sum.data_ptr<float>(), dot.data_ptr<float>()});
-  return {max, sum, dot, target};
+               State{max.data_ptr<float>(), rest.data_ptr<float>(), dot.data_ptr<float>()});
+  return {max, rest, dot, target};
 }
 
 // The gradient's coefficients [4, C]: max, constant, slope, at_target.

@@ -1,6 +1,6 @@
 // Row kernels for CPUs: statistics and in-place gradient of rows of logits x [C, V], fp32, fp64, bf16 or fp16.
 //
-//     row_stats    m = max z, Σ e^(z−m), Σ e^(z−m)(z−m), z_y
+//     row_stats    m = max z, Σ e^(z−m) without one column at m, Σ e^(z−m)(z−m), z_y
 //     row_grad_    x_j becomes e^(d_j) (slope · d_j + constant), the target its own value (row_math.h)
 //     row_fused_   both, with the slopes of the built-in terms between them
 //
@@ -40,22 +40,23 @@ struct Row {
     });
     // The soft-cap is monotone, so the maximum is taken before it.
     const A max = cap.logit(largest_lane<A>(top));
-    const V shift(shift_of(max)), floor{A(kFloor)};
-    V sum(A(0)), dot(A(0));
+    const V shift(shift_of(max)), floor{A(kFloor)}, zero(A(0)), one(A(1));
+    V rest(A(0)), dot(A(0)), at_max(A(0));
     for (int64_t start = 0; start < vocab; start += kBlock) {
-      V block_sum(A(0)), block_dot(A(0));
+      V block_rest(A(0)), block_dot(A(0));
       each_vector<false>(x + start, std::min(kBlock, vocab - start), [&](V v, int64_t count) {
         V d = cap.logit(v) - shift;
         if (count < V::size()) d = V::set(V(-std::numeric_limits<A>::infinity()), d, count);
-        const V e = d.exp();
-        block_sum = block_sum + e;
+        const V e = d.exp(), top = d == zero;
+        block_rest = block_rest + V::blendv(e, zero, top);
+        at_max = at_max + V::blendv(zero, one, top);
         if constexpr (kEntropy) block_dot = at::vec::fmadd(e, at::vec::maximum(d, floor), block_dot);
         return v;
       });
-      sum = sum + block_sum;
+      rest = rest + block_rest;
       dot = dot + block_dot;
     }
-    return {max, sum_of_lanes<A>(sum), sum_of_lanes<A>(dot)};
+    return {max, sum_of_lanes<A>(rest) + ties<A>(int(sum_of_lanes<A>(at_max))), sum_of_lanes<A>(dot)};
   }
 
   void grad(T* x, int64_t vocab, int64_t target, A max, const RowGradient<A>& g) const {
@@ -139,14 +140,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats(const Tensor& logits, const
     const T* x = logits.const_data_ptr<T>();
     const int64_t* target = y.const_data_ptr<int64_t>();
     A* max = std::get<0>(out).data_ptr<A>();
-    A* sum = std::get<1>(out).data_ptr<A>();
+    A* rest = std::get<1>(out).data_ptr<A>();
     A* dot = std::get<2>(out).data_ptr<A>();
     A* at_target = std::get<3>(out).data_ptr<A>();
     at::parallel_for(0, logits.size(0), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const T* mine = x + i * stride;
         const auto state = row.state(mine, vocab);
-        max[i] = state.max, sum[i] = state.sum, dot[i] = state.dot;
+        max[i] = state.max, rest[i] = state.rest, dot[i] = state.dot;
         at_target[i] = row.logit(mine[checked(target[i], vocab)]);
       }
     });

@@ -100,8 +100,8 @@ FourTensors row_stats(Tensor logits, Tensor targets, std::optional<double> cap, 
   const OnDevice on(logits);
   const Logits rows = checked(logits, targets, cap, on);
   FourTensors out = four_vectors(logits);
-  auto& [max, sum, dot, target] = out;
-  stats(rows, {max.mutable_data_ptr(), sum.mutable_data_ptr(), dot.mutable_data_ptr(), target.mutable_data_ptr()});
+  auto& [max, rest, dot, target] = out;
+  stats(rows, {max.mutable_data_ptr(), rest.mutable_data_ptr(), dot.mutable_data_ptr(), target.mutable_data_ptr()});
   return out;
 }
 

@@ -1,6 +1,6 @@
 // Row kernels for NVIDIA GPUs: statistics and in-place gradient of rows of logits x [C, V], fp32, fp64, bf16 or fp16.
 //
-//     stats            m = max z, Σ e^(z−m), Σ e^(z−m)(z−m), z_y
+//     stats            m = max z, Σ e^(z−m) without one column at m, Σ e^(z−m)(z−m), z_y
 //     grad             x_j becomes e^(d_j) (slope · d_j + constant), the target its own value (row_math.h)
 //     fused_on_chip    both, with the slopes of the built-in terms between them; the row waits in shared memory
 //     fused_streamed   the same where it does not fit: the row is read again, backwards, from what L2 still has of it
@@ -27,7 +27,7 @@ struct SoftCap {
   __device__ __forceinline__ A tangent(A x) const { return std::tanh(x * inverse); }
   __device__ __forceinline__ A logit(A x) const {
     if constexpr (!kCap) return x;
-    return cap * tangent(x);
+    return product(cap, tangent(x));
   }
 };
 
@@ -60,34 +60,44 @@ __device__ __forceinline__ Acc<T> larger(Acc<T> top, const Piece<T>& piece) {
   return top;
 }
 
-// The soft-cap is monotone, so a maximum is taken before it.
+// A thread's state while columns are added to it.
 template <class A, bool kCap>
-__device__ __forceinline__ RowState<A> raised(const RowState<A>& state, A top, const SoftCap<A, kCap>& cap) {
-  return shifted(state, max_nan(state.max, cap.logit(top)));
-}
+struct Adding {
+  const SoftCap<A, kCap>& cap;
+  RowState<A> state;
+  A shift;
+  int at_max;  // columns at the maximum, beside the one that is left out
 
-template <class A, bool kCap>
-__device__ __forceinline__ void add(RowState<A>& state, A shift, A x, const SoftCap<A, kCap>& cap) {
-  const A d = cap.logit(x) - shift, e = fast_exp(d);
-  state.sum += e;
-  state.dot += e * std::fmax(d, A(kFloor));
-}
-
-template <class T, bool kCap>
-__device__ __forceinline__ void add(RowState<Acc<T>>& state, Acc<T> shift, const Piece<T>& piece,
-                                    const SoftCap<Acc<T>, kCap>& cap) {
+  // `top`: the largest of the columns that will be added, of which there is one at least. The soft-cap is monotone, so it is taken before it.
+  __device__ __forceinline__ Adding(const RowState<A>& before, A top, const SoftCap<A, kCap>& cap) : cap(cap) {
+    const A max = max_nan(before.max, cap.logit(top));
+    at_max = before.max == max ? 0 : -1;
+    state = shifted(before, max), shift = shift_of(max);
+  }
+  __device__ __forceinline__ void add(A x) {
+    const A d = cap.logit(x) - shift, e = fast_exp(d);
+    const bool top = d == 0;
+    at_max += top;
+    state.rest += top ? A(0) : e;
+    state.dot += e * std::fmax(d, A(kFloor));
+  }
+  template <class T>
+  __device__ __forceinline__ void add(const Piece<T>& piece) {
 #pragma unroll
-  for (int k = 0; k < Piece<T>::kCount; ++k) add(state, shift, widen(piece.x[k]), cap);
-}
+    for (int k = 0; k < Piece<T>::kCount; ++k) add(widen(piece.x[k]));
+  }
+  __device__ __forceinline__ RowState<A> added() const {
+    RowState<A> out = state;
+    if (at_max > 0) out.rest += A(at_max);
+    return out;
+  }
+};
 
 // The state of a thread's edge column alone.
 template <class T, bool kCap>
 __device__ __forceinline__ RowState<Acc<T>> edge_state(bool has_edge, Acc<T> x, const SoftCap<Acc<T>, kCap>& cap) {
   RowState<Acc<T>> state;
-  if (has_edge) {
-    state.max = cap.logit(x);
-    add(state, shift_of(state.max), x, cap);
-  }
+  if (has_edge) state.max = cap.logit(x);
   return state;
 }
 
@@ -109,10 +119,12 @@ __device__ __forceinline__ RowState<Acc<T>> read_state(const Row<T>& row, const 
     };
     each([&](Piece<T>& piece, int mine) { piece = *row.piece(mine); });
     A top = nothing;
-    each([&](Piece<T>& piece, int) { top = larger(top, piece); });
-    state = raised(state, top, cap);
-    const A shift = shift_of(state.max);
-    each([&](Piece<T>& piece, int) { add<T>(state, shift, piece, cap); });
+    bool any = false;
+    each([&](Piece<T>& piece, int) { top = larger(top, piece), any = true; });
+    if (!any) continue;
+    Adding<A, kCap> adding(state, top, cap);
+    each([&](Piece<T>& piece, int) { adding.add(piece); });
+    state = adding.added();
   }
   return state;
 }
@@ -140,7 +152,7 @@ struct Gradient {
 
   __device__ __forceinline__ A of(A x, bool target) const {
     A tangent = 0, z = x;
-    if constexpr (kCap) tangent = cap.tangent(x), z = cap.cap * tangent;
+    if constexpr (kCap) tangent = cap.tangent(x), z = product(cap.cap, tangent);
     const A d = z - shift;
     const A dz = target ? at_target : fast_exp(d) * (slope * std::fmax(d, A(kFloor)) + constant);
     return kCap ? dz * (1 - tangent * tangent) : dz;
@@ -192,7 +204,7 @@ __device__ __forceinline__ void write_gradient(const Row<T>& row, const Gradient
 
 template <class A>
 struct State {
-  A *max, *sum, *dot, *target;  // [C] each
+  A *max, *rest, *dot, *target;  // [C] each
 };
 
 template <class T, bool kCap>
@@ -204,7 +216,7 @@ __global__ void __launch_bounds__(max_threads(sizeof(T))) stats_kernel(Rows<T> r
   auto& scratch = *reinterpret_cast<Scratch<A>*>(dynamic_shared());
   const RowState<A> state = block_state(read_state(row, cap), scratch);
   if (threadIdx.x != 0) return;
-  out.max[i] = state.max, out.sum[i] = state.sum, out.dot[i] = state.dot;
+  out.max[i] = state.max, out.rest[i] = state.rest, out.dot[i] = state.dot;
   out.target[i] = read_target(row, target_of(rows, row, i), cap);
 }
 
@@ -294,10 +306,12 @@ struct Part {
   __device__ __forceinline__ void reduce(RowState<Acc<T>>& state, int stage, int size,
                                          const SoftCap<Acc<T>, kCap>& cap) const {
     Acc<T> top = -std::numeric_limits<Acc<T>>::infinity();
-    each(stage, size, [&](int slot) { top = larger(top, slots[slot]); });
-    state = raised(state, top, cap);
-    const Acc<T> shift = shift_of(state.max);
-    each(stage, size, [&](int slot) { add<T>(state, shift, slots[slot], cap); });
+    bool any = false;
+    each(stage, size, [&](int slot) { top = larger(top, slots[slot]), any = true; });
+    if (!any) return;
+    Adding<Acc<T>, kCap> adding(state, top, cap);
+    each(stage, size, [&](int slot) { adding.add(slots[slot]); });
+    state = adding.added();
   }
   // Whether this thread keeps a column; the block's rank is known to be the right one.
   __device__ __forceinline__ bool keeps(int column) const {
@@ -457,7 +471,7 @@ void stats(const Logits& logits, const StateOut& out) {
     using T = decltype(zero);
     using A = Acc<T>;
     const Call call{"stats", logits, streamed_plan(logits.vocab, sizeof(T), kScratch<A>, max_threads(sizeof(T)))};
-    const State<A> state{of<A>(out.max), of<A>(out.sum), of<A>(out.dot), of<A>(out.target)};
+    const State<A> state{of<A>(out.max), of<A>(out.rest), of<A>(out.dot), of<A>(out.target)};
     call.launch(logits.cap != 0 ? stats_kernel<T, true> : stats_kernel<T, false>, rows_of<T>(logits), state);
   });
 }

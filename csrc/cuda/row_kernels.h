@@ -24,7 +24,7 @@ struct Logits {
 
 // Vectors [C] are fp32, and fp64 for fp64 logits. Those that may be missing are nullptr.
 struct StateOut {
-  void *max, *sum, *dot, *target;
+  void *max, *rest, *dot, *target;
 };
 struct GradIn {
   const void *logprob, *max, *log_sum, *entropy, *g_logprob, *g_entropy;  // both entropies may be missing

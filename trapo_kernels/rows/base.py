@@ -57,15 +57,18 @@ class RowStats(NamedTuple):
 class RowState(NamedTuple):
     """Online-softmax state of a row over the columns seen so far [C]; states of disjoint columns can be merged."""
 
-    max: Tensor  # m = max z
-    sum: Tensor  # Σ e^(z − m)
+    max: Tensor  # m = max z; −inf where there is no column, or none that is possible
+    rest: (
+        Tensor  # Σ e^(z − m) of all columns but one that has the maximum, beside whose e^0 = 1 it would lose its digits
+    )
     dot: Tensor | None  # Σ e^(z − m) (z − m), where entropy was asked for
     target: Tensor  # z[y]
 
     def finish(self) -> RowStats:
-        """logp = z_y − m − log Σ, H = log Σ − dot / Σ."""
-        log_sum = self.sum.log()
-        entropy = None if self.dot is None else (log_sum - self.dot / self.sum).clamp(min=0)
+        """logp = z_y − m − log Σ, H = log Σ − dot / Σ, with Σ = 1 + rest."""
+        rest = self.rest + (self.max - self.max)  # NaN where the maximum is no number
+        log_sum = rest.log1p()
+        entropy = None if self.dot is None else (log_sum - self.dot / (1 + rest)).clamp(min=0)
         return RowStats((self.target - self.max) - log_sum, self.max, log_sum, entropy)
 
 

@@ -44,8 +44,8 @@ def scratch_bytes(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
 
 
 def stats(logits: Tensor, targets: Tensor, cap: float | None, entropy: bool) -> RowState:
-    top, total, dot, target = torch.ops.trapo_kernels_cpu.row_stats(logits, targets, cap, entropy)
-    return RowState(top, total, dot if entropy else None, target)
+    top, rest, dot, target = torch.ops.trapo_kernels_cpu.row_stats(logits, targets, cap, entropy)
+    return RowState(top, rest, dot if entropy else None, target)
 
 
 def grad_(

@@ -1,6 +1,6 @@
 """Row kernel in plain torch, for any device: statistics and in-place gradient of a chunk of logits.
 
-    stats:  m = max z, Σ e^(z−m), Σ e^(z−m)(z−m), z_y           (online-softmax state, fp32; fp64 for fp64)
+    stats:  m = max z, Σ e^(z−m) without one column at m, Σ e^(z−m)(z−m), z_y       (fp32; fp64 for fp64)
     grad_:  dx_j = [g_lp (1[j=y] − π_j) − g_H π_j (log π_j + H)] · (1 − (z_j/cap)²)
 
 Passes over memory: stats reads each logit once, grad_ reads and writes it once, as long as a block of rows stays
@@ -57,18 +57,19 @@ def _shifted(x: Tensor, top: Tensor, cap: float | None, out: Tensor) -> Tensor:
 
 def stats(logits: Tensor, targets: Tensor, cap: float | None, entropy: bool) -> RowState:
     rows, dtype = logits.shape[0], stats_dtype(logits.dtype)
-    top, total = logits.new_empty(rows, 1, dtype=dtype), logits.new_empty(rows, dtype=dtype)
+    top, rest = logits.new_empty(rows, 1, dtype=dtype), logits.new_empty(rows, dtype=dtype)
     dot = logits.new_empty(rows, dtype=dtype) if entropy else None
     for at, first, e in _blocks(logits):
         # The soft-cap is monotone, so the maximum is taken before it.
-        top[at] = _capped(logits[at].amax(1, keepdim=True).to(dtype), cap)
+        largest, column = logits[at].max(1, keepdim=True)
+        top[at] = _capped(largest.to(dtype), cap)
         d = _shifted(logits[at], top[at], cap, out=first)
-        torch.exp(d, out=e)
-        torch.sum(e, 1, out=total[at])
+        torch.exp(d, out=e).scatter_(1, column, 0)
+        torch.sum(e, 1, out=rest[at])
         if dot is not None:
             torch.sum(d.clamp_(min=_FLOOR).mul_(e), 1, out=dot[at])
     target = _capped(logits.gather(1, targets[:, None]).squeeze(1).to(dtype), cap)
-    return RowState(top.squeeze(1), total, dot, target)
+    return RowState(top.squeeze(1), rest, dot, target)
 
 
 def grad_(

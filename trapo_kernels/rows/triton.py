@@ -115,8 +115,8 @@ def _(logits: Tensor, targets: Tensor, cap: float | None) -> tuple[Tensor, Tenso
 
 
 def stats(logits: Tensor, targets: Tensor, cap: float | None, entropy: bool) -> RowState:
-    top, total, dot, target = _stats(logits, targets.contiguous(), cap)
-    return RowState(top, total, dot if entropy else None, target)
+    top, rest, dot, target = _stats(logits, targets.contiguous(), cap)
+    return RowState(top, rest, dot if entropy else None, target)
 
 
 @torch.library.custom_op("trapo_kernels::triton_row_grad_", mutates_args=("logits",))

@@ -1,6 +1,6 @@
 """Triton row kernels: one program per row of a chunk of logits. Host side and sizes: rows/triton.py.
 
-    row_stats:  m = max z, Σ e^(z−m), Σ e^(z−m)(z−m), z_y                                one read of each logit
+    row_stats:  m = max z, Σ e^(z−m) but one column at m, Σ e^(z−m)(z−m), z_y            one read of each logit
     row_grad:   dx_j = [g_lp (1[j=y] − π_j) − g_H π_j (log π_j + H)] · (1 − (z_j/cap)²)  one read, one write
     row_fused:  both, with the slopes of the objective's terms between them              two reads, one write
 
@@ -46,6 +46,17 @@ def _zero_like(x):
 
 
 @triton.jit
+def log1p(x):
+    """log(1 + x), x ≥ 0, with the digits of a small x: 2 artanh(x / (2 + x)) where x < 1/2 (to s^25: 1e-17)."""
+    s = x / (2.0 + x)
+    square = s * s
+    series = square * 0.0 + 1.0 / 25
+    for i in tl.static_range(12):
+        series = 1.0 / (23 - 2 * i) + square * series
+    return tl.where(x < 0.5, 2.0 * s * series, tl.log(1.0 + x))
+
+
+@triton.jit
 def soft_cap(x, cap):
     """z = cap · tanh(x / cap), with t = e^(−2|x|/cap): |z| = cap (1 − t) / (1 + t)."""
     t = tl.exp(tl.abs(x) * (-2.0 / cap))
@@ -64,25 +75,38 @@ def soft_cap_and_slope(x, cap):
 
 @triton.jit
 def fold(z, m, s, d):
-    """The state of each lane [R] after logits z [R, K]: maximum, Σ e^(z−m), Σ e^(z−m)(z−m)."""
+    """The state of each lane [R] after logits z [R, K]: maximum, Σ e^(z−m) of all columns but one that has it (beside
+    whose 1 they would lose their digits), Σ e^(z−m)(z−m)."""
     top = tl.maximum(m, tl.max(z, 1))
     base = tl.where(top == _NOTHING, 0.0, top)
+    # Equal, not a difference of 0: whether a product is rounded before the difference is up to the compiler.
+    at_top = z == base[:, None]
     below = z - base[:, None]
-    e = tl.exp(below)
-    step = tl.where(m == _NOTHING, 0.0, m - base)
-    keep = tl.where(m == _NOTHING, 0.0, tl.exp(step))
-    d = keep * (d + s * step) + tl.sum(e * tl.maximum(below, _FLOOR), 1)
-    s = keep * s + tl.sum(e, 1)
-    return top, s, d
+    e = tl.where(at_top, 0.0, tl.exp(below))
+    s, d, held = moved(m, s, d, top)
+    found = tl.sum(at_top.to(tl.int32), 1) + held
+    s = s + tl.sum(e, 1) + tl.maximum(found - 1, 0).to(s.dtype)
+    return top, s, d + tl.sum(e * tl.maximum(below, _FLOOR), 1)
+
+
+@triton.jit
+def moved(m, s, d, top):
+    """(Σ e^(z−top) of a state's columns, but one if the state has the maximum; Σ e^(z−top)(z−top); 1 if it has it, else
+    0)."""
+    nothing = m == _NOTHING
+    held = (m == top) & ~nothing
+    step = tl.where(nothing | held, 0.0, m - top)
+    keep = tl.where(nothing, 0.0, tl.exp(step))
+    d = keep * (d + (1.0 + s) * step)
+    return tl.where(held, s, keep * (1.0 + s)), d, held.to(tl.int32)
 
 
 @triton.jit
 def meet(m, s, d):
     """One state from those of all lanes [R]."""
     top = tl.max(m, 0)
-    step = tl.where(m == _NOTHING, 0.0, m - top)
-    keep = tl.where(m == _NOTHING, 0.0, tl.exp(step))
-    return top, tl.sum(keep * s, 0), tl.sum(keep * (d + s * step), 0)
+    s, d, held = moved(m, s, d, top)
+    return top, tl.sum(s, 0) + tl.maximum(tl.sum(held, 0) - 1, 0).to(s.dtype), tl.sum(d, 0)
 
 
 @triton.jit
@@ -115,12 +139,12 @@ def _state(row, V, cap: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, K: tl
 
 @triton.jit
 def _target(row, y, V, cap: tl.constexpr, WIDE: tl.constexpr):
-    """z_y; −inf, and so an infinite loss, for a target outside the vocabulary."""
+    """z_y; NaN for a target outside the vocabulary: its value is on the device, where nothing can be raised."""
     known = (y >= 0) & (y < V)
     z = tl.load(row + y, mask=known, other=0.0).to(WIDE)
     if cap is not None:
         z = soft_cap(z, cap)
-    return tl.where(known, z, float("-inf"))
+    return tl.where(known, z, float("nan"))
 
 
 @triton.jit
@@ -170,14 +194,14 @@ def _write_gradient(
 
 @triton.jit
 def row_stats(
-    logits, targets, max_, sum_, dot, target, V, stride,
+    logits, targets, max_, rest_, dot, target, V, stride,
     cap: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)
     row = logits + i * stride
     m, s, d = _state(row, V, cap, WIDE, R, K)
     tl.store(max_ + i, m)
-    tl.store(sum_ + i, s)
+    tl.store(rest_ + i, s)
     tl.store(dot + i, d)
     tl.store(target + i, _target(row, tl.load(targets + i), V, cap, WIDE))
 
@@ -250,9 +274,10 @@ def row_fused(
     y = tl.load(targets + i)
     z_y = _target(row, y, V, cap, WIDE)
     m, s, d = _state(row, V, cap, WIDE, R, K)
-    log_s = tl.log(s)
+    s = s + (m - m)  # NaN where the maximum is no number
+    log_s = log1p(s)
     logp = (z_y - m) - log_s
-    mean = log_s - d / s
+    mean = log_s - d / (1.0 + s)
     H = tl.where(mean < 0, 0.0, mean)
     tl.store(logprobs + i, logp)
     tl.store(max_ + i, m)

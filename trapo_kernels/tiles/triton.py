@@ -200,7 +200,7 @@ def linear_stats(
     if not _able(hidden, weight):
         return None
     bias = None if bias is None else bias.contiguous()
-    top, total, dot, target = _linear_stats(
+    top, rest, dot, target = _linear_stats(
         hidden.contiguous(), weight, bias, targets.contiguous(), head.scale, head.cap
     )
-    return RowState(top, total, dot if entropy else None, target).finish()
+    return RowState(top, rest, dot if entropy else None, target).finish()

@@ -1,7 +1,8 @@
 """Triton tile kernel: row statistics of z = cap(scale · (h Wᵀ + b)); the logits stay in registers. Host: triton.py.
 
     linear_stats:  per row block [BM] and share of the vocabulary, tile by tile: acc = h Wᵀ [BM, BN]; z; the state
-                   (m = max z, Σ e^(z−m), Σ e^(z−m)(z−m), z_y) is folded; one state per row and share is written
+                   (m = max z, Σ e^(z−m) but one column at m, Σ e^(z−m)(z−m), z_y) is folded; one per row and share is
+                   written
     merge_stats:   the states of a row's shares become one, in the order of the shares
 
 FLOPs: 2·N·D·V, one GEMM. Bytes written: 16·N per share, nothing of size N·V. Bytes read: hidden once per share, weight
@@ -15,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..rows.triton_kernels import fold, soft_cap
+from ..rows.triton_kernels import fold, moved, soft_cap
 
 __all__ = ["linear_stats", "merge_stats"]
 
@@ -83,7 +84,7 @@ def _fold_tile(
 
 @triton.jit
 def linear_stats(
-    hidden, weight, bias, targets, max_, sum_, dot, target, rows, V, D, stride_h, stride_w, shares, scale,
+    hidden, weight, bias, targets, max_, rest_, dot, target, rows, V, D, stride_h, stride_w, shares, scale,
     cap: tl.constexpr, LOGITS: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
     EVEN: tl.constexpr, HALVES: tl.constexpr, SPECIALIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, GROUP: tl.constexpr,
@@ -111,16 +112,17 @@ def linear_stats(
             m, s, d, z_y = _fold_tile(right, bias, y, m, s, d, z_y, column, V, scale, cap, LOGITS, BN // 2)
         else:
             m, s, d, z_y = _fold_tile(acc, bias, y, m, s, d, z_y, column, V, scale, cap, LOGITS, BN)
+    z_y = tl.where((y >= 0) & (y < V), z_y, float("nan"))  # as in rows/triton_kernels.py
     at = share * rows + i
     tl.store(max_ + at, m, mask=i < rows)
-    tl.store(sum_ + at, s, mask=i < rows)
+    tl.store(rest_ + at, s, mask=i < rows)
     tl.store(dot + at, d, mask=i < rows)
     tl.store(target + at, z_y, mask=i < rows)
 
 
 @triton.jit
 def merge_stats(
-    max_in, sum_in, dot_in, target_in, max_, sum_, dot, target, rows, shares, BLOCK: tl.constexpr
+    max_in, rest_in, dot_in, target_in, max_, rest_, dot, target, rows, shares, BLOCK: tl.constexpr
 ):  # fmt: skip
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < rows
@@ -131,18 +133,17 @@ def merge_stats(
     for share in range(0, shares):
         at = share * rows + i
         m_part = tl.load(max_in + at, mask=inside, other=float("-inf"))
-        s_part = tl.load(sum_in + at, mask=inside, other=0.0)
+        s_part = tl.load(rest_in + at, mask=inside, other=0.0)
         d_part = tl.load(dot_in + at, mask=inside, other=0.0)
-        z_y = tl.maximum(z_y, tl.load(target_in + at, mask=inside, other=float("-inf")))
+        z_part = tl.load(target_in + at, mask=inside, other=float("-inf"))
+        z_y = tl.where((z_part > z_y) | (z_part != z_part), z_part, z_y)
         top = tl.maximum(m, m_part)
-        step = tl.where(m == float("-inf"), 0.0, m - top)
-        step_part = tl.where(m_part == float("-inf"), 0.0, m_part - top)
-        keep = tl.where(m == float("-inf"), 0.0, tl.exp(step))
-        keep_part = tl.where(m_part == float("-inf"), 0.0, tl.exp(step_part))
-        d = keep * (d + s * step) + keep_part * (d_part + s_part * step_part)
-        s = keep * s + keep_part * s_part
+        s, d, held = moved(m, s, d, top)
+        s_part, d_part, held_part = moved(m_part, s_part, d_part, top)
+        s = s + s_part + (held & held_part).to(s.dtype)
+        d = d + d_part
         m = top
     tl.store(max_ + i, m, mask=inside)
-    tl.store(sum_ + i, s, mask=inside)
+    tl.store(rest_ + i, s, mask=inside)
     tl.store(dot + i, d, mask=inside)
     tl.store(target + i, z_y, mask=inside)

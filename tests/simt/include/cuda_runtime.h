@@ -62,6 +62,13 @@ T __shfl_xor_sync(unsigned mask, T value, int by, int line = __builtin_LINE()) {
   return simt::shuffle(mask, value, (simt::self().index % simt::kLanes) ^ unsigned(by), "__shfl_xor_sync", line);
 }
 
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline unsigned __ballot_sync(unsigned mask, bool vote, int line = __builtin_LINE()) {
+  unsigned all = unsigned(vote) << simt::self().index % simt::kLanes;
+  for (int by = 1; by < int(simt::kLanes); by *= 2) all |= __shfl_xor_sync(mask, all, by, line);
+  return all;
+}
+
 using uint4 = unsigned __attribute__((vector_size(16)));
 
 inline float __expf(float x) { return std::exp(x); }
