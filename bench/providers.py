@@ -216,6 +216,13 @@ def liger_cross_entropy(case: Case) -> Tensor:
     return LigerFusedLinearCrossEntropyFunction.apply(case.hidden, case.weight, case.targets)[0]
 
 
+def liger_hopper(case: Case) -> Tensor:
+    """Its CuTe kernels for sm_90: all logits at once, V a multiple of 256."""
+    from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import liger_fused_linear_cross_entropy_sm90
+
+    return liger_fused_linear_cross_entropy_sm90(case.hidden, case.weight, case.targets)
+
+
 def verl(case: Case) -> Tensor:
     """Its Triton kernels, which recompute the logits in the backward."""
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
@@ -292,6 +299,7 @@ EVERYBODY = [
     Provider("torch linear_cross_entropy", torch_lce, "logprobs", False),
     Provider("torch linear_cross_entropy, chunked", torch_lce_chunked, "nll", True),
     Provider("Liger fused linear CE", liger_cross_entropy, "nll", True, "liger-kernel", CUDA),
+    Provider("Liger Hopper CE", liger_hopper, "nll", False, "liger-kernel", CUDA),
     Provider("quack", quack(False), "nll", True, "quack-kernels", CUDA),
     Provider("quack, scaled exp", quack(True), "nll", True, "quack-kernels", CUDA),
 ]

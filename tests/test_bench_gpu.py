@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("bench.providers", reason="bench/ is not here")
 
 from bench.gpu import __main__ as command
-from bench.gpu import graphs, losses, page, picture, sanitizer, stages, suite
+from bench.gpu import build, first_call, graphs, losses, page, picture, sanitizer, stages, suite
 from bench.gpu.results import Results, slug
 from bench.gpu.rows import Rows, read
 from bench.providers import EVERYBODY, on
@@ -142,6 +142,13 @@ def test_a_loss_that_is_replayed_is_compared_on_other_inputs(monkeypatch):
     assert graphs.compared("trapo", "torch", "cpu")["error"] > 0.1
 
 
+def test_the_first_call_says_which_backend_it_got(rows):
+    assert first_call.main(["--device", "cpu", "--rows", str(rows)]) == 0
+    (row,) = read(rows)
+    assert row["picked"] in ("cpu", "torch")
+    assert row["then_us"] < 1e6 * max(row["first_s"], 1)
+
+
 def test_the_sanitizers_count_is_read_from_its_summary():
     assert sanitizer.summary("========= ERROR SUMMARY: 0 errors") == 0
     assert sanitizer.summary("x\n========= RACECHECK SUMMARY: 3 hazards displayed (1 error, 2 warnings)") == 3
@@ -163,6 +170,25 @@ def test_the_suite_leaves_a_row_for_each_failure_and_a_count(rows):
     failed, counts = read(rows)
     assert failed == {"what": "failed", "test": _Report.nodeid, "why": "AssertionError: off by 1"}
     assert counts == {"what": "tests", "passed": 2, "failed": 1, "skipped": 0}
+
+
+def test_nvcc_makes_code_for_the_card_alone():
+    every = ["nvcc", "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a",
+             "-gencode=arch=compute_90,code=compute_90", "-o", "x"]  # fmt: skip
+    assert build.for_capability(every, (9, 0)) == ["nvcc", every[2], "-o", "x"]
+    assert build.for_capability(every, (8, 0)) == ["nvcc", every[1], "-o", "x"]
+    assert build.for_capability(every, (12, 0)) == ["nvcc", every[3], "-o", "x"]  # PTX, compiled at load
+
+
+def test_the_command_that_compiles_comes_from_setup(monkeypatch):
+    lines = []
+    monkeypatch.setattr(build.torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(build.subprocess, "run", lambda line, **_: lines.append(line))
+    build.compile_here("out.so")
+    (line,) = lines
+    assert line[-1] == "out.so"
+    assert [part for part in line if part.startswith("-gencode")] == ["-gencode=arch=compute_90a,code=sm_90a"]
+    assert any(part.endswith("row_kernels.cu") for part in line)
 
 
 def test_stages_that_measure_nothing_run_side_by_side_on_a_gpu_alone():

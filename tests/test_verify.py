@@ -212,6 +212,20 @@ def test_verification_can_be_turned_off(offered, trials, monkeypatch, cache):
     assert not cache.exists()
 
 
+def test_another_value_of_the_variable_is_refused(offered, trials, monkeypatch):
+    offered("sound")
+    monkeypatch.setenv("TRAPO_KERNELS_VERIFY", "off")
+    with pytest.raises(ValueError, match=r"^TRAPO_KERNELS_VERIFY must be 0 .* or 1; got 'off'$"):
+        dispatch.pick(None, "f", CPU)
+
+
+def test_turned_off_what_is_known_is_not_used_either(offered, trials, monkeypatch):
+    offered("sound")
+    assert dispatch.pick(None, "f", CPU).name == "sound"
+    monkeypatch.setenv("TRAPO_KERNELS_VERIFY", "0")
+    assert dispatch.pick(None, "f", CPU).name == "torch"
+
+
 def test_nothing_is_tried_while_a_graph_is_traced_or_captured(offered, trials, monkeypatch, capsys):
     offered("sound")
     assert dispatch.backend_name(None, "f", CPU) == "torch"

@@ -5,7 +5,8 @@
     running.py     a stage's process, its limit and its log
     rows.py        rows of a stage on disk; clocks
     results.py     the JSON of a run     page.py   the Markdown page and the table     picture.py   the plot
-    environment.py build.py smoke.py suite.py sanitizer.py ceilings.py losses.py graphs.py train_step.py trainer.py
+    environment.py build.py first_call.py smoke.py suite.py sanitizer.py ceilings.py losses.py graphs.py train_step.py
+    trainer.py     the stages
 
 With `--device cpu` every stage runs on tiny shapes, so that the command is known to work before it meets a GPU.
 """

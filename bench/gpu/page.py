@@ -123,7 +123,7 @@ def markdown(results: Results) -> str:
         ),
     )
     lines += _losses(results)
-    lines += _plain(results, "Correctness", "smoke", "wrong", "tests", "so far", "failed")
+    lines += _plain(results, "Correctness", "first call", "smoke", "wrong", "tests", "so far", "failed")
     lines += _plain(results, "compute-sanitizer", "memcheck", "racecheck", "synccheck")
     lines += _ceilings(results)
     lines += _plain(results, "CUDA graphs", "graph")

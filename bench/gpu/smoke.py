@@ -14,14 +14,14 @@ from trapo_kernels.verify.cases import CASES, Case, fault
 
 __all__ = ["main"]
 
-# Under a sanitizer a case takes a hundred times as long.
+# Under a sanitizer a case takes a hundred times as long: of 16 bits, one block and a cluster of them.
 _TINY = 60_000
 
 
 def chosen_cases(device: str, tiny: bool) -> list[Case]:
     if device == "cpu":
         return [case for case in CASES if case.vocab <= 300 and case.rows < 100]
-    return [case for case in CASES if not tiny or (case.vocab <= _TINY and case.rows < 10)]
+    return [case for case in CASES if not tiny or (case.dtype == "bfloat16" and case.vocab <= _TINY and case.rows < 10)]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -29,6 +29,7 @@ class Stage:
 STAGES = (
     Stage("environment", "environment", (20, 60)),
     Stage("build", "build", (80, 60)),
+    Stage("first call", "first_call", (30, 60)),
     Stage("smoke", "smoke", (90, 60), True),
     Stage("suite", "suite", (150, 120), True),
     Stage("sanitizer", "sanitizer", (140, 60), True),

@@ -70,23 +70,31 @@ def verify(device: torch.device | str | None = None) -> Report:
 
 
 def wanted() -> bool:
-    """Whether picks ask for proof: TRAPO_KERNELS_VERIFY is not 0."""
-    return os.environ.get(ENV, "1") != "0"
+    """Whether picks ask for proof: TRAPO_KERNELS_VERIFY is not 0.
+
+    Raises:
+        ValueError: it is neither 0 nor 1.
+    """
+    value = os.environ.get(ENV) or "1"
+    if value not in ("0", "1"):
+        raise ValueError(f"{ENV} must be 0 (no backend is tried, torch is picked) or 1; got {value!r}")
+    return value == "1"
 
 
 def proven(name: str, device: torch.device, others: Callable[[], Sequence[str]], may_try: bool = True) -> bool:
     """Whether a backend may be picked unasked on a device. Without a verdict, one is made of it and of `others()`,
     unless a graph is being compiled or captured; then nothing is proved yet."""
+    if not wanted():
+        return False
     verdict = _known.get((device, name))
     if verdict is None:
-        if not wanted():
-            return False
         verdict = _find(name, _device(device), others, may_try)
         if verdict is None:
             return False
         _known[device, name] = verdict
     if not verdict.right:
-        _say(f"backend {name!r} is left out on {keep.machine(_device(device))['device']}: {verdict.reason}")
+        again = "" if verdict.right is False else " (verify() tries again, with more time)"
+        _say(f"backend {name!r} is left out on {keep.machine(_device(device))['device']}: {verdict.reason}{again}")
     return verdict.right is True
 
 
