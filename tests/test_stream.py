@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from kernel_cases import (
@@ -20,6 +22,7 @@ from kernel_cases import (
 )
 
 import trapo_kernels as tk
+from trapo_kernels import budget
 from trapo_kernels.budget import chunk_rows
 
 backends = pytest.mark.parametrize("backend", STREAMED)
@@ -134,6 +137,33 @@ def test_the_budget_changes_the_chunks_and_not_the_result(backend, megabytes, dt
     with tk.budget_mb(megabytes):
         actual = run(case, EVERYTHING, backend)
     assert_same_result(actual, oracle(case, EVERYTHING), dtype)
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "megabytes"), [(16, 768), (24, 768), (40, 768), (80, 1600), (139.8, 2816), (288, 4096)]
+)
+def test_a_cards_budget_is_two_percent_of_its_memory(gigabytes, megabytes, monkeypatch):
+    properties = SimpleNamespace(total_memory=int(gigabytes * 2**30))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(budget, "_share_of_card", budget._share_of_card.__wrapped__)
+    assert tk.get_budget_mb("cuda") == megabytes
+    assert tk.get_budget_mb("cpu") == 144
+    with tk.budget_mb(12):
+        assert tk.get_budget_mb("cuda") == 12
+    if megabytes == 2816:
+        assert chunk_rows(8192, 2 * 152064, 0, "cuda") == 8192
+
+
+@pytest.mark.parametrize("rows", [1, 127, 128, 129, 5000, 100_000])
+@pytest.mark.parametrize("megabytes", [1, 40, 1536])
+def test_chunks_of_a_gpu_are_multiples_of_128_rows_where_so_many_fit(rows, megabytes):
+    with tk.budget_mb(megabytes):
+        step = chunk_rows(rows, 2 * 152064, 0, "cuda")
+    assert step * 2 * 152064 <= megabytes * 2**20
+    assert step % 128 == 0 or megabytes == 1
+    assert step <= 8192
 
 
 @pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 511, 512, 513, 5000])
