@@ -237,6 +237,22 @@ def test_divergences_with_products_of_cuda_are_right_over_chunks(kind, dtype, ki
     assert max(error(found, gradients(torch.float64))) < limit
 
 
+@pytest.mark.parametrize("beta", [0.0, 1.0, 0.5])
+def test_a_torch_that_adds_no_product_to_a_wide_sum_is_served_in_blocks(beta, monkeypatch):
+    torch.manual_seed(0)
+    a, b = torch.randn(40, 8).bfloat16(), torch.randn(8, 6).bfloat16()
+    before = torch.randn(40, 6)
+    if beta == 0:
+        before.fill_(torch.nan)  # a buffer that nobody wrote
+    monkeypatch.setattr(products, "_ADDS_TO_WIDE", False)
+    monkeypatch.setattr(products, "_BLOCK_BYTES", 4 * 6 * 7)
+    monkeypatch.setattr(products, "product", lambda a, b, dtype: a.to(dtype) @ b.to(dtype))
+    total = before.clone()
+    products.add_product(total, a, b, beta)
+    wanted = a.float() @ b.float() + (beta * before if beta else 0)
+    assert torch.allclose(total, wanted, atol=1e-5)
+
+
 # Divergences ------------------------------------------------------------------------------------------------------
 
 

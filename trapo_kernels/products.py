@@ -18,6 +18,10 @@ WIDE_BYTES = 2**21
 _TOP = 2.0**12
 _LEAST = 2.0**-100  # so that the factor and its inverse are finite
 
+# Before 2.10 torch gave a wide product, but added none to what is wide (pytorch#167931).
+_ADDS_TO_WIDE = torch.__version__ >= (2, 10)
+_BLOCK_BYTES = 2**26
+
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """a b in `dtype`, on CUDA."""
@@ -28,7 +32,16 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None)
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, beta: float = 1.0) -> None:
     """total = beta · total + a b in the precision of `total`, on CUDA; nothing is read of it with beta = 0."""
-    torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+    if _ADDS_TO_WIDE:
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+        return
+    step = max(1, _BLOCK_BYTES // (total.dtype.itemsize * max(1, total.shape[1])))
+    for start in range(0, total.shape[0], step):
+        at = slice(start, start + step)
+        found = product(a[at], b, total.dtype)
+        if beta != 0:
+            found.add_(total[at], alpha=beta)
+        total[at] = found
 
 
 def power_of_two(largest: Tensor) -> Tensor:
