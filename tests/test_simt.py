@@ -73,6 +73,12 @@ def test_every_verb_is_right_in_every_order_of_threads(compiled, device, order):
     passes(compiled("plain"), device, order, quick=False)
 
 
+@pytest.mark.parametrize("largest", ["1", "4"])
+def test_a_device_without_a_place_for_a_plans_clusters_reads_the_row_twice(compiled, monkeypatch, largest):
+    monkeypatch.setenv("SIMT_LARGEST_CLUSTER", largest)
+    passes(compiled("plain"), "large clusters", "asc", quick=False)
+
+
 @pytest.mark.parametrize("order", ["asc", "desc", "1"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_address_and_undefined_behaviour_sanitizers_find_nothing(compiled, device, order):

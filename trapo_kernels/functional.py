@@ -86,7 +86,8 @@ def linear_logprobs(
 
     Raises:
         TypeError, ValueError: one line naming the argument, what it accepts and what it got. Values of targets are
-            checked on the CPU; on an accelerator one out of range trips the device's index assertion.
+            checked on the CPU; on an accelerator one out of range trips the device's index assertion (`torch`) or makes
+            its token, and with it the loss, NaN (`triton`, `cuda`).
     """
     caller = "linear_logprobs"
     hidden, weight, bias, group = vocab_parallel.local_parts(caller, hidden, weight, bias, group)

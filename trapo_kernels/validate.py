@@ -1,7 +1,7 @@
 """Argument checks. Each error is one line: the function, the argument, what it accepts, what it got.
 
 Checks of values read tensors on the CPU only: on an accelerator they would stall the stream, and the device's own
-index assertion reports a target out of range.
+index assertion, or a NaN, reports a target out of range.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@
 #include <string>
 
 #include "device.h"
+#include "launch.h"
 #include "row_kernels.h"
 
 namespace trapo::cuda {
@@ -324,7 +325,8 @@ struct Part {
 };
 
 template <class T, bool kCap>
-__global__ void __launch_bounds__(max_threads(sizeof(T)), 3)  // blocks an SM, as in the best choices of plan.h
+// Three blocks an SM, as in the best choices of plan.h; two where three would leave too few registers.
+__global__ void __launch_bounds__(max_threads(sizeof(T)), sizeof(T) == 8 && kCap ? 2 : 3)
     fused_on_chip(Rows<T> rows, Tokens<Acc<T>> tokens, Found<Acc<T>> out, Plan plan) {
   using A = Acc<T>;
   const int rank = blockIdx.x % plan.cluster;
@@ -378,42 +380,6 @@ __global__ void __launch_bounds__(max_threads(sizeof(T)), 3)  // blocks an SM, a
 }
 
 // Launches -------------------------------------------------------------------------------------------------------
-
-constexpr const char* kNames[] = {"float32", "float64", "float16", "bfloat16"};
-
-// Where something fails, it is said of which call.
-struct Call {
-  const char* kernel;
-  const Logits& logits;
-  Plan plan;
-
-  void check(cudaError_t error, const char* what) const {
-    if (error == cudaSuccess) return;
-    cudaGetLastError();  // the next call starts clean
-    const auto n = [](int64_t value) { return std::to_string(value); };
-    throw std::runtime_error(std::string("trapo_kernels: ") + what + " of " + kernel + " failed for logits [" +
-                             n(logits.rows) + ", " + n(logits.vocab) + "] " + kNames[int(logits.dtype)] + " with " +
-                             n(plan.threads) + " threads a block, " + n(plan.cluster) + " blocks a row, " + n(plan.shared) +
-                             " bytes of shared memory: " + cudaGetErrorString(error));
-  }
-
-  template <class... P, class... X>
-  void launch(void (*function)(P...), X... arguments) const {
-    if (logits.rows == 0) return;
-    if (plan.shared > 48 * 1024)
-      check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared), "set-up");
-    if (plan.cluster > 8)
-      check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "set-up");
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = unsigned(plan.cluster), cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(unsigned(logits.rows * plan.cluster)), config.blockDim = dim3(unsigned(plan.threads));
-    config.dynamicSmemBytes = size_t(plan.shared), config.stream = static_cast<cudaStream_t>(logits.stream);
-    config.attrs = &cluster, config.numAttrs = plan.cluster > 1;
-    check(cudaLaunchKernelEx(&config, function, arguments...), "launch");
-  }
-};
 
 // run(a value of the dtype)
 template <class F>
@@ -491,7 +457,10 @@ void fused(const Logits& logits, const FusedIn& in, const StatsOut& out) {
   with_dtype(logits.dtype, [&](auto zero) {
     using T = decltype(zero);
     using A = Acc<T>;
-    const Plan plan = plan_of_fused(logits.vocab, logits.dtype);
+    Plan plan = plan_of_fused(logits.vocab, logits.dtype);
+    const auto on_chip = logits.cap != 0 ? fused_on_chip<T, true> : fused_on_chip<T, false>;
+    if (!Call{"fused_", logits, plan}.has_place(on_chip))
+      plan = streamed_plan(logits.vocab, sizeof(T), kScratch<A>, max_threads_of_long_row(sizeof(T)));
     const Call call{"fused_", logits, plan};
     const Tokens<A> tokens{in.expert,
                            of<A>(in.advantages),
@@ -501,11 +470,11 @@ void fused(const Logits& logits, const FusedIn& in, const StatsOut& out) {
                            terms_of<A>(in.terms),
                            A(in.scale)};
     const Found<A> found{of<A>(out.logprob), of<A>(out.max), of<A>(out.log_sum), of<A>(out.entropy)};
-    const bool cap = logits.cap != 0;
+    const auto streamed = logits.cap != 0 ? fused_streamed<T, true> : fused_streamed<T, false>;
     if (plan.slots == 0)
-      call.launch(cap ? fused_streamed<T, true> : fused_streamed<T, false>, rows_of<T>(logits), tokens, found);
+      call.launch(streamed, rows_of<T>(logits), tokens, found);
     else
-      call.launch(cap ? fused_on_chip<T, true> : fused_on_chip<T, false>, rows_of<T>(logits), tokens, found, plan);
+      call.launch(on_chip, rows_of<T>(logits), tokens, found, plan);
   });
 }
 

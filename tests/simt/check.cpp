@@ -2,7 +2,7 @@
 //
 //     check [quick]      exit status 0: all right; 1: a wrong number, named; 70: tests/simt/simt.h ended it
 //
-// The device is that of SIMT_ORDER, SIMT_ARCH and SIMT_SHARED_PER_SM; a device with little shared memory makes short rows
+// The device is that of SIMT_ORDER, SIMT_ARCH, SIMT_SHARED_PER_SM and SIMT_LARGEST_CLUSTER; a device with little shared memory makes short rows
 // take the way of long ones: clusters on sm_90, reading twice on sm_80.
 #include <cmath>
 #include <cstdio>

@@ -168,6 +168,7 @@ struct Block {
 // What the process says of itself as a device.
 struct Model {
   int arch = 90, shared_per_sm = 228 * 1024;
+  unsigned largest_cluster = 16;  // of blocks that can be on the device at once
   std::string order = "asc";
 };
 inline Model& model() {
@@ -176,6 +177,7 @@ inline Model& model() {
     if (const char* order = std::getenv("SIMT_ORDER")) m->order = order;
     if (const char* arch = std::getenv("SIMT_ARCH")) m->arch = std::atoi(arch);
     if (const char* bytes = std::getenv("SIMT_SHARED_PER_SM")) m->shared_per_sm = std::atoi(bytes);
+    if (const char* blocks = std::getenv("SIMT_LARGEST_CLUSTER")) m->largest_cluster = unsigned(std::atoi(blocks));
     return m;
   }();
   return *made;

@@ -58,9 +58,7 @@ class RowState(NamedTuple):
     """Online-softmax state of a row over the columns seen so far [C]; states of disjoint columns can be merged."""
 
     max: Tensor  # m = max z; −inf where there is no column, or none that is possible
-    rest: (
-        Tensor  # Σ e^(z − m) of all columns but one that has the maximum, beside whose e^0 = 1 it would lose its digits
-    )
+    rest: Tensor  # Σ e^(z − m), but one column that has the maximum: beside its e^0 = 1 the others would lose digits
     dot: Tensor | None  # Σ e^(z − m) (z − m), where entropy was asked for
     target: Tensor  # z[y]
 

@@ -83,7 +83,11 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMinor,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributePreferredSharedMemoryCarveout,
+  cudaFuncAttributeNonPortableClusterSizeAllowed
+};
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 using cudaStream_t = void*;
 
@@ -118,8 +122,16 @@ template <class... P>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribute, int value) {
   auto& allowed = simt::allowed(reinterpret_cast<const void*>(kernel));
   if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) return allowed.large_clusters = value != 0, cudaSuccess;
+  if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;
   if (value > simt::model().shared_per_sm - 1024) return cudaErrorInvalidValue;
   return allowed.shared_bytes = value, cudaSuccess;
+}
+
+template <class... P>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(P...), const cudaLaunchConfig_t* config) {
+  unsigned cluster = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) cluster = config->attrs[i].val.clusterDim.x;
+  return *clusters = cluster <= simt::model().largest_cluster, cudaSuccess;
 }
 
 // Refuses what a device of the model would refuse.
@@ -129,7 +141,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   unsigned cluster = 1;
   for (unsigned i = 0; i < config->numAttrs; ++i) cluster = config->attrs[i].val.clusterDim.x;
   if (config->numAttrs > 0 && simt::model().arch < 90) return cudaErrorInvalidConfiguration;
-  if (cluster > (allowed.large_clusters ? 16u : 8u)) return cudaErrorInvalidConfiguration;
+  if (cluster > std::min(allowed.large_clusters ? 16u : 8u, simt::model().largest_cluster)) return cudaErrorInvalidConfiguration;
   if (config->gridDim.x == 0 || config->gridDim.x % cluster != 0) return cudaErrorInvalidConfiguration;
   if (config->blockDim.x == 0 || config->blockDim.x > 1024) return cudaErrorInvalidConfiguration;
   if (int64_t(config->dynamicSmemBytes) > std::min(allowed.shared_bytes, simt::model().shared_per_sm - 1024))
