@@ -94,6 +94,19 @@ def test_the_table_shows_points_and_keeps_its_digits_on_a_narrow_terminal(tmp_pa
         assert "+25.0 " in shown
 
 
+@pytest.mark.parametrize(("failing", "named"), [("a", "A"), ("b", "B"), ("ab", "A and B"), ("", "")])
+def test_a_side_whose_rewards_all_failed_is_said(failing, named, tmp_path):
+    for side in "ab":
+        status = "error" if side in failing else "ok"
+        rows = [json.dumps({"id": f"p{i}", "reward": 0.0, "status": status}) for i in range(3)]
+        (tmp_path / f"{side}.jsonl").write_text("\n".join([*rows, ""]))
+    found = compare(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    assert found[0].all_failed == named
+    console = Console(width=160, file=io.StringIO())
+    print_table(console, table(found, "a", "b"))
+    assert (f"every reward of {named} failed" in console.file.getvalue()) == bool(named)
+
+
 @pytest.mark.parametrize("row", ["[" * 100_000, '{"id": "p"}', '{"id": "p", "reward": NaN}', "1", "\xff"])
 def test_a_bad_row_is_named_in_one_line(row, tmp_path):
     path = tmp_path / "a.jsonl"

@@ -110,6 +110,26 @@ def test_a_reward_worker_that_hangs_costs_its_answer_and_not_the_run(run, tmp_pa
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["reward_failures"] == {"timeout": hung}
 
 
+def test_a_reward_that_fails_everywhere_stops_the_run_in_its_first_step_with_the_reason(run, tmp_path):
+    refused(run, [GOOD], r"all 16 rewards of step 1 failed .*api_key missing", "reward.function=reward_fixtures:fails")
+    rows = (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()
+    assert {json.loads(row)["detail"] for row in rows} == {"KeyError: 'api_key missing'"}
+
+
+def test_an_evaluation_whose_rewards_all_fail_is_no_result(run, tmp_path):
+    data = f"data.eval={tmp_path / 'train.jsonl'}"
+    message = r"all 1 rewards of the evaluation of 1 problems failed .*api_key missing"
+    refused(run, [GOOD], message, data, "eval.before=true", "reward.function=reward_fixtures:fails")
+    (row,) = (tmp_path / "run" / "eval" / "step-000000.jsonl").read_text().splitlines()
+    assert json.loads(row)["detail"] == "KeyError: 'api_key missing'"
+    assert not (tmp_path / "run" / "eval" / "step-000000.json").exists()
+
+
+def test_some_failing_rewards_are_said_and_cost_their_answers_alone(run):
+    output = run([GOOD, GOOD], "reward.function=reward_fixtures:fails_for_odd_length")
+    assert "a reward failed in step 1 and scores 0 (error: KeyError: 'odd one')" in output
+
+
 def test_the_parts_of_a_step_are_timed_and_add_up(run, tmp_path):
     run([GOOD, GOOD], "train.updates_per_step=2")
     (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -188,7 +188,15 @@ def test_easy_answers_are_graded_at_two_thousand_a_second():
 
 
 @pytest.mark.parametrize(
-    "text", ["#### " + "9" * 10**6, "#### " + " " * 10**6 + "4", "\\boxed{" * 3000, "####" * 50_000]
+    "text",
+    [
+        "#### " + "9" * 10**6,
+        "#### " + " " * 10**6 + "4",
+        "\\boxed{" * 3000,
+        "####" * 50_000,
+        "\n" * 10**5,
+        "#### Step\n" * 50_000,
+    ],
 )
 def test_long_texts_are_graded_in_a_moment(text):
     started = time.process_time()

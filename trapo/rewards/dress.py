@@ -94,6 +94,9 @@ REWRITES: tuple[tuple[str, re.Pattern[str], _Replacement], ...] = tuple(
         ("fractions", r"\\[dtcx]frac(?![A-Za-z])", r"\\frac"),
         ("percent", r"\\%|\b(?:percent|per cent|pct)\b", "%"),
         ("degrees", r"\^\s*\{?\s*\\(?:circ|degree)(?![A-Za-z])\s*\}?|\\(?:text)?degrees?(?![A-Za-z])", " degrees "),
+        ("minus", r"\\-(?=\d)", "-"),
+        ("binomials", r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
+        ("binomials", r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
         ("primes", r"\^\s*\{\s*\\prime\s*\}|\^\s*\\prime(?![A-Za-z])", "'"),
         ("braces", r"\\lbrace(?![A-Za-z])", r"\\{"),
         ("braces", r"\\rbrace(?![A-Za-z])", r"\\}"),
@@ -118,7 +121,7 @@ REWRITES: tuple[tuple[str, re.Pattern[str], _Replacement], ...] = tuple(
         ("plain roots", r"(?<![\\A-Za-z])sqrt\b", r"\\sqrt"),
         ("numpy's names", r"(?<![A-Za-z])(?:np|math|numpy|sympy)\.(?=[a-z])", ""),
         ("plain functions", rf"(?<![\\A-Za-z])({_PLAIN_FUNCTIONS})(?![A-Za-z])(?=[\s({{\\^_\d]|[a-z]\b)", r"\\\1 "),
-        ("plain functions", r"(?<![\\A-Za-z])a(sin|cos|tan)(?=\s*\()", r"\\arc\1 "),
+        ("plain functions", r"(?<![\\A-Za-z])a(sin|cos|tan)(?=\s*[({])", r"\\arc\1 "),
         ("plain Greek", r"(?<![\\A-Za-z])(" + _GREEK + r")(?![A-Za-z])", r"\\\1 "),
         ("plain infinity", r"(?<![\\A-Za-z])(?:infinity|inf|Infinity|oo)(?![A-Za-z])", r"\\infty "),
         ("powers of programs", r"(?<=[\w)}])\*\*(?=[\w(-])", "^"),
@@ -154,6 +157,7 @@ def undress(text: str) -> str:
             return text.strip().rstrip(".")
     else:
         plain = _ascii(text)
+    plain = re.sub(r"\s+", " ", plain)
     for _, pattern, replacement in REWRITES:
         plain = pattern.sub(replacement, plain)
     plain = _ANNOUNCED.sub("", plain, count=1)

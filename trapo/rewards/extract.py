@@ -4,7 +4,8 @@ r"""Where a text says its final answer.
 | --- | --- |
 | box | the braces of the last `\boxed{}` or `\fbox{}`; a single number may go without braces |
 | mark | the rest of the line after the last `####`; after a bare heading such as `#### Answer` the next line |
-| phrase | where neither is: what follows "final answer is" or "Final answer:" or a line's "Answer:" |
+| phrase | without both: what follows "final answer is", "Final answer:", a line's "Answer:", a heading "Final answer" |
+| tag | where none of these is: the last `<answer>...</answer>` |
 
 A box wins, unless a mark after it stands before a bare value (`\boxed{2}`, then `#### 1`): chat models write headings
 with the same mark. A heading ("#### Step 24", "#### 2. Verify") is no answer, and a number in passing is none either.
@@ -33,16 +34,23 @@ _ANSWER_HEADING = re.compile(
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _TEXT_MACRO = re.compile(r"\\(?:text\w*|mbox|mathrm|operatorname)\s*\{[^{}]*\}")
 _PHRASE = re.compile(
-    r"(?i)(?:\bfinal\s+answer\s*[*_]*\s*(?:is|:)|^[*_#>\s]*(?:the\s+)?(?:correct\s+)?answer\s*[*_]*\s*:)[*_:\s]*(?P<rest>[^\n]+)",
+    r"(?i)(?:\bfinal\s+answer\s*[*_]*\s*(?:is|:)|^[*_#> \t]*(?:the\s+)?(?:correct\s+)?answer\s*[*_]*\s*:)"
+    r"[*_:\s]*(?P<rest>[^\n]+)",
     re.MULTILINE,
 )
+_HEADED = re.compile(
+    r"(?im)^(?:#{1,6}|\*\*)\s*(?:\*\*)?\s*(?:the\s+)?(?:final\s+)?answer\s*:?\s*(?:\*\*)?\s*:?[ \t]*\n+\s*([^\n]+)"
+)
+_TAG = re.compile(r"(?is)<answer>((?:(?!<answer>).)*?)</answer>")
+_BLANKS = re.compile(r"[ \t]{9,}|\s{40,}")  # patterns below try every way to share a run of them
+_LONGEST, _MARKS = 20_000, 50  # characters of an answer, headings looked at from the end
 _I_HOPE = re.compile(r"(?i)[.,]?\s*I hope (?:it|this) is correct.*$")
 
 
 def final_answer(text: str) -> str | None:
     """The final answer as written in `text`, or None when there is none (see the module's docstring)."""
     # A chat model's end mark may stand in the text when it was decoded with its special tokens.
-    text = re.sub(r"<\|[^|<>\n]*\|>\s*$", "", text.rstrip())
+    text = re.sub(r"<\|[^|<>\n]*\|>\s*$", "", _BLANKS.sub(lambda m: m.group()[:9], text).rstrip())
     boxes = list(_BOX.finditer(text))
     mark = _marked(text, after=boxes[-1].end() if boxes else 0)
     if boxes and (mark is None or not _is_bare_value(mark)):
@@ -71,10 +79,10 @@ def joined_boxes(text: str) -> str | None:
 
 def _marked(text: str, after: int) -> str | None:
     """The answer at the last mark past `after`; marks that are headings are passed over."""
-    for mark in reversed([m.start() for m in re.finditer(r"####(?!#)", text)]):
+    for mark in reversed([m.start() for m in re.finditer(r"####(?!#)", text)][-_MARKS:]):
         if mark < after:
             return None
-        rest = re.split(r"<\|", text[mark + len(ANSWER_MARK) :], maxsplit=1)[0]
+        rest = text[mark + len(ANSWER_MARK) :][:_LONGEST].split("<|", maxsplit=1)[0]
         line, _, below = rest.strip(" \t").partition("\n")
         if not _ANSWER_HEADING.fullmatch(line) and line.strip():
             answer = _plain(line)
@@ -122,9 +130,9 @@ def _end_of_braces(text: str, start: int) -> int | None:
 
 
 def _phrased(text: str) -> str | None:
-    found = None
-    for match in _PHRASE.finditer(text):
-        found = match
-    if found is None:
-        return None
-    return _plain(_I_HOPE.sub("", found.group("rest"))) or None
+    phrases = [(m.start(), m.group("rest")) for m in _PHRASE.finditer(text)]
+    phrases += [(m.start(), m.group(1)) for m in _HEADED.finditer(text)]
+    if phrases:
+        return _plain(_I_HOPE.sub("", max(phrases)[1])) or None
+    tags = _TAG.findall(text)
+    return _plain(tags[-1]) or None if tags else None

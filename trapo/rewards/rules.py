@@ -70,11 +70,11 @@ class Answer:
 
 
 def _key(text: str) -> str:
-    """A spelling for comparison as text: no case, blanks, braces or articles; brackets stay."""
+    """A spelling for comparison as text: no case, articles, or blanks (but between digits); `{x}` as `x`."""
     text = re.sub(r"(?i)(?<![A-Za-z\\])(?:the|an?)\s+(?=[A-Za-z]{2})", "", text)
-    text = re.sub(r"\\(?=[{}])", "\x00", text)  # a set's braces are no grouping
-    text = re.sub(r"[\s{}'\"`*]|\\cdot(?![A-Za-z])|\.+$|(?<=[A-Za-z]{3})!+$", "", text.replace("'", "\x01"))
-    return text.casefold()
+    text = re.sub(r"(?<!\\)\{\s*([A-Za-z0-9])\s*\}", r"\1", text)
+    text = re.sub(r"(?<=\d)\s+(?=\d)", "\x00", text)
+    return re.sub(r"[\s\"`*]|\.+$|(?<=[A-Za-z]{3})!+$", "", text).casefold()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -346,6 +346,7 @@ def _words_around(gold: Answer, given: Answer) -> bool | None:
 def _foreign_words(gold: Answer, given: Answer) -> list[str]:
     """Words of the given answer that are no products of the gold's letters."""
     letters = set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", gold.text))) if gold.number is None else set()
+    letters |= {letter.swapcase() for letter in letters}  # constants may change their case
     return [word for word in given.words if word not in gold.words and not set(word) <= letters]
 
 

@@ -102,7 +102,8 @@ def same_name(gold: str, given: str) -> bool:
     def spelled(name: str) -> str:
         return re.sub(r"[\s{}\\]|(?<=\w)\((?:.*)\)$", "", name).casefold()
 
-    return spelled(gold) == spelled(given) or len(re.findall("[A-Za-z]{2}", given)) > 1
+    in_words = re.search(r"(?<![\\A-Za-z])[A-Za-z]?[a-z]{2,}", given) is not None
+    return spelled(gold) == spelled(given) or in_words
 
 
 def argument(name: str) -> str | None:

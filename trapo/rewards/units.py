@@ -47,7 +47,8 @@ _LESS_OR_MORE_NOUN = re.compile(
 
 _UNIT_POWER = r"(?:\s*\^\s*\{?\s*-?[23]\s*\}?)"
 _COMPOUND = re.compile(
-    rf"(?<![\\A-Za-z_^{{])[A-Za-z]{{2,}}(?:-[A-Za-z]+)*\.?{_UNIT_POWER}?(?:\s*(?:/|\\cdot)\s*[A-Za-z]+{_UNIT_POWER}?)*"
+    rf"(?:/\s*)?(?<![\\A-Za-z_^{{])(?:o'clock|[A-Za-z]{{2,}}(?:'[a-z]+)?)(?:-[A-Za-z]+)*\.?{_UNIT_POWER}?"
+    rf"(?:\s*(?:/|\\cdot)\s*[A-Za-z]+{_UNIT_POWER}?)*"
 )
 _LETTER_PER = re.compile(rf"(?<=[\d}}) ])\s*(?:m|s|g|J|N|W|K|L|kg|km){_UNIT_POWER}?\s*/\s*[A-Za-z]+{_UNIT_POWER}?\s*$")
 # A letter behind a number and a blank is a unit; "4x" and "4 x" are products.
