@@ -103,11 +103,12 @@ def test_the_compiled_backends_prove_themselves_on_cases_of_each_kind(backend):
 def test_the_cases_are_named_once_and_the_first_of_them_are_of_every_kind():
     names = [case.name for case in cases.CASES]
     assert len(set(names)) == len(names)
-    first = cases.CASES[: cases.ENOUGH]
+    first = cases.CASES[: cases.ENOUGH]  # what is tried in any case
     assert {case.call for case in first} == {"loss", "logprobs", "logits"}
     assert {case.dtype for case in first} == {"bfloat16", "float16", "float32"}
     assert {case.layout for case in first} == {"contiguous", "strided"}
     assert min(case.vocab for case in first) == 1
+    assert max(case.nats for case in first) == 30
     assert max(case.vocab for case in first) > 150_000
     assert {case.rows for case in cases.CASES} >= {1}
 
