@@ -11,11 +11,16 @@ from pathlib import Path
 SCRIPT = Path(__file__).with_name("ranks_run.py")
 
 
-def run_ranks(world: int, *args: object) -> list[str]:
-    """The output of each rank; fails with the errors of one that failed. One rank: without torchrun's environment."""
+def free_port() -> int:
+    """A port that nobody listens on now."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+        return s.getsockname()[1]
+
+
+def run_ranks(world: int, *args: object) -> list[str]:
+    """The output of each rank; fails with the errors of one that failed. One rank: without torchrun's environment."""
+    port = free_port()
     running = []
     for rank in range(world):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

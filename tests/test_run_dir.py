@@ -2,10 +2,10 @@ import json
 
 import pytest
 
+from trapo import checkpoint
 from trapo.config import merge_config
 from trapo.errors import TrapoError
 from trapo.files import append_line, write_atomic, write_folder_atomic, write_json
-from trapo.manifest import write_manifest
 from trapo.run_dir import RunDir, read_rows
 
 
@@ -19,12 +19,25 @@ def row(step):
     return {"step": step, "reward": 0.5}
 
 
-def make_checkpoint(run, step):
-    folder = run.checkpoints / f"step-{step:06d}"
-    folder.mkdir()
-    (folder / "weights").write_text(f"of step {step}")
-    write_manifest(folder)
-    return folder
+def make_checkpoint(run, step, config=None):
+    """A checkpoint after `step` of the claimed run; its record has no row after it."""
+
+    def write(folder):
+        (folder / "weights").write_text(f"of step {step}")
+
+    rows = run.metrics.read_bytes() if run.metrics.exists() else b""
+    lines = [line for line in rows.split(b"\n")[:-1] if json.loads(line)["step"] <= step]
+    run.metrics.write_bytes(b"".join(line + b"\n" for line in lines))
+    record = run.record(config or merge_config({}), step)
+    run.metrics.write_bytes(rows)
+    return checkpoint.save(run.checkpoints, step, write, {}, record=record).path
+
+
+def evaluate(run, step, accuracy=0.5):
+    """An evaluation of one problem after `step`."""
+    path = run.evaluation(step)
+    write_atomic(path.with_suffix(".jsonl"), '{"id": "a"}\n')
+    write_json(path, {"accuracy": accuracy, "problems": 1, "samples": 1})
 
 
 def test_metrics_after_the_checkpoint_are_dropped_and_a_cut_line_is_survived(tmp_path):
@@ -131,11 +144,13 @@ def test_a_run_dir_that_is_a_file_is_refused(tmp_path):
 def test_evaluations_of_weights_that_will_be_computed_again_are_dropped(tmp_path):
     run = RunDir(tmp_path)
     open_run(run, merge_config({}))
-    for step in (0, 2, 4):
-        write_json(run.evaluation(step), {})
+    evaluate(run, 0)
+    evaluate(run, 2)
     make_checkpoint(run, 2)
+    evaluate(run, 4)
     open_run(run, merge_config({}))
     assert sorted(run.evaluations()) == [0, 2]
+    assert len(list((tmp_path / "eval").iterdir())) == 4
 
 
 def test_a_line_that_does_not_fit_on_the_disk_leaves_the_log_as_it_was(tmp_path, file_size_limit):

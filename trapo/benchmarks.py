@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 
 from trapo.config import Config
 from trapo.errors import TrapoError
@@ -26,6 +27,7 @@ from trapo.evaluate import EvalResult, check_engine, evaluate
 from trapo.files import write_json
 from trapo.model import find_weights, load_model
 from trapo.rollout import make_engine
+from trapo.run_dir import refuse_unwritable
 from trapo.sampling import derive_seed, load_eval_set
 from trapo.scoring import FailureNotes, make_pool
 
@@ -82,6 +84,7 @@ def evaluate_benchmarks(config: Config, log: Callable[[str], None]) -> dict[str,
         raise TrapoError(
             f"eval.temperature: got 0 with {several.samples} samples of {several.name}; all would be equal"
         )
+    refuse_unwritable(Path(config.run_dir))
     weights = _weights_digest(config.model.path)
     settings = {b.name: _settings(b, config, weights) for b in benchmarks}
     found = {b.name: _finished(b, config, settings[b.name]) for b in benchmarks}
@@ -111,7 +114,7 @@ def table(results: dict[str, EvalResult]) -> Table:
         best = str(r.samples)
         several = (f"{r.pass_at[best]:.1%} @{best}", _percent(r.pass_at_interval[best])) if r.samples > 1 else ("", "")
         row = (metric, f"{r.accuracy:.1%}", _percent(r.interval), *several)
-        shown.add_row(title, str(r.problems), *row, f"{r.finished:.0%}", f"{r.mean_tokens:.0f}")
+        shown.add_row(Text(title), str(r.problems), *row, f"{r.finished:.0%}", f"{r.mean_tokens:.0f}")
     if len(results) > 1:
         shown.add_row("average", "", "", f"{_average(results):.1%}")
     return shown

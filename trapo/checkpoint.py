@@ -1,7 +1,8 @@
 """Checkpoints: a folder that transformers can load, with the trainer's own state beside the weights.
 
 All randomness of a run is derived from (seed, step), so weights, optimizer, scheduler and the step number are the
-whole state: a resumed run continues bit for bit. A manifest in each folder tells a sound checkpoint from a damaged one.
+whole state: a resumed run continues bit for bit. A manifest in each folder tells a sound checkpoint from a damaged one,
+its record (see history.py) which run it is of and what the run's logs held when it was saved.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ import torch
 from safetensors import SafetensorError
 
 from trapo.errors import TrapoError
-from trapo.files import write_folder_atomic
+from trapo.files import read_json, remove, temporary, write_folder_atomic, write_json
 from trapo.manifest import find_damage, write_manifest
 from trapo.sharding import SHARDS
 
 STATE_FILE = "trainer_state.pt"
-_WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch.save's are RuntimeErrors
+RECORD_FILE = "trainer_run.json"
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -44,9 +45,22 @@ class Checkpoint:
         """What `save` was given as state."""
         return torch.load(self.path / STATE_FILE, map_location="cpu", weights_only=True)
 
+    def record(self) -> dict[str, Any]:
+        """What `save` was given as record; {} for a checkpoint without one."""
+        try:
+            found = read_json(self.path / RECORD_FILE)
+        except (OSError, TrapoError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
 
 def save(
-    folder: Path, step: int, write: Callable[[Path], None], state: dict[str, Any], shards: Path | None = None
+    folder: Path,
+    step: int,
+    write: Callable[[Path], None],
+    state: dict[str, Any],
+    shards: Path | None = None,
+    record: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """Write `folder/step-NNNNNN` atomically. Raises SaveError when it cannot be written: a full disk, for instance.
 
@@ -58,6 +72,7 @@ def save(
         if shards is not None:
             shards.rename(path / SHARDS)
         torch.save(state, path / STATE_FILE)
+        write_json(path / RECORD_FILE, dict(record or {}))
         write_manifest(path)
 
     checkpoint = Checkpoint(folder / f"step-{step:06d}", step)
@@ -71,7 +86,9 @@ def write_or_explain(path: Path, fill: Callable[[Path], None]) -> None:
     def explained(folder: Path) -> None:
         try:
             fill(folder)
-        except _WRITE_ERRORS as error:  # here what fills the disk is still on it
+        except Exception as error:  # here what fills the disk is still on it
+            if not is_write_error(error):
+                raise
             raise SaveError(f"{path} could not be written: {_reason(error, folder)}") from error
 
     try:
@@ -80,33 +97,53 @@ def write_or_explain(path: Path, fill: Callable[[Path], None]) -> None:
         raise SaveError(f"{path} could not be written: {_reason(error, path.parent)}") from error
 
 
+def is_write_error(error: Exception) -> bool:
+    """Whether a library may have raised it because a file could not be written: torch.save's are RuntimeErrors, those
+    of tokenizers plain Exceptions, those of DCP a class of their own."""
+    known = isinstance(error, (OSError, RuntimeError, SafetensorError)) or type(error) is Exception
+    return known or type(error).__name__ == "CheckpointException"
+
+
 def _reason(error: Exception, folder: Path) -> str:
     """In a few words. torch.save says "unexpected pos" of a full disk."""
-    if shutil.disk_usage(folder).free < 2**20:
-        return "no space left on the disk"
+    try:
+        if shutil.disk_usage(folder).free < 2**20:
+            return "no space left on the disk"
+    except OSError:
+        pass  # the disk is gone; the error says more
     return getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def find(folder: Path) -> list[Checkpoint]:
     """All checkpoints that have their name, oldest first; some may be damaged."""
-    named = [(p, _NAME.fullmatch(p.name)) for p in folder.glob("step-*")]
+    named = [(p, _NAME.fullmatch(p.name)) for p in folder.glob("step-*") if p.is_dir()]
     return sorted((Checkpoint(p, int(m[1])) for p, m in named if m), key=lambda c: c.step)
 
 
-def newest_sound(folder: Path, log: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that is whole; every newer one is reported in a line. None when there is no checkpoint.
+def newest_sound(
+    folder: Path, log: Callable[[str], None], stranger: Callable[[Checkpoint], str | None] = lambda _: None
+) -> Checkpoint | None:
+    """The newest checkpoint that is whole and the run's; every newer one is reported in a line. None when there is no
+    checkpoint.
 
-    Raises TrapoError when there are some and all are damaged: starting anew would be a loss that nobody asked for.
+    stranger: why a whole checkpoint is not the run's, None for one that is.
+    Raises TrapoError when there are some and none can be used: starting anew would be a loss that nobody asked for.
     """
     found = find(folder)
+    why = "damaged"
     for checkpoint in reversed(found):
         damage = find_damage(checkpoint.path)
-        if damage is None:
+        if damage is not None:
+            log(f"checkpoint {checkpoint.path} is damaged ({damage}) and not used")
+            continue
+        reason = stranger(checkpoint)
+        if reason is None:
             return checkpoint
-        log(f"checkpoint {checkpoint.path} is damaged ({damage}) and not used")
+        log(f"checkpoint {checkpoint.path} is not of this run ({reason}) and not used")
+        why = "damaged or of another run"
     if found:
         raise TrapoError(
-            f"run_dir: every checkpoint in {folder} is damaged; delete that folder to start the run from step 0"
+            f"run_dir: every checkpoint in {folder} is {why}; delete that folder to start the run from step 0"
         )
     return None
 
@@ -115,18 +152,22 @@ def prune(folder: Path, keep: int, also: Collection[int] = ()) -> None:
     """Remove all but the newest `keep` checkpoints and those of the steps `also`."""
     for old in find(folder)[:-keep]:
         if old.step not in also:
-            remove(old)
+            discard(old)
 
 
-def remove(checkpoint: Checkpoint) -> None:
+def discard(checkpoint: Checkpoint) -> None:
     """Delete a checkpoint. It loses its name first: a kill must not leave half of it under that name."""
-    doomed = checkpoint.path.with_name(f".tmp-{checkpoint.path.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
+    doomed = temporary(checkpoint.path)
+    remove(doomed)
     checkpoint.path.rename(doomed)
-    shutil.rmtree(doomed)
+    remove(doomed)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Delete what a killed save or removal left behind."""
-    for path in folder.glob(".tmp-*"):
-        shutil.rmtree(path)
+def set_aside(checkpoint: Checkpoint) -> Path:
+    """Take a checkpoint that is not the run's out of the way: it may be somebody's only copy."""
+    number, aside = 0, checkpoint.path.with_name(f"not-used-{checkpoint.path.name}")
+    while aside.exists():
+        number += 1
+        aside = checkpoint.path.with_name(f"not-used-{checkpoint.path.name}-{number}")
+    checkpoint.path.rename(aside)
+    return aside

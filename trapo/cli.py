@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import signal
 import sys
 from enum import Enum
 from pathlib import Path
@@ -21,6 +22,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # which would eat [aime24,math500] in a help text
     help="TRAPO: SFT on expert prefixes inside a trust region, RL on the model's own continuation.",
 )
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file or the name of a preset")]
@@ -29,13 +31,31 @@ Overrides = Annotated[
 ]
 
 
-# What a write is answered with when the disk, a quota or a size limit is full.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What the disk, its file system or its rights answer: nothing that a traceback would explain better.
+_DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENOENT),
+    *(
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ENAMETOOLONG,
+        errno.EBUSY,
+        errno.ESTALE,
+        errno.ENODEV,
+        errno.ENXIO,
+        errno.ELOOP,
+    ),
+    *(errno.EMFILE, errno.ENFILE, errno.EXDEV),
+)
 
 
 class IfFinished(str, Enum):
     stop = "stop"
     restart = "restart"
+
+
+class IfChanged(str, Enum):
+    stop = "stop"
+    proceed = "continue"
 
 
 @app.command()
@@ -46,8 +66,12 @@ def train(
         IfFinished,
         typer.Option(help="what to do when run_dir holds a finished run: stop, or delete it and restart"),
     ] = IfFinished.stop,
+    if_changed: Annotated[
+        IfChanged,
+        typer.Option(help="what to do when data or reward code changed since the run began: stop, or continue with it"),
+    ] = IfChanged.stop,
 ) -> None:
-    """Train; an interrupted run in the same run_dir is continued."""
+    """Train; an interrupted run in the same run_dir is continued, and with more train.steps so is a finished one."""
     from trapo.config import load_config
 
     settings = load_config(config, overrides or [])
@@ -57,13 +81,18 @@ def train(
 
     console = _console()
     try:
-        summary = trainer.train(settings, console=console, restart_finished=if_finished is IfFinished.restart)
-    except KeyboardInterrupt:
-        print("trapo: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        summary = trainer.train(
+            settings,
+            console=console,
+            restart_finished=if_finished is IfFinished.restart,
+            accept_changed=if_changed is IfChanged.proceed,
+        )
+    except KeyboardInterrupt:  # while the run was not under way, or not any more
+        print("trapo: interrupted; the same command goes on where the run in run_dir is", file=sys.stderr)
         raise typer.Exit(130) from None
     except Stopped as stopped:
-        console.print(f"trapo: {stopped}; the same command continues from there", markup=False, highlight=False)
-        raise typer.Exit(0) from None
+        console.print(f"trapo: {stopped}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(130 if stopped.number == signal.SIGINT else 0) from None
     if summary:  # the first rank's
         _print_summary(console, Path(settings.run_dir), summary)
 
@@ -88,7 +117,7 @@ def evaluate(config: ConfigArgument, overrides: Overrides = None) -> None:
     from trapo import evaluate as evaluation
 
     result = evaluation.evaluate_model(settings, log=log)
-    console.print(f"{settings.data.eval}: accuracy {result}", highlight=False)
+    log(f"{settings.data.eval}: accuracy {result}")
     if settings.eval.samples > 1:
         console.print("  ".join(f"pass@{k} {value:.1%}" for k, value in result.pass_at.items()), highlight=False)
 
@@ -171,7 +200,7 @@ def report(
         page = write_report(runs[0])
     else:
         page = write_comparison(runs, out or Path("report.html"))
-    _console().print(str(page), highlight=False)
+    _console().print(str(page), markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -183,9 +212,9 @@ def main() -> None:
         print(f"trapo: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in _DISK:
             raise
-        print(f"trapo: {error.filename or 'a file'} could not be written: {error.strerror}", file=sys.stderr)
+        print(f"trapo: {error.filename or 'a file'} could not be read or written: {error.strerror}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -230,6 +259,7 @@ def _print_summary(console: Console, run_dir: Path, summary: dict) -> None:
     )
     console.print(
         f"{run_dir}/report.html  {run_dir}/summary.json  {run_dir}/final (loads with transformers)",
+        markup=False,
         highlight=False,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -57,14 +58,16 @@ class Display:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.console.is_terminal:
-            self.live.stop()
+            with contextlib.suppress(OSError):
+                self.live.stop()
 
     def status(self, message: str) -> None:
         self.progress.update(self.task, description=message)
 
     def note(self, message: str) -> None:
         """A line that stays above the table."""
-        self.console.print(message, highlight=False, markup=False)
+        with contextlib.suppress(OSError):  # a terminal that was closed, a pipe that nobody reads: the run goes on
+            self.console.print(message, highlight=False, markup=False)
 
     def update(self, row: Row) -> None:
         self.rows.append(row)
@@ -92,7 +95,8 @@ class Display:
 
     def _print_line(self, cells: Sequence[str]) -> None:
         padded = [cell.rjust(width) for cell, width in zip(cells, self.widths, strict=True)]
-        self.console.print((" " * GAP).join(padded), highlight=False, markup=False, soft_wrap=True)
+        with contextlib.suppress(OSError):
+            self.console.print((" " * GAP).join(padded), highlight=False, markup=False, soft_wrap=True)
 
 
 def table_columns(ratios: Sequence[float]) -> list[Column]:

@@ -20,6 +20,7 @@ from trapo.model import load_model
 from trapo.ranks import Scorer
 from trapo.rollout import Engine, Request, make_engine
 from trapo.rollout.guard import AgreementGuard, plain_scorer, unanswered
+from trapo.run_dir import refuse_unwritable
 from trapo.sampling import load_eval_set
 from trapo.scoring import FailureNotes, make_pool, score_texts
 from trapo.stats import bootstrap_interval, mean_interval, pass_at_k, wilson_interval
@@ -68,7 +69,9 @@ class EvalResult:
 
 
 def evaluate_model(config: Config, log: Callable[[str], None]) -> EvalResult:
-    """`trapo eval`: model.path on data.eval. Raises TrapoError when data.eval is missing or cannot be read."""
+    """`trapo eval`: model.path on data.eval. Raises TrapoError when data.eval is missing or cannot be read, or run_dir
+    cannot be written."""
+    refuse_unwritable(Path(config.run_dir))
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     model, tokenizer = load_model(config.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -10,21 +11,69 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trapo.errors import TrapoError
+
+
+def temporary(path: Path) -> Path:
+    """A neighbour to write first; of a long name it has the digest, so that its own is not too long."""
+    name = path.name if len(os.fsencode(path.name)) <= 200 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
+    return path.with_name(f".tmp-{name}")
+
 
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file through a temporary neighbour, fsync and rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
+    half = temporary(path)
+    remove(half)
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        # Neither a file nor a link that somebody else has put there meanwhile is written to.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        with open(os.open(half, flags, 0o666), "w", encoding="utf-8", newline="") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        half.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            half.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link (not what it points to) or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError when no file can be made in the folder, which need not be there yet. Leaves nothing behind."""
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".tmp-probe-{os.getpid()}"
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        probe.unlink()
+    finally:
+        for made in missing:
+            with contextlib.suppress(OSError):
+                made.rmdir()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises TrapoError in one line for one that is damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise TrapoError(f"{path}: damaged: not JSON") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -54,18 +103,18 @@ def write_folder_atomic(path: Path, fill: Callable[[Path], None]) -> None:
 
     A failure removes what was written (its space may be what the disk lacks) and leaves the older one.
     """
-    temporary, replaced = path.with_name(f".tmp-{path.name}"), path.with_name(f".tmp-old-{path.name}")
-    for leftover in (temporary, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    half, replaced = temporary(path), temporary(path.with_name(f"old-{path.name}"))
+    for leftover in (half, replaced):
+        remove(leftover)
+    half.mkdir(parents=True)
     try:
-        fill(temporary)
-        sync_tree(temporary)
+        fill(half)
+        sync_tree(half)
         if path.exists():
             path.rename(replaced)
-        temporary.rename(path)
+        half.rename(path)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(half, ignore_errors=True)
         if replaced.exists() and not path.exists():
             replaced.rename(path)
         raise

@@ -145,6 +145,11 @@ class Learner:
                 optimizer = scatter_optimizer_state(optimizer, self.parameters)
             self.optimizer.load_state_dict(optimizer)
         self.scheduler.load_state_dict(state["scheduler"])
+        # What it was, unless train.steps has grown: then the next step's rate is that of the longer schedule.
+        factor = lr_factor(self.scheduler.last_epoch, self.config.optim, self.config.train.steps)
+        self.scheduler._last_lr = [base * factor for base in self.scheduler.base_lrs]
+        for group, lr in zip(self.optimizer.param_groups, self.scheduler._last_lr, strict=True):
+            group["lr"] = lr
 
     def _minibatches(self, rollouts: Sequence[Rollout], seed: int) -> list[list[Rollout]]:
         count = min(self.config.train.updates_per_step, len(rollouts))

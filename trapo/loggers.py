@@ -76,7 +76,7 @@ class WandbLogger:
                 project=os.environ.get("WANDB_PROJECT", "trapo"),
                 id=id_file.read_text().strip(),
                 resume="allow",
-                name=run_dir.path.name,
+                name=run_dir.path.resolve().name,
                 dir=str(run_dir.path),
                 config=plain_tree(config),
             )

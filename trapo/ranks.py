@@ -10,8 +10,10 @@ A run of one process never imports torch.distributed from here.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -61,18 +63,18 @@ class Ranks:
         return any(self.gather([flag]))
 
     def once(self, function: Callable[[], T]) -> T:
-        """What function() gives on the first rank, which alone calls it, on every rank. Its TrapoError is raised on
-        all."""
+        """What function() gives on the first rank, which alone calls it, on every rank. Its TrapoError or OSError is
+        raised on all."""
         if self.world == 1:
             return function()
-        found: list[T | TrapoError] = []
+        found: list[T | TrapoError | OSError] = []
         if self.first:
             try:
                 found.append(function())
-            except TrapoError as error:
+            except (TrapoError, OSError) as error:
                 found.append(error)
         (result,) = self.gather(found)
-        if isinstance(result, TrapoError):
+        if isinstance(result, (TrapoError, OSError)):
             raise result
         return result
 
@@ -104,7 +106,27 @@ def leave(ranks: Ranks) -> None:
     if ranks.world > 1:
         import torch.distributed as dist
 
-        dist.destroy_process_group()
+        with contextlib.suppress(RuntimeError):  # the others may be gone
+            dist.destroy_process_group()
+
+
+def lost_rank(ranks: Ranks, error: RuntimeError) -> TrapoError | None:
+    """The error of a run whose other processes are gone, if that is what `error` says; None for any other."""
+    if ranks.world == 1:
+        return None
+    text = str(error).strip() or type(error).__name__
+    if not isinstance(error, torch.distributed.DistError) and not _LOST.search(text):
+        return None
+    return TrapoError(
+        f"rank {ranks.rank} of {ranks.world}: another rank is gone ({text.splitlines()[0][:200]}); the same command "
+        "continues from the last checkpoint"
+    )
+
+
+# What gloo and NCCL say of a peer that died. They raise plain RuntimeErrors as often as their own.
+_LOST = re.compile(
+    r"connection (closed|reset)|broken pipe|gloo|nccl|timed out|remote process|recvvalue|process group", re.IGNORECASE
+)
 
 
 class Scorer(Protocol):

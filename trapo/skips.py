@@ -35,6 +35,16 @@ class SkipLimit:
                 f"gradient that was not finite; the weights are as they were. Look at {self.run_dir.metrics}"
             )
 
+    def refuse_nothing_learnt(self) -> None:
+        """Raises TrapoError at the end of a run all of whose updates were skipped."""
+        rows = self.run_dir.rows()
+        skipped = sum(row["skipped_steps"] for row in rows)
+        if skipped and not sum(row["optimizer_steps"] for row in rows):
+            raise TrapoError(
+                f"no update of the run had a finite loss and gradient ({skipped} skipped), so the weights are as they "
+                f"were. Look at the rewards and {self.run_dir.metrics}"
+            )
+
     def _count(self, row: Mapping[str, Any]) -> None:
         """A step without anything to learn neither counts nor breaks the row."""
         if row["optimizer_steps"]:

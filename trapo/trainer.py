@@ -11,7 +11,8 @@ import functools
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,22 @@ from trapo.config import Config
 from trapo.display import Display
 from trapo.encode import EncodedProblem, decode_text
 from trapo.evaluate import evaluate
+from trapo.finite import refuse_not_finite
+from trapo.inputs import changed_inputs, fingerprints, refuse_changed
 from trapo.learner import Learner, Update
 from trapo.loggers import HISTOGRAM, Loggers, check_loggers
+from trapo.manifest import write_manifest
 from trapo.metrics import peak_memory_gb, rollout_metrics
 from trapo.model import load_model
 from trapo.modes import Phase, phases
-from trapo.ranks import ALONE, Ranks, Scorer, SharedRewards, join, leave
+from trapo.ranks import ALONE, Ranks, Scorer, SharedRewards, join, leave, lost_rank
 from trapo.report import write_report
 from trapo.rewards import Reward
 from trapo.rollout import make_engine
 from trapo.rollout.guard import AgreementGuard, unanswered
 from trapo.rollout_log import rollout_row, sample_rollouts
 from trapo.run_dir import RunDir, append_rows
+from trapo.run_lock import RunLock
 from trapo.sampling import derive_seed, load_eval_set, load_train_set, problems_at
 from trapo.scoring import FailureNotes, make_pool, score_texts
 from trapo.sharding import save_shards, shard_over
@@ -48,21 +53,32 @@ from trapo.timing import StepTimer
 from trapo.weights import writer
 
 
-def train(config: Config, *, console: Console, restart_finished: bool = False) -> dict[str, Any]:
+def train(
+    config: Config, *, console: Console, restart_finished: bool = False, accept_changed: bool = False
+) -> dict[str, Any]:
     """Run a training run, or continue it from its last checkpoint; returns what is in its summary.json.
 
     Under torchrun all ranks call it together; the first one shows and writes, the others return {}.
-    Raises TrapoError for input that cannot be used, before anything is generated or trained, and Stopped after SIGTERM
-    when everything that is worth keeping is saved.
+    restart_finished: a finished run is replaced. accept_changed: data or code that changed since the run began is no
+    reason not to continue it.
+    Raises TrapoError for input that cannot be used, before anything is generated or trained, and Stopped after SIGTERM,
+    SIGINT or SIGHUP when everything that is worth keeping is saved.
     """
     ranks = join()
     try:
-        return _train(config, console if ranks.first else Console(quiet=True), restart_finished, ranks)
+        shown = console if ranks.first else Console(quiet=True)
+        return _train(config, shown, ranks, restart_finished=restart_finished, accept_changed=accept_changed)
+    except RuntimeError as error:
+        if lost := lost_rank(ranks, error):
+            raise lost from error
+        raise
     finally:
         leave(ranks)
 
 
-def _train(config: Config, console: Console, restart_finished: bool, ranks: Ranks) -> dict[str, Any]:
+def _train(
+    config: Config, console: Console, ranks: Ranks, *, restart_finished: bool, accept_changed: bool
+) -> dict[str, Any]:
     run_dir = RunDir(Path(config.run_dir))
     plan = phases(config)
     check_loggers(config)
@@ -71,16 +87,41 @@ def _train(config: Config, console: Console, restart_finished: bool, ranks: Rank
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     pool = make_pool(config)
-    with pool, StopSignal(ranks) as stop:
+    with pool, StopSignal(ranks) as stop, ExitStack() as held:
+        files = ranks.once(lambda: _inputs(config, plan, run_dir, resume_from, accept_changed, log))
         scorer = pool if ranks.world == 1 else SharedRewards(pool, ranks)
         trainer = Trainer(config, plan, run_dir, scorer, stop, console, resume_from, ranks)
-        ranks.once(lambda: run_dir.claim(config, resume_from))
+
+        def claim() -> None:
+            held.enter_context(RunLock(run_dir.path, log))
+            run_dir.claim(config, resume_from, files, log)
+
+        ranks.once(claim)
         with (
             Loggers(config, run_dir, trainer.step, enabled=ranks.first) as loggers,
             Display(console, config.train.steps, trainer.step, trainer.ratios) as display,
         ):
             trainer.run(display, loggers)
         return trainer.finish()
+
+
+def _inputs(
+    config: Config,
+    plan: list[Phase],
+    run_dir: RunDir,
+    resume_from: checkpoint.Checkpoint | None,
+    accept_changed: bool,
+    log: Callable[[str], None],
+) -> dict[str, str]:
+    """SHA-256 of the files that the run reads. Raises TrapoError where a run that goes on would read others."""
+    again = resume_from is None or config.lora.rank > 0 or any(phase.objective.kl_coef for phase in plan)
+    now = fingerprints(config, model=again)
+    if run_dir.inputs is not None and run_dir.has_results():
+        if not accept_changed:
+            refuse_changed(run_dir.inputs.files, now, run_dir.path)
+        if changed := changed_inputs(run_dir.inputs.files, now):
+            log(f"{', '.join(changed)}: the contents have changed since the run began; it goes on with the new ones")
+    return now
 
 
 class Trainer:
@@ -104,7 +145,7 @@ class Trainer:
         if resume_from is not None:
             source = dataclasses.replace(source, path=str(resume_from.path))
             log(f"continuing {run_dir.path} after step {resume_from.step}")
-        self.model, self.tokenizer = load_model(source)
+        self.model, self.tokenizer = load_model(source, check=resume_from is None)  # `look` has checked it
         lora.attach(self.model, config.lora, base=config.model.path, seed=derive_seed(config.seed, "lora"))
         shard_over(self.model, ranks, config.train.precision)
         self.train_set = load_train_set(config, plan, self.tokenizer, log)
@@ -136,17 +177,24 @@ class Trainer:
         return self.seconds_before + time.monotonic() - self.started
 
     def run(self, display: Display, loggers: Loggers) -> None:
-        """Evaluate, train the remaining steps, evaluate. Raises Stopped after SIGTERM, all finished steps saved."""
+        """Evaluate, train the remaining steps, evaluate. Raises Stopped after a signal, all finished steps saved."""
         try:
             self._run(display, loggers)
-        except Stopped:
+        except Stopped as stopped:
             if self.step > self.saved_step:
                 self._save(display, must=True)
-            raise Stopped(f"stopped by SIGTERM after step {self.step}") from None
+            what = f"stopped by {self.stop.name} after step {self.step}"
+            raise Stopped(f"{what}; {self._what_next()}", number=stopped.number) from None
+
+    def _what_next(self) -> str:
+        if self.saved_step:
+            return "the same command continues from there"
+        return "there is nothing to save yet, and the same command starts at step 1"
 
     def _run(self, display: Display, loggers: Loggers) -> None:
         self._check_engine(unanswered(self.train_set[:4]))
-        if self.config.eval.before and self.step == 0:
+        # An interruption may have fallen into the evaluation that follows a step, or a save and that.
+        if self._evaluation_due():
             self._evaluate(display, loggers)
         while self.step < self.config.train.steps:
             display.status("training")
@@ -159,9 +207,16 @@ class Trainer:
             self.skips.check(row, display.note)
             if self._save_due():
                 self._save(display)
-            if self._due(self.config.eval.every) and self.step < self.config.train.steps:
+            if self._evaluation_due():
                 self._evaluate(display, loggers)
+        self.ranks.once(self.skips.refuse_nothing_learnt)
         self._evaluate(display, loggers)
+
+    def _evaluation_due(self) -> bool:
+        """Whether an evaluation belongs between the step that was made last and the next one."""
+        if self.step == 0:
+            return self.config.eval.before
+        return self._due(self.config.eval.every) and self.step < self.config.train.steps
 
     def _train_step(self, phase: Phase, problems: Sequence[EncodedProblem]) -> dict[str, Any]:
         seed = derive_seed(self.config.seed, "step", self.step)
@@ -188,6 +243,7 @@ class Trainer:
             self.engine.rest()
         with self.timer.part("update"):
             update = self.learner.update(rollouts, phase.objective, seed=seed, timer=self.timer)
+        refuse_not_finite(self.model, self.ranks, self.step + 1, self.saved_step, trained=True)
         with self.timer.part("sync"):
             self.engine.sync(self.model)
             mismatch = self._check_engine(rollouts)
@@ -261,7 +317,7 @@ class Trainer:
             result.save(path)
         loggers.evaluation(self.step, result)
         display.note(f"held-out accuracy after step {self.step}: {result}")
-        self._prune()
+        self._prune(display)
 
     def _save_due(self) -> bool:
         """At checkpoint.every, at the end, and wherever an evaluation may find the best weights so far."""
@@ -273,12 +329,18 @@ class Trainer:
     def _save(self, display: Display, *, must: bool = False) -> None:
         """A checkpoint of now. One that cannot be written is reported and training goes on (unless it `must`)."""
         display.status("saving")
+        refuse_not_finite(self.model, self.ranks, self.step, self.saved_step)
         state = {"learner": self.learner.state_dict(), "seconds": self.seconds}
         folder = self.run_dir.checkpoints
         write = writer(self.model, self.tokenizer, final=False, keep=self.ranks.first)
-        shards = save_shards(folder, self.model, self.learner.optimizer, self.ranks)
+
+        def save(shards: Path | None) -> None:
+            record = self.run_dir.record(self.config, self.step)
+            checkpoint.save(folder, self.step, write, state, shards, record)
+
         try:
-            self.ranks.once(lambda: checkpoint.save(folder, self.step, write, state, shards))
+            shards = self._save_shards(folder)
+            self.ranks.once(lambda: save(shards))
         except checkpoint.SaveError as error:
             if must:
                 raise
@@ -286,20 +348,37 @@ class Trainer:
             display.note(f"no checkpoint after step {self.step}: {error}; training goes on, last checkpoint: {kept}")
             return
         self.saved_step = self.step
-        self._prune()
+        self._prune(display)
 
-    def _prune(self) -> None:
+    def _save_shards(self, folder: Path) -> Path | None:
+        failed: list[str] = []
+        shards = None
+        try:
+            shards = save_shards(folder, self.model, self.learner.optimizer, self.ranks)
+        except Exception as error:
+            if not checkpoint.is_write_error(error) or lost_rank(self.ranks, RuntimeError(str(error))):
+                raise
+            failed.append(str(error).strip().splitlines()[0])
+        if failed := self.ranks.gather(failed):
+            raise checkpoint.SaveError(f"{folder} could not be written: {failed[0]}")
+        return shards
+
+    def _prune(self, display: Display) -> None:
         settings = self.config.checkpoint
         if self.ranks.first:
-            best = self.run_dir.best_steps(settings.keep_best)
-            checkpoint.prune(self.run_dir.checkpoints, settings.keep, also=best)
+            try:
+                best = self.run_dir.best_steps(settings.keep_best)
+                checkpoint.prune(self.run_dir.checkpoints, settings.keep, also=best)
+            except OSError as error:
+                display.note(f"an old checkpoint could not be removed: {error.strerror}; training goes on")
 
     def finish(self) -> dict[str, Any]:
         """Write the final model, the report and, last of all, the summary."""
+        refuse_not_finite(self.model, self.ranks, self.step, self.saved_step)
         write = writer(self.model, self.tokenizer, final=True, keep=self.ranks.first)
         if not self.ranks.first:
             return {}
-        checkpoint.write_or_explain(self.run_dir.final, write)
+        checkpoint.write_or_explain(self.run_dir.final, lambda path: _with_manifest(path, write))
         summary = summarise(self.run_dir, self.config, self.step, self.seconds)
         write_report(self.run_dir.path, summary)
         self.run_dir.finish(summary)
@@ -325,3 +404,11 @@ class Trainer:
         reference = load_model(self.config.model)[0].requires_grad_(False)
         shard_over(reference, self.ranks, self.config.train.precision)
         return reference
+
+
+def _with_manifest(path: Path, write: Callable[[Path], None]) -> None:
+    """The final model, so that damage to it is seen when it is loaded; an adapter in it can be taken alone."""
+    write(path)
+    for folder in (path / "adapter", path):
+        if folder.is_dir():
+            write_manifest(folder)
