@@ -32,7 +32,7 @@ from trapo.stopping import Stopped, StopSignal
 
 PROMPT = "data.system_prompt=Write ${x} #1: \\${y}"  # which has to survive config.yaml and the report
 SHORT = ("train.steps=4", "eval.every=2", "train.updates_per_step=1", "train.prompts_per_step=1", PROMPT)
-SMALL = ("rollout.max_response_tokens=8", "log.rollouts_every=1", "optim.schedule=constant", "checkpoint.keep=2")
+SMALL = ("rollout.max_response_tokens=20", "log.rollouts_every=1", "optim.schedule=constant", "checkpoint.keep=2")
 
 
 class Killed(BaseException):
