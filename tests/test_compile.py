@@ -362,8 +362,13 @@ def test_opcheck_of_divergence(kind):
     torch.library.opcheck(torch.ops.trapo_kernels.divergence.default, arguments)
 
 
+def test_opcheck_of_sums_of_later():
+    row = torch.tensor([2, 0, 2, 2, 1, 0])
+    torch.library.opcheck(torch.ops.trapo_kernels.sums_of_later.default, (torch.randn(6), row))
+
+
 def test_every_operator_of_the_library_is_checked_here():
-    checked = {"token_values", "token_values_backward", "policy_loss", "divergence"}
+    checked = {"token_values", "token_values_backward", "policy_loss", "divergence", "sums_of_later"}
     names = {
         name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "trapo_kernels::" in name
     }

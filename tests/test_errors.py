@@ -112,7 +112,8 @@ WRONG = [
         "old_logprobs must be on the device of targets, cpu; got meta",
     ),
     ({"mask": torch.ones(N)}, TypeError, "mask must be bool; got float32"),
-    ({"expert_mask": torch.ones(N, dtype=torch.int64)}, TypeError, "expert_mask must be bool; got int64"),
+    ({"expert_mask": torch.full((N,), 2)}, ValueError, "expert_mask must be bool, or 0 and 1; got 2"),
+    ({"mask": torch.full((N,), -1, dtype=torch.int8)}, ValueError, "mask must be bool, or 0 and 1; got -1"),
     ({"mask": torch.ones(N + 1, dtype=torch.bool)}, ValueError, "mask must be [4] as targets; got [5]"),
     ({"normalizer": 0}, ValueError, "normalizer must be a number above 0 or a 0-dim tensor; got 0"),
     ({"normalizer": "8"}, ValueError, "normalizer must be a number above 0 or a 0-dim tensor; got '8'"),
@@ -121,6 +122,62 @@ WRONG = [
         {"normalizer": torch.ones(2)},
         ValueError,
         "normalizer must be a number above 0 or a 0-dim tensor; got shape [2]",
+    ),
+    (
+        {"normalizer": torch.tensor(torch.inf)},
+        ValueError,
+        "normalizer must be a number above 0 or a 0-dim tensor; got inf",
+    ),
+    (
+        {"normalizer": torch.tensor(torch.nan)},
+        ValueError,
+        "normalizer must be a number above 0 or a 0-dim tensor; got nan",
+    ),
+    ({"normalizer": float("inf")}, ValueError, "normalizer must be a number above 0 or a 0-dim tensor; got inf"),
+    ({"normalizer": 10**400}, ValueError, "normalizer must be a number above 0 or a 0-dim tensor; got 1000"),
+    ({"normalizer": True}, ValueError, "normalizer must be a number above 0 or a 0-dim tensor; got True"),
+    ({"statistics": None}, TypeError, "statistics must be a sequence of names among 'top20_mass', "),
+    ({"statistics": [3]}, ValueError, "statistics must be among 'top20_mass', "),
+    ({"skip_inactive": "yes"}, TypeError, "skip_inactive must be True or False; got 'yes'"),
+    (
+        {"grad_tolerance": torch.ones(2, 2)},
+        ValueError,
+        "grad_tolerance must be a number in [0, 1); got a tensor of shape",
+    ),
+    ({"sequence_ids": [0, 0, 1, 1]}, TypeError, "sequence_ids must be a tensor; got list"),
+    ({"sequence_ids": torch.zeros(N)}, TypeError, "sequence_ids must be int64; got float32"),
+    ({"ref_hidden": [1], "ref_weight": torch.zeros(V, D)}, TypeError, "ref_hidden must be a tensor; got list"),
+    (
+        {"ref_hidden": torch.zeros(N + 1, D), "ref_weight": torch.zeros(V, D)},
+        ValueError,
+        "ref_hidden must be [..., D'] with",
+    ),
+    (
+        {"ref_hidden": torch.zeros(N, D), "ref_weight": torch.zeros(V + 1, D)},
+        ValueError,
+        "ref_weight must have V=7 rows",
+    ),
+    ({"weight": torch.zeros(V, D).to_sparse()}, TypeError, "weight must be a dense tensor; got a sparse_coo one"),
+    ({"hidden": torch.zeros(N, D).to_sparse_csr()}, TypeError, "hidden must be a dense tensor; got a sparse_csr one"),
+    (
+        {"temperature": torch.ones(4, 1)},
+        ValueError,
+        "temperature must be a finite number above 0; got a tensor of shape [4, 1]",
+    ),
+    ({"temperature": torch.tensor(-1.0)}, ValueError, "temperature must be a finite number above 0; got tensor(-1.)"),
+    ({"softcap": "30"}, ValueError, "softcap must be a finite number above 0 or None; got '30'"),
+    ({"ignore_index": 10**30}, ValueError, "ignore_index must be an int of 64 bits; got 1000000"),
+    ({"ignore_index": -100.0}, TypeError, "ignore_index must be an int; got -100.0"),
+    (
+        {"backend": []},
+        ValueError,
+        "backend must be one of 'cuda', 'triton', 'cpu', 'torch', 'reference' or None; got []",
+    ),
+    ({"backend": torch.ones(2)}, ValueError, "backend must be one of 'cuda', 'triton', 'cpu', 'torch', 'reference'"),
+    (
+        {"backend": ""},
+        ValueError,
+        "backend must be one of 'cuda', 'triton', 'cpu', 'torch', 'reference' or None; got ''",
     ),
     ({"temperature": 0.0}, ValueError, "temperature must be a finite number above 0; got 0.0"),
     ({"softcap": -1.0}, ValueError, "softcap must be a finite number above 0 or None; got -1.0"),
@@ -144,12 +201,24 @@ def test_the_loss_refuses(wrong, kind, message):
     assert "\n" not in text
 
 
-HEAD_ONLY = [w for w in WRONG if not {"objective", "advantages", "mask", "expert_mask", "normalizer"} & set(w[0])]
+SHARED = {
+    "hidden",
+    "weight",
+    "bias",
+    "targets",
+    "temperature",
+    "softcap",
+    "logit_scale",
+    "ignore_index",
+    "backend",
+    "group",
+}
+HEAD_ONLY = [w for w in WRONG if set(w[0]) <= SHARED]
 
 
 @pytest.mark.parametrize(
     ("wrong", "kind", "message"),
-    [w for w in HEAD_ONLY if "old_logprobs" not in w[0]],
+    HEAD_ONLY,
     ids=lambda value: value[:60] if isinstance(value, str) else "",
 )
 def test_logprobs_refuse_the_same(wrong, kind, message):
@@ -177,3 +246,49 @@ def test_from_logits_forms_refuse(logits, targets, kind, message):
 def test_targets_of_masked_tokens_may_be_anything():
     out = call(targets=torch.tensor([0, 10**9, -7, 1]), mask=torch.tensor([True, False, False, True]))
     assert out.metrics["tokens"] == 2
+
+
+def test_what_is_not_a_flag_is_refused_on_every_backend():
+    for backend in ("torch", "reference", None):
+        with pytest.raises(TypeError, match="linear_logprobs: entropy must be True or False; got 'x'"):
+            tk.linear_logprobs(GOOD["hidden"], GOOD["weight"], GOOD["targets"], entropy="x", backend=backend)
+
+
+def test_advantages_of_one_token_without_dimensions():
+    arguments = {"hidden": torch.zeros(D), "targets": torch.tensor(1), "advantages": torch.tensor(2.0)}
+    assert call(**arguments).loss == -2
+    with pytest.raises(ValueError, match=r"advantages must be \[\] as targets; got \[1\]"):
+        call(**{**arguments, "advantages": torch.ones(1)})
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"temprature": 0.7}, TypeError, "options must be among advantages, old_logprobs"),
+        ({"temperature": -0.7}, ValueError, "temperature must be a finite number above 0; got -0.7"),
+        ({"backend": "cudnn"}, ValueError, "backend must be one of 'cuda'"),
+        ({"skip_inactive": 3}, TypeError, "skip_inactive must be True or False; got 3"),
+        ({"grad_tolerance": 1}, ValueError, "grad_tolerance must be a number in [0, 1); got 1"),
+        ({"statistics": ["none"]}, ValueError, "statistics must be among"),
+    ],
+)
+def test_a_module_refuses_options_when_it_is_made(options, kind, message):
+    with pytest.raises(kind, match="^TrapoLoss: " + re.escape(message)) as error:
+        tk.TrapoLoss(tk.Objective.grpo(), **options)
+    assert "\n" not in str(error.value)
+    with pytest.raises(TypeError, match=r"^TrapoLoss: objective must be an Objective; got str"):
+        tk.TrapoLoss("grpo")
+
+
+def test_transforms_that_a_streamed_loss_is_not_for_name_the_function_that_was_called():
+    hidden, weight, targets = torch.zeros(3, 2, D), GOOD["weight"], torch.zeros(2, dtype=torch.int64)
+
+    def statistics(hidden):
+        return tk.linear_statistics(hidden, weight, targets, ["sum_sq"], backend="torch")["sum_sq"]
+
+    with pytest.raises(RuntimeError, match=r"^linear_statistics: a streamed loss is not for torch\.func transforms"):
+        torch.vmap(statistics)(hidden)
+    one = hidden[0].clone().requires_grad_()
+    out = tk.linear_logprobs(one, weight, targets, backend="torch").logprobs
+    with pytest.raises(RuntimeError, match=r"^linear_logprobs: is_grads_batched must be False"):
+        torch.autograd.grad(out, one, torch.ones(3, 2), is_grads_batched=True)

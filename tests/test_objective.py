@@ -37,7 +37,7 @@ def make_tokens(seed, n=64, dtype=torch.float64):
         rollout_logprobs=old + 0.5 * torch.randn(n, generator=g, dtype=dtype),
         target_logits=5 * random() - 2,
         statistics={"top20_mass": random(), "top20_entropy": 3 * random()},
-        sequences=tk.Sequences(torch.arange(n), n // 8, 8),
+        sequences=tk.Sequences.of_rows(n // 8, 8),
     )
 
 

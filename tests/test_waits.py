@@ -55,8 +55,7 @@ def waits(fn):
 @pytest.fixture(autouse=True)
 def _as_on_an_accelerator(monkeypatch):
     """Values are checked on the CPU alone (validate.py)."""
-    monkeypatch.setattr(validate, "check_range", lambda *_: None)
-    monkeypatch.setattr(validate, "check_normalizer", lambda *_: None)
+    monkeypatch.setattr(validate, "can_look", lambda *_: False)
 
 
 def test_the_counter_sees_what_would_wait():

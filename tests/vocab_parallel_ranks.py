@@ -168,11 +168,11 @@ def nothing_of_the_size_of_the_vocabulary_is_sent(group, rank, world):
         weight = shard(case.weight, rank, world)
         with torch.no_grad():
             tk.linear_logprobs(case.hidden, weight, case.targets, group=group)
-        assert sent == [("all_gather", 4 * world), ("all_reduce", 50), ("all_reduce", 150)], sent
+        assert sent == [("all_gather", 23 * world), ("all_reduce", 50), ("all_reduce", 150)], sent
         sent.clear()
         hidden = case.hidden.detach().clone().requires_grad_()
         tk.linear_policy_loss(hidden, weight, case.targets, EVERYTHING, group=group, **case.inputs).loss.backward()
-        assert sent == [("all_gather", 4 * world), ("all_reduce", 50), ("all_reduce", 200), ("all_reduce", 400)], sent
+        assert sent == [("all_gather", 23 * world), ("all_reduce", 50), ("all_reduce", 200), ("all_reduce", 400)], sent
     finally:
         for name, fn in real.items():
             setattr(dist, name, fn)
@@ -223,6 +223,66 @@ def what_cannot_be_is_refused_on_every_rank(group, rank, world):
     refused(ValueError, "hidden must be a plain tensor or a replicated DTensor", hidden=rows)
 
 
+def ranks_that_differ_are_told_so_and_never_wait(group, rank, world):
+    """One row an argument: what the odd rank gives in its place, and what the message names."""
+    case = make_case(20, VOCAB, dtype=torch.float32)
+    weight, odd = shard(case.weight, rank, world), rank == world - 1
+    ids = torch.arange(20) // 5
+    common = {
+        "hidden": case.hidden, "weight": weight, "targets": case.targets, "objective": GSPO, "sequence_ids": ids,
+        "group": group, **case.inputs,
+    }  # fmt: skip
+    swapped = case.targets.clone()
+    swapped[0], swapped[1] = 0, 2
+    other = swapped.clone()
+    other[0], other[1] = 2, 1  # Σ i · target is the same
+    wide = case.to(torch.float64)
+    rows = [
+        ("objectives", {"objective": tk.Objective.gspo()}),
+        ("objectives", {"objective": EVERYTHING}),
+        ("head options", {"temperature": 0.7}),
+        ("head options", {"softcap": 3.0}),
+        ("head options", {"ignore_index": -1}),
+        ("shapes and dtypes", {"hidden": wide.hidden, "weight": weight.double()}),
+        ("shapes and dtypes", {"bias": torch.zeros(weight.shape[0])}),
+        ("backends", {"backend": "reference"}),
+        ("trained parameters", {"hidden": case.hidden.detach()}),
+        ("given inputs", {"old_logprobs": None}),
+        ("mask", {"mask": ~case.inputs["mask"]}),
+        ("expert_mask", {"expert_mask": ~case.inputs["expert_mask"]}),
+        ("advantages", {"advantages": torch.zeros(20)}),
+        ("old_logprobs", {"old_logprobs": case.inputs["old_logprobs"] - 1}),
+        ("ref_logprobs", {"ref_logprobs": case.inputs["ref_logprobs"] - 1}),
+        ("rollout_logprobs", {"rollout_logprobs": case.inputs["rollout_logprobs"] - 1}),
+        ("sequence_ids", {"sequence_ids": ids + 1}),
+        ("normalizer", {"normalizer": 7.0}),
+        ("settings", {"skip_inactive": True}),
+        ("an error on rank", {"advantages": None}),
+        ("an error on rank", {"temperature": -1.0}),
+        ("an error on rank", {"weight": torch.zeros(3)}),
+        ("an error on rank", {"weight": None}),
+    ]
+    for named, wrong in rows:
+        with pytest.raises(Exception, match="linear_policy_loss: ") as error:
+            tk.linear_policy_loss(**{**common, **(wrong if odd else {})})
+        assert named in str(error.value) or (odd and named.startswith("an error")), (named, str(error.value))
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="got targets: different ones"):
+        tk.linear_logprobs(case.hidden, weight, other if odd else swapped, group=group)
+    with pytest.raises(ValueError, match="got the memory budget"), tk.budget_mb(20 + rank):
+        tk.linear_logprobs(case.hidden, weight, case.targets, group=group)
+    first = {name: common[name] for name in ("hidden", "weight", "targets", "group")}
+    function, arguments = (tk.linear_logprobs, first) if odd else (tk.linear_policy_loss, common)
+    with pytest.raises(ValueError, match="got functions: different ones"):
+        function(**arguments)
+    with torch.set_grad_enabled(not odd), pytest.raises(ValueError, match="got trained parameters: different ones"):
+        tk.linear_policy_loss(**common)
+    # After all that the group still works, and a backward whose rows differ is refused too.
+    out = tk.linear_logprobs(case.hidden, weight, case.targets, group=group)
+    with pytest.raises(ValueError, match="got gradients: different ones"):
+        out.logprobs[: 20 - rank].sum().backward()
+
+
 CHECKS = [
     loss_and_gradients_are_the_oracles_in_every_dtype,
     loss_and_gradients_are_the_oracles_under_every_head,
@@ -235,6 +295,7 @@ CHECKS = [
     nothing_of_the_size_of_the_vocabulary_is_sent,
     a_dtensor_weight_brings_its_group_and_gets_a_dtensor_gradient,
     what_cannot_be_is_refused_on_every_rank,
+    ranks_that_differ_are_told_so_and_never_wait,
 ]
 
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from .rows import triton as triton_rows
 from .rows.base import RowKernel
 from .scalars import shown
 
-__all__ = ["Backend", "backend_name", "backends", "default_backend", "pick", "set_backend"]
+__all__ = ["Backend", "backend_name", "backends", "check_backend", "default_backend", "pick", "set_backend"]
 
 ENV = "TRAPO_KERNELS_BACKEND"
 _ENV_NAMED = f"backend ({ENV})"
@@ -128,8 +129,7 @@ def pick(name: str | None, caller: str, device: torch.device, may_try: bool = Tr
 
 
 def _asked_for(caller: str, device: torch.device, name: str | None = None) -> Backend | None:
-    if name is not None and not (isinstance(name, str) and name):
-        raise ValueError(f"{caller}: backend must be one of {_names()} or None; got {shown(name)}")
+    check_backend(caller, name)
     for chosen, argument in ((name, "backend"), (_chosen, "backend (set_backend)"), (os.environ.get(ENV), _ENV_NAMED)):
         if chosen:
             return _able(_named(chosen, f"{caller}: {argument}"), f"{caller}: {argument}", device)
@@ -159,6 +159,12 @@ def _able(backend: Backend, argument: str, device: torch.device) -> Backend:
     if backend.device not in (None, device.type):
         raise ValueError(f"{argument} {backend.name!r} takes {backend.device} tensors; got {device.type}")
     return backend
+
+
+def check_backend(caller: str, name: Any) -> None:
+    """The name of a backend of this version, or None."""
+    if name is not None and not (isinstance(name, str) and name in backends()):
+        raise ValueError(f"{caller}: backend must be one of {_names()} or None; got {shown(name)}")
 
 
 def _names() -> str:

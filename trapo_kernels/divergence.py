@@ -92,7 +92,8 @@ def linear_divergence(
         beta: weight of the reference in the mixture of "jsd", in (0, 1).
         mask: [...] bool, None = all tokens; others cost nothing and give 0.
         weights: [...] of the tokens, constants; None = 1.
-        normalizer: a number above 0 or 0-dim tensor; None = the number of tokens in the mask, or 1.
+        normalizer: a number above 0 or 0-dim tensor (where 0 counts as 1), a constant; None = the number of tokens in
+            the mask, or 1.
         temperature, softcap, logit_scale: of both heads.
         ref_options: those of the three that are different for the reference.
         backend: "torch" (streamed), "reference" (materialises both); None = streamed.
@@ -103,6 +104,8 @@ def linear_divergence(
     caller = "linear_divergence"
     options = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
     head = validate.check_head(caller, **options)
+    hidden, weight, bias = validate.under_autocast(hidden, weight, bias)
+    ref_hidden, ref_weight, ref_bias = validate.under_autocast(ref_hidden, ref_weight, ref_bias)
     ref_head = validate.check_head(f"{caller}: ref_options", **{**options, **(ref_options or {})})
     _check(caller, (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias), kind, beta)
     shape = hidden.shape[:-1]
@@ -112,15 +115,14 @@ def linear_divergence(
     given, active = floats["weights"], hidden.new_ones(shape.numel(), dtype=torch.bool)
     if masks["mask"] is not None:
         active = masks["mask"].reshape(-1)
-    if normalizer is None:
-        normalizer = active.sum().clamp(min=1)
-    else:
-        validate.check_normalizer(caller, normalizer)
     of_tokens = hidden.new_ones(shape.numel(), dtype=dtype) if given is None else given.reshape(-1).to(dtype)
     params = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
     ref = (ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), ref_weight.detach(), _detached(ref_bias))
     wants = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in params)
-    scale = filled(normalizer, dtype, hidden.device)
+    if normalizer is None:
+        scale = filled(active.sum().clamp(min=1), dtype, hidden.device)
+    else:
+        scale = validate.divisor(caller, normalizer, dtype, hidden.device)
     if streamed and torch.compiler.is_compiling():
         total, tokens, *_ = torch.ops.trapo_kernels.divergence(
             *params, *ref, active, of_tokens, kind, beta, *head.options, *ref_head.options, *wants

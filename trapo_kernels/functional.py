@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 
 from . import columns, ops, reference, stream, validate, vocab_parallel
+from .agreement import agreed, shards_of
 from .dispatch import backend_name, pick
 from .divergence import linear_divergence
 from .head import Head
 from .metrics import policy_metrics
-from .objective import Objective, Tokens
+from .objective import FIELDS, Objective, Tokens
 from .reference import TokenValues
 from .rows.base import RowInputs, RowKernel, RowStats, stats_dtype
 from .scalars import filled
 from .sources import finished
 from .statistics import Collector, check_statistics
 from .stream import LinearSource, LogitsSource, Rows, Source
-from .terms import Sequences, Slopes
+from .terms import Sequences, Slopes, function_name
 from .vocab_parallel import ShardedKernel, ShardedSource
 
 __all__ = [
@@ -74,10 +75,12 @@ def linear_logprobs(
 
     Args:
         hidden: [..., D] float16, bfloat16, float32 or float64.
-        weight: [V, D], of hidden's dtype and device.
+        weight: [V, D], of hidden's dtype and device. Inside torch.autocast hidden, weight and bias are cast as by
+            F.linear; gradients come back in their own dtypes.
         targets: [...] int64 in [0, V), or ignore_index: 0 and no gradient there.
         bias: [V], of hidden's dtype and device.
         temperature, softcap, logit_scale: z = softcap · tanh(logit_scale · (h Wᵀ + b) / softcap) / temperature.
+            Numbers; a 0-dim tensor is read, which waits for a device.
         entropy: also return the entropy of each token's distribution.
         backend: "torch", "reference", ...; None = the fastest here. See `backends()`.
         group: a ProcessGroup whose ranks hold the rows of weight (and bias) in order, in parts of any size; hidden and
@@ -91,13 +94,19 @@ def linear_logprobs(
     """
     caller = "linear_logprobs"
     hidden, weight, bias, group = vocab_parallel.local_parts(caller, hidden, weight, bias, group)
-    head = validate.check_head(
-        caller, temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
-    )
-    validate.check_linear(caller, hidden, weight, bias, sharded=group is not None)
-    validate.check_targets(caller, targets, "hidden", hidden)
-    kernel, params = _linear(caller, hidden, weight, bias, targets, backend, group)
-    return _logprobs(caller, params, targets, head, kernel, entropy)
+
+    def prepare() -> tuple[_Call, dict[str, Any]]:
+        call = _linear(caller, hidden, weight, bias, targets, backend, group, temperature, softcap, logit_scale,
+                       ignore_index)  # fmt: skip
+        validate.check_flag(caller, "entropy", entropy)
+        return call, {} if group is None else call.facts(targets, entropy)
+
+    if group is None:
+        call, _ = prepare()
+    else:
+        call, sizes = shards_of(caller, group, weight, prepare)
+        call = call.sharded(group, sizes)
+    return _logprobs(caller, call.params, targets, call.head, call.kernel, entropy)
 
 
 def logprobs_from_logits(
@@ -122,6 +131,7 @@ def logprobs_from_logits(
     )
     validate.check_logits(caller, logits)
     validate.check_targets(caller, targets, "logits", logits)
+    validate.check_flag(caller, "entropy", entropy)
     kernel = _picked(backend, caller, logits.device)
     return _logprobs(caller, (logits.reshape(-1, logits.shape[-1]),), targets, head, kernel, entropy)
 
@@ -154,6 +164,7 @@ def linear_statistics(
     head = validate.check_head(
         caller, temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
     )
+    hidden, weight, bias = validate.under_autocast(hidden, weight, bias)
     validate.check_linear(caller, hidden, weight, bias)
     validate.check_targets(caller, targets, "hidden", hidden)
     names = check_statistics(caller, statistics)
@@ -165,7 +176,7 @@ def linear_statistics(
     params = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
     kernel = _picked(backend, caller, hidden.device)
     compact = rows.counting(rows.take(flat))
-    found = _token_values(params, rows, compact, head, kernel, False, statistics=names, active=dense).statistics
+    found = _token_values(caller, params, rows, compact, head, kernel, False, statistics=names, active=dense).statistics
     return {name: rows.spread(values).reshape(targets.shape) for name, values in found.items()}
 
 
@@ -216,13 +227,13 @@ def linear_policy_loss(
         rollout_logprobs: [...] as the sampling engine computed them, for tis_cap.
         expert_mask: [...] bool: True = expert-prefix token (expert term), False = own token (policy term). None: all
             own; all expert where the objective has an expert term and no policy term.
-        mask: [...] bool, None = all.
+        mask: [...] bool, None = all. Masks may also be 0 and 1 of an integer dtype.
         sequence_ids: [...] int64: which sequence a token belongs to, for objectives that need to know
             (`Objective.needs_sequences`); None = the last dimension of targets is one. In a sequence, tokens stand in
             order.
-        normalizer: the weighted sum of token losses is divided by this number (above 0) or 0-dim tensor; None = what
-            the objective's reduction says (by default the number of active tokens), or 1. Across micro-batches and
-            ranks pass one global number, and sum.
+        normalizer: the weighted sum of token losses is divided by this number (above 0) or 0-dim tensor (where 0, of a
+            batch without a token, counts as 1), a constant; None = what the objective's reduction says (by default the
+            number of active tokens), or 1. Across micro-batches and ranks pass one global number, and sum.
         skip_inactive: leave active tokens without gradient out of everything but the count (and of a coupled
             objective's sequences nothing).
         statistics: names of statistics of a row (statistics.py has them) whose means over computed tokens are added to
@@ -240,31 +251,44 @@ def linear_policy_loss(
     """
     caller = "linear_policy_loss"
     hidden, weight, bias, group = vocab_parallel.local_parts(caller, hidden, weight, bias, group)
-    head = validate.check_head(
-        caller, temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
-    )
-    validate.check_linear(caller, hidden, weight, bias, sharded=group is not None)
-    validate.check_targets(caller, targets, "hidden", hidden)
-    kernel, params = _linear(caller, hidden, weight, bias, targets, backend, group)
-    batch = _batch(
-        caller, objective, targets, _vocab(kernel, params), stats_dtype(hidden.dtype), head, skip_inactive, normalizer,
-        {"advantages": advantages, "old_logprobs": old_logprobs,
-         "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs},
-        {"expert_mask": expert_mask, "mask": mask}, sequence_ids, statistics,
-    )  # fmt: skip
-    if batch.statistics and isinstance(kernel, ShardedKernel):
-        names = ", ".join(batch.statistics)
-        raise NotImplementedError(f"{caller}: group must be None where statistics of a row are read; got {names}")
+    floats = {"advantages": advantages, "old_logprobs": old_logprobs,
+              "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs}  # fmt: skip
     ref = (ref_hidden, ref_weight, ref_bias)
-    if batch.objective.reference_head:
-        _check_reference_head(caller, kernel, ref)
-    tolerance = validate.check_grad_tolerance(caller, grad_tolerance)
+
+    def prepare() -> tuple[tuple[_Call, _Batch, float], dict[str, Any]]:
+        call = _linear(caller, hidden, weight, bias, targets, backend, group, temperature, softcap, logit_scale,
+                       ignore_index)  # fmt: skip
+        batch = _batch(
+            caller, objective, targets, None if group is not None else call.rows_of_weight,
+            stats_dtype(call.dtype), call.head, skip_inactive, normalizer, floats,
+            {"expert_mask": expert_mask, "mask": mask}, sequence_ids, statistics,
+        )  # fmt: skip
+        tolerance = validate.check_grad_tolerance(caller, grad_tolerance)
+        if group is None:
+            validate.check_reference(caller, ref, targets, objective.reference_head, call.rows_of_weight)
+            return (call, batch, tolerance), {}
+        _check_group(caller, batch)
+        given = {**floats, "expert_mask": expert_mask, "mask": mask, "sequence_ids": sequence_ids}
+        facts = call.facts(
+            targets, objectives=_named(objective), statistics=batch.statistics, settings=(skip_inactive, tolerance),
+            normalizer=batch.normalizer, given=sorted(n for n, t in given.items() if t is not None), **given,
+        )  # fmt: skip
+        return (call, batch, tolerance), facts
+
+    if group is None:
+        (call, batch, tolerance), _ = prepare()
+    else:
+        (call, batch, tolerance), sizes = shards_of(caller, group, weight, prepare)
+        call = call.sharded(group, sizes)
+        flat, active = _active(targets, call.head, mask)
+        validate.check_range(caller, flat, active, sum(sizes), call.head.ignore_index)
+    head, kernel, params = call.head, call.kernel, call.params
     if tolerance:
         batch.counts["grad_left_out"] = torch.zeros((), dtype=torch.float32, device=hidden.device)
     if isinstance(kernel, ops.Named):
         return _anchored(_compiled(params, batch, head, kernel), params, ref, batch, head, kernel)
     if kernel is None or batch.objective.coupled:
-        return _anchored(_two_pass(params, batch, head, kernel), params, ref, batch, head, kernel)
+        return _anchored(_two_pass(caller, params, batch, head, kernel), params, ref, batch, head, kernel)
     job = _Job(kernel, head, batch.rows, batch.targets, _wanted(params), tolerance)
     loss, *values = _applied(_PolicyLoss, caller, job, batch, *params)
     return _anchored(batch.result(loss, batch.values(*values)), params, ref, batch, head, kernel)
@@ -302,6 +326,7 @@ def policy_loss_from_logits(
     )
     validate.check_logits(caller, logits)
     validate.check_targets(caller, targets, "logits", logits)
+    kernel = _picked(backend, caller, logits.device)
     batch = _batch(
         caller, objective, targets, logits.shape[-1], stats_dtype(logits.dtype), head, skip_inactive, normalizer,
         {"advantages": advantages, "old_logprobs": old_logprobs,
@@ -310,8 +335,7 @@ def policy_loss_from_logits(
     )  # fmt: skip
     if objective.reference_head:
         raise ValueError(f"{caller}: objective must not need a reference head; got expert='asft'")
-    kernel = _picked(backend, caller, logits.device)
-    return _two_pass((logits.reshape(-1, logits.shape[-1]),), batch, head, kernel)
+    return _two_pass(caller, (logits.reshape(-1, logits.shape[-1]),), batch, head, kernel)
 
 
 # Log-probabilities -------------------------------------------------------------------------------------------
@@ -331,22 +355,83 @@ def _picked(backend: str | None, caller: str, device: torch.device) -> _Kernel:
     return None if name == "reference" else ops.Named(name)
 
 
+@dataclass(frozen=True)
+class _Call:
+    """The linear head of a call, checked: its kernel and what there is a gradient of."""
+
+    head: Head
+    kernel: _Kernel
+    params: _Params
+
+    @property
+    def dtype(self) -> torch.dtype:
+        assert self.params[0] is not None
+        return self.params[0].dtype
+
+    @property
+    def rows_of_weight(self) -> int:
+        assert self.params[1] is not None
+        return self.params[1].shape[0]
+
+    def facts(self, targets: Tensor, settings: Any, given: Any = None, **others: Any) -> dict[str, Any]:
+        """What the ranks of a group must have in common, by agreement.py's names."""
+        hidden, weight, bias = self.params
+        assert hidden is not None
+        assert weight is not None
+        backend = "reference" if self.kernel is None else getattr(self.kernel, "__name__", type(self.kernel).__name__)
+        return {
+            "the number of tokens": targets.numel(),
+            "shapes and dtypes": (targets.shape, hidden.shape, hidden.dtype, weight.shape[1], bias is None),
+            "head options": (self.head.options, self.head.ignore_index),
+            "backends": backend,
+            "trained parameters": _wanted(self.params),
+            "given inputs": given,
+            "targets": targets,
+            "settings": settings,
+            **others,
+        }
+
+    def sharded(self, group: Any, sizes: list[int]) -> _Call:
+        """The head of the group of whose weight this rank has a part."""
+        shard = vocab_parallel.shard_of(group, sizes)
+        if self.kernel is not None:
+            assert not isinstance(self.kernel, ops.Named)
+            return replace(self, kernel=ShardedKernel(self.kernel, shard))
+        hidden, weight, bias = self.params
+        assert weight is not None
+        whole = vocab_parallel.gather(weight, shard)
+        return replace(self, params=(hidden, whole, None if bias is None else vocab_parallel.gather(bias, shard)))
+
+
 def _linear(
-    caller: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, backend: str | None, group: Any
-) -> tuple[_Kernel, _Params]:
-    """The backend's kernel and the parameters of a linear head; those of the group where there is one."""
-    kernel = _picked(backend, caller, hidden.device)
-    flat = hidden.reshape(-1, hidden.shape[-1])
+    caller: str, hidden: Any, weight: Any, bias: Any, targets: Any, backend: str | None, group: Any, *options: Any
+) -> _Call:
+    """The arguments of a linear head, checked; `options`: temperature, softcap, logit_scale, ignore_index."""
     if group is not None and torch.compiler.is_compiling():
         raise NotImplementedError(f"{caller}: group must be None under torch.compile; got {type(group).__name__}")
-    if group is None:
-        return kernel, (flat, weight, bias)
-    shard = vocab_parallel.agree(caller, group, weight, targets)
-    assert not isinstance(kernel, ops.Named)
-    if kernel is not None:
-        return ShardedKernel(kernel, shard), (flat, weight, bias)
-    whole = vocab_parallel.gather(weight, shard)
-    return None, (flat, whole, None if bias is None else vocab_parallel.gather(bias, shard))
+    temperature, softcap, logit_scale, ignore_index = options
+    head = validate.check_head(
+        caller, temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
+    )
+    hidden, weight, bias = validate.under_autocast(hidden, weight, bias)
+    validate.check_linear(caller, hidden, weight, bias, sharded=group is not None)
+    validate.check_targets(caller, targets, "hidden", hidden)
+    kernel = _picked(backend, caller, hidden.device)
+    return _Call(head, kernel, (hidden.reshape(-1, hidden.shape[-1]), weight, bias))
+
+
+def _named(objective: Objective) -> str:
+    """An objective as text that is the same in every process."""
+    settings = {name: getattr(objective, name) for name in FIELDS}
+    return repr({name: function_name(v) if callable(v) else v for name, v in settings.items()})
+
+
+def _check_group(caller: str, batch: _Batch) -> None:
+    if batch.statistics:
+        names = ", ".join(batch.statistics)
+        raise NotImplementedError(f"{caller}: group must be None where statistics of a row are read; got {names}")
+    if batch.objective.reference_head:
+        raise NotImplementedError(f"{caller}: group must be None where a reference head is read; got expert='asft'")
 
 
 def _vocab(kernel: _Kernel, params: _Params) -> int:
@@ -451,11 +536,15 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Any, ...]:
         _refuse_second_derivative("linear_logprobs")
+        validate.refuse_batched("linear_logprobs", *incoming)
         job, saved = ctx.job, ctx.saved_tensors
         params, stats = saved[: ctx.params], RowStats(*saved[ctx.params :])
         live = torch.zeros_like(stats.logprobs, dtype=torch.bool)
         for g in incoming:
             live = live if g is None else live | (g != 0)
+        if isinstance(job.kernel, ShardedKernel):
+            which = {"gradients": live, "trained parameters": (job.wants, [g is None for g in incoming])}
+            agreed("linear_logprobs", job.kernel.shard.group, live.device, which)
         rows, kept = job.rows.narrow(live)
         g_lp, g_entropy, g_logit = (None if g is None else rows.counting(kept.take(g)) for g in incoming)
         stats = rows.counting_stats(stats.map(kept.take))
@@ -496,6 +585,7 @@ class _Ask:
 
 
 def _token_values(
+    caller: str,
     params: _Params,
     rows: Rows,
     targets: Tensor,
@@ -517,7 +607,7 @@ def _token_values(
         job = _Job(kernel, head, rows, targets, _wanted(params))
         extras = Collector(statistics, rows.size, stats_dtype(first.dtype), first.device)
         ask = _Ask(entropy, target_logits, extras)
-        logprobs, entropies, target = _applied(_TokenLogprobs, "linear_logprobs", job, ask, *params)
+        logprobs, entropies, target = _applied(_TokenLogprobs, caller, job, ask, *params)
         return TokenValues(logprobs, entropies, target, extras.values)
     first = rows.counting(rows.take(first))
     logits = first if len(params) == 1 else reference.linear_logits(first, *params[1:])  # type: ignore[arg-type]
@@ -556,7 +646,7 @@ def _logprobs(
     dense = active if torch.compiler.is_compiling() else None
     rows = Rows.choose(active) if dense is None else Rows.every(active)
     compact = rows.counting(rows.take(flat))
-    logprobs, entropies, _, _ = _token_values(params, rows, compact, head, kernel, entropy, active=dense)
+    logprobs, entropies, _, _ = _token_values(caller, params, rows, compact, head, kernel, entropy, active=dense)
     shape = targets.shape
     return TokenLogprobs(
         rows.spread(logprobs).reshape(shape),
@@ -661,7 +751,7 @@ def _batch(
     caller: str,
     objective: Any,
     targets: Tensor,
-    vocab: int,
+    vocab: int | None,
     dtype: torch.dtype,
     head: Head,
     skip_inactive: bool,
@@ -678,11 +768,11 @@ def _batch(
         if floats[name] is None:
             raise ValueError(f"{caller}: {name} must be a tensor, which {objective.needs[name]} needs; got None")
     names = check_statistics(caller, (*objective.statistics, *check_statistics(caller, statistics)))
-    flat = targets.reshape(-1)
-    active = flat != head.ignore_index
-    if masks["mask"] is not None:
-        active = active & masks["mask"].reshape(-1)
-    validate.check_range(caller, flat, active, vocab, head.ignore_index)
+    validate.check_flag(caller, "skip_inactive", skip_inactive)
+    validate.check_sequence_ids(caller, targets, sequence_ids)
+    flat, active = _active(targets, head, masks["mask"])
+    if vocab is not None:  # that of a part says nothing
+        validate.check_range(caller, flat, active, vocab, head.ignore_index)
     if masks["expert_mask"] is None:
         expert = torch.full_like(active, objective.supervised)
     else:
@@ -700,29 +790,36 @@ def _batch(
         rows = Rows.choose(active, live, drop_others=skip_inactive)
     sequences = None
     if objective.needs_sequences:
-        sequences = validate.check_sequences(caller, targets, sequence_ids)
+        sequences = validate.sequences(caller, targets, sequence_ids)
     weights, count = None, active.sum()
     if objective.reduction == "sequence_mean":
         assert sequences is not None
         weights = 1 / sequences.total(active.to(dtype)).clamp(min=1)
     if normalizer is None:
-        normalizer = _default_normalizer(objective, active, count, sequences)
+        divisor = filled(_default_normalizer(objective, active, count, sequences), dtype, flat.device)
     else:
-        validate.check_normalizer(caller, normalizer)
+        divisor = validate.divisor(caller, normalizer, dtype, flat.device)
     return _Batch(
         objective=objective,
         rows=rows,
         targets=rows.counting(rows.take(flat)),
         expert=rows.take(expert),
         inputs={n: None if t is None else rows.take(t.reshape(-1)).to(dtype) for n, t in floats.items()},
-        sequences=replace(sequences, place=rows.take(sequences.place)) if sequences and objective.coupled else None,
+        sequences=sequences.map(rows.take) if sequences and objective.coupled else None,
         weights=None if weights is None else rows.take(weights),
         statistics=names,
-        normalizer=filled(normalizer, dtype, flat.device),
+        normalizer=divisor,
         counts={"tokens": count, "zero_gradient_tokens": (active & ~live).sum()},
         shape=targets.shape,
         **masks,
     )
+
+
+def _active(targets: Tensor, head: Head, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(targets [N], which of them take part [N])."""
+    flat = targets.reshape(-1)
+    active = flat != head.ignore_index
+    return flat, active if mask is None else active & (mask.reshape(-1) != 0)
 
 
 def _default_normalizer(
@@ -768,6 +865,7 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
         _refuse_second_derivative("linear_policy_loss")
+        validate.refuse_batched("linear_policy_loss", g_loss)
         params: _Params = ctx.saved_tensors
         if g_loss is None:
             return (None,) * (2 + len(params))
@@ -777,14 +875,6 @@ class _PolicyLoss(torch.autograd.Function):
         if grads is None:
             _, grads = _PolicyLoss.run(ctx.job, ctx.batch, params)
         return None, None, *_finished(grads, params, g_loss / ctx.batch.normalizer)
-
-
-def _check_reference_head(caller: str, kernel: _Kernel, ref: _Params) -> None:
-    for name, value in zip(("ref_hidden", "ref_weight"), ref[:2], strict=True):
-        if value is None:
-            raise ValueError(f"{caller}: {name} must be a tensor, which expert='asft' needs; got None")
-    if isinstance(kernel, ShardedKernel):
-        raise NotImplementedError(f"{caller}: group must be None where a reference head is read; got expert='asft'")
 
 
 def _anchored(out: PolicyLoss, params: _Params, ref: _Params, batch: _Batch, head: Head, kernel: _Kernel) -> PolicyLoss:
@@ -808,20 +898,23 @@ def _anchored(out: PolicyLoss, params: _Params, ref: _Params, batch: _Batch, hea
     return out._replace(loss=out.loss + anchor, metrics={**out.metrics, **more})
 
 
-def _two_pass(params: _Params, batch: _Batch, head: Head, kernel: _Kernel) -> PolicyLoss:
+def _two_pass(caller: str, params: _Params, batch: _Batch, head: Head, kernel: _Kernel) -> PolicyLoss:
     """Log-probabilities first, then the objective on vectors, by autograd."""
     o = batch.objective
     values = _token_values(
-        params, batch.rows, batch.targets, head, kernel, True,
+        caller, params, batch.rows, batch.targets, head, kernel, True,
         target_logits=o.reads_logit, statistics=batch.statistics, active=batch.active,
     )  # fmt: skip
-    return batch.result(batch.loss(values), values)
+    loss = batch.loss(values)
+    if values.logprobs.requires_grad and not loss.requires_grad:  # no part has a weight: a gradient of zeros
+        loss = loss + torch.where(torch.ones_like(batch.expert), 0, values.logprobs).sum()
+    return batch.result(loss, values)
 
 
 def _compiled(params: _Params, batch: _Batch, head: Head, kernel: ops.Named) -> PolicyLoss:
     """Inside torch.compile: a single pass is one operator."""
     if batch.objective.coupled:
-        return _two_pass(params, batch, head, kernel)
+        return _two_pass("linear_policy_loss", params, batch, head, kernel)
     total, values, *_ = torch.ops.trapo_kernels.policy_loss(
         *ops.three(params), batch.targets, batch.active, batch.live, batch.expert, *batch.inputs.values(),
         batch.weights, ops.objective_key(batch.objective), list(batch.statistics),

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
 
+from . import validate
+from .dispatch import check_backend
 from .functional import PolicyLoss, linear_policy_loss
 from .objective import Objective
+from .statistics import check_statistics
 
 __all__ = ["TrapoLoss"]
+
+
+_HEAD = ("temperature", "softcap", "logit_scale", "ignore_index")
+_GIVEN = ("hidden", "weight", "targets", "objective")
+_OPTIONS = tuple(name for name in inspect.signature(linear_policy_loss).parameters if name not in _GIVEN)
 
 
 class TrapoLoss(nn.Module):
@@ -19,10 +28,14 @@ class TrapoLoss(nn.Module):
         objective: the terms.
         **options: any keyword argument of `linear_policy_loss`, the same at every call (temperature, softcap,
             logit_scale, ignore_index, backend, skip_inactive, ...).
+
+    Raises:
+        TypeError, ValueError: an option that there is not, or out of its range; the message names it.
     """
 
     def __init__(self, objective: Objective, **options: Any) -> None:
         super().__init__()
+        _check(objective, options)
         self.objective = objective
         self.options = options
 
@@ -32,3 +45,18 @@ class TrapoLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join([repr(self.objective), *(f"{name}={value!r}" for name, value in self.options.items())])
+
+
+def _check(objective: Any, options: dict[str, Any]) -> None:
+    """What can be checked before there are tensors."""
+    caller = "TrapoLoss"
+    if not isinstance(objective, Objective):
+        raise TypeError(f"{caller}: objective must be an Objective; got {type(objective).__name__}")
+    for name in options:
+        if name not in _OPTIONS:
+            raise TypeError(f"{caller}: options must be among {', '.join(_OPTIONS)}; got {name!r}")
+    validate.check_head(caller, **{name: options[name] for name in _HEAD if name in options})
+    validate.check_grad_tolerance(caller, options.get("grad_tolerance", 0.0))
+    validate.check_flag(caller, "skip_inactive", options.get("skip_inactive", False))
+    check_statistics(caller, options.get("statistics", ()))
+    check_backend(caller, options.get("backend"))

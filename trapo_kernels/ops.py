@@ -4,6 +4,7 @@ into chunk loops whose sizes depend on data.
     trapo_kernels::token_values            log π(y), H, z_y and statistics of every row
     trapo_kernels::token_values_backward   its gradients, by recomputing the logits
     trapo_kernels::policy_loss             Σ of token losses, the same values, the gradients of that sum: one pass
+    trapo_kernels::sums_of_later           Σ over the later tokens of a token's sequence
     trapo_kernels::divergence              Σ of divergences of two heads, each token's, the gradients of that sum
 
 Operators take and give all rows [N], with zeros at those that are left out: their shapes follow from shapes. Inside is
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import divergence as divergences
-from . import functional, stream  # functional calls these operators
+from . import functional, stream, terms  # functional calls these operators
 from .dispatch import pick
 from .head import Head
 from .objective import FIELDS, Objective
@@ -31,7 +32,7 @@ from .scalars import constant
 from .sources import d_hidden_dtype, finished
 from .statistics import Collector
 
-__all__ = ["Named", "divergence", "objective_key", "plain", "policy_loss", "three", "token_values"]
+__all__ = ["Named", "divergence", "objective_key", "plain", "policy_loss", "sums_of_later", "three", "token_values"]
 __all__ += ["token_values_backward"]
 
 _HEAD = "float temperature, float? softcap, float logit_scale, str backend"
@@ -125,6 +126,20 @@ def _finished(grads: Any, params: Any, wants: Any, scale: Tensor | None) -> list
 
 def _op(name: str, schema: str) -> Any:
     return torch.library.custom_op(f"trapo_kernels::{name}", mutates_args=(), schema=schema)
+
+
+# Sequences ---------------------------------------------------------------------------------------------------
+
+
+@_op("sums_of_later", "(Tensor values, Tensor row) -> Tensor")
+def sums_of_later(values: Tensor, row: Tensor) -> Tensor:
+    """Σ over the later tokens of the same sequence [n]."""
+    return terms.sums_of_later(values, row)
+
+
+@sums_of_later.register_fake
+def _(values: Tensor, row: Tensor) -> Tensor:
+    return torch.empty_like(values)
 
 
 # Values of tokens --------------------------------------------------------------------------------------------

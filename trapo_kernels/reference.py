@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +28,39 @@ class TokenValues(NamedTuple):
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """h Wᵀ + b [n, V], widened to the statistics' dtype: an oracle does not round its logits."""
     wide = stats_dtype(hidden.dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    if torch.compiler.is_compiling():
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    logits: Tensor = _Product.apply(hidden.to(wide), weight.to(wide).t())
+    return logits if bias is None else logits + bias.to(wide)
+
+
+class _Product(torch.autograd.Function):
+    """a b, in their dtype inside torch.autocast too, and so are its derivatives, of any order, wherever taken."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        with torch.autocast(a.device.type, enabled=False):
+            return a @ b
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        needs_a, needs_b = ctx.needs_input_grad
+        return _Product.apply(grad, b.t()) if needs_a else None, _Product.apply(a.t(), grad) if needs_b else None
+
+    @staticmethod
+    def jvp(ctx: Any, da: Tensor | None, db: Tensor | None) -> Tensor:
+        a, b = ctx.saved_tensors
+        parts = [_Product.apply(*pair) for pair in ((da, b), (a, db)) if all(t is not None for t in pair)]
+        return sum(parts[1:], parts[0])
 
 
 def token_values(logits: Tensor, targets: Tensor, head: Head, statistics: tuple[str, ...] = ()) -> TokenValues:

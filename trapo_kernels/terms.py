@@ -36,38 +36,61 @@ __all__ = ["EXPERT_TERMS", "POLICY_TERMS", "Sequences", "Slopes", "Term", "Token
 
 @dataclass(frozen=True)
 class Sequences:
-    """Which sequence each token belongs to, and where it stands in it: its place [n] in a grid of S rows of L."""
+    """Which sequence each token belongs to: its number [n], below `rows`. In a sequence, tokens stand in order."""
 
-    place: Tensor  # int64
-    rows: int
-    length: int
+    row: Tensor  # int64
+    rows: int  # at least as many as there are sequences
 
     @classmethod
     def of(cls, ids: Tensor) -> Sequences:
-        """Tokens with one id [n] are a sequence, in the order in which they stand."""
-        _, row, counts = ids.unique(return_inverse=True, return_counts=True)
-        order = row.argsort(stable=True)
-        starts = counts.cumsum(0) - counts
-        position = torch.empty_like(order)
-        position[order] = torch.arange(ids.numel(), device=ids.device) - starts[row[order]]
-        length = int(counts.max()) if counts.numel() else 0
-        return cls(row * length + position, counts.numel(), length)
+        """Tokens with one id [n] are a sequence, in the order in which they stand. Nothing waits for a device."""
+        ordered, order = ids.sort(stable=True)
+        first = torch.nn.functional.pad((ordered[1:] != ordered[:-1]).long(), (1, 0))[: ids.numel()]
+        return cls(torch.zeros_like(order).scatter(0, order, first.cumsum(0)), ids.numel())
 
-    def _grid(self, values: Tensor) -> Tensor:
-        return values.new_zeros(self.rows * self.length).index_copy(0, self.place, values).view(self.rows, self.length)
+    @classmethod
+    def of_rows(cls, rows: int, length: int, device: torch.device | str = "cpu") -> Sequences:
+        """A sequence is a row of [rows, length] tokens."""
+        return cls(torch.arange(rows, device=device)[:, None].expand(rows, length).reshape(-1), rows)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Sequences:
+        """The sequences of those tokens that `fn` takes from a tensor [n]."""
+        return replace(self, row=fn(self.row))
+
+    def _sums(self, values: Tensor) -> Tensor:
+        """Of each sequence [rows]. In a fixed order: on CUDA an accumulating index_put sorts, where index_add races."""
+        sums = values.new_zeros(self.rows)
+        if values.is_cuda:
+            return sums.index_put((self.row,), values, accumulate=True)
+        return sums.index_add(0, self.row, values)
 
     def total(self, values: Tensor) -> Tensor:
         """Σ over the tokens of a token's sequence [n]."""
-        return self._grid(values).sum(1)[self.place // self.length]
+        wide = values if values.device.type == "mps" else values.double()  # thousands of tokens, one by one
+        return self._sums(wide)[self.row].to(values.dtype)
 
     def with_any(self, chosen: Tensor) -> Tensor:
         """How many sequences have a `chosen` token (0-dim)."""
-        return self._grid(chosen).any(1).sum()
+        return (self._sums(chosen.long()) > 0).sum()
 
     def later(self, values: Tensor) -> Tensor:
-        """Σ over the tokens that come later in a token's sequence [n]."""
-        grid = self._grid(values)
-        return (grid.flip(1).cumsum(1).flip(1) - grid).view(-1)[self.place]
+        """Σ over the tokens that come later in a token's sequence [n]; no gradient."""
+        if torch.compiler.is_compiling():  # the number of steps is one of the lengths that a graph is not for
+            found: Tensor = torch.ops.trapo_kernels.sums_of_later(values, self.row)
+            return found
+        return sums_of_later(values, self.row)
+
+
+def sums_of_later(values: Tensor, row: Tensor) -> Tensor:
+    """Σ of `values` [n] over the later tokens of the same `row` [n], by doubling: log n steps, in a fixed order."""
+    order = row.argsort(stable=True)
+    row, sums, step = row[order], values.detach()[order], 1
+    while step < row.numel():
+        further = torch.where(row[:-step] == row[step:], sums[step:], 0)
+        sums, step = torch.cat([sums[:-step] + further, sums[-step:]]), 2 * step
+    after = torch.where(row[:-1] == row[1:], sums[1:], 0)
+    after = torch.nn.functional.pad(after, (0, 1))[: row.numel()]
+    return torch.zeros_like(after).scatter(0, order, after)
 
 
 @dataclass(frozen=True)

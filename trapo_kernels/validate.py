@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from .head import Head
+from .scalars import filled, number, shown
 from .terms import Sequences
 
-__all__ = ["check_head", "check_linear", "check_logits", "check_normalizer", "check_targets"]
-__all__ += ["check_sequences", "check_token_inputs"]
+__all__ = ["check_flag", "check_head", "check_linear", "check_logits", "check_reference", "check_targets", "divisor"]
+__all__ += ["check_sequence_ids", "check_token_inputs", "refuse_batched", "sequences", "under_autocast"]
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -32,7 +34,44 @@ def check_head(caller: str, **options: Any) -> Head:
 def _tensor(caller: str, name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{caller}: {name} must be a tensor; got {type(value).__name__}")
+    if not torch.compiler.is_compiling() and (value.layout != torch.strided or value.is_nested):
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{caller}: {name} must be a dense tensor; got a {kind} one")
     return value
+
+
+def can_look(values: Tensor) -> bool:
+    """Whether values may be looked at: a device would be waited for, and a compiler has none."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_flag(caller: str, name: str, value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{caller}: {name} must be True or False; got {shown(value)}")
+
+
+def under_autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Tensors in the dtype that torch.autocast asks for on their device, as F.linear casts them: float64 stays. Their
+    gradients come back in their own."""
+    return tuple(_cast(t) if isinstance(t, Tensor) else t for t in tensors)
+
+
+def _cast(tensor: Tensor) -> Tensor:
+    kind = tensor.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return tensor
+    eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(torch.get_autocast_dtype(kind)) if eligible else tensor
+
+
+def refuse_batched(caller: str, *incoming: Tensor | None) -> None:
+    """A backward is for one gradient at a time."""
+    # By name: is_grads_batched has a key of its own, which Python does not know.
+    if any(g is not None and "Batched" in str(torch._C._dispatch_keys(g)) for g in incoming):
+        raise RuntimeError(
+            f"{caller}: is_grads_batched must be False, a streamed loss takes one gradient; use backend='reference'"
+        )
 
 
 def _float_tensor(caller: str, name: str, value: Any) -> None:
@@ -73,6 +112,22 @@ def check_linear(caller: str, hidden: Any, weight: Any, bias: Any, sharded: bool
         _same(caller, b, bias, h, hidden)
 
 
+def check_reference(caller: str, ref: tuple[Any, Any, Any], targets: Tensor, needed: bool, vocab: int) -> None:
+    """ref_hidden [..., D'], ref_weight [V, D'] and ref_bias [V] or None of a reference head, where needed or given."""
+    for name, value in zip(("ref_hidden", "ref_weight"), ref[:2], strict=True):
+        if value is None and needed:
+            raise ValueError(f"{caller}: {name} must be a tensor, which expert='asft' needs; got None")
+    if ref[0] is None or ref[1] is None:
+        return
+    check_linear(caller, *ref, prefix="ref_")
+    if ref[0].shape[:-1] != targets.shape:
+        got = list(ref[0].shape)
+        raise ValueError(f"{caller}: ref_hidden must be [..., D'] with {list(targets.shape)} tokens; got {got}")
+    if ref[1].shape[0] != vocab:
+        raise ValueError(f"{caller}: ref_weight must have V={vocab} rows as weight; got {ref[1].shape[0]}")
+    _same(caller, "ref_hidden", ref[0], "targets", targets, dtype=False)
+
+
 def check_logits(caller: str, logits: Any) -> None:
     """logits [..., V]."""
     _float_tensor(caller, "logits", logits)
@@ -94,7 +149,7 @@ def check_targets(caller: str, targets: Any, like_name: str, like: Tensor) -> No
 
 def check_range(caller: str, targets: Tensor, active: Tensor, vocab: int, ignore_index: int) -> None:
     """Active targets lie in [0, V)."""
-    if targets.device.type != "cpu" or torch.compiler.is_compiling():
+    if not can_look(targets):
         return
     wrong = active & ((targets < 0) | (targets >= vocab))
     if wrong.any():
@@ -109,37 +164,46 @@ def check_range(caller: str, targets: Tensor, active: Tensor, vocab: int, ignore
 def check_token_inputs(
     caller: str, targets: Tensor, floats: Mapping[str, Any], masks: Mapping[str, Any], like: str = "targets"
 ) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
-    """Per-token inputs of the shape of targets; advantages may also be one per sequence, which is broadcast here."""
+    """Per-token inputs of the shape of targets; advantages may also be one per sequence, which is broadcast here. Masks
+    may be 0 and 1 of any integer dtype."""
     out: dict[str, Tensor | None] = {}
     shape = targets.shape
     for name, value in {**floats, **masks}.items():
         if value is None:
             out[name] = None
             continue
-        if name in masks and _tensor(caller, name, value).dtype != torch.bool:
-            raise TypeError(f"{caller}: {name} must be bool; got {_dtype(value)}")
+        if name in masks:
+            value = _mask(caller, name, value)
         if name in floats:
             _float_tensor(caller, name, value)
         _same(caller, name, value, like, targets, dtype=False)
-        if name == "advantages" and value.shape == shape[:-1]:
+        by_sequence = name == "advantages" and len(shape) > 0
+        if by_sequence and value.shape == shape[:-1]:
             value = value[..., None]
-        if value.shape != shape and not (name == "advantages" and value.shape == (*shape[:-1], 1)):
-            also = f" or one per sequence, {list(shape[:-1])}" if name == "advantages" else ""
-            raise ValueError(f"{caller}: {name} must be {list(shape)} as {like}{also}; got {list(value.shape)}")
+        if value.shape != shape and not (by_sequence and value.shape == (*shape[:-1], 1)):
+            also = f" or one per sequence, {list(shape[:-1])}" if by_sequence else ""
+            why = " (targets [N] are one sequence)" if by_sequence and len(shape) == 1 else ""
+            raise ValueError(f"{caller}: {name} must be {list(shape)} as {like}{also}; got {list(value.shape)}{why}")
         out[name] = value.detach().expand(shape)
     return {name: out[name] for name in floats}, {name: out[name] for name in masks}
 
 
-def check_sequences(caller: str, targets: Tensor, sequence_ids: Any) -> Sequences:
-    """Which sequence each token belongs to: the last dimension of targets, or what `sequence_ids` say."""
+def _mask(caller: str, name: str, value: Any) -> Tensor:
+    if _tensor(caller, name, value).dtype == torch.bool:
+        return value
+    if value.dtype not in _INTEGERS:
+        raise TypeError(f"{caller}: {name} must be bool; got {_dtype(value)} (0 and 1 of an integer dtype do as well)")
+    if can_look(value):
+        other = value[(value != 0) & (value != 1)]
+        if other.numel():
+            raise ValueError(f"{caller}: {name} must be bool, or 0 and 1; got {int(other[0])}")
+    return value != 0
+
+
+def check_sequence_ids(caller: str, targets: Tensor, sequence_ids: Any) -> None:
+    """int64 of the shape of targets, or None."""
     if sequence_ids is None:
-        if targets.ndim < 2:
-            raise ValueError(
-                f"{caller}: targets must be [B, T] or sequence_ids given, for an objective that reads sequences; "
-                f"got {list(targets.shape)}"
-            )
-        length = targets.shape[-1]
-        return Sequences(torch.arange(targets.numel(), device=targets.device), math.prod(targets.shape[:-1]), length)
+        return
     if _tensor(caller, "sequence_ids", sequence_ids).dtype != torch.int64:
         raise TypeError(f"{caller}: sequence_ids must be int64; got {_dtype(sequence_ids)}")
     _same(caller, "sequence_ids", sequence_ids, "targets", targets, dtype=False)
@@ -147,27 +211,53 @@ def check_sequences(caller: str, targets: Tensor, sequence_ids: Any) -> Sequence
         raise ValueError(
             f"{caller}: sequence_ids must be {list(targets.shape)} as targets; got {list(sequence_ids.shape)}"
         )
-    return Sequences.of(sequence_ids.reshape(-1))
 
 
-def check_normalizer(caller: str, normalizer: Any) -> None:
-    """A number above 0, or a 0-dim tensor (whose value is checked on the CPU only)."""
-    if isinstance(normalizer, Tensor):
-        if normalizer.ndim != 0:
-            raise ValueError(
-                f"{caller}: normalizer must be a number above 0 or a 0-dim tensor; got shape {list(normalizer.shape)}"
-            )
-        if normalizer.device.type != "cpu" or torch.compiler.is_compiling():
-            return
-        normalizer = normalizer.item()
-    number = isinstance(normalizer, (int, float)) and not isinstance(normalizer, bool)
-    if not (number and normalizer > 0):
-        raise ValueError(f"{caller}: normalizer must be a number above 0 or a 0-dim tensor; got {normalizer!r}")
+def sequences(caller: str, targets: Tensor, sequence_ids: Tensor | None) -> Sequences:
+    """Which sequence each token belongs to: the last dimension of targets, or what `sequence_ids` say."""
+    if sequence_ids is not None:
+        return Sequences.of(sequence_ids.reshape(-1))
+    if targets.ndim < 2:
+        raise ValueError(
+            f"{caller}: targets must be [B, T] or sequence_ids given, for an objective that reads sequences; "
+            f"got {list(targets.shape)}"
+        )
+    return Sequences.of_rows(math.prod(targets.shape[:-1]), targets.shape[-1], targets.device)
+
+
+def divisor(caller: str, normalizer: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What a sum of token losses is divided by (0-dim), a constant. A tensor may be a count of 0, of a batch without a
+    token, which counts as 1; it is looked at on the CPU, and elsewhere the device asserts that it is in range.
+    """
+    accepted = "a number above 0 or a 0-dim tensor"
+    if not isinstance(normalizer, Tensor):
+        found = _finite(number(normalizer))
+        if found is None or not 0 < found < math.inf:
+            raise ValueError(f"{caller}: normalizer must be {accepted}; got {shown(normalizer)}")
+        return filled(found, dtype, device)
+    if normalizer.ndim != 0 or normalizer.is_complex():
+        kind = f"shape {list(normalizer.shape)}" if normalizer.ndim else _dtype(normalizer)
+        raise ValueError(f"{caller}: normalizer must be {accepted}; got {kind}")
+    value = filled(normalizer.detach(), dtype, device)
+    inside = (value >= 0) & (value < math.inf)
+    if not can_look(normalizer):
+        torch._assert_async(inside, f"{caller}: normalizer must be {accepted}, finite and not negative")
+    elif not inside:
+        raise ValueError(f"{caller}: normalizer must be {accepted}; got {normalizer.item()!r}")
+    return value.masked_fill(value == 0, 1)
+
+
+def _finite(value: Any) -> Any:
+    """The number, or None where a float cannot hold it."""
+    try:
+        return None if value is None else value * 1.0
+    except OverflowError:
+        return None
 
 
 def check_grad_tolerance(caller: str, tolerance: Any) -> float:
     """A number in [0, 1)."""
-    number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
-    if not (number and 0 <= tolerance < 1):
-        raise ValueError(f"{caller}: grad_tolerance must be a number in [0, 1); got {tolerance!r}")
-    return float(tolerance)
+    found = number(tolerance)
+    if found is None or not 0 <= found < 1:
+        raise ValueError(f"{caller}: grad_tolerance must be a number in [0, 1); got {shown(tolerance)}")
+    return float(found)

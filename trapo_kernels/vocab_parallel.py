@@ -4,7 +4,8 @@ offset_r + V_r of the weight, of any sizes; hidden states and targets (ids in th
     per chunk, forward     all-reduce max z                              C numbers, maximum
                            all-reduce Σ e^(z−m), Σ e^(z−m)(z−m), z_y     4 C numbers, sum
                            and how many shards have the maximum
-    per call               all-gather shard sizes and what must agree    4 integers
+    per call               all-gather shard sizes and what must agree    23 integers (agreement.py), and once more in
+                           the backward of log-probabilities
                            all-reduce d_hidden                           N·D numbers, where hidden states are trained
 
 Nothing of the size of the vocabulary is sent; the gradient of a shard stays with its rank. A chunk of rows has the same
@@ -24,12 +25,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .budget import get_budget_mb
 from .buffers import row_bytes
 from .rows.base import RowKernel, RowState, RowStats, stats_dtype
 from .stream import LinearSource
 
-__all__ = ["Shard", "ShardedKernel", "ShardedSource", "agree", "gather", "local_parts"]
+__all__ = ["Shard", "ShardedKernel", "ShardedSource", "gather", "local_parts", "shard_of"]
 
 _FLOOR = -1e4  # e^-1e4 is 0 in fp64 too; 0 · −∞ is not
 
@@ -51,30 +51,8 @@ class Shard:
         return (targets - self.offset).clamp(0, max(self.size - 1, 0)), here
 
 
-def agree(caller: str, group: Any, weight: Tensor, targets: Tensor) -> Shard:
-    """The shards of a group, after checking that its ranks were given the same tokens and budget.
-
-    Raises:
-        TypeError, ValueError: the group is none, or its ranks differ where they must not; on every rank at once.
-    """
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"{caller}: group must be a torch.distributed ProcessGroup or None; got {type(group).__name__}")
-    flat = targets.reshape(-1)
-    places = torch.arange(1, flat.numel() + 1, device=flat.device)
-    # Wraps around; what matters is that different targets give different numbers.
-    check = (flat * places).sum()
-    budget = int(get_budget_mb(weight.device.type) * 2**20)
-    mine = torch.stack([check, *(check.new_tensor(x) for x in (weight.shape[0], flat.numel(), budget))])
-    all_of_them = mine.new_empty(dist.get_world_size(group), 4)
-    dist.all_gather(list(all_of_them.unbind(0)), mine, group=group)
-    checks, sizes, counts, budgets = all_of_them.t().tolist()
-    for name, values in (("the number of tokens", counts), ("targets", checks), ("the memory budget", budgets)):
-        if len(set(values)) > 1:
-            shown = "different ones" if name == "targets" else values
-            raise ValueError(
-                f"{caller}: group must have ranks with the same tokens (data-parallel ranks need the whole weight); "
-                f"got {name}: {shown}"
-            )
+def shard_of(group: Any, sizes: list[int]) -> Shard:
+    """This rank's part, of parts of these sizes."""
     rank = dist.get_rank(group)
     return Shard(group, sum(sizes[:rank]), sizes[rank], sum(sizes), max(sizes), tuple(sizes))
 
