@@ -30,9 +30,9 @@ class Rollout:
     finished: bool
     reward: float = 0.0
     status: Status = "ok"
-    detail: str = ""  # what went wrong, where the status is another one
     advantage: float = 0.0
     own_logprobs: tuple[float, ...] | None = None  # of own_ids, as the engine sampled them; None: it gives none
+    detail: str = ""  # what went wrong, where the status is another one
 
     @property
     def guided(self) -> bool:
