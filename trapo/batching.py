@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -36,6 +37,21 @@ class Batch:
     advantages: torch.Tensor  # [B] fp32; packed: [B, T]
     sequence_ids: torch.Tensor | None  # [B, T] int64: which rollout; None: padded, where rows say it
     lengths: tuple[int, ...]  # n of each rollout
+    starts: torch.Tensor | None = None  # [rollouts + 1] int32: where each begins in a packed row, and its end
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """Where the sequences of a packed row begin, in every way that transformers' layers are told: attention masks
+        by positions, flash and linear attention by cu_seq_lens, state-space layers by seq_idx. {}: padded."""
+        if self.sequence_ids is None:
+            return {}
+        longest = max(self.lengths)
+        return {
+            "position_ids": self.position_ids,
+            **{"cu_seq_lens_q": self.starts, "cu_seq_lens_k": self.starts},
+            **{"max_length_q": longest, "max_length_k": longest},
+            "seq_idx": self.sequence_ids.to(torch.int32),
+        }
 
     def rows(self, values: torch.Tensor) -> list[torch.Tensor]:
         """Values [B, T] as one [n] per rollout."""
@@ -45,11 +61,13 @@ class Batch:
 
     def spread(self, rows: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """The inverse of `rows`, as fp32 [B, T]; zeros where there is None, and in padding."""
-        values = torch.zeros(self.targets.shape, dtype=torch.float32, device=self.targets.device)
+        device = self.targets.device
+        there = any(row is not None and row.device.type != "cpu" for row in rows)  # else one copy for all of them
+        values = torch.zeros(self.targets.shape, dtype=torch.float32, device=device if there else "cpu")
         for place, row in zip(self.rows(values), rows, strict=True):
             if row is not None:
                 place.copy_(row)
-        return values
+        return values.to(device)
 
 
 def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
@@ -101,20 +119,37 @@ def collate(rollouts: Sequence[Rollout], pad_id: int, device: torch.device) -> B
     return _to(batch, device)
 
 
+def layout(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """`Batch.layout` of a packed row of sequences of these lengths."""
+    places = _places(lengths)
+    empty = torch.empty(0)
+    batch = Batch(empty, places[0], empty, empty, empty, empty, places[1], tuple(lengths), places[2])
+    return _to(batch, device).layout
+
+
+def _places(lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(position ids [1, T], sequence ids [1, T], starts [rollouts + 1]) of a packed row."""
+    counts = torch.tensor(lengths)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+    return positions, torch.arange(len(lengths)).repeat_interleave(counts)[None], starts
+
+
 def pack(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
     """Concatenate rollouts into one row."""
     tokens = [_tokens(r) for r in rollouts]
     lengths = tuple(len(ids) - 1 for ids, _, _ in tokens)
-    counts = torch.tensor(lengths)
+    positions, sequence_ids, starts = _places(lengths)
     batch = Batch(
         input_ids=torch.cat([ids[:-1] for ids, _, _ in tokens])[None],
-        position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
+        position_ids=positions,
         targets=torch.cat([ids[1:] for ids, _, _ in tokens])[None],
         mask=torch.cat([mask for _, mask, _ in tokens])[None],
         expert_mask=torch.cat([expert for _, _, expert in tokens])[None],
-        advantages=torch.tensor([r.advantage for r in rollouts]).repeat_interleave(counts)[None],
-        sequence_ids=torch.arange(len(rollouts)).repeat_interleave(counts)[None],
+        advantages=torch.tensor([r.advantage for r in rollouts]).repeat_interleave(starts.diff())[None],
+        sequence_ids=sequence_ids,
         lengths=lengths,
+        starts=starts,
     )
     return _to(batch, device)
 
@@ -155,5 +190,18 @@ def _tokens(rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
-    tensors = {k: v.to(device, non_blocking=True) for k, v in vars(batch).items() if torch.is_tensor(v)}
-    return dataclasses.replace(batch, **tensors)  # type: ignore[arg-type]
+    if device.type == "cpu":
+        return batch
+    tensors = {k: v for k, v in vars(batch).items() if torch.is_tensor(v)}
+    return dataclasses.replace(batch, **one_copy(tensors, device))  # type: ignore[arg-type]
+
+
+def one_copy(tensors: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """CPU tensors on a device, all in one copy, which nothing waits for: from pinned memory, as bytes."""
+    widest_first = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # so that each is aligned
+    parts = [value.contiguous().flatten().view(torch.uint8) for _, value in widest_first]
+    host = torch.empty(sum(map(len, parts)), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    moved = torch.cat(parts, out=host).to(device, non_blocking=True).split([len(part) for part in parts])
+    return {
+        name: part.view(value.dtype).view(value.shape) for (name, value), part in zip(widest_first, moved, strict=True)
+    }

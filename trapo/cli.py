@@ -252,8 +252,9 @@ def _print_summary(console: Console, run_dir: Path, summary: dict) -> None:
         )
     if summary["reward_failures"]:
         console.print(f"reward failures (scored 0): {summary['reward_failures']}", highlight=False)
+    gpu = f" and {summary['peak_gpu_memory_gb']:.1f} GB of the GPU" if "peak_gpu_memory_gb" in summary else ""
     console.print(
-        f"{summary['steps']} steps in {summary['seconds']:.0f} s, peak memory {summary['peak_memory_gb']:.1f} GB, "
+        f"{summary['steps']} steps in {summary['seconds']:.0f} s, peak memory {summary['peak_memory_gb']:.1f} GB{gpu}, "
         f"backend {summary['backend']}",
         highlight=False,
     )

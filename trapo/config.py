@@ -32,7 +32,7 @@ class ModelConfig:
     path: str = "smollm2-135m-instruct"  # that name, a local folder, a .gguf file or a hub id
     dtype: str = "float32"  # of the weights; training needs float32, evaluation takes bfloat16 or float16 too
     device: str = "auto"  # auto: cuda when there is one, else cpu
-    attention: str = "sdpa"
+    attention: str = "auto"  # auto: sdpa where the family has it, else eager; or a name that transformers knows
     gradient_checkpointing: bool = False
     freeze: str | None = None  # regular expression: parameters whose name it matches are not trained
 
@@ -132,7 +132,7 @@ class TrainConfig:
     updates_per_step: int = 1  # optimizer steps on one batch of rollouts (minibatches)
     micro_batch_tokens: int = 4096  # in one forward-backward: real tokens where packed, else padded ones
     packing: str = "auto"  # always: one row of concatenated sequences; auto: where attention is varlen (flash)
-    precision: str = "float32"  # of the forward and backward; bfloat16: weights and optimizer stay in float32
+    precision: str = "auto"  # of forward and backward, weights and optimizer are float32; auto: bfloat16 on GPUs
     normalizer: str = "tokens"  # tokens: of the global batch; constant: normalizer_constant
     normalizer_constant: float | None = None  # None: rollouts x rollout.max_response_tokens (Dr.GRPO)
     skip_inactive: bool = True  # leave sequences without any gradient out of the forward, and so out of the metrics
@@ -211,7 +211,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rollout.weight_sync": ("folder", "nccl", "ipc"),
     "rollout.seeding": ("call", "request"),
     "train.packing": ("auto", "always", "never"),
-    "train.precision": ("float32", "bfloat16"),
+    "train.precision": ("auto", "float32", "bfloat16"),
     "optim.schedule": ("constant", "linear", "cosine"),
     "train.normalizer": ("tokens", "constant"),
 }

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trapo import agreement
 from trapo.config import Config
 from trapo.encode import EncodedProblem, decode_text
 from trapo.errors import TrapoError
 from trapo.files import write_atomic, write_json
-from trapo.model import load_model
+from trapo.model import check_positions, load_model
 from trapo.ranks import Scorer
 from trapo.rollout import Engine, Request, make_engine
 from trapo.rollout.guard import AgreementGuard, plain_scorer, unanswered
@@ -93,7 +94,10 @@ def evaluate_model(config: Config, log: Callable[[str], None]) -> EvalResult:
 
 
 def check_engine(engine: Engine, model: PreTrainedModel, problems: Sequence[EncodedProblem], config: Config) -> None:
-    """Raises TrapoError when the engine does not generate with the model's weights."""
+    """Raises TrapoError when the fused head's logits are not the model's, or the engine's weights are not."""
+    longest = max(len(p.prompt_ids) for p in problems)
+    check_positions(model, longest + (config.eval.max_response_tokens or config.rollout.max_response_tokens))
+    agreement.check_model(model, config.train.precision)
     guard = AgreementGuard(config.rollout, config.model.dtype)
     guard.check(engine, unanswered(problems[:4]), plain_scorer(model, config.rollout.temperature), seed=config.seed)
 

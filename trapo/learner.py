@@ -6,6 +6,7 @@ and which rank computes which, does not change the update.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -13,19 +14,22 @@ import random
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import trapo_kernels as tk
-from trapo.batching import Batch, collate, filler, loss_tokens, micro_batches, pack, packs, sampled_logprobs
+from trapo import agreement
+from trapo.batching import Batch, collate, filler, layout, loss_tokens, micro_batches, pack, packs, sampled_logprobs
 from trapo.collect import Rollout
 from trapo.config import Config, OptimConfig
 from trapo.errors import TrapoError
 from trapo.metrics import ProbabilityHistogram
 from trapo.model import head_of
-from trapo.precision import compute_in
+from trapo.precision import compute_in, resolve
 from trapo.ranks import ALONE, Ranks
 from trapo.sharding import as_forward, is_sharded, load_shards, scatter_optimizer_state, whole
 from trapo.timing import StepTimer
@@ -62,21 +66,44 @@ class Learner:
         self.model = model
         self.reference = reference
         self.config = config
+        self.precision = resolve(config.train.precision, model.device)
         self.pad_id = pad_id
         self.ranks = ranks
-        self.packed = is_packed(model, config)
+        self.layout = self._agreed()  # of packed rows; None: padded
         self.expert_histogram = ProbabilityHistogram()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if any(p.dtype != torch.float32 for p in self.parameters):
             # An AdamW step is about lr in size: added to a 16-bit weight it is rounded away.
             raise TrapoError(f"model.dtype: training needs float32 weights; got {config.model.dtype}")
-        if config.model.gradient_checkpointing:
-            prepare_checkpointing(model)
         o = config.optim
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
+            self.parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=has_fused(model)
         )
         self.scheduler = LambdaLR(self.optimizer, lambda step: lr_factor(step, o, config.train.steps))
+
+    def _agreed(self) -> frozenset[str] | None:
+        """Check that the model does what the learner takes for granted; how to tell it of packed rows, None to pad."""
+
+        def check() -> frozenset[str] | None:
+            with agreement.computing(model, self.precision):
+                found = agreement.probe(model, self.pad_id)
+                packed = is_packed(model, self.config)
+                row = layout(agreement.LENGTHS, model.device)
+                names = agreement.packed_names(model, found, row) if packed else None
+                if self.config.model.gradient_checkpointing:
+                    prepare_checkpointing(model)
+                    agreement.check_checkpointing(model, found)
+            return names
+
+        model = self.model
+        if self.reference is not None:
+            agreement.check_model(self.reference, self.precision, self.pad_id)
+        return agreement.as_probe(model, check)
+
+    @property
+    def packed(self) -> bool:
+        """Whether micro-batches are rows of concatenated sequences."""
+        return self.layout is not None
 
     @property
     def lr(self) -> float:
@@ -192,9 +219,8 @@ class Learner:
 
     def _hidden_states(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         """[B, T, D], what the head would be applied to."""
-        # Without position_ids, where they are the default: not every decoder's forward takes None for it.
-        positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
-        return model.get_decoder()(input_ids=batch.input_ids, use_cache=False, **positions).last_hidden_state
+        told = {name: value for name, value in batch.layout.items() if name in (self.layout or ())}
+        return agreement.hidden_states(model, batch.input_ids, **told)
 
     def _loss(
         self,
@@ -253,7 +279,7 @@ class Learner:
 
     def _hidden_and_head(self, model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, LinearHead]:
         """Both in the dtype of train.precision."""
-        with compute_in(self.config.train.precision, model):
+        with compute_in(self.precision, model):
             hidden = self._hidden_states(model, batch)
             head = head_of(model).cast(hidden)
             return hidden.to(head.weight.dtype), head
@@ -288,18 +314,45 @@ def is_packed(model: PreTrainedModel, config: Config) -> bool:
 
 
 def prepare_checkpointing(model: PreTrainedModel) -> None:
-    """transformers checkpoints in train mode alone; with its dropout at 0 that mode changes nothing else."""
+    """Have the layers checkpointed, which transformers does in training mode alone, and nothing else of that mode: only
+    the layers themselves are in it, not what is in them, and no dropout is left anywhere."""
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010 (nn.Module's __setattr__ is typed for tensors)
-    model.train()
+        _without_dropout(module)
+    model.eval()
+    layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    # The decoder has such a flag too, and skips whole layers in training mode (layerdrop): it is not in it, unless it
+    # is the only one.
+    repeated = [m for m in layers if isinstance(m, GradientCheckpointingLayer)]
+    configs: dict[int, Any] = {}
+    for module in repeated or layers:
+        module.training = True
+        # Falcon's layers read their rate from the configuration, which goes into checkpoints as it is.
+        if (config := getattr(module, "config", None)) is not None:
+            if id(config) not in configs:
+                configs[id(config)] = _without_dropout(copy.deepcopy(config))
+            module.config = configs[id(config)]
+
+
+def _without_dropout(holder: Any) -> Any:
+    """The same with every rate at 0, whatever a family calls it (resid_pdrop, layerdrop); BLOOM has modules there."""
+    for name, value in list(vars(holder).items()):
+        if "drop" in name and isinstance(value, float):
+            setattr(holder, name, 0.0)
+    return holder
+
+
+def has_fused(model: PreTrainedModel) -> bool:
+    """Whether AdamW can update these weights in one kernel: on CPUs and GPUs, unless shards are on a CPU."""
+    return model.device.type == "cuda" or (model.device.type == "cpu" and not is_sharded(model))
 
 
 def _merge(metrics: Sequence[dict[str, torch.Tensor]], minibatches: int) -> dict[str, float | None]:
     """Metrics of all micro-batches as one; a loss is the mean over minibatches. The update's only host sync."""
-    merged = {name: float(value) for name, value in tk.merge_metrics(metrics).items()}
+    found = tk.merge_metrics(metrics)
+    values = torch.stack([v.double() for v in found.values()]).tolist() if found else []
+    merged = dict(zip(found, values, strict=True))
     means = {name: value / minibatches if name.startswith("loss") else value for name, value in merged.items()}
     return {name: value if math.isfinite(value) else None for name, value in means.items()}  # JSON has no NaN
 

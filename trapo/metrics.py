@@ -57,6 +57,14 @@ def peak_memory_gb() -> float:
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)
 
 
+def peak_gpu_memory_gb() -> dict[str, float]:
+    """Highest memory of tensors on this process's GPU so far, in GB (1e9 bytes), by its name in metrics.jsonl; {}
+    without one."""
+    if not torch.cuda.is_initialized():
+        return {}
+    return {"peak_gpu_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3)}
+
+
 def _mean(values: Iterable[float]) -> float | None:
     numbers = [float(v) for v in values]
     return sum(numbers) / len(numbers) if numbers else None

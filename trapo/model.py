@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from trapo import lora
+from trapo import agreement, lora
 from trapo.config import ModelConfig
 from trapo.errors import TrapoError
 from trapo.manifest import refuse_damaged
@@ -36,33 +37,99 @@ def load_model(config: ModelConfig, *, check: bool = True) -> tuple[PreTrainedMo
     if lora.is_adapter(Path(config.path)):
         return _load_adapted(config)
     device = _device(config.device)
-    dtype = getattr(torch, config.dtype)
-    source = find_weights(config.path)
-    if source.suffix == ".gguf":
-        files = {"gguf_file": source.name}
-        extra = {"quantization_config": GgufConfig(dequantize=True), **files}
-        folder = str(source.parent)
-    else:
-        files, extra, folder = {}, {}, str(source)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **files)
-        # Code that a folder brings along is not run, and nobody is asked whether it may be.
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=config.attention, trust_remote_code=False, **extra
-        )
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise TrapoError(f"model.path: cannot load {config.path!r}: {reason}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    model, tokenizer = _from_pretrained(config)
     # De-quantised weights are plain tensors from here on: a checkpoint must not say otherwise.
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
     freeze(model, config.freeze)
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        enable_checkpointing(model)
     nn.Module.to(model, device)
     return model.eval(), tokenizer
+
+
+def _from_pretrained(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    source = find_weights(config.path)
+    files: dict[str, Any] = {"trust_remote_code": False}  # code of a folder is not run, and nobody is asked
+    extra: dict[str, Any] = {}
+    if source.suffix == ".gguf":
+        files["gguf_file"] = source.name
+        extra["quantization_config"] = GgufConfig(dequantize=True)
+    folder = str(source.parent if source.suffix == ".gguf" else source)
+    if config.attention != "auto":
+        extra["attn_implementation"] = config.attention
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **files)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, config.dtype), output_loading_info=True, **files, **extra
+        )
+    except Exception as error:  # a damaged file, wrong shapes, an unknown architecture: each library has its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TrapoError(f"model.path: cannot load {config.path!r}: {reason}") from error
+    model, info = loaded
+    _check_loaded(config.path, model, info)
+    _ensure_ends(config.path, model, tokenizer)
+    return model, tokenizer
+
+
+def _check_loaded(path: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Raises TrapoError where a weight is not the checkpoint's: transformers makes it up, and says so in a table."""
+    modules = {name: module for name, module in model.named_modules() if not any(module.children())}
+    # Of a layer that the model has, a bias that it leaves out; whole layers and heads of other tasks are common.
+    left_out = [n for n in info["unexpected_keys"] if modules.get(n.rpartition(".")[0]) is not None]
+    for what, found in (
+        ("missing from the checkpoint", sorted(info["missing_keys"])),
+        ("of another shape in the checkpoint", sorted(str(item[0]) for item in info["mismatched_keys"])),
+        ("in the checkpoint but not in the model", sorted(n for n in left_out if n.endswith((".weight", ".bias")))),
+    ):
+        if found:
+            several = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            kind = f"{type(model).__name__} of {path!r}"
+            raise TrapoError(f"model.path: {found[0]}{several} of {kind}: {what}")
+
+
+def _ensure_ends(path: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Pad with the end-of-sequence token where there is no padding token. Raises TrapoError where there is no end."""
+    if tokenizer.eos_token_id is None:
+        named = _as_list(getattr(model.config.get_text_config(), "eos_token_id", None))
+        hint = f" (the model's configuration names id {named[0]})" if named else ""
+        raise TrapoError(f"model.path: the tokenizer of {path!r} has no end-of-sequence token; set its eos_token{hint}")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Raises TrapoError for a family without gradient checkpointing."""
+    # Its name before transformers 5.23.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable()
+    except ValueError as error:
+        raise TrapoError(
+            f"model.gradient_checkpointing: model type {model.config.model_type} ({type(model).__name__}) has none; "
+            "accepted for this family: false"
+        ) from error
+
+
+def check_positions(model: PreTrainedModel, longest: int) -> None:
+    """Of sequences of up to `longest` tokens: refuses them past a table of learned positions, and says once that they
+    go past what the model was made for."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int) or longest <= limit:
+        return
+    what = f"sequences may have {longest} tokens, model type {model.config.model_type} has {limit} positions"
+    if any(isinstance(m, nn.Embedding) and limit <= m.num_embeddings <= limit + 8 for m in _tables(model)):
+        raise TrapoError(f"rollout.max_response_tokens: {what}; lower it, or data.max_prompt_tokens")
+    agreement.say(f"{what}: beyond them it was not trained (rollout.max_response_tokens, data.max_prompt_tokens)")
+
+
+def _tables(model: PreTrainedModel) -> list[nn.Module]:
+    words = model.get_input_embeddings()
+    return [m for name, m in model.named_modules() if m is not words and re.search("pos|wpe", name)]
 
 
 def _load_adapted(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -125,7 +192,5 @@ def head_of(model: PreTrainedModel) -> LinearHead:
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a completion; the tokenizer's own comes first and ends expert traces."""
-    configured = model.generation_config.eos_token_id if model.generation_config else None
-    several = configured if isinstance(configured, list) else [configured]
-    ids = [tokenizer.eos_token_id, *several]
+    ids = [tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id if model.generation_config else None)]
     return list(dict.fromkeys(i for i in ids if i is not None))

@@ -27,6 +27,7 @@ from trapo.config import PRESETS, Config
 from trapo.errors import TrapoError
 from trapo.model import freeze
 from trapo.modes import phases
+from trapo.precision import resolve
 from trapo.sharding import decoder_layers, shard
 
 OURS = "ours: the loss's buffer"
@@ -88,13 +89,18 @@ def make_plan(config: Config, ranks: int, response_tokens: int | None = None) ->
     logits = loss_memory(config, model.config.get_text_config().vocab_size)
     with fake_ranks(ranks) as mesh:
         if mesh is not None:
-            shard(model, mesh, config.train.precision)
+            shard(model, mesh, _precision(config))
         weights = _weights(model)
         memory = state_memory(model) | (_unit_memory(model, config) if mesh is not None else {})
     memory |= _activations(config, tokens["longest sequence"]) | {"logits buffer of the loss": logits[OURS]}
-    if head_trained and config.train.precision != "float32":
+    if head_trained and _precision(config) != "float32":
         memory["fp32 sum of the head's gradient"] = 4 * head_size
     return Plan(config.model.path, ranks, total, trained, weights, memory, logits, tokens, flops)
+
+
+def _precision(config: Config) -> str:
+    """The plan is for GPUs, wherever it is made."""
+    return resolve(config.train.precision, torch.device("cuda"))
 
 
 def meta_model(config: Config, dtype: torch.dtype | None = None, layers: int | None = None) -> PreTrainedModel:
@@ -171,7 +177,7 @@ def state_memory(model: nn.Module) -> dict[str, int]:
 def _unit_memory(model: PreTrainedModel, config: Config) -> dict[str, int]:
     """What FSDP2 holds beside the shards: the root's weights and two layers' (one computes, the next is on its way),
     and gradients of the root and of one layer that are not reduced yet."""
-    width = getattr(torch, config.train.precision).itemsize
+    width = getattr(torch, _precision(config)).itemsize
     layers = decoder_layers(model)
     in_layers = {id(p) for layer in layers for p in layer.parameters()}
     root = [p for p in model.parameters() if id(p) not in in_layers]
@@ -186,7 +192,7 @@ def _unit_memory(model: PreTrainedModel, config: Config) -> dict[str, int]:
 
 def _activations(config: Config, longest: int) -> dict[str, int]:
     """Bytes that the forward of one micro-batch leaves for its backward; varlen attention, no padding."""
-    dtype = getattr(torch, config.train.precision)
+    dtype = getattr(torch, _precision(config))
     tokens = max(config.train.micro_batch_tokens, longest)
     one, two = (_saved_by(meta_model(config, dtype, layers), tokens) for layers in (1, 2))
     text = _architecture(config.model.path).get_text_config()
@@ -242,7 +248,7 @@ def _varlen_attention(
 def loss_memory(config: Config, vocab: int) -> dict[str, int]:
     """What grows with tokens × vocabulary in one micro-batch, in bytes."""
     tokens = config.train.micro_batch_tokens
-    width = getattr(torch, config.train.precision).itemsize
+    width = getattr(torch, _precision(config)).itemsize
     budget = int(tk.get_budget_mb("cuda") * 2**20)
     return {
         OURS: max(min(tokens * vocab * width, budget), vocab * width),

@@ -32,6 +32,9 @@ def shard(model: PreTrainedModel, mesh: Any, precision: str) -> None:
     """Shard a model in place over a one-dimensional DeviceMesh. precision: a value of train.precision."""
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+    from trapo.precision import resolve
+
+    precision = resolve(precision, model.device)
     low = None if precision == "float32" else getattr(torch, precision)
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None)
     for unit in [*decoder_layers(model), model]:

@@ -9,7 +9,7 @@ from typing import Any
 import trapo_kernels as tk
 from trapo.config import Config
 from trapo.evaluate import EvalResult
-from trapo.metrics import peak_memory_gb
+from trapo.metrics import peak_gpu_memory_gb, peak_memory_gb
 from trapo.run_dir import RunDir
 from trapo.timing import PARTS
 
@@ -37,7 +37,14 @@ def summarise(run_dir: RunDir, config: Config, steps: int, seconds: float) -> di
         "best_step": next(iter(run_dir.best_steps(1)), None),
         "reward_failures": _reward_failures(run_dir, rows),
         "peak_memory_gb": max([peak_memory_gb(), *(row["peak_memory_gb"] for row in rows)]),
+        **_peak_gpu_memory(rows),
     }
+
+
+def _peak_gpu_memory(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    name = "peak_gpu_memory_gb"
+    found = [row[name] for row in [*rows, peak_gpu_memory_gb()] if name in row]
+    return {name: max(found)} if found else {}
 
 
 def _evaluation(run_dir: RunDir, step: int) -> EvalResult | None:

@@ -32,8 +32,8 @@ from trapo.inputs import changed_inputs, fingerprints, refuse_changed
 from trapo.learner import Learner, Update
 from trapo.loggers import HISTOGRAM, Loggers, check_loggers
 from trapo.manifest import write_manifest
-from trapo.metrics import peak_memory_gb, rollout_metrics
-from trapo.model import load_model
+from trapo.metrics import peak_gpu_memory_gb, peak_memory_gb, rollout_metrics
+from trapo.model import check_positions, load_model
 from trapo.modes import Phase, phases
 from trapo.ranks import ALONE, Ranks, Scorer, SharedRewards, join, leave, lost_rank
 from trapo.report import write_report
@@ -150,6 +150,7 @@ class Trainer:
         shard_over(self.model, ranks, config.train.precision)
         self.train_set = load_train_set(config, plan, self.tokenizer, log)
         self.eval_set = load_eval_set(config, self.tokenizer, log)
+        check_positions(self.model, self._longest_sequence())
         self.engine = make_engine(config, self.model, self.tokenizer, ranks)
         self.learner = Learner(
             self.model, config, pad_id=self.tokenizer.pad_token_id, reference=self._reference_model(), ranks=ranks
@@ -165,6 +166,13 @@ class Trainer:
         self.step_seconds: deque[float] = deque(maxlen=10)
         self.timer = StepTimer(self.model.device)
         self.skips = SkipLimit(config.train.max_skipped_steps, run_dir)
+
+    def _longest_sequence(self) -> int:
+        """The longest prompt with the longest response, in tokens."""
+        rollout, evaluation = self.config.rollout, self.config.eval
+        train = max((len(p.prompt_ids) for p in self.train_set), default=0) + rollout.max_response_tokens
+        asked = max((len(p.prompt_ids) for p in self.eval_set or ()), default=0)
+        return max(train, asked + (evaluation.max_response_tokens or rollout.max_response_tokens) if asked else 0)
 
     @property
     def ratios(self) -> list[float]:
@@ -282,6 +290,7 @@ class Trainer:
             "seconds": self.seconds,
             "seconds_left": mean * (self.config.train.steps - self.step - 1),
             "peak_memory_gb": peak_memory_gb(),
+            **peak_gpu_memory_gb(),
         }
 
     def _log_rollouts(self, rollouts: Sequence[Rollout], seed: int, *, scored: bool) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trapo import lora
+from trapo import agreement, lora
+from trapo.errors import TrapoError
 from trapo.sharding import is_sharded, whole
 
 Writer = Callable[[Path], None]
@@ -19,8 +21,11 @@ def full_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, value) of every weight of the model that `model` amounts to, one at a time; a tied head comes once, under
     the embedding's name. Detached; a weight that is neither sharded nor adapted is the model's own memory.
 
-    On a sharded model all ranks must go through it together, and each gets every weight.
+    On a sharded model all ranks must go through it together, and each gets every weight. Raises TrapoError before the
+    first where the model computes something else with its adapters merged.
     """
+    if lora.has_adapter(model):
+        agreement.check_merged(cast(PreTrainedModel, model))
     stored = model.state_dict().keys()
     buffers = ((name, value) for name, value in model.named_buffers() if name in stored)
     for name, value in [*model.named_parameters(), *buffers]:
@@ -67,9 +72,19 @@ def _write(path: Path, tokenizer: PreTrainedTokenizerBase, save: Callable[[], No
     tokenizer.save_pretrained(path)
 
 
+def _named(model: nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights that are no buffers of the model."""
+    buffers = {name for name, _ in model.named_buffers()}
+    return ((name, value) for name, value in weights.items() if name not in buffers)
+
+
 def _save(path: Path, model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
     """By a model of the same configuration that is nothing but that."""
+    kind: Any = next(k for k in type(model).__mro__ if not k.__name__.startswith("FSDP"))  # FSDP2's are derived
     with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(model.config, dtype=next(iter(weights.values())).dtype)
+        plain = kind._from_config(model.config, dtype=next(iter(weights.values())).dtype)
+    names = {name for name, _ in plain.named_parameters()}
+    if wrong := sorted(names ^ {name for name, _ in _named(plain, weights)}):
+        raise TrapoError(f"the model's weights are not those of {type(plain).__name__}: {wrong[0]}")
     plain.generation_config = model.generation_config
     plain.save_pretrained(path, state_dict=weights)

@@ -68,6 +68,7 @@ def sections(runs: Sequence[RunData]) -> list[Section]:
                 _curve(runs, "tokens_per_second", "Throughput", "tokens per second", zero=True),
                 *_each(runs, _time_by_part),
                 _curve(runs, "peak_memory_gb", "Peak memory", "GB", "so far", zero=True, smooth=False),
+                _curve(runs, "peak_gpu_memory_gb", "Peak memory of the GPU", "GB", "so far", zero=True, smooth=False),
             ],
         ),
     ]

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo.config import Config
+from trapo.precision import resolve
 from trapo.ranks import ALONE, Ranks
 
 
@@ -93,4 +94,10 @@ def _make_engine(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTo
         )
     from trapo.rollout.hf import HFEngine
 
-    return HFEngine(model, eos_ids=ends, pad_id=tokenizer.pad_token_id, batch_size=rollout.batch_size)
+    return HFEngine(
+        model,
+        eos_ids=ends,
+        pad_id=tokenizer.pad_token_id,
+        batch_size=rollout.batch_size,
+        precision=resolve(config.train.precision, model.device),
+    )

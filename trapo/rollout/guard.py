@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 import trapo_kernels as tk
+from trapo.agreement import hidden_states
 from trapo.collect import Rollout
 from trapo.config import RolloutConfig
 from trapo.encode import EncodedProblem
@@ -85,7 +86,7 @@ def plain_scorer(model: PreTrainedModel, temperature: float) -> Scorer:
         head, found = head_of(model), []
         for rollout in rollouts:
             ids = torch.tensor([rollout.problem.prompt_ids + rollout.response_ids], device=model.device)
-            hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = hidden_states(model, ids)
             own = slice(-len(rollout.own_ids) - 1, -1)
             targets = ids[0, -len(rollout.own_ids) :]
             found.append(

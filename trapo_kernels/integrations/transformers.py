@@ -5,7 +5,7 @@
     patch_causal_lm_loss(model, tk.Objective(expert="trsft", policy=None))
     Trainer(model=model, ...).train()
 
-The stock forward still does everything else. Asked for the logits of one position at most, it costs next to nothing
+The stock forward still does everything else. Asked for the logits of a few positions at most, it costs next to nothing
 beyond the decoder; the hidden states that it made on the way go to `linear_policy_loss`.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,55 +22,20 @@ from transformers import PreTrainedModel
 
 from ..functional import linear_policy_loss
 from ..objective import Objective
+from .heads import LinearHead, decoder_of, fit_head, linear_head, tolerance
 
-__all__ = ["LinearHead", "PatchedForward", "PatchedLoss", "linear_head", "patch_causal_lm_loss"]
+__all__ = [
+    "LinearHead",
+    "PatchedForward",
+    "PatchedLoss",
+    "decoder_of",
+    "fit_head",
+    "linear_head",
+    "patch_causal_lm_loss",
+]
 
 IGNORED = -100  # the label that transformers ignores
-
-
-class LinearHead(NamedTuple):
-    """A language-model head as trapo_kernels takes it: z = softcap · tanh(logit_scale · (h Wᵀ + b) / softcap)."""
-
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
-    softcap: float | None
-    logit_scale: float
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments of `linear_policy_loss` and `linear_logprobs`."""
-        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
-
-    def cast(self, hidden: Tensor) -> LinearHead:
-        """The same in the dtype in which the stock forward multiplies: autocast's where it is on."""
-        device = hidden.device.type
-        if not torch.is_autocast_enabled(device):
-            return self
-        dtype = torch.get_autocast_dtype(device)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return self._replace(weight=self.weight.to(dtype), bias=bias)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """What the model's own forward makes of hidden [..., D], in its dtype [..., V]."""
-        z = F.linear(hidden, self.weight, self.bias) * self.logit_scale
-        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
-
-
-def linear_head(model: PreTrainedModel) -> LinearHead:
-    """The output head of a causal LM, with the logit transforms of the families that have them.
-
-    Raises:
-        TypeError: its output head is not a plain `nn.Linear` (a quantised layer, for instance).
-    """
-    linear = model.get_output_embeddings()
-    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
-        raise TypeError(
-            f"linear_head: the output head of {type(model).__name__} must be nn.Linear; got {type(linear).__name__}"
-        )
-    config = model.config.get_text_config()
-    divisor = getattr(config, "logits_scaling", None)  # Granite
-    scale = 1.0 / divisor if divisor else getattr(config, "logit_scale", None) or 1.0  # Cohere
-    return LinearHead(linear.weight, linear.bias, getattr(config, "final_logit_softcapping", None), scale)
+CHECKED = 4  # positions of each sequence whose logits are compared with the head's
 
 
 def patch_causal_lm_loss(model: PreTrainedModel, objective: Objective, **options: Any) -> PatchedLoss:
@@ -81,8 +46,8 @@ def patch_causal_lm_loss(model: PreTrainedModel, objective: Objective, **options
     labels, evaluation mode (the stock cross-entropy, with logits), saving, generation. The router loss of a mixture of
     experts is added as the stock forward does.
 
-    The first training forward compares the logits of one position with the model's own, so that a family whose head
-    does something unknown is refused and not trained wrongly.
+    The first training forward compares the logits of a few positions with the model's own: a factor or a soft-cap
+    of its configuration that explains them is taken, and a family whose head does something else is refused.
 
     Args:
         model: a causal LM with an `nn.Linear` head: Llama, SmolLM2, Qwen2, Qwen3, Gemma 2 and 3, Granite, Cohere, ...
@@ -125,7 +90,7 @@ class PatchedForward:
         self._parameters = list(inspect.signature(self._stock).parameters)
         self._hidden: Tensor | None = None
         self._capturing, self._checked = False, False
-        self._hook = model.get_decoder().register_forward_hook(self._capture)
+        self._hook = decoder_of(model).register_forward_hook(self._capture)
 
         @functools.wraps(self._stock)  # Trainer and generate read the signature
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -152,10 +117,11 @@ class PatchedForward:
     def hidden_states(self, kwargs: dict[str, Any]) -> tuple[Tensor, LinearHead, Any]:
         """(what the head is applied to [B, T, D], the head, both in the dtype of the product; the stock outputs).
 
-        The first call asks for the logits of one position, to check the head, the others for none.
+        The first call asks for the logits of a few positions, to check the head, the others for none.
         """
         kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "logits_to_keep")}
-        keep = torch.arange(0 if self._checked else 1, device=self.model.device)
+        length = next((kwargs[n].shape[1] for n in ("input_ids", "inputs_embeds") if kwargs.get(n) is not None), 1)
+        keep = torch.arange(0 if self._checked else min(CHECKED, length), device=self.model.device)
         self._capturing = True
         try:
             outputs = self._stock(**kwargs, logits_to_keep=keep)
@@ -168,23 +134,22 @@ class PatchedForward:
             head = head.cast(hidden)
         hidden = hidden.to(head.weight.dtype)
         if not self._checked:
-            self._check(head, hidden[:, :1].detach(), outputs.logits.detach())
+            self._check(head, hidden[:, : len(keep)].detach(), outputs.logits.detach())
             self._checked = True
+            found = linear_head(self.model)
+            head = head._replace(softcap=found.softcap, logit_scale=found.logit_scale)
         return hidden, head, outputs
 
     def _capture(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._capturing:
             self._hidden = output[0]
 
-    @torch.no_grad()
     def _check(self, head: LinearHead, hidden: Tensor, expected: Tensor) -> None:
-        found, expected = head.logits(hidden).float(), expected.float()
-        error, size = (found - expected).abs().max(), expected.abs().max()
-        tolerance = 1e-4 if head.weight.dtype in (torch.float32, torch.float64) else 2e-2
-        if not error <= tolerance * size:
+        error = fit_head(self.model, head, hidden, expected)
+        if not error <= tolerance(head.weight.dtype):
             raise ValueError(
                 f"{type(self).__name__}: model must have a head with bias, logit scale and soft-cap alone; got "
-                f"{type(self.model).__name__}, whose logits differ from that by {error:.3g}"
+                f"{type(self.model).__name__}, whose logits differ from that by {error:.3g} of the largest"
             )
 
 
