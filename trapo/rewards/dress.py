@@ -94,7 +94,7 @@ REWRITES: tuple[tuple[str, re.Pattern[str], _Replacement], ...] = tuple(
         ("fractions", r"\\[dtcx]frac(?![A-Za-z])", r"\\frac"),
         ("percent", r"\\%|\b(?:percent|per cent|pct)\b", "%"),
         ("degrees", r"\^\s*\{?\s*\\(?:circ|degree)(?![A-Za-z])\s*\}?|\\(?:text)?degrees?(?![A-Za-z])", " degrees "),
-        ("minus", r"\\-(?=\d)", "-"),
+        ("minus", r"(?<!\\)\\-(?=\d)", "-"),
         ("binomials", r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
         ("binomials", r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
         ("primes", r"\^\s*\{\s*\\prime\s*\}|\^\s*\\prime(?![A-Za-z])", "'"),

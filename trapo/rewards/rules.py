@@ -118,7 +118,7 @@ def _same_text(gold: Answer, given: Answer) -> bool | None:
 
 
 _CHOICE = re.compile(
-    r"(?:(?:option|choice|answer)\s+)?(?:\(\s*([A-Ja-j])\s*\)|([A-J])\s*[).:](?=\s|$)|([A-J])$)\s*[:.]?(.*)",
+    r"(?:(?:option|choice|answer)\s+)?(?:\(\s*([A-Ja-j])\s*\)|([A-J])\s*[).:](?=\s|$)|([A-J])$)(?:\s*[:.])?(.*)",
     re.I | re.S,
 )
 
