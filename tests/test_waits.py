@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import trapo_kernels as tk
 from trapo_kernels import validate
+from trapo_kernels.stream import Rows
 
 # What reads a value on the host, or has a shape that depends on values.
 OPERATORS = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique", "_unique2", "unique_dim", "equal"}
@@ -127,6 +128,20 @@ def test_logprobs_wait_once_and_once_more_for_the_rows_that_have_a_gradient():
     assert len(waits(lambda: out[0].logprobs.sum().backward())) == 1
 
 
+@pytest.mark.parametrize("skip_inactive", [False, True])
+def test_a_loss_with_a_reference_head_waits_once(skip_inactive):
+    case = make_case(24, 70, dtype=torch.float32)
+    other = {"ref_hidden": case.hidden.detach().flip(1), "ref_weight": case.weight.detach().flip(0)}
+    objective, out = tk.Objective.asft(policy="clip"), []
+
+    def forward():
+        options = {"skip_inactive": skip_inactive, **case.inputs, **other}
+        out.append(tk.linear_policy_loss(case.hidden, case.weight, case.targets, objective, **options))
+
+    assert len(waits(forward)) == 1
+    assert waits(lambda: out[0].loss.backward()) == []
+
+
 def test_losses_of_sequences_and_from_logits_wait_once_each_way():
     case = make_case(24, 70, dtype=torch.float32)
     out = []
@@ -145,6 +160,16 @@ def test_losses_of_sequences_and_from_logits_wait_once_each_way():
 def test_rows_keep_their_order_within_those_with_a_gradient_and_those_without():
     active = torch.tensor([1, 0, 1, 1, 0, 1, 1], dtype=torch.bool)
     live = torch.tensor([0, 1, 1, 0, 0, 1, 1], dtype=torch.bool)
-    rows = tk.linear_policy_loss.__globals__["Rows"].choose(active, live)
+    rows = Rows.choose(active, live)
     assert rows.order.tolist() == [2, 5, 6, 0, 3]
     assert (rows.total, rows.size, rows.with_gradient) == (7, 5, 3)
+    leading = torch.tensor([1, 1, 0, 1, 1, 1, 0], dtype=torch.bool)
+    rows = Rows.choose(active, live, leading=leading)
+    assert rows.order.tolist() == [5, 2, 6, 0, 3]
+    assert (rows.size, rows.with_gradient, rows.leading) == (5, 3, 1)
+    assert rows.front().order.tolist() == [5]
+    rows = Rows.choose(active, live, drop_others=True, leading=leading)
+    assert rows.order.tolist() == [5, 2, 6]
+    every = torch.ones(7, dtype=torch.bool)
+    assert Rows.choose(every, every, leading=every).order is None
+    assert Rows.choose(every, every, leading=leading).order.tolist() == [0, 1, 3, 4, 5, 2, 6]

@@ -32,7 +32,7 @@ from .scalars import filled
 from .sources import finished
 from .stream import LinearSource, Rows
 
-__all__ = ["KINDS", "Divergence", "Job", "linear_divergence", "run", "weighted_sum"]
+__all__ = ["KINDS", "Divergence", "Job", "anchor", "linear_divergence", "run", "weighted_sum"]
 
 KINDS = ("forward_kl", "reverse_kl", "jsd")
 _BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
@@ -136,6 +136,19 @@ def linear_divergence(
     job = Job(kind, beta, head, ref_head, rows, of_rows, scale, (wants[0], wants[1], wants[2]))
     loss, tokens = (_StreamedDivergence.apply if streamed else _materialised)(job, ref, *params)
     return Divergence(loss, rows.spread(tokens.detach()).reshape(shape))
+
+
+def anchor(
+    caller: str, rows: Rows, weights: Tensor, normalizer: Tensor, head: Head, params: Any, ref: Any, streamed: bool
+) -> Tensor:
+    """Σ weights · KL(reference ‖ student) / normalizer over rows that are chosen, with compact weights [n]."""
+    _check(caller, params, ref, "forward_kl", 0.5)
+    ref_hidden, ref_weight, ref_bias = ref
+    ref = (ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), ref_weight.detach(), _detached(ref_bias))
+    wants = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in params)
+    job = Job("forward_kl", 0.5, head, head, rows, weights, normalizer, (wants[0], wants[1], wants[2]))
+    loss: Tensor = (_StreamedDivergence.apply if streamed else _materialised)(job, ref, *params)[0]
+    return loss
 
 
 def _detached(t: Tensor | None) -> Tensor | None:

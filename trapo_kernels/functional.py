@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import columns, ops, reference, stream, validate, vocab_parallel
+from . import columns, divergence, ops, reference, stream, validate, vocab_parallel
 from .agreement import agreed, shards_of
 from .dispatch import backend_name, pick
 from .divergence import linear_divergence
@@ -787,7 +787,10 @@ def _batch(
     elif objective.coupled:  # its tokens stay together and in order: no others are known before all are
         rows = Rows.choose(active)
     else:
-        rows = Rows.choose(active, live, drop_others=skip_inactive)
+        # The expert tokens of a reference head lie together, so that they need not be looked for again.
+        rows = Rows.choose(
+            active, live, drop_others=skip_inactive, leading=expert if objective.reference_head else None
+        )
     sequences = None
     if objective.needs_sequences:
         sequences = validate.sequences(caller, targets, sequence_ids)
@@ -883,17 +886,25 @@ def _anchored(out: PolicyLoss, params: _Params, ref: _Params, batch: _Batch, hea
     if not o.reference_head:
         return out
     weights = batch.expert.to(batch.normalizer.dtype) * (o.expert_coef * o.asft_kl)
-    weights = batch.rows.spread(weights if batch.weights is None else weights * batch.weights)
+    weights = weights if batch.weights is None else weights * batch.weights
     (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias) = params, ref
     assert hidden is not None
     assert weight is not None
     assert ref_hidden is not None
     assert ref_weight is not None
-    anchor = linear_divergence(
-        hidden, weight, ref_hidden.reshape(-1, ref_hidden.shape[-1]), ref_weight, mask=weights != 0, weights=weights,
-        normalizer=batch.normalizer, bias=bias, ref_bias=ref_bias, temperature=head.temperature, softcap=head.softcap,
-        logit_scale=head.logit_scale, backend="reference" if kernel is None else "torch",
-    ).loss  # fmt: skip
+    ref_hidden, rows = ref_hidden.reshape(-1, ref_hidden.shape[-1]), batch.rows.front()
+    if rows is not None:
+        ref, weights = (ref_hidden, ref_weight, ref_bias), rows.counting(weights[: rows.size])
+        anchor = divergence.anchor(
+            "linear_policy_loss", rows, weights, batch.normalizer, head, params, ref, streamed=kernel is not None
+        )
+    else:
+        weights = batch.rows.spread(weights)
+        anchor = linear_divergence(
+            hidden, weight, ref_hidden, ref_weight, mask=weights != 0, weights=weights, normalizer=batch.normalizer,
+            bias=bias, ref_bias=ref_bias, temperature=head.temperature, softcap=head.softcap,
+            logit_scale=head.logit_scale, backend="reference" if kernel is None else "torch",
+        ).loss  # fmt: skip
     more = {name: out.metrics[name] + anchor.detach() for name in ("loss", "loss_expert")}
     return out._replace(loss=out.loss + anchor, metrics={**out.metrics, **more})
 

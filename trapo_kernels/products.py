@@ -19,7 +19,7 @@ _TOP = 2.0**12
 _LEAST = 2.0**-100  # so that the factor and its inverse are finite
 
 # Before 2.10 torch gave a wide product, but added none to what is wide (pytorch#167931).
-_ADDS_TO_WIDE = torch.__version__ >= (2, 10)
+_ADDS_TO_WIDE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
 _BLOCK_BYTES = 2**26
 
 

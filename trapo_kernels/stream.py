@@ -67,23 +67,42 @@ class Rows:
     size: int
     with_gradient: int
     inside: Tensor | None = None
+    leading: int | None = None
 
     @classmethod
-    def choose(cls, active: Tensor, live: Tensor | None = None, drop_others: bool = False) -> Rows:
-        """Rows that are `active` [N]; those not `live` [N] have no gradient (None: all have one)."""
+    def choose(
+        cls,
+        active: Tensor,
+        live: Tensor | None = None,
+        drop_others: bool = False,
+        leading: Tensor | None = None,
+    ) -> Rows:
+        """Rows that are `active` [N]; those not `live` [N] have no gradient (None: all have one). Of those that have
+        one, the `leading` ones [N] come first."""
         if _capturing(active.device):
             inside = active & live if drop_others and live is not None else active
             return cls(active.numel(), None, active.numel(), active.numel(), inside=inside)
         first = active if live is None else active & live
-        if live is None or drop_others:
+        total, front = active.numel(), None
+        if leading is None and (live is None or drop_others):
             index = first.nonzero().squeeze(1)
             size = with_gradient = index.numel()
-        else:  # in one order by which of the three kinds a row is, with both counts in one copy from the device
-            kind = 2 - active.to(torch.int8) - first.to(torch.int8)
-            index = kind.argsort(stable=True)
-            size, with_gradient = torch.stack([active.sum(), first.sum()]).tolist()
-        whole = with_gradient == active.numel()
-        return cls(active.numel(), None if whole else index[:size], size, with_gradient)
+        else:  # in one order by how many of these a row belongs to, with all counts in one copy from the device
+            sets = [first if live is None or drop_others else active, first]
+            if leading is not None:
+                sets.append(first & leading)
+            index = torch.stack(sets).sum(0).argsort(stable=True, descending=True)
+            size, with_gradient, *fronts = torch.stack([each.sum() for each in sets]).tolist()
+            front = fronts[0] if fronts else None
+        in_order = with_gradient == total and front in (None, total)
+        return cls(total, None if in_order else index[:size], size, with_gradient, leading=front)
+
+    def front(self) -> Rows | None:
+        """The leading rows alone; inside a capture all rows; None where none were asked for."""
+        if self.inside is not None or self.leading is None:
+            return None if self.inside is None else self
+        order = None if self.order is None else self.order[: self.leading]
+        return Rows(self.total, order, self.leading, self.leading)
 
     @classmethod
     def every(cls, active: Tensor) -> Rows:
