@@ -188,6 +188,16 @@ def test_an_adapter_that_the_model_reads_past_is_seen():
         lora.attach(model, LoraConfig(rank=2, alpha=8.0, targets=["dt_proj"]), base="", seed=0)
 
 
+def test_an_adapter_goes_on_every_layer_that_is_a_product_and_on_no_router():
+    """Falcon's linear layers and Llama 4's routers are both classes of their own derived from nn.Linear."""
+    falcon, llama4 = (
+        [n for n, _ in adapted(k).named_modules() if n.endswith("lora_A")] for k in ("falcon", "llama4_text")
+    )
+    assert any("query_key_value" in name for name in falcon)
+    assert llama4
+    assert not any("router" in name for name in llama4)
+
+
 def test_layers_that_share_a_weight_get_no_adapter():
     assert adapted("zamba")
     with pytest.raises(TrapoError, match="share their weight"):

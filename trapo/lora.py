@@ -48,17 +48,32 @@ def attach(model: PreTrainedModel, config: LoraConfig, *, base: str, seed: int) 
 
 
 def _not_adaptable(model: PreTrainedModel) -> list[str] | None:
-    """Names of linear layers that an adapter of the default targets leaves out: those with a forward of their own (a
-    router), those of state-space layers, whose weights are read past the layer, so that it would do nothing, and those
-    that share their weight with another, which have no merged weight in common."""
+    """Names of linear layers that an adapter of the default targets leaves out: those whose forward is no product alone
+    (a router), those of state-space layers, whose weights are read past the layer, so that it would do nothing, and
+    those that share their weight with another, which have no merged weight in common."""
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    own = [name for name, m in linears.items() if type(m).forward is not nn.Linear.forward]
+    own = [name for name, m in linears.items() if not _is_product(m)]
     state_space = [name.rpartition(".")[0] for name in linears if name.endswith(("dt_proj", "x_proj"))]
     state_space += [name.rpartition(".")[0] for name, m in model.named_modules() if name.endswith("conv1d")]
     past = [f"{parent}.{name}" for parent in dict.fromkeys(state_space) for name in ("out_proj", "conv1d", "dt_proj")]
     users = Counter(id(m.weight) for m in linears.values())
     shared = [name for name, m in linears.items() if users[id(m.weight)] > 1]
     return [*own, *past, *shared] or None
+
+
+def _is_product(layer: nn.Linear) -> bool:
+    """Whether a linear layer gives x Wᵀ + b, also where its class has a forward of its own."""
+    if type(layer).forward is nn.Linear.forward:
+        return True
+    x = torch.ones(2, layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype)
+    try:
+        with torch.no_grad():
+            found, expected = layer(x), nn.functional.linear(x, layer.weight, layer.bias)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return False
+    if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
+        return False
+    return found.device.type == "meta" or torch.allclose(found, expected, rtol=1e-2, atol=1e-3)
 
 
 def _check_merges(model: PreTrainedModel) -> None:
