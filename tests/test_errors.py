@@ -292,3 +292,32 @@ def test_transforms_that_a_streamed_loss_is_not_for_name_the_function_that_was_c
     out = tk.linear_logprobs(one, weight, targets, backend="torch").logprobs
     with pytest.raises(RuntimeError, match=r"^linear_logprobs: is_grads_batched must be False"):
         torch.autograd.grad(out, one, torch.ones(3, 2), is_grads_batched=True)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind", "message"),
+    [
+        (
+            {"ref_options": 3},
+            TypeError,
+            "ref_options must map some of temperature, softcap, logit_scale to numbers; got 3",
+        ),
+        (
+            {"ref_options": {"bias": 1.0}},
+            TypeError,
+            "ref_options must map some of temperature, softcap, logit_scale to",
+        ),
+        ({"ref_options": {"softcap": -1}}, ValueError, "ref_options: softcap must be a finite number above 0 or None"),
+        ({"beta": torch.ones(2, 2)}, ValueError, "beta must be a number in (0, 1); got a tensor of shape [2, 2]"),
+        ({"kind": ["jsd"]}, ValueError, "kind must be one of 'forward_kl', 'reverse_kl', 'jsd'; got ['jsd']"),
+        ({"backend": []}, ValueError, "backend must be 'torch', 'reference' or None; got []"),
+        ({"mask": torch.ones(N)}, TypeError, "mask must be bool; got float32"),
+        ({"normalizer": -2.0}, ValueError, "normalizer must be a number above 0 or a 0-dim tensor; got -2.0"),
+    ],
+    ids=str,
+)
+def test_a_divergence_refuses(wrong, kind, message):
+    hidden, weight = GOOD["hidden"], GOOD["weight"]
+    with pytest.raises(kind, match="^" + re.escape(f"linear_divergence: {message}")) as error:
+        tk.linear_divergence(hidden, weight, hidden, weight, **wrong)
+    assert "\n" not in str(error.value)

@@ -252,7 +252,7 @@ def cases():
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize(("situation", "call", "backend"), cases())
+@pytest.mark.parametrize(("situation", "call", "backend"), list(cases()))
 def test_value_and_gradients_are_the_oracles(situation, call, backend):
     how, tolerance, options = SITUATIONS[situation]
     given = Given(**options)

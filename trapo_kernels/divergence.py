@@ -28,7 +28,7 @@ from .buffers import logits_buffer
 from .dispatch import backend_name, pick
 from .head import Head
 from .rows.base import stats_dtype
-from .scalars import filled
+from .scalars import filled, number, shown
 from .sources import finished
 from .stream import LinearSource, Rows
 
@@ -106,8 +106,15 @@ def linear_divergence(
     head = validate.check_head(caller, **options)
     hidden, weight, bias = validate.under_autocast(hidden, weight, bias)
     ref_hidden, ref_weight, ref_bias = validate.under_autocast(ref_hidden, ref_weight, ref_bias)
-    ref_head = validate.check_head(f"{caller}: ref_options", **{**options, **(ref_options or {})})
-    _check(caller, (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias), kind, beta)
+    others = {} if ref_options is None else ref_options
+    if not isinstance(others, Mapping) or not set(others) <= set(options):
+        raise TypeError(f"{caller}: ref_options must map some of {', '.join(options)} to numbers; got {shown(others)}")
+    ref_head = validate.check_head(f"{caller}: ref_options", **{**options, **others})
+    found = number(beta)
+    if found is None or not 0 < found < 1:
+        raise ValueError(f"{caller}: beta must be a number in (0, 1); got {shown(beta)}")
+    beta = found
+    _check(caller, (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias), kind)
     shape = hidden.shape[:-1]
     floats, masks = validate.check_token_inputs(caller, hidden[..., 0], {"weights": weights}, {"mask": mask}, "hidden")
     streamed = _streamed(caller, backend, hidden.device)
@@ -156,14 +163,14 @@ def _detached(t: Tensor | None) -> Tensor | None:
 
 
 def _streamed(caller: str, backend: str | None, device: torch.device) -> bool:
-    if backend not in (None, "torch", "reference"):
-        raise ValueError(f"{caller}: backend must be 'torch', 'reference' or None; got {backend!r}")
+    if backend is not None and not (isinstance(backend, str) and backend in ("torch", "reference")):
+        raise ValueError(f"{caller}: backend must be 'torch', 'reference' or None; got {shown(backend)}")
     if torch.compiler.is_compiling():
         return backend == "torch" or backend_name(backend, caller, device) != "reference"
     return backend == "torch" or pick(backend, caller, device).kernel is not None
 
 
-def _check(caller: str, student: tuple[Any, Any, Any], ref: tuple[Any, Any, Any], kind: Any, beta: Any) -> None:
+def _check(caller: str, student: tuple[Any, Any, Any], ref: tuple[Any, Any, Any], kind: Any) -> None:
     validate.check_linear(caller, *student)
     validate.check_linear(caller, *ref, prefix="ref_")
     (hidden, weight, _), (ref_hidden, ref_weight, _) = student, ref
@@ -177,10 +184,8 @@ def _check(caller: str, student: tuple[Any, Any, Any], ref: tuple[Any, Any, Any]
         raise ValueError(
             f"{caller}: ref_hidden must be on the device of hidden, {hidden.device}; got {ref_hidden.device}"
         )
-    if kind not in KINDS:
-        raise ValueError(f"{caller}: kind must be one of {', '.join(map(repr, KINDS))}; got {kind!r}")
-    if not (isinstance(beta, (int, float)) and 0 < beta < 1):
-        raise ValueError(f"{caller}: beta must be a number in (0, 1); got {beta!r}")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"{caller}: kind must be one of {', '.join(map(repr, KINDS))}; got {shown(kind)}")
 
 
 # The oracle --------------------------------------------------------------------------------------------------
