@@ -91,6 +91,17 @@ def test_compiled_now_the_kernels_have_no_spills():
     assert gpu_evidence.broken(found) == []
 
 
+def test_our_chunks_are_those_of_the_cards_own_budget():
+    budgets = {card.name: card.budget_mb for card in roofline.CARDS}
+    assert budgets["H200 SXM"] > budgets["H100 SXM"]
+    for card in roofline.CARDS:
+        n, d, v = shape = (32_768, 2_048, 151_936)
+        logits = [p for p in roofline.phases_on("trapo_kernels", shape, card) if p.name == "logits"]
+        rows = max(p.flops for p in logits) / (2 * d * v)
+        assert rows * 2 * v <= card.budget_mb * 2**20
+        assert sum(p.flops for p in logits) == 2 * n * d * v
+
+
 @pytest.mark.parametrize("card", roofline.CARDS, ids=lambda card: card.name)
 def test_the_chunks_of_cuda_keep_d_weights_traffic_under_15_percent(card):
     for vocab in (128_256, 152_064, 262_144):

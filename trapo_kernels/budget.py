@@ -52,9 +52,13 @@ def get_budget_mb(device_type: str = "cpu") -> float:
 
 @functools.cache
 def _share_of_card(index: int) -> float:
-    megabytes = _SHARE * torch.cuda.get_device_properties(index).total_memory / 2**20
+    return share_of(torch.cuda.get_device_properties(index).total_memory)
+
+
+def share_of(memory: int) -> float:
+    """The budget of a card of so many bytes, in MiB."""
     # Whole steps, so that cards of one kind agree: ranks that share a vocabulary need the same chunks.
-    return float(min(max(int(megabytes) // 64 * 64, _LEAST_MB), _MOST_MB))
+    return float(min(max(int(_SHARE * memory / 2**20) // 64 * 64, _LEAST_MB), _MOST_MB))
 
 
 def set_budget_mb(megabytes: float | None) -> None:

@@ -10,12 +10,13 @@ arithmetic says there.
 
 from __future__ import annotations
 
-from bench.evidence.roofline import APPROACHES, SHAPES, Phase
+from bench.evidence.roofline import APPROACHES, CARDS, SHAPES, Phase, phases_on
 
 __all__ = ["BANDWIDTH", "FLOPS", "VECTOR", "checked", "milliseconds", "table"]
 
+H200 = next(card for card in CARDS if card.name.startswith("H200"))
 FLOPS, BANDWIDTH = 770e12, 4.3e12
-# Terms, metrics, normalizers: some hundred launches on [N].
+# Terms, metrics, normalizers: launches on [N]. Some hundred of them would take this long.
 VECTOR = {"trapo_kernels": 0.7e-3, "trapo_kernels, recomputing": 0.7e-3}
 SHOWN = {name: run for name, run in APPROACHES.items() if name != "cut_cross_entropy, all filtered"}
 
@@ -36,7 +37,7 @@ def _seconds(phase: Phase) -> float:
 
 
 def milliseconds(approach: str, shape: tuple[int, int, int]) -> float:
-    return 1e3 * (sum(map(_seconds, APPROACHES[approach](*shape))) + VECTOR.get(approach, 0.0))
+    return 1e3 * (sum(map(_seconds, phases_on(approach, shape, H200))) + VECTOR.get(approach, 0.0))
 
 
 def floor(shape: tuple[int, int, int]) -> float:
