@@ -92,6 +92,7 @@ REWRITES: tuple[tuple[str, re.Pattern[str], _Replacement], ...] = tuple(
         ("space in a number", r"(?<=\d)(?:\\[,:;]|\{,\}\s*)(?=\d{3}(?!\d))|(?<=\d)\s*\{\s*,\s*\}\s*(?=\d)", ","),
         ("spaces", _SPACES, " "),
         ("fractions", r"\\[dtcx]frac(?![A-Za-z])", r"\\frac"),
+        ("quantifiers", r",?\s*(?:\\text\s*\{)?\s*\bfor\s+(?:all|any|every|each)\b[^=<>]*$", ""),
         ("percent", r"\\%|\b(?:percent|per cent|pct)\b", "%"),
         ("degrees", r"\^\s*\{?\s*\\(?:circ|degree)(?![A-Za-z])\s*\}?|\\(?:text)?degrees?(?![A-Za-z])", " degrees "),
         ("minus", r"(?<!\\)\\-(?=\d)", "-"),
@@ -165,7 +166,7 @@ def undress(text: str) -> str:
     plain = _brace_arguments(plain)
     plain = " ".join(plain.split()).strip(" ,;:").strip("\"'").strip()
     plain = re.sub(r"\.$", "", plain) if not plain.endswith("..") else plain
-    return _outer_braces(plain.strip(" ,;:*"))
+    return _outer_braces(_OUTWARD.sub(_inward, plain.strip(" ,;:*")))
 
 
 _NOTHING_TO_DO = re.compile(r"\s*-?\d+(?:,\d{3})*(?:\.\d*)?\s*")
@@ -177,6 +178,14 @@ def _ascii(text: str) -> str:
     text = re.sub("[₀-₉]+", lambda m: "_{" + m.group().translate(_SUBSCRIPTS) + "}", text)
     text = "".join(_SYMBOLS.get(c, c) for c in text)
     return "".join(_SYMBOLS.get(c, c) for c in unicodedata.normalize("NFKC", text))
+
+
+# ]a, b[ is (a, b)
+_OUTWARD = re.compile(r"(?<![^\s])([\[\]])([^\[\]]+,[^\[\]]+)([\[\]])(?!\S)")
+
+
+def _inward(match: re.Match[str]) -> str:
+    return ("(" if match.group(1) == "]" else "[") + match.group(2) + (")" if match.group(3) == "[" else "]")
 
 
 def _outer_braces(text: str) -> str:

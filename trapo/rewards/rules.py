@@ -54,7 +54,7 @@ class Answer:
     @functools.cached_property
     def value_of_unit(self) -> str | None:
         """The value in front of a unit ("5.4 cents"), where the answer is just that."""
-        if not self.words or not re.match(r"[-+(]?\s*[\d\\.]", self.text) or units.refuses_value(self.text):
+        if not self.words or not _BEGINS_AS_VALUE.match(self.text) or units.refuses_value(self.text):
             return None
         found = units.without_words(self.text)
         return found[0] if found is not None and found[1] == 1 and self.text.startswith(found[0]) else None
@@ -62,11 +62,14 @@ class Answer:
     @functools.cached_property
     def is_text(self) -> bool:
         """Whether it is words and no formula, so that only the same words are the same answer."""
-        return (
-            bool(self.words)
-            and self.value_of_unit is None
-            and not re.search(r"[=+^<>\\]|\d\s*[-/(]|[-/]\s*\d", self.text)
-        )
+        if not self.words or self.value_of_unit is not None:
+            return False
+        if len(self.items) > 1 and all(_BEGINS_AS_VALUE.match(item) for item in self.items):
+            return False  # values with units
+        return not re.search(r"[=+^<>\\]|\d\s*[-/(]|[-/]\s*\d", self.text)
+
+
+_BEGINS_AS_VALUE = re.compile(r"[-+(]?\s*[\d\\.]")
 
 
 def _key(text: str) -> str:
