@@ -344,6 +344,14 @@ def test_of_processes_that_pick_at_once_one_makes_the_verdict(tmp_path):
 # The report ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "cuda:x", 3.5])
+def test_a_device_that_is_not_here_is_refused_in_one_line(trials, device):
+    with pytest.raises(ValueError, match=r"^verify: device must be a device that is here, .*; got ") as raised:
+        tk.verify(device)
+    assert "\n" not in str(raised.value)
+    assert trials.made == []
+
+
 def test_verify_tries_what_is_compiled_anew_and_reports(trials, cache, monkeypatch):
     monkeypatch.setattr(dispatch, "_BACKENDS", [verify_plants.planted("sound"), *dispatch._BACKENDS])
     trials.right = {"sound": (False, "case x: off")}

@@ -56,10 +56,20 @@ def verify(device: torch.device | str | None = None) -> Report:
 
     Args:
         device: None: the current CUDA device, or the CPU where there is none.
+
+    Raises:
+        ValueError: there is no such device here.
     """
     from ..dispatch import backends
 
-    where = _device(device)
+    try:
+        where = _device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        why = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"verify: device must be a device that is here, as 'cuda:0' or 'cpu'; got {device!r} ({why})"
+        ) from None
     names = [
         b.name for b in backends().values()
         if b.kernel is not None and b.compiled and b.device in (None, where.type) and b.available
