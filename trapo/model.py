@@ -36,7 +36,7 @@ def load_model(config: ModelConfig, *, check: bool = True) -> tuple[PreTrainedMo
         refuse_damaged(Path(config.path))
     if lora.is_adapter(Path(config.path)):
         return _load_adapted(config)
-    device = _device(config.device)
+    device = device_of(config.device)
     model, tokenizer = _from_pretrained(config)
     # De-quantised weights are plain tensors from here on: a checkpoint must not say otherwise.
     if getattr(model.config, "quantization_config", None) is not None:
@@ -140,7 +140,8 @@ def _load_adapted(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedToken
     return model, tokenizer
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device that `model.device` names."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

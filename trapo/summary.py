@@ -10,6 +10,7 @@ import trapo_kernels as tk
 from trapo.config import Config
 from trapo.evaluate import EvalResult
 from trapo.metrics import peak_gpu_memory_gb, peak_memory_gb
+from trapo.model import device_of
 from trapo.run_dir import RunDir
 from trapo.timing import PARTS
 
@@ -21,7 +22,7 @@ def summarise(run_dir: RunDir, config: Config, steps: int, seconds: float) -> di
     return {
         "mode": config.mode,
         "model": config.model.path,
-        "backend": tk.default_backend(),
+        "backend": tk.default_backend(device_of(config.model.device)),
         "steps": steps,
         "seconds": round(seconds, 1),
         # Of the steps; what is missing to `seconds` are evaluations, saves and starts.
