@@ -1,11 +1,13 @@
 import math
 import statistics
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trapo.advantages import group_advantages
+from trapo.advantages import assign_advantages, group_advantages
+from trapo.errors import TrapoError
 
 
 def advantages(rewards, guided=None, own=None, **options):
@@ -56,3 +58,16 @@ def test_equal_rewards_give_exactly_zero(reward, n, std):
 def test_advantages_of_a_group_sum_to_zero(rewards, std):
     got = advantages(rewards, std=std)
     assert abs(sum(got)) < 1e-6 * max(1.0, max(map(abs, got)))
+
+
+@pytest.mark.parametrize(("largest", "std"), [(1.7e308, False), (1.7e308, True), (1e160, True)])
+def test_rewards_too_large_for_a_float_are_refused_in_one_line(largest, std):
+    rollouts = [
+        SimpleNamespace(group=0, reward=r, guided=False, own_ids=[1]) for r in (largest, largest, -largest, 0.0)
+    ]
+    rollouts[3].reward = largest  # their sum is beyond the largest float
+    with pytest.raises(
+        TrapoError, match=r"reward\.function: got rewards up to 1.*e\+\d+, whose mean or variance"
+    ) as error:
+        assign_advantages(rollouts, "all", std)
+    assert "\n" not in str(error.value)

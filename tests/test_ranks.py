@@ -224,10 +224,13 @@ def test_a_checkpoint_is_continued_on_another_number_of_ranks(
         torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=0, msg=name)
 
 
+SAID = "stopped by SIGTERM after step 2; the same command continues from there"
+
+
 def test_a_rank_that_is_asked_to_stop_stops_all_after_the_step_and_they_continue(two_ranks, tiny_model_path, tmp_path):
     run_dir = tmp_path / "run"
     outputs = run_ranks(2, "stopped", tiny_model_path, run_dir, *SETTINGS)
-    assert [out.splitlines()[-1] for out in outputs] == ["stopped by SIGTERM after step 2"] * 2
+    assert [out.splitlines()[-1] for out in outputs] == [SAID] * 2
     run_ranks(2, "train", tiny_model_path, run_dir, *SETTINGS)
     rows, evals = outcome(run_dir)
     expected_rows, expected_evals = outcome(two_ranks[0])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from trapo.collect import Rollout
+from trapo.errors import TrapoError
 
 STD_EPS = 1e-6  # GRPO's
 
@@ -47,12 +48,15 @@ def assign_advantages(rollouts: Sequence[Rollout], baseline: str, std: bool) -> 
     """Set `.advantage` of every rollout; rollouts of one prompt must stand side by side, as `collect` gives them."""
     for _, members in groupby(rollouts, key=lambda r: r.group):
         group = list(members)
-        advantages = group_advantages(
-            [r.reward for r in group],
-            guided=[r.guided for r in group],
-            own_tokens=[len(r.own_ids) for r in group],
-            baseline=baseline,
-            std=std,
-        )
+        rewards = [r.reward for r in group]
+        guided, own_tokens = [r.guided for r in group], [len(r.own_ids) for r in group]
+        try:
+            advantages = group_advantages(rewards, guided=guided, own_tokens=own_tokens, baseline=baseline, std=std)
+        except OverflowError:
+            largest = max(rewards, key=abs)
+            raise TrapoError(
+                f"reward.function: got rewards up to {largest:g}, whose mean or variance is too large for a float; "
+                "return ordinary numbers, or scale them by reward.range"
+            ) from None
         for rollout, advantage in zip(group, advantages, strict=True):
             rollout.advantage = advantage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections.abc import Iterable, Sequence
@@ -66,5 +67,7 @@ def peak_gpu_memory_gb() -> dict[str, float]:
 
 
 def _mean(values: Iterable[float]) -> float | None:
+    """None where there are no values, and where their sum is too large for a float."""
     numbers = [float(v) for v in values]
-    return sum(numbers) / len(numbers) if numbers else None
+    mean = sum(numbers) / len(numbers) if numbers else math.inf
+    return mean if math.isfinite(mean) else None

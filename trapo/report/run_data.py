@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,10 @@ from typing import Any
 from trapo.config import load_config
 from trapo.config_text import shown_yaml
 from trapo.errors import TrapoError
+from trapo.files import read_json
+from trapo.history import read_rows
 from trapo.modes import phases
-from trapo.run_dir import RunDir, read_rows
+from trapo.run_dir import RunDir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +54,12 @@ def read_run(path: Path, summary: dict[str, Any] | None = None) -> RunData:
     if not rows:
         raise TrapoError(f"RUN: {path} holds no steps (metrics.jsonl)")
     if summary is None and run_dir.summary.exists():
-        summary = json.loads(run_dir.summary.read_text())
+        summary = read_json(run_dir.summary)
     return RunData(
         name=path.resolve().name,
         path=path,
         rows=rows,
-        evaluations=[{"step": step, **json.loads(f.read_text())} for step, f in run_dir.evaluations().items()],
+        evaluations=[{"step": step, **read_json(f)} for step, f in run_dir.evaluations().items()],
         rollouts=read_rows(run_dir.rollouts),
         summary=summary or {},
         config=dict(_flat(shown_yaml(run_dir.config))) if run_dir.config.exists() else {},
