@@ -198,14 +198,15 @@ def test_from_logits_forms_agree_with_the_oracle(backend, head, dtype):
     assert_close(grad, expected_grad, TOLERANCE[dtype], "d_logits")
 
 
-def test_autocast_changes_nothing(backend):
-    case = make_case(affordable(backend, 40), 257, dtype=torch.float32, with_bias=True)
-    plain = run(case, EVERYTHING, backend)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float32], ids=str)
+def test_autocast_casts_the_arguments_as_torch_does_and_changes_nothing_else(backend, dtype):
+    case = make_case(affordable(backend, 40), 257, dtype=dtype, with_bias=True)
+    plain = run(case.to(torch.bfloat16 if dtype == torch.float32 else dtype), EVERYTHING, backend)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         loss = policy_loss(case, EVERYTHING, backend).loss
     assert torch.equal(loss, plain.loss)
     grads = torch.autograd.grad(loss, case.params())
-    assert all(torch.equal(a, b) for a, b in zip(grads, plain.grads, strict=True))
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(grads, plain.grads, strict=True))
 
 
 # Which tokens count ------------------------------------------------------------------------------------------
