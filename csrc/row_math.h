@@ -110,6 +110,7 @@ template <class T>
 struct Token {
   bool expert, has_old;
   T advantage, old_logprob, ref_logprob, rollout_logprob;  // 0 where not given
+  T weight = 1;  // of its loss
 };
 
 template <class T>
@@ -147,6 +148,8 @@ TRAPO_HD T policy_slope(const Terms<T>& o, const Token<T>& t, T logp) {
 
 template <class T>
 TRAPO_HD Slopes<T> slopes(const Terms<T>& o, const Token<T>& t, const RowStats<T>& row) {
+  // A row that does not count may hold anything.
+  if (t.weight == 0) return {T(0), T(0)};
   Slopes<T> out{T(0), -o.entropy_coef};
   if (t.expert) {
     if (o.expert != kNoExpert) out.logprob = o.expert_coef * expert_slope(o, t, std::exp(row.logprob));
@@ -156,6 +159,7 @@ TRAPO_HD Slopes<T> slopes(const Terms<T>& o, const Token<T>& t, const RowStats<T
     const T above = t.ref_logprob == row.logprob ? T(0) : t.ref_logprob - row.logprob;
     if (o.kl_coef != 0) out.logprob -= o.kl_coef * std::expm1(above);
   }
+  out.logprob *= t.weight, out.entropy *= t.weight;
   return out;
 }
 

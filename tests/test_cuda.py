@@ -36,7 +36,7 @@ def test_the_operators_keep_their_promises_to_the_compiler(operators, dtype):
     grad = (logits, targets, -vector, vector, vector, vector, vector, None, 2.0)
     torch.library.opcheck(operators.row_grad_.default, grad, test_utils=checks)
     numbers = [1.0, 0.1, 0.1, 0.0, 9.0, 9.0, 0.0, 0.0, 0.0]
-    fused = (logits, targets, expert, vector, None, None, None, 1, 1, numbers, 1.0, None)
+    fused = (logits, targets, expert, vector, None, None, None, vector, 1, 1, numbers, 1.0, None)
     torch.library.opcheck(operators.row_fused_.default, fused, test_utils=checks)
 
 

@@ -719,11 +719,15 @@ class _Batch:
     def fused(self, kernel: RowKernel) -> stream.Fused | None:
         """For kernels that compute the slopes of these terms themselves."""
         verb, terms = getattr(kernel, "fused_", None), self.objective.fused()
-        if verb is None or terms is None or self.statistics or self.weights is not None or self.rows.inside is not None:
+        if verb is None or terms is None or self.statistics:
             return None
         if self.normalizer.dtype == torch.float64 and not getattr(kernel, "FUSED_FLOAT64", True):
             return None
-        return stream.Fused(verb, terms, RowInputs(self.expert, **self.inputs))
+        weights = self.weights
+        if self.rows.inside is not None:
+            inside = self.rows.inside.to(self.normalizer.dtype)
+            weights = inside if weights is None else inside * weights
+        return stream.Fused(verb, terms, RowInputs(self.expert, **self.inputs, weights=weights))
 
     def parts(self, values: TokenValues) -> dict[str, Tensor]:
         """The weighted parts of the loss per token [n]."""

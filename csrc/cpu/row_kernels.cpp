@@ -185,7 +185,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_fused_(Tensor logits, const Tenso
                                                       const OptionalTensor& advantages,
                                                       const OptionalTensor& old_logprobs,
                                                       const OptionalTensor& ref_logprobs,
-                                                      const OptionalTensor& rollout_logprobs, int64_t expert_term,
+                                                      const OptionalTensor& rollout_logprobs,
+                                                      const OptionalTensor& weights, int64_t expert_term,
                                                       int64_t policy_term, at::ArrayRef<double> numbers, double scale,
                                                       std::optional<double> cap) {
   check(logits, targets);
@@ -201,9 +202,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_fused_(Tensor logits, const Tenso
     A* fields[] = {&terms.expert_coef, &terms.alpha,        &terms.luffy_gamma, &terms.clip_low, &terms.clip_high,
                    &terms.dual_clip,   &terms.entropy_coef, &terms.kl_coef,     &terms.tis_cap};
     for (size_t i = 0; i < numbers.size(); ++i) *fields[i] = A(numbers[i]);
-    Tensor keep[4];
+    Tensor keep[5];
     const A *adv = values<A>(advantages, keep[0]), *old_lp = values<A>(old_logprobs, keep[1]);
     const A *ref = values<A>(ref_logprobs, keep[2]), *rollout = values<A>(rollout_logprobs, keep[3]);
+    const A* weight = values<A>(weights, keep[4]);
     const bool* e = is_expert.const_data_ptr<bool>();
     const int64_t* target = y.const_data_ptr<int64_t>();
     T* x = logits.data_ptr<T>();
@@ -222,7 +224,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_fused_(Tensor logits, const Tenso
                              adv ? adv[i] : A(0),
                              old_lp ? old_lp[i] : A(0),
                              ref ? ref[i] : A(0),
-                             rollout ? rollout[i] : A(0)};
+                             rollout ? rollout[i] : A(0),
+                             weight ? weight[i] : A(1)};
         auto g = slopes(terms, token, stats);
         g.logprob *= A(scale), g.entropy *= A(scale);
         row.grad(mine, vocab, t, stats.max, gradient_of(stats, g, terms.entropy_coef != 0));
@@ -241,8 +244,8 @@ TORCH_LIBRARY_FRAGMENT(trapo_kernels_cpu, m) {
       "Tensor g_lp, Tensor? g_entropy, float? cap) -> ()");
   m.def(
       "row_fused_(Tensor(a!) logits, Tensor targets, Tensor expert, Tensor? advantages, Tensor? old_logprobs, "
-      "Tensor? ref_logprobs, Tensor? rollout_logprobs, int expert_term, int policy_term, float[] numbers, "
-      "float scale, float? cap) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? ref_logprobs, Tensor? rollout_logprobs, Tensor? weights, int expert_term, int policy_term, "
+      "float[] numbers, float scale, float? cap) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(trapo_kernels_cpu, CPU, m) {

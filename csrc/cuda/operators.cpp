@@ -116,8 +116,8 @@ void row_grad_(Tensor logits, Tensor targets, Tensor logprobs, Tensor max, Tenso
 
 FourTensors row_fused_(Tensor logits, Tensor targets, Tensor expert, OptionalTensor advantages,
                        OptionalTensor old_logprobs, OptionalTensor ref_logprobs, OptionalTensor rollout_logprobs,
-                       int64_t expert_term, int64_t policy_term, std::vector<double> numbers, double scale,
-                       std::optional<double> cap) {
+                       OptionalTensor weights, int64_t expert_term, int64_t policy_term, std::vector<double> numbers,
+                       double scale, std::optional<double> cap) {
   STD_TORCH_CHECK(numbers.size() == 9, "trapo_kernels: numbers must be the 9 of FusedTerms; got ", numbers.size());
   STD_TORCH_CHECK(expert.scalar_type() == ScalarType::Bool && expert.is_contiguous() && expert.numel() == logits.size(0),
                   "trapo_kernels: expert must be contiguous bool [C] with C=", logits.size(0));
@@ -130,7 +130,7 @@ FourTensors row_fused_(Tensor logits, Tensor targets, Tensor expert, OptionalTen
   const Terms<double> terms{int(expert_term), int(policy_term), n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8]};
   fused(rows,
         {static_cast<const bool*>(expert.const_data_ptr()), of(advantages), of(old_logprobs), of(ref_logprobs),
-         of(rollout_logprobs), terms, scale},
+         of(rollout_logprobs), of(weights), terms, scale},
         {logprob.mutable_data_ptr(), max.mutable_data_ptr(), log_sum.mutable_data_ptr(), entropy.mutable_data_ptr()});
   return out;
 }
@@ -144,8 +144,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(trapo_kernels_cuda, m) {
       "Tensor g_lp, Tensor? g_entropy, float? cap) -> ()");
   m.def(
       "row_fused_(Tensor(a!) logits, Tensor targets, Tensor expert, Tensor? advantages, Tensor? old_logprobs, "
-      "Tensor? ref_logprobs, Tensor? rollout_logprobs, int expert_term, int policy_term, float[] numbers, "
-      "float scale, float? cap) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? ref_logprobs, Tensor? rollout_logprobs, Tensor? weights, int expert_term, int policy_term, "
+      "float[] numbers, float scale, float? cap) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("stream_symbol() -> int");  // address of torch's function for the current stream; 0: not found
 }
 

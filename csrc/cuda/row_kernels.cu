@@ -240,14 +240,14 @@ __global__ void __launch_bounds__(max_threads(sizeof(T))) grad_kernel(Rows<T> ro
 template <class A>
 struct Tokens {
   const bool* expert;
-  const A *advantages, *old_logprobs, *ref_logprobs, *rollout_logprobs;  // each may be missing
+  const A *advantages, *old_logprobs, *ref_logprobs, *rollout_logprobs, *weights;  // each may be missing
   Terms<A> terms;
   A scale;
 
   __device__ __forceinline__ Token<A> at(int64_t i) const {
     const auto value = [i](const A* of) { return of != nullptr ? of[i] : A(0); };
     return {expert[i], old_logprobs != nullptr, value(advantages), value(old_logprobs), value(ref_logprobs),
-            value(rollout_logprobs)};
+            value(rollout_logprobs), weights != nullptr ? weights[i] : A(1)};
   }
   __device__ __forceinline__ Slopes<A> slopes_of(const Token<A>& token, const RowStats<A>& row) const {
     const Slopes<A> g = slopes(terms, token, row);
@@ -467,6 +467,7 @@ void fused(const Logits& logits, const FusedIn& in, const StatsOut& out) {
                            of<A>(in.old_logprobs),
                            of<A>(in.ref_logprobs),
                            of<A>(in.rollout_logprobs),
+                           of<A>(in.weights),
                            terms_of<A>(in.terms),
                            A(in.scale)};
     const Found<A> found{of<A>(out.logprob), of<A>(out.max), of<A>(out.log_sum), of<A>(out.entropy)};

@@ -31,7 +31,7 @@ struct GradIn {
 };
 struct FusedIn {
   const bool* expert;
-  const void *advantages, *old_logprobs, *ref_logprobs, *rollout_logprobs;  // each may be missing
+  const void *advantages, *old_logprobs, *ref_logprobs, *rollout_logprobs, *weights;  // each may be missing
   Terms<double> terms;
   double scale;
 };

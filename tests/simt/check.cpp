@@ -218,7 +218,7 @@ void check_fused(const Shape& shape, bool with_entropy) {
   Case<T> c(shape, 3);
   const Terms<double> terms{kTrsft, kClip, 0.7, 0.1, 0.1, 0.8, 1.28, 3.0, with_entropy ? 0.05 : 0.0,
                             with_entropy ? 0.1 : 0.0, 2.0};
-  Vectors<A> in(4, shape.rows), out(4, shape.rows);
+  Vectors<A> in(5, shape.rows), out(4, shape.rows);
   std::unique_ptr<bool[]> expert(new bool[size_t(shape.rows)]);
   if (shape.rows > 4) c.targets[4] = -100, c.truth[4].logprob = NAN;  // refused by NaN
   for (int i = 0; i < shape.rows; ++i) {
@@ -226,15 +226,17 @@ void check_fused(const Shape& shape, bool with_entropy) {
     in[0][i] = i % 4 == 3 ? A(0) : A(1.5 - i);  // the fourth has no gradient, unless by entropy or KL
     in[1][i] = A(c.truth[size_t(i)].logprob + 0.1), in[2][i] = A(c.truth[size_t(i)].logprob - 0.2);
     in[3][i] = A(c.truth[size_t(i)].logprob + 0.05);
+    in[4][i] = i == 2 ? A(0) : A(0.25 * (i + 1));
+    if (i == 2) in[1][i] = A(NAN);  // of a row that does not count
   }
-  cuda::fused(c.call(), {expert.get(), in[0], in[1], in[2], in[3], terms, 0.5}, {out[0], out[1], out[2], out[3]});
+  cuda::fused(c.call(), {expert.get(), in[0], in[1], in[2], in[3], in[4], terms, 0.5}, {out[0], out[1], out[2], out[3]});
   for (int i = 0; i < shape.rows; ++i) {
     const Truth& t = c.truth[size_t(i)];
     c.same("fused_", "logprob", i, out[0][i], t.logprob), c.same("fused_", "max", i, out[1][i], t.max);
     if (c.leads(i)) c.same_relative("fused_", "logprob", i, out[0][i], t.logprob);
     c.same("fused_", "log_sum", i, out[2][i], t.log_sum), c.same("fused_", "entropy", i, out[3][i], t.entropy);
     if (i == 4) continue;
-    const Token<double> token{expert[size_t(i)], true, in[0][i], in[1][i], in[2][i], in[3][i]};
+    const Token<double> token{expert[size_t(i)], true, in[0][i], in[1][i], in[2][i], in[3][i], in[4][i]};
     const auto g = slopes(terms, token, RowStats<double>{t.logprob, t.max, t.log_sum, t.entropy});
     c.same_gradient("fused_", i, 0.5 * g.logprob, 0.5 * g.entropy);
   }

@@ -71,13 +71,15 @@ class RowState(NamedTuple):
 
 
 class RowInputs(NamedTuple):
-    """The per-token constants [C] that an objective reads; None where the caller gave nothing."""
+    """The per-token constants [C] that an objective reads; None where the caller gave nothing. `weights` multiply the
+    loss of each token; a row of weight 0 gets the gradient 0, whatever else it holds."""
 
     expert: Tensor  # bool
     advantages: Tensor | None
     old_logprobs: Tensor | None
     ref_logprobs: Tensor | None
     rollout_logprobs: Tensor | None
+    weights: Tensor | None = None
 
     def at(self, rows: slice) -> RowInputs:
         expert, *others = (None if t is None else t[rows] for t in self)

@@ -170,6 +170,7 @@ def _fused_(
     old_logprobs: Tensor | None,
     ref_logprobs: Tensor | None,
     rollout_logprobs: Tensor | None,
+    weights: Tensor,
     terms: Sequence[float],
     scale: float,
     cap: float | None,
@@ -180,9 +181,9 @@ def _fused_(
     if rows:
         with torch.cuda.device_of(logits):
             _kernels().row_fused[(rows,)](
-                logits, targets, expert, advantages, old_logprobs, ref_logprobs, rollout_logprobs, *out, vocab,
-                logits.stride(0), scale, t.expert_coef, t.alpha, t.luffy_gamma, t.clip_low, t.clip_high, t.dual_clip,
-                t.entropy_coef, t.kl_coef, t.tis_cap,
+                logits, targets, expert, advantages, old_logprobs, ref_logprobs, rollout_logprobs, weights, *out,
+                vocab, logits.stride(0), scale, t.expert_coef, t.alpha, t.luffy_gamma, t.clip_low, t.clip_high,
+                t.dual_clip, t.entropy_coef, t.kl_coef, t.tis_cap,
                 EXPERT=t.expert, POLICY=t.policy, ADVANTAGES=advantages is not None, OLD=old_logprobs is not None,
                 TIS=t.tis_cap != 0, KL=t.kl_coef != 0, ENTROPY=t.entropy_coef != 0, **_common(logits, cap),
             )  # fmt: skip
@@ -198,6 +199,9 @@ def _(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def fused_(
     logits: Tensor, targets: Tensor, inputs: RowInputs, terms: FusedTerms, scale: float, cap: float | None
 ) -> RowStats:
+    if inputs.weights is None:
+        # Calls with weights and without, inside a graph capture and before it, launch the same kernel.
+        inputs = inputs._replace(weights=logits.new_ones(logits.shape[0], dtype=stats_dtype(logits.dtype)))
     given = (None if t is None else t.contiguous() for t in inputs)
     return RowStats(*_fused_(logits, targets.contiguous(), *given, [float(x) for x in terms], scale, cap))
 

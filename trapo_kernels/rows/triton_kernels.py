@@ -264,7 +264,7 @@ def _policy_slope(
 
 @triton.jit
 def row_fused(
-    logits, targets, expert, advantages, old, ref, rollout, logprobs, max_, log_sum, entropy, V, stride,
+    logits, targets, expert, advantages, old, ref, rollout, weights, logprobs, max_, log_sum, entropy, V, stride,
     scale, expert_coef, alpha, gamma, low, high, dual, entropy_coef, kl_coef, tis_cap,
     EXPERT: tl.constexpr, POLICY: tl.constexpr, ADVANTAGES: tl.constexpr, OLD: tl.constexpr, TIS: tl.constexpr,
     KL: tl.constexpr, ENTROPY: tl.constexpr, cap: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
@@ -298,8 +298,10 @@ def row_fused(
         # 0 where both are −inf.
         own = own - kl_coef * expm1(tl.where(anchor == logp, 0.0, anchor - logp))
     taught = expert_coef * _expert_slope(logp, A, alpha, gamma, EXPERT)
-    g_lp = scale * tl.where(tl.load(expert + i) != 0, taught, own)
-    g_H = -scale * entropy_coef
+    w = tl.load(weights + i)
+    # A row that does not count may hold anything.
+    g_lp = scale * tl.where(w == 0, 0.0, w * tl.where(tl.load(expert + i) != 0, taught, own))
+    g_H = -scale * entropy_coef * w
     # The row has been read by every thread before any of it is overwritten: `_target` is not read again.
     tl.debug_barrier()
     _write_gradient(row, V, y, logp, m, log_s, H, g_lp, g_H, cap, ENTROPY, WIDE, R, K)

@@ -82,7 +82,8 @@ def _fold_tile(
     return m, s, d, z_y
 
 
-@triton.jit
+# How many rows there are changes from call to call, and in a graph capture: one kernel for any number.
+@triton.jit(do_not_specialize=["rows", "shares"])
 def linear_stats(
     hidden, weight, bias, targets, max_, rest_, dot, target, rows, V, D, stride_h, stride_w, shares, scale,
     cap: tl.constexpr, LOGITS: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -120,7 +121,7 @@ def linear_stats(
     tl.store(target + at, z_y, mask=i < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "shares"])
 def merge_stats(
     max_in, rest_in, dot_in, target_in, max_, rest_, dot, target, rows, shares, BLOCK: tl.constexpr
 ):  # fmt: skip
