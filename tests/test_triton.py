@@ -169,8 +169,8 @@ def test_descriptors_are_for_rows_at_multiples_of_16_bytes_and_masks_for_a_ragge
     assert tiles.tile(90, 2, 3_584).descriptors
     assert not tiles.tile(90, 2, 3_584, aligned=False).descriptors
     assert tiles.tile(103, 2, 3_584) == tiles.tile(100, 2, 3_584)
-    assert tiles.tile(100, 2, 3_584).specialized
-    assert not tiles.tile(100, 2, 3_584, capped=True).specialized
+    assert tiles.tile(100, 4, 3_584).specialized
+    assert tiles.tile(100, 2, 3_584).halves
     assert tiles.tile(90, 2, 1_001, aligned=False) == tiles._UNEVEN
 
 

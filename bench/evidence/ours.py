@@ -58,7 +58,7 @@ def tile_launches(arch: int) -> Iterator[tuple[str, Launch]]:
     for vocab, width, dtype, cap in shapes:
         hidden, weight = torch.empty(256, width, dtype=dtype), torch.empty(vocab, width, dtype=dtype)
         targets = torch.zeros(256, dtype=torch.int64)
-        descriptors = tiles.tile(arch, dtype.itemsize, width, width * dtype.itemsize % 16 == 0, cap is not None)
+        descriptors = tiles.tile(arch, dtype.itemsize, width, width * dtype.itemsize % 16 == 0)
         for option in dict.fromkeys((descriptors, tiles.tile(arch, dtype.itemsize, width, False))):
             with recorded() as launches:
                 tiles.launch(hidden, weight, None, targets, 1.0, cap, option, 4)

@@ -49,7 +49,7 @@ _TABLE = ((4_096, 4, 1), (32_768, 8, 2), (131_072, 16, 2), (2**62, 32, 2))
 def sizes(vocab: int, dtype: torch.dtype, capped: bool = False) -> Sizes:
     """From the table, by bytes of a row. At 64 registers a thread a soft-cap leaves room for one access in flight."""
     _, warps, accesses = next(entry for entry in _TABLE if vocab * dtype.itemsize <= entry[0])
-    if capped and warps == 32:
+    if capped and warps >= 16:
         accesses = 1
     return Sizes(32 * warps * accesses, 16 // dtype.itemsize, warps)
 

@@ -2,10 +2,10 @@
 
 Tiles come from the table here, chosen offline by architecture and type of operand; nothing is tuned at a user's call.
 The arithmetic behind it: per k-step a program moves (BM + BN)·BK operands for 2·BM·BN·BK FLOPs, and per tile its
-epilogue takes about 20 instructions and one exp per logit against 2·D FLOPs of tensor cores. At D = 3584 a tile of
-128 × 256 is 31 µs of tensor cores on an H100 multiprocessor (7.5 TFLOP/s each) against about 4 µs of epilogue, and asks
-L2 for one byte per 85 FLOPs (128 × 128: per 64). Counts and bounds: no card has run it. Every entry compiles without
-spills (bench/results/gpu_evidence.md).
+epilogue takes about 25 instructions and one exp per logit against 2·D FLOPs of tensor cores. At D = 3584 a tile of
+128 × 128 is 15 µs of tensor cores on an H100 multiprocessor (7.5 TFLOP/s each) against about 3 µs of epilogue, and asks
+L2 for one byte per 64 FLOPs (128 × 256: per 85, but its epilogue spills on sm_90). Counts and bounds: no card has run
+it. By Triton 3.9 the 16-bit entries of sm_90 compile without spills, with a bias and a soft-cap too.
 
 The vocabulary is cut into shares so that row blocks times shares fill the card in whole waves: `shares` minimises the
 tiles of the longest-running multiprocessor. A share writes one state per row, and a second kernel merges them in order.
@@ -54,9 +54,9 @@ class Tile(NamedTuple):
 _TABLE: dict[tuple[int, int], Tile] = {
     (80, 2): Tile(128, 128, 64, 8, 3, False),
     (80, 4): Tile(128, 64, 32, 8, 3, False),
-    (90, 2): Tile(128, 256, 64, 8, 3, True),
+    (90, 2): Tile(128, 128, 64, 8, 3, True),
     (90, 4): Tile(128, 128, 32, 8, 3, True),
-    (100, 2): Tile(128, 256, 64, 8, 3, True, specialized=True),
+    (100, 2): Tile(128, 256, 64, 8, 3, True, halves=True),  # specialized, it spills
     (100, 4): Tile(128, 128, 32, 8, 3, True, specialized=True),
     (120, 2): Tile(128, 64, 64, 8, 3, True),
     (120, 4): Tile(128, 64, 32, 8, 3, True),
@@ -68,18 +68,15 @@ def _interpreted_tile(vocab: int) -> Tile:
     return Tile(16, 64 if vocab < 4_096 else 2_048, 32, 1, 1, False)
 
 
-# Where the epilogue has a soft-cap, and with it would spill.
-_CAPPED = {(100, 2): Tile(128, 256, 64, 8, 3, True, halves=True)}
-
 # By pointers where D is no multiple of BK: a mask per element takes registers.
 _UNEVEN = Tile(128, 64, 32, 8, 3, False)
 
 
-def tile(arch: int, itemsize: int, width: int, aligned: bool = True, capped: bool = False) -> Tile:
+def tile(arch: int, itemsize: int, width: int, aligned: bool = True) -> Tile:
     """The table's entry for an architecture (80, 90, ...): its own, or the nearest below. `aligned`: rows of both
     operands start at multiples of 16 bytes, which descriptors need; without them, sm_80's tiles serve everywhere."""
     key = max(known for known in _TABLE if known[1] == itemsize and known[0] <= max(arch, 80))
-    chosen = _CAPPED.get(key, _TABLE[key]) if capped else _TABLE[key]
+    chosen = _TABLE[key]
     if chosen.descriptors and aligned:
         return chosen
     plain = _TABLE[80, itemsize]
@@ -117,13 +114,13 @@ def _able(hidden: Tensor, weight: Tensor) -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
-def _launch_options(hidden: Tensor, weight: Tensor, capped: bool) -> tuple[Tile, int]:
+def _launch_options(hidden: Tensor, weight: Tensor) -> tuple[Tile, int]:
     """(tile, multiprocessors) for these operands."""
     if interpreted() and not hidden.is_cuda:
         return _interpreted_tile(weight.shape[0]), _INTERPRETED_PROCESSORS
     arch, processors = _card(hidden.device.index)
     aligned = all(t.stride(0) * t.dtype.itemsize % 16 == 0 and t.data_ptr() % 16 == 0 for t in (hidden, weight))
-    return tile(arch, hidden.dtype.itemsize, weight.shape[1], aligned, capped), processors
+    return tile(arch, hidden.dtype.itemsize, weight.shape[1], aligned), processors
 
 
 def _operands(hidden: Tensor, weight: Tensor, tile: Tile) -> tuple[Any, Any]:
@@ -180,7 +177,7 @@ def _linear_stats(
     if not hidden.shape[0]:
         empty = hidden.new_empty(4, 0, dtype=torch.float32)
         return empty[0].clone(), empty[1].clone(), empty[2].clone(), empty[3].clone()
-    chosen, processors = _launch_options(hidden, weight, cap is not None)
+    chosen, processors = _launch_options(hidden, weight)
     parts = shares(hidden.shape[0], weight.shape[0], chosen, processors)
     with torch.cuda.device_of(hidden):
         out = launch(hidden, weight, bias, targets, scale, cap, chosen, parts)
