@@ -201,7 +201,7 @@ def scaled_in_fp16(fn, *params):
 
 def in_bf16(fn, *params):
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        value, grads = plainly(fn, *params)
+        value, grads = plainly(lambda hidden, weight: fn(hidden.bfloat16(), weight), *params)
     assert all(grad.dtype == p.dtype for grad, p in zip(grads, params, strict=True))
     return value, grads
 

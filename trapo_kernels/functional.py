@@ -75,8 +75,8 @@ def linear_logprobs(
 
     Args:
         hidden: [..., D] float16, bfloat16, float32 or float64.
-        weight: [V, D], of hidden's dtype and device. Inside torch.autocast hidden, weight and bias are cast as by
-            F.linear; gradients come back in their own dtypes.
+        weight: [V, D], of hidden's dtype and device. Inside torch.autocast hidden, weight and bias of different dtypes
+            are cast as by F.linear; gradients come back in their own.
         targets: [...] int64 in [0, V), or ignore_index: 0 and no gradient there.
         bias: [V], of hidden's dtype and device.
         temperature, softcap, logit_scale: z = softcap · tanh(logit_scale · (h Wᵀ + b) / softcap) / temperature.
@@ -253,7 +253,7 @@ def linear_policy_loss(
     hidden, weight, bias, group = vocab_parallel.local_parts(caller, hidden, weight, bias, group)
     floats = {"advantages": advantages, "old_logprobs": old_logprobs,
               "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs}  # fmt: skip
-    ref = (ref_hidden, ref_weight, ref_bias)
+    ref = validate.under_autocast(ref_hidden, ref_weight, ref_bias)
 
     def prepare() -> tuple[tuple[_Call, _Batch, float], dict[str, Any]]:
         call = _linear(caller, hidden, weight, bias, targets, backend, group, temperature, softcap, logit_scale,

@@ -52,8 +52,10 @@ def check_flag(caller: str, name: str, value: Any) -> None:
 
 
 def under_autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Tensors in the dtype that torch.autocast asks for on their device, as F.linear casts them: float64 stays. Their
-    gradients come back in their own."""
+    """Tensors in the dtype that torch.autocast asks for on their device, as F.linear casts them, where theirs differ:
+    float64 stays, and so does what is of one dtype, as its caller chose it. Gradients come back in their own dtypes."""
+    if len({t.dtype for t in tensors if isinstance(t, Tensor)}) < 2:
+        return tensors
     return tuple(_cast(t) if isinstance(t, Tensor) else t for t in tensors)
 
 
