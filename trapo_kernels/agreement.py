@@ -48,7 +48,9 @@ def shards_of(caller: str, group: Any, weight: Any, prepare: Callable[[], tuple[
     """
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"{caller}: group must be a torch.distributed ProcessGroup or None; got {type(group).__name__}")
-    made, facts, error = None, {}, None
+    made: Prepared | None = None
+    facts: Mapping[str, Any] = {}
+    error: Exception | None = None
     try:
         made, facts = prepare()
     except Exception as wrong:
