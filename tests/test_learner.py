@@ -16,6 +16,7 @@ from trapo.encode import EncodedProblem
 from trapo.errors import TrapoError
 from trapo.learner import Learner, lr_factor
 from trapo.metrics import ProbabilityHistogram
+from trapo.model import enable_checkpointing
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +190,7 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_update(model):
     plain, _ = updated(model)
     fresh = copy.deepcopy(model)
     fresh.config.attention_dropout = 0.5
-    fresh.activation_checkpointing_enable()
+    enable_checkpointing(fresh)
     config = merge_config({"optim": {"lr": 1e-3}}, ["model.gradient_checkpointing=true"])
     learner = Learner(fresh, config, pad_id=2)
     calls = []
