@@ -311,7 +311,7 @@ def merged(model: Any, work: Path) -> str:
             if "lora_B" in name:
                 parameter.zero_()
     effect = off([own_logprobs(again, LONG[0])], [own_logprobs(model, LONG[0])])
-    return verdict(error, "yes" if effect > 3e-3 else "no effect")
+    return verdict(error, "yes" if effect > 1e-5 else "no effect", bound=min(1e-3, effect / 20))
 
 
 class NoTokenizer:
