@@ -278,11 +278,9 @@ class Learner:
         return tk.linear_logprobs(hidden, head.weight, targets, temperature=temperature, **head.options).logprobs
 
     def _hidden_and_head(self, model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, LinearHead]:
-        """Both in the dtype of train.precision."""
+        """Hidden states in the dtype of train.precision, in which the loss multiplies them with the head."""
         with compute_in(self.precision, model):
-            hidden = self._hidden_states(model, batch)
-            head = head_of(model).cast(hidden)
-            return hidden.to(head.weight.dtype), head
+            return head_of(model).with_hidden(self._hidden_states(model, batch))
 
     def _step(self, loss: float) -> float:
         """Clip and step; a loss or gradient that is not finite changes nothing. Returns the norm before clipping, NaN

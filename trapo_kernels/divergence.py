@@ -104,8 +104,8 @@ def linear_divergence(
     caller = "linear_divergence"
     options = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
     head = validate.check_head(caller, **options)
-    hidden, weight, bias = validate.under_autocast(hidden, weight, bias)
-    ref_hidden, ref_weight, ref_bias = validate.under_autocast(ref_hidden, ref_weight, ref_bias)
+    hidden, weight, bias = validate.one_dtype(hidden, weight, bias)
+    ref_hidden, ref_weight, ref_bias = validate.one_dtype(ref_hidden, ref_weight, ref_bias)
     others = {} if ref_options is None else ref_options
     if not isinstance(others, Mapping) or not set(others) <= set(options):
         raise TypeError(f"{caller}: ref_options must map some of {', '.join(options)} to numbers; got {shown(others)}")

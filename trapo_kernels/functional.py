@@ -218,7 +218,8 @@ def linear_policy_loss(
 
     Args:
         hidden: [..., D] float16, bfloat16, float32 or float64.
-        weight: [V, D], of hidden's dtype and device.
+        weight: [V, D], of hidden's dtype and device, or float32 beside 16-bit hidden states: it is multiplied in their
+            dtype, and its gradient comes from fp32 sums without being rounded.
         targets: [...] int64 in [0, V), or ignore_index.
         objective: the terms; see `Objective`, also for which of the next four it needs.
         advantages: [...], or one per sequence (the shape of targets without its last dimension, or with 1 there).
@@ -456,7 +457,7 @@ class _Job:
             (logits,) = params
             assert logits is not None
             return LogitsSource(logits, self.head, rows, wants[0])
-        hidden, weight, bias = params
+        hidden, weight, bias = _computed(params)
         assert hidden is not None
         assert weight is not None
         # Zero times what a caller padded with would be NaN in d_weight.
@@ -472,7 +473,7 @@ class _Job:
         """Statistics of the rows, by the kernel that writes no logits where there is one and nothing else is asked."""
         tiles = getattr(self.kernel, "linear_stats", None)  # a ShardedKernel has none
         if tiles is not None and len(params) == 3 and ask.stats_alone:
-            hidden, weight, bias = params
+            hidden, weight, bias = _computed(params)
             assert hidden is not None
             hidden = self.rows.counting(self.rows.take(hidden))
             found: RowStats | None = tiles(hidden, weight, bias, self.targets, self.head, ask.entropy)
@@ -491,6 +492,13 @@ class _Job:
         if hidden.dtype == torch.float16:  # whose factor (sources.py) blocks of columns do not have
             return False
         return columns.pays(rows.size, weight.shape[0], hidden.dtype.itemsize, hidden.device.type)
+
+
+def _computed(params: _Params) -> _Params:
+    """Hidden states, weight and bias in the dtype of the products, that of the hidden states."""
+    hidden, *of_head = params
+    assert hidden is not None
+    return hidden, *(None if t is None else t.to(hidden.dtype) for t in of_head)
 
 
 def _wanted(params: _Params) -> tuple[bool, ...]:
@@ -549,7 +557,7 @@ class _TokenLogprobs(torch.autograd.Function):
         g_lp, g_entropy, g_logit = (None if g is None else rows.counting(kept.take(g)) for g in incoming)
         stats = rows.counting_stats(stats.map(kept.take))
         if g_logit is None and job.by_columns(params, rows):
-            hidden, weight, bias = params
+            hidden, weight, bias = _computed(params)
             recompute = columns.Recompute(
                 job.kernel, job.head, rows.counting(rows.take(hidden)), weight, bias, kept.take(job.targets), stats,
                 torch.zeros_like(stats.logprobs) if g_lp is None else g_lp, g_entropy,
@@ -610,7 +618,7 @@ def _token_values(
         logprobs, entropies, target = _applied(_TokenLogprobs, caller, job, ask, *params)
         return TokenValues(logprobs, entropies, target, extras.values)
     first = rows.counting(rows.take(first))
-    logits = first if len(params) == 1 else reference.linear_logits(first, *params[1:])  # type: ignore[arg-type]
+    logits = first if len(params) == 1 else reference.linear_logits(first, *_computed(params)[1:])  # type: ignore[arg-type]
     return reference.token_values(logits, targets, head, statistics)
 
 
@@ -629,7 +637,7 @@ def _dense_token_values(
         )
     else:
         first = torch.where(active[:, None], params[0], 0)  # type: ignore[arg-type]
-        logits = first if len(params) == 1 else reference.linear_logits(first, *params[1:])  # type: ignore[arg-type]
+        logits = first if len(params) == 1 else reference.linear_logits(first, *_computed(params)[1:])  # type: ignore[arg-type]
         values = reference.token_values(logits, torch.where(active, targets, 0), head, statistics)
         logprobs, entropies, target = (torch.where(active, t, 0) for t in values[:3])  # type: ignore[arg-type]
         found = [torch.where(active, t, 0) for t in values.statistics.values()]

@@ -19,6 +19,7 @@ from .terms import Sequences
 
 __all__ = ["check_flag", "check_head", "check_linear", "check_logits", "check_reference", "check_targets", "divisor"]
 __all__ += ["check_sequence_ids", "check_token_inputs", "refuse_batched", "sequences", "under_autocast"]
+__all__ += ["one_dtype"]
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -51,15 +52,35 @@ def check_flag(caller: str, name: str, value: Any) -> None:
         raise TypeError(f"{caller}: {name} must be True or False; got {shown(value)}")
 
 
-def under_autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Tensors in the dtype that torch.autocast asks for on their device, as F.linear casts them, where theirs differ:
-    float64 stays, and so does what is of one dtype, as its caller chose it. Gradients come back in their own dtypes."""
-    if len({t.dtype for t in tensors if isinstance(t, Tensor)}) < 2:
-        return tensors
-    return tuple(_cast(t) if isinstance(t, Tensor) else t for t in tensors)
+def under_autocast(hidden: Any, *of_head: Any) -> tuple[Any, ...]:
+    """Hidden states, and the weight and bias of a head, as torch.autocast asks for on their device where their dtypes
+    differ: float64 stays, and so does what is of one dtype, as its caller chose it.
+
+    A float32 weight or bias beside 16-bit hidden states stays as it is: the loss rounds it to their dtype itself, so
+    that its gradient comes from the fp32 sums and is never rounded.
+    """
+    if len({t.dtype for t in (hidden, *of_head) if isinstance(t, Tensor)}) < 2:
+        return hidden, *of_head
+    hidden = _cast(hidden)
+    return hidden, *(t if _is_master(t, hidden) else _cast(t) for t in of_head)
 
 
-def _cast(tensor: Tensor) -> Tensor:
+def one_dtype(hidden: Any, *of_head: Any) -> tuple[Any, ...]:
+    """The same with a head in the dtype of the hidden states; gradients come back in the parameters' own."""
+    hidden, *of_head = under_autocast(hidden, *of_head)  # type: ignore[assignment]
+    return hidden, *(t.to(hidden.dtype) if _is_master(t, hidden) else t for t in of_head)
+
+
+def _is_master(value: Any, hidden: Any) -> bool:
+    """Whether this is a float32 parameter of 16-bit products."""
+    if not isinstance(value, Tensor) or not isinstance(hidden, Tensor):
+        return False
+    return value.dtype == torch.float32 and hidden.dtype in (torch.float16, torch.bfloat16)
+
+
+def _cast(tensor: Any) -> Any:
+    if not isinstance(tensor, Tensor):
+        return tensor
     kind = tensor.device.type
     if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return tensor
@@ -96,7 +117,8 @@ def _same(caller: str, name: str, value: Tensor, like_name: str, like: Tensor, d
 
 
 def check_linear(caller: str, hidden: Any, weight: Any, bias: Any, sharded: bool = False, prefix: str = "") -> None:
-    """hidden [..., D], weight [V, D], bias [V] or None: of one dtype, on one device. A shard may have no rows."""
+    """hidden [..., D], weight [V, D], bias [V] or None: on one device, and of one dtype unless the hidden states have
+    16 bits and the parameters 32. A shard may have no rows."""
     h, w, b = (f"{prefix}{name}" for name in ("hidden", "weight", "bias"))
     for name, value in ((h, hidden), (w, weight)):
         _float_tensor(caller, name, value)
@@ -106,12 +128,12 @@ def check_linear(caller: str, hidden: Any, weight: Any, bias: Any, sharded: bool
         raise ValueError(
             f"{caller}: {w} must be [V, D] with V >= 1 and D={hidden.shape[-1]} as in {h}; got {list(weight.shape)}"
         )
-    _same(caller, w, weight, h, hidden)
+    _same(caller, w, weight, h, hidden, dtype=not _is_master(weight, hidden))
     if bias is not None:
         _float_tensor(caller, b, bias)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"{caller}: {b} must be [V] with V={weight.shape[0]}; got {list(bias.shape)}")
-        _same(caller, b, bias, h, hidden)
+        _same(caller, b, bias, h, hidden, dtype=not _is_master(bias, hidden))
 
 
 def check_reference(caller: str, ref: tuple[Any, Any, Any], targets: Tensor, needed: bool, vocab: int) -> None:

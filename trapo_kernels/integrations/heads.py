@@ -48,6 +48,19 @@ class LinearHead(NamedTuple):
         bias = None if self.bias is None else self.bias.to(dtype)
         return self._replace(weight=self.weight.to(dtype), bias=bias)
 
+    def with_hidden(self, hidden: Tensor) -> tuple[Tensor, LinearHead]:
+        """Hidden states in the dtype in which the stock forward multiplies, and the head as the fused losses want it.
+
+        An fp32 head stays as it is beside 16-bit hidden states: the losses multiply in 16 bits all the same, and its
+        gradient is never rounded to them.
+        """
+        if self.weight.dtype != torch.float32:
+            head = self.cast(hidden)
+            return hidden.to(head.weight.dtype), head
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        return hidden.to(dtype), self
+
     def logits(self, hidden: Tensor) -> Tensor:
         """What the model's own forward makes of hidden [..., D], in its dtype [..., V]."""
         z = F.linear(hidden, self.weight, self.bias) * self.logit_scale

@@ -130,11 +130,13 @@ class PatchedForward:
             self._capturing = False
         assert hidden is not None  # the hook ran
         head = linear_head(self.model)
+        whole = head.cast(hidden) if self.follows_autocast and not self._checked else head
         if self.follows_autocast:
-            head = head.cast(hidden)
-        hidden = hidden.to(head.weight.dtype)
+            hidden, head = head.with_hidden(hidden)
+        else:
+            hidden = hidden.to(head.weight.dtype)
         if not self._checked:
-            self._check(head, hidden[:, : len(keep)].detach(), outputs.logits.detach())
+            self._check(whole, hidden[:, : len(keep)].detach(), outputs.logits.detach())
             self._checked = True
             found = linear_head(self.model)
             head = head._replace(softcap=found.softcap, logit_scale=found.logit_scale)
