@@ -39,6 +39,10 @@ LOSSES = {
         old_logprobs=torch.full((N,), -5.0), sequence_ids=torch.arange(N) // 8,
     ).loss,
     "logprobs": lambda h, w, b, t, backend: tk.linear_logprobs(h, w, t, bias=b, backend=backend).logprobs.mean(),
+    "anchor": lambda h, w, b, t, backend: tk.linear_policy_loss(
+        h, w, t, tk.Objective.asft(), bias=b, backend=backend, ref_hidden=h.detach() * 0.5, ref_weight=w.detach(),
+        ref_bias=None if b is None else b.detach(),
+    ).loss,
     "divergence": lambda h, w, b, t, backend: tk.linear_divergence(
         h, w, h.detach() * 0.5, w.detach(), bias=b, ref_bias=None if b is None else b.detach(),
         backend=None if backend == "cpu" else backend,

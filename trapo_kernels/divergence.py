@@ -149,7 +149,8 @@ def anchor(
     caller: str, rows: Rows, weights: Tensor, normalizer: Tensor, head: Head, params: Any, ref: Any, streamed: bool
 ) -> Tensor:
     """Σ weights · KL(reference ‖ student) / normalizer over rows that are chosen, with compact weights [n]."""
-    ref = ref_hidden, ref_weight, ref_bias = validate.under_autocast(*ref)
+    params = validate.one_dtype(*params)
+    ref = ref_hidden, ref_weight, ref_bias = validate.one_dtype(*ref)
     _check(caller, params, ref, "forward_kl")
     ref = (ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), ref_weight.detach(), _detached(ref_bias))
     wants = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in params)
