@@ -91,8 +91,7 @@ def test_a_trace_that_no_response_can_hold_is_left_out_and_not_cut(tmp_path, tok
     path = write(tmp_path, {"prompt": "a", "answer": "1", "traces": ["1 " * 50, "#### 1"]})
     problems, lines = load(tokenizer, path, "mode=sft", "rollout.max_response_tokens=20")
     assert [len(p.traces) for p in problems] == [1]
-    assert "1 traces over 20 tokens" in lines[0]
-    assert "rollout.max_response_tokens says how long a trace may be" in lines[0]
+    assert "1 traces over rollout.max_response_tokens=20" in lines[0]
     assert problems[0].traces[0].token_ids[-1] == tokenizer.eos_token_id
 
 

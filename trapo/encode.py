@@ -46,15 +46,22 @@ class LeftOut:
     long_traces: int
     first_prompt: str = ""  # id of the first problem that each number counts
     first_trace: str = ""
+    unfit_traces: int = 0  # that no response can hold
+    first_unfit: str = ""
     notes: tuple[str, ...] = ()  # a line each
 
-    def describe(self, max_prompt_tokens: int, max_trace_tokens: int) -> str:
+    def describe(self, max_prompt_tokens: int, max_trace_tokens: int, max_response_tokens: int | None = None) -> str:
         """What was left out, how many and which first; "" for nothing."""
         parts = []
         if self.long_prompts:
             parts.append(f"{self.long_prompts} prompts over {max_prompt_tokens} tokens (first: {self.first_prompt})")
         if self.long_traces:
             parts.append(f"{self.long_traces} traces over {max_trace_tokens} tokens (first: {self.first_trace})")
+        if self.unfit_traces:
+            parts.append(
+                f"{self.unfit_traces} traces over rollout.max_response_tokens={max_response_tokens} "
+                f"(first: {self.first_unfit})"
+            )
         return " and ".join(parts)
 
 
@@ -64,9 +71,11 @@ def encode_problems(
     *,
     max_prompt_tokens: int,
     max_trace_tokens: int,
+    max_response_tokens: int | None = None,
     trace_part: str = "full",
 ) -> tuple[list[EncodedProblem], LeftOut]:
-    """Token ids of all problems. Prompts over the limit are left out whole, traces over it singly.
+    """Token ids of all problems. Prompts over the limit are left out whole, traces over theirs singly; so are traces
+    that a response cannot hold: one that was cut would teach the model never to stop.
 
     Raises TrapoError when the tokenizer has no chat template or no end of a sequence, when its template fails, or when
     no problem is left.
@@ -77,6 +86,7 @@ def encode_problems(
     kept: list[EncodedProblem] = []
     long_prompts: list[str] = []  # ids
     long_traces: list[str] = []
+    unfit_traces: list[str] = []
     for problem in problems:
         # What cannot be within the limit is not tokenised, which takes a hundred times its length in memory.
         if sum(len(m["content"]) for m in problem.prompt) > max_prompt_tokens * longest:
@@ -90,15 +100,19 @@ def encode_problems(
         traces = [encoder.encode(text) for text in texts]
         short = tuple(t for t in traces if len(t.token_ids) <= max_trace_tokens)
         long_traces += [problem.id] * (len(problem.traces) - len(short))
-        kept.append(EncodedProblem(problem, prompt_ids, short))
+        fitting = tuple(t for t in short if max_response_tokens is None or len(t.token_ids) <= max_response_tokens)
+        unfit_traces += [problem.id] * (len(short) - len(fitting))
+        kept.append(EncodedProblem(problem, prompt_ids, fitting))
     if not kept:
         raise TrapoError(
             f"data.max_prompt_tokens: all {len(problems)} prompts are longer than {max_prompt_tokens} tokens; "
             f"the first: {long_prompts[0]}"
         )
-    first_prompt, first_trace = (ids[0] if ids else "" for ids in (long_prompts, long_traces))
+    left_out = (long_prompts, long_traces, unfit_traces)
+    first_prompt, first_trace, first_unfit = (ids[0] if ids else "" for ids in left_out)
     notes = tuple(note for note in (prompts.note(), encoder.note()) if note)
-    return kept, LeftOut(len(long_prompts), len(long_traces), first_prompt, first_trace, notes)
+    numbers = (len(long_prompts), len(long_traces), first_prompt, first_trace, len(unfit_traces), first_unfit)
+    return kept, LeftOut(*numbers, notes)
 
 
 class PromptEncoder:

@@ -53,10 +53,11 @@ def load_train_set(
     trace_part = plan[0].schedule.trace_part
     problems = _load(config, config.data.train, config.data.train_limit, tokenizer, log, trace_part)
     with_traces = [p for p in problems if p.traces]
+    limit = min(config.data.max_trace_tokens, config.rollout.max_response_tokens)
     if not with_traces and any(phase.schedule.guides for phase in plan):
         raise TrapoError(
-            f"data.train: {config.data.train} has no expert trace (of at most {config.data.max_trace_tokens} "
-            f"tokens); mode {config.mode} needs some"
+            f"data.train: {config.data.train} has no expert trace (of at most {limit} tokens); "
+            f"mode {config.mode} needs some"
         )
     if any(not phase.schedule.generates for phase in plan) and len(with_traces) < len(problems):
         log(f"data.train: {len(problems) - len(with_traces)} problems without an expert trace left out")
@@ -90,19 +91,17 @@ def _load(
         dedup=data.dedup,
         on_bad_row=cast(Literal["raise", "skip"], data.on_bad_row),  # config.py has checked it
     )
-    max_trace_tokens = data.max_trace_tokens
-    if path == data.train:  # a longer trace would be cut without its end, and teach the model never to stop
-        max_trace_tokens = min(max_trace_tokens, config.rollout.max_response_tokens)
+    max_response_tokens = config.rollout.max_response_tokens if path == data.train else None
     encoded, left_out = encode_problems(
         problems,
         tokenizer,
         max_prompt_tokens=data.max_prompt_tokens,
-        max_trace_tokens=max_trace_tokens,
+        max_trace_tokens=data.max_trace_tokens,
+        max_response_tokens=max_response_tokens,
         trace_part=trace_part,
     )
-    if said := left_out.describe(data.max_prompt_tokens, max_trace_tokens):
-        by = "rollout.max_response_tokens" if max_trace_tokens < data.max_trace_tokens else "data.max_trace_tokens"
-        log(f"{path}: left out {said}" + (f"; {by} says how long a trace may be" if left_out.long_traces else ""))
+    if said := left_out.describe(data.max_prompt_tokens, data.max_trace_tokens, max_response_tokens):
+        log(f"{path}: left out {said}")
     for note in left_out.notes:
         log(f"{path}: {note}")
     return encoded
