@@ -558,6 +558,7 @@ class _TokenLogprobs(torch.autograd.Function):
         stats = rows.counting_stats(stats.map(kept.take))
         if g_logit is None and job.by_columns(params, rows):
             hidden, weight, bias = _computed(params)
+            assert weight is not None
             recompute = columns.Recompute(
                 job.kernel, job.head, rows.counting(rows.take(hidden)), weight, bias, kept.take(job.targets), stats,
                 torch.zeros_like(stats.logprobs) if g_lp is None else g_lp, g_entropy,
