@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import signal
 from pathlib import Path
 
 import device
@@ -38,6 +39,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # A background job of a shell may be started with SIGINT ignored, and so would be all that the tests start.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     chosen = config.getoption("--device")
     reason = device.refuse(chosen)
     if reason is not None:

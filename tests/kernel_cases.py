@@ -173,8 +173,10 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str, 
     assert error <= allowed, f"{what}: error {error:.3g} above {allowed:.3g}"
 
 
-def assert_same_result(actual: Result, expected: Result, dtype: torch.dtype) -> None:
-    tolerance = TOLERANCE[dtype]
+def assert_same_result(actual: Result, expected: Result, dtype: torch.dtype, terms: int = 0) -> None:
+    """terms: how many a sum has, the vocabulary's size; its rounding grows with the root of that. On CPUs whose
+    products add one after the other (one row, AVX2) sums of 50,257 are beyond what is allowed for some thousands."""
+    tolerance = TOLERANCE[dtype] * max(1.0, (terms / 10_000) ** 0.5)
     for name in ("loss", "logprobs", "entropy"):
         assert_close(getattr(actual, name), getattr(expected, name), tolerance, name, floor=1.0)
     for name, a, b in zip(("d_hidden", "d_weight", "d_bias"), actual.grads, expected.grads, strict=False):
@@ -196,8 +198,14 @@ def idle_kernels() -> Iterator[None]:
     def run(*args: Any, **kwargs: Any) -> None:  # no Mock, which would keep every argument alive
         return None
 
-    with mock.patch.object(InterpretedFunction, "run", run):
-        yield
+    # What they leave unwritten is NaN and not by chance 0, which would be a row without a gradient.
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with mock.patch.object(InterpretedFunction, "run", run):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 class GemmCounter(TorchDispatchMode):

@@ -81,6 +81,16 @@ def test_prefix_and_own_tokens_share_the_response_limit():
     assert engine.calls[0][0].max_new_tokens == 3
 
 
+def test_a_whole_trace_that_no_response_can_hold_is_not_given():
+    length = len(problem("p").traces[0].token_ids)
+    for limit, given in ((length, length), (length - 1, 0)):
+        rollouts, _ = draw(
+            [problem("p")], schedule([1], [1.0], [ALWAYS]), right_if(lambda r: True), max_response_tokens=limit
+        )
+        assert [len(r.prefix_ids) for r in rollouts] == [given]
+        assert rollouts[0].guided == bool(given)
+
+
 @pytest.mark.parametrize("limit", [4, 5])
 def test_a_prefix_that_fills_the_limit_is_cut_to_it_and_not_continued(limit):
     rollouts, engine = draw(

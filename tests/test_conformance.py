@@ -52,7 +52,7 @@ def test_loss_and_gradients_at_every_size_and_dtype(backend, n, vocab, dtype):
     if backend == "cuda-on-cpu" and n * vocab > 10**6:
         pytest.skip("takes minutes on fibers; 7 rows of this vocabulary are run")
     case = make_case(affordable(backend, n, vocab), vocab, dtype=dtype)
-    assert_same_result(run(case, EVERYTHING, backend), oracle(case, EVERYTHING), dtype)
+    assert_same_result(run(case, EVERYTHING, backend), oracle(case, EVERYTHING), dtype, terms=vocab)
 
 
 @dtypes
@@ -199,14 +199,14 @@ def test_from_logits_forms_agree_with_the_oracle(backend, head, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float32], ids=str)
-def test_autocast_casts_the_arguments_as_torch_does_and_changes_nothing_else(backend, dtype):
+def test_autocast_changes_nothing(backend, dtype):
     case = make_case(affordable(backend, 40), 257, dtype=dtype, with_bias=True)
-    plain = run(case.to(torch.bfloat16 if dtype == torch.float32 else dtype), EVERYTHING, backend)
+    plain = run(case, EVERYTHING, backend)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         loss = policy_loss(case, EVERYTHING, backend).loss
     assert torch.equal(loss, plain.loss)
     grads = torch.autograd.grad(loss, case.params())
-    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(grads, plain.grads, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(grads, plain.grads, strict=True))
 
 
 # Which tokens count ------------------------------------------------------------------------------------------

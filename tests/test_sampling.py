@@ -93,6 +93,9 @@ def test_a_trace_that_no_response_can_hold_is_left_out_and_not_cut(tmp_path, tok
     assert [len(p.traces) for p in problems] == [1]
     assert "1 traces over rollout.max_response_tokens=20" in lines[0]
     assert problems[0].traces[0].token_ids[-1] == tokenizer.eos_token_id
+    problems, lines = load(tokenizer, path, "mode=trapo", "rollout.max_response_tokens=20")
+    assert [len(p.traces) for p in problems] == [2]  # its prefixes may fit
+    assert "1 traces over rollout.max_response_tokens=20 are never given whole" in lines[0]
 
 
 def test_no_evaluation_set_is_fine_and_no_training_set_is_not(tokenizer):

@@ -79,7 +79,7 @@ def test_the_operators_have_fake_kernels_that_agree_with_them():
     torch.library.opcheck(
         rows._grad_, (logits.clone(), targets, *stats[:3], stats.entropy, vector, vector, 2.0), test_utils=utils
     )
-    inputs = RowInputs(expert, vector, None, None, None)
+    inputs = RowInputs(expert, vector, None, None, None, vector)
     torch.library.opcheck(
         rows._fused_, (logits.clone(), targets, *inputs, [float(t) for t in terms], 1.0, None), test_utils=utils
     )

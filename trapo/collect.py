@@ -101,7 +101,9 @@ def _open_rollouts(
     micro_group = schedule.micro_groups[level]
     prefix: tuple[int, ...] = ()
     if is_guided(micro_group, [r.reward for r in earlier]):
-        prefix = problem.prefix(schedule, level, rng)[:max_response_tokens]
+        prefix = problem.prefix(schedule, level, rng)
+        if len(prefix) > max_response_tokens:  # a whole trace without its end would teach the model never to stop
+            prefix = () if micro_group.ratio >= 1.0 else prefix[:max_response_tokens]
     return [
         Rollout(
             problem=problem,

@@ -72,10 +72,13 @@ def encode_problems(
     max_prompt_tokens: int,
     max_trace_tokens: int,
     max_response_tokens: int | None = None,
+    whole_traces: bool = False,
     trace_part: str = "full",
 ) -> tuple[list[EncodedProblem], LeftOut]:
-    """Token ids of all problems. Prompts over the limit are left out whole, traces over theirs singly; so are traces
-    that a response cannot hold: one that was cut would teach the model never to stop.
+    """Token ids of all problems. Prompts over the limit are left out whole, traces over theirs singly.
+
+    max_response_tokens: what a response can hold. A longer trace is never given whole, since one that was cut would
+    teach the model never to stop: with `whole_traces` (nothing but whole ones is used) it is left out too.
 
     Raises TrapoError when the tokenizer has no chat template or no end of a sequence, when its template fails, or when
     no problem is left.
@@ -102,7 +105,7 @@ def encode_problems(
         long_traces += [problem.id] * (len(problem.traces) - len(short))
         fitting = tuple(t for t in short if max_response_tokens is None or len(t.token_ids) <= max_response_tokens)
         unfit_traces += [problem.id] * (len(short) - len(fitting))
-        kept.append(EncodedProblem(problem, prompt_ids, fitting))
+        kept.append(EncodedProblem(problem, prompt_ids, fitting if whole_traces else short))
     if not kept:
         raise TrapoError(
             f"data.max_prompt_tokens: all {len(problems)} prompts are longer than {max_prompt_tokens} tokens; "
@@ -111,6 +114,12 @@ def encode_problems(
     left_out = (long_prompts, long_traces, unfit_traces)
     first_prompt, first_trace, first_unfit = (ids[0] if ids else "" for ids in left_out)
     notes = tuple(note for note in (prompts.note(), encoder.note()) if note)
+    if unfit_traces and not whole_traces:
+        notes += (
+            f"{len(unfit_traces)} traces over rollout.max_response_tokens={max_response_tokens} are never given whole "
+            f"(first: {first_unfit})",
+        )
+        unfit_traces, first_unfit = [], ""
     numbers = (len(long_prompts), len(long_traces), first_prompt, first_trace, len(unfit_traces), first_unfit)
     return kept, LeftOut(*numbers, notes)
 

@@ -51,15 +51,18 @@ def load_train_set(
     if config.data.train is None:
         raise TrapoError("data.train: missing; give a JSONL or parquet file or a task:// name")
     trace_part = plan[0].schedule.trace_part
-    problems = _load(config, config.data.train, config.data.train_limit, tokenizer, log, trace_part)
+    imitates = any(not phase.schedule.generates for phase in plan)
+    problems = _load(config, config.data.train, config.data.train_limit, tokenizer, log, trace_part, imitates)
     with_traces = [p for p in problems if p.traces]
-    limit = min(config.data.max_trace_tokens, config.rollout.max_response_tokens)
+    limit = config.data.max_trace_tokens
+    if imitates:
+        limit = min(limit, config.rollout.max_response_tokens)
     if not with_traces and any(phase.schedule.guides for phase in plan):
         raise TrapoError(
             f"data.train: {config.data.train} has no expert trace (of at most {limit} tokens); "
             f"mode {config.mode} needs some"
         )
-    if any(not phase.schedule.generates for phase in plan) and len(with_traces) < len(problems):
+    if imitates and len(with_traces) < len(problems):
         log(f"data.train: {len(problems) - len(with_traces)} problems without an expert trace left out")
         return with_traces
     return problems
@@ -81,6 +84,7 @@ def _load(
     tokenizer: PreTrainedTokenizerBase,
     log: Callable[[str], None],
     trace_part: str = "full",
+    whole_traces: bool = False,
 ) -> list[EncodedProblem]:
     data = config.data
     problems = load_problems(
@@ -98,6 +102,7 @@ def _load(
         max_prompt_tokens=data.max_prompt_tokens,
         max_trace_tokens=data.max_trace_tokens,
         max_response_tokens=max_response_tokens,
+        whole_traces=whole_traces,
         trace_part=trace_part,
     )
     if said := left_out.describe(data.max_prompt_tokens, data.max_trace_tokens, max_response_tokens):

@@ -121,7 +121,7 @@ def _without_values() -> Iterator[None]:
     """What reads values answers as if every token counted: fake tensors have none."""
     from triton.runtime.interpreter import InterpretedFunction
 
-    def choose(active: Tensor, live: Tensor | None = None, drop_others: bool = False) -> Rows:
+    def choose(active: Tensor, live: Tensor | None = None, drop_others: bool = False, leading: object = None) -> Rows:
         return Rows(active.numel(), None, active.numel(), active.numel())
 
     def nothing(*args: Any, **kwargs: Any) -> None:  # no Mock, which would keep every argument alive

@@ -64,6 +64,8 @@ def draw_guided(
                 continue
             trace = own[trace_index(schedule.traces, len(own), level, rng)]
             length = prefix_length(len(trace.token_ids), micro_group.ratio, schedule.cut, trace.blank_lines)
+            if length == len(trace.token_ids) > max_tokens:  # without its end it would teach the model never to stop
+                continue
             prefix = list(trace.token_ids[:length])[:max_tokens]
             found.responses[row], found.prefix_lengths[row] = prefix, len(prefix)
             found.supervised[row] = carries_expert_term(schedule.supervise, (row - rows[0]) % size)

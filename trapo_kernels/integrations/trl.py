@@ -439,7 +439,7 @@ class TrapoGRPOTrainer(GRPOTrainer):
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
     def _traces(self, row: dict[str, Any]) -> list[Trace]:
-        """The row's traces that fit into a completion: one that was cut would teach the model never to stop."""
+        """The row's traces. One that no completion can hold is never given whole (guided_rollouts.py); said once."""
         if self._encoder is None:
             assert self.schedule is not None
             opening = PromptEncoder(self._tokenizer).opening if is_conversational({"prompt": row["prompt"]}) else ""
@@ -447,11 +447,11 @@ class TrapoGRPOTrainer(GRPOTrainer):
         value = row.get(self.trace_column)
         texts = [value] if isinstance(value, str) else list(value or [])
         traces = [self._encoder.encode(text) for text in texts if text]
-        fitting = [trace for trace in traces if len(trace.token_ids) <= self.max_completion_length]
-        if len(fitting) < len(traces) and not self._said_long_trace:
+        unfit = any(len(trace.token_ids) > self.max_completion_length for trace in traces)
+        if unfit and not self._said_long_trace:
             self._said_long_trace = True
-            log.warning("traces over max_completion_length=%d tokens are left out", self.max_completion_length)
-        return fitting
+            log.warning("traces over max_completion_length=%d are never given whole", self.max_completion_length)
+        return traces
 
 
 def _schedule(guidance: Schedule | str | None) -> Schedule | None:
