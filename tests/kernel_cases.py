@@ -184,6 +184,17 @@ def assert_same_result(actual: Result, expected: Result, dtype: torch.dtype, ter
         assert_close(a, b, tolerance, name)
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """torch.set_default_dtype for a while."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 # Counters ----------------------------------------------------------------------------------------------------
 
 

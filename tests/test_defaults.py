@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
 import torch
-from kernel_cases import BACKENDS, EVERYTHING, make_case
+from kernel_cases import BACKENDS, EVERYTHING, default_dtype, make_case
 
 import trapo_kernels as tk
 
 N, V = 12, 70
-
-
-@contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 DEFAULTS = {

@@ -11,7 +11,7 @@ from itertools import product
 
 import pytest
 import torch
-from kernel_cases import BACKENDS, assert_close
+from kernel_cases import BACKENDS, assert_close, default_dtype
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
@@ -111,16 +111,6 @@ def inside(*contexts):
             return plainly(fn, *params)
 
     return run
-
-
-@contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qsl, urlsplit
 
-from .errors import TrapoError
+from .errors import TrapoError, words_of
 from .rewards import ANSWER_MARK, FINAL_ANSWER
 
 log = logging.getLogger(__name__)
@@ -252,19 +252,15 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row | DataError]]:
                     number += 1
                     yield f"row {number}", row
     except pa.ArrowInvalid as error:
-        raise DataError(f"{path}: not a parquet file: {_one_line(error)}") from None
+        raise DataError(f"{path}: not a parquet file: {words_of(error)}") from None
     except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
-        raise DataError(f"{path}: damaged after row {number}: {_one_line(error)}") from None
+        raise DataError(f"{path}: damaged after row {number}: {words_of(error)}") from None
 
 
 _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row | DataError]]]] = {
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
 }
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 class _UnknownLayout(DataError):

@@ -12,7 +12,7 @@ from typing import cast
 from transformers import PreTrainedTokenizerBase
 
 from trapo.data import Message, Problem
-from trapo.errors import TrapoError
+from trapo.errors import TrapoError, words_of
 from trapo.guidance import MicroGroup, Schedule, prefix_length, thinking_part, trace_index
 
 
@@ -184,8 +184,7 @@ class PromptEncoder:
         try:
             return self._apply(messages)
         except Exception as error:  # a template is a program: it may raise anything
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise TrapoError(f"model.path: the chat template fails on {where}: {reason[:200]}") from error
+            raise TrapoError(f"model.path: the chat template fails on {where}: {words_of(error, 200)}") from error
 
     def _apply(self, messages: list[Message]) -> str:
         return cast(str, self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))

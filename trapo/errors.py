@@ -1,5 +1,10 @@
-"""The one exception that the command line prints as a single line instead of a traceback."""
+"""The one exception that the command line prints as a single line instead of a traceback, and how others become one."""
 
 
 class TrapoError(ValueError):
     """Bad input from the user: the message names the argument, what was got and what is accepted."""
+
+
+def words_of(error: BaseException, longest: int | None = None) -> str:
+    """All of an error's text in one line, cut to so many characters; its type where it says nothing."""
+    return " ".join(str(error).split())[:longest] or type(error).__name__

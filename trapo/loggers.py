@@ -12,7 +12,7 @@ import numpy as np
 
 from trapo.config import Config
 from trapo.config_text import plain_tree
-from trapo.errors import TrapoError
+from trapo.errors import TrapoError, words_of
 from trapo.evaluate import EvalResult
 from trapo.files import write_atomic
 from trapo.run_dir import RunDir
@@ -81,7 +81,7 @@ class WandbLogger:
                 config=plain_tree(config),
             )
         except wandb.Error as error:
-            raise TrapoError(f"log.wandb: {' '.join(str(error).split())}; {WANDB_HINT}") from error
+            raise TrapoError(f"log.wandb: {words_of(error)}; {WANDB_HINT}") from error
 
     @staticmethod
     def check() -> None:

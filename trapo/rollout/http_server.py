@@ -15,7 +15,7 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection, Incomple
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from trapo.errors import TrapoError
+from trapo.errors import TrapoError, words_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,8 +64,8 @@ class Server:
                     raise IncompleteRead(text, response.length)
         except (OSError, HTTPException) as error:  # refused, reset in the middle of an answer, timed out
             raise TrapoError(
-                f"rollout.server_url: the vLLM server at {self.url} does not answer ({_one_line(error)}); start it and "
-                "repeat the command: a run continues from its last checkpoint"
+                f"rollout.server_url: the vLLM server at {self.url} does not answer ({words_of(error, 200)}); start it "
+                "and repeat the command: a run continues from its last checkpoint"
             ) from error
         if not 200 <= status < 300:
             said = _reason(text) or reason
@@ -75,7 +75,7 @@ class Server:
         try:
             return json.loads(text) if text else None
         except (ValueError, RecursionError) as error:
-            raise self.wrong(path, f"no JSON: {_one_line(error)}") from error
+            raise self.wrong(path, f"no JSON: {words_of(error, 200)}") from error
 
     @contextmanager
     def _connection(self) -> Iterator[HTTPConnection]:
@@ -107,10 +107,6 @@ class Server:
     def wrong(self, path: str, what: str) -> TrapoError:
         """The error for an answer that is not what was asked for."""
         return TrapoError(f"rollout.server_url: {self.url}{path} answered what no vLLM server would: {what}")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _reason(raw: bytes) -> str:

@@ -41,12 +41,13 @@ class LinearHead(NamedTuple):
 
     def cast(self, hidden: Tensor) -> LinearHead:
         """The same in the dtype in which the stock forward multiplies: autocast's where it is on."""
-        device = hidden.device.type
-        if not torch.is_autocast_enabled(device):
-            return self
-        dtype = torch.get_autocast_dtype(device)
+        dtype = self._product_dtype(hidden)
         bias = None if self.bias is None else self.bias.to(dtype)
         return self._replace(weight=self.weight.to(dtype), bias=bias)
+
+    def _product_dtype(self, hidden: Tensor) -> torch.dtype:
+        device = hidden.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
 
     def with_hidden(self, hidden: Tensor) -> tuple[Tensor, LinearHead]:
         """Hidden states in the dtype in which the stock forward multiplies, and the head as the fused losses want it.
@@ -54,12 +55,8 @@ class LinearHead(NamedTuple):
         An fp32 head stays as it is beside 16-bit hidden states: the losses multiply in 16 bits all the same, and its
         gradient is never rounded to them.
         """
-        if self.weight.dtype != torch.float32:
-            head = self.cast(hidden)
-            return hidden.to(head.weight.dtype), head
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-        return hidden.to(dtype), self
+        head = self if self.weight.dtype == torch.float32 else self.cast(hidden)
+        return hidden.to(self._product_dtype(hidden)), head
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What the model's own forward makes of hidden [..., D], in its dtype [..., V]."""
