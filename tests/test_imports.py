@@ -1,0 +1,179 @@
+"""Who imports whom, read from the sources: neither package has a circle, and `trapo_kernels` knows nothing of `trapo`.
+
+An import inside a function counts like any other: it opens a circle for Python, not for a reader. An import for typing
+alone (`if TYPE_CHECKING:`) does not count.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("trapo_kernels", "trapo")
+
+# Imports that close a circle today. The list must shrink: one that is gone, or closes none any more, fails the test.
+KNOWN = {
+    ("trapo_kernels.dispatch", "trapo_kernels.verify"),
+    ("trapo_kernels.ops", "trapo_kernels.functional"),
+    ("trapo_kernels.rows.triton", "trapo_kernels.tiles.triton"),
+    ("trapo.data", "trapo.tasks.word_problems"),
+    ("trapo.lora", "trapo.agreement"),
+    ("trapo.rollout", "trapo.rollout.hf"),
+    ("trapo.rollout", "trapo.rollout.shared"),
+    ("trapo.rollout", "trapo.rollout.vllm"),
+    ("trapo.rollout", "trapo.rollout.vllm_server"),
+    ("trapo.sharding", "trapo.precision"),
+}
+
+# Imports of `trapo` by `trapo_kernels` today. This list must shrink too.
+UPWARDS = {
+    ("trapo_kernels.integrations.guided_rollouts", "trapo.encode"),
+    ("trapo_kernels.integrations.guided_rollouts", "trapo.guidance"),
+    ("trapo_kernels.integrations.trl", "trapo.encode"),
+    ("trapo_kernels.integrations.trl", "trapo.guidance"),
+}
+
+# What importing an adapter needs beside torch and the standard library.
+ADAPTERS: dict[str, set[str]] = {
+    "grpo_terms": set(),
+    "guided_rollouts": {"trapo", "transformers"},
+    "heads": {"transformers"},
+    "liger": set(),
+    "prime_rl": set(),
+    "transformers": {"transformers"},
+    "trl": {"trl", "transformers", "trapo"},
+    "verl": {"verl"},
+}
+
+
+class Imports(NamedTuple):
+    """What a module imports, as dotted names."""
+
+    at_import: set[str]
+    late: set[str]  # inside functions
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of both packages, by its dotted name."""
+    found = {}
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+@cache
+def imports(module: str) -> Imports:
+    path = modules()[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    found = Imports(set(), set())
+
+    def visit(node: ast.AST, late: bool) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for child in node.orelse:
+                visit(child, late)
+            return
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            (found.late if late else found.at_import).update(imported(node, package))
+        inside = late or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside)
+
+    visit(ast.parse(path.read_text()), False)
+    return found
+
+
+def imported(node: ast.Import | ast.ImportFrom, package: str) -> set[str]:
+    """The modules that an import names: `from . import a` is `a` where that is a module."""
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    base = node.module or ""
+    if node.level:
+        parents = package.split(".")
+        base = ".".join([*parents[: len(parents) - node.level + 1], *([base] if base else [])])
+    return {f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules() else base for alias in node.names}
+
+
+def ours(names: set[str]) -> set[str]:
+    return {name for name in names if name in modules()}
+
+
+def edges(package: str) -> set[tuple[str, str]]:
+    """(module, a module that it imports), inside of one package."""
+    here = {name for name in modules() if name.split(".")[0] == package}
+    every = {(name, other) for name in here for other in ours(imports(name).at_import | imports(name).late)}
+    return {(name, other) for name, other in every if other in here and other != name}
+
+
+def reachable(start: str, graph: set[tuple[str, str]]) -> set[str]:
+    seen, waiting = set(), [start]
+    while waiting:
+        name = waiting.pop()
+        for other in (b for a, b in graph if a == name and b not in seen):
+            seen.add(other)
+            waiting.append(other)
+    return seen
+
+
+def in_circles(graph: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """The imports that are part of a circle."""
+    return {(a, b) for a, b in graph if a in reachable(b, graph)}
+
+
+def test_a_circle_is_found_through_other_files() -> None:
+    graph = {("a", "b"), ("b", "c"), ("c", "a"), ("c", "d"), ("e", "a")}
+    assert in_circles(graph) == {("a", "b"), ("b", "c"), ("c", "a")}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_file_of_a_package_imports_in_a_circle(package: str) -> None:
+    found = in_circles(edges(package) - KNOWN)
+    assert found == set(), "\n".join(f"{a} imports {b}" for a, b in sorted(found))
+
+
+@pytest.mark.parametrize("known", sorted(KNOWN), ids=" imports ".join)
+def test_a_known_circle_is_still_there(known: tuple[str, str]) -> None:
+    assert known in in_circles(edges(known[0].split(".")[0])), "gone: take it off the list of known ones"
+
+
+def test_the_fused_losses_know_nothing_of_the_trainer() -> None:
+    named = {(name, other) for name in modules() for other in imports(name).at_import | imports(name).late}
+    found = {(a, b) for a, b in named if a.split(".")[0] == "trapo_kernels" and b.split(".")[0] == "trapo"}
+    assert found == UPWARDS
+
+
+def needed(module: str) -> set[str]:
+    """Top-level names from elsewhere that importing a module imports, its packages' `__init__` files included."""
+    seen, waiting, found = set(), [module], set()
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        parents = (".".join(name.split(".")[:n]) for n in range(1, name.count(".") + 1))
+        waiting += [*parents, *ours(imports(name).at_import)]
+        found |= {other.split(".")[0] for other in imports(name).at_import if other not in modules()}
+        found |= {other.split(".")[0] for other in ours(imports(name).at_import)}
+    return found - set(sys.stdlib_module_names) - {"torch", "trapo_kernels"}
+
+
+def test_the_fused_losses_need_torch_alone() -> None:
+    assert needed("trapo_kernels") == set()
+
+
+@pytest.mark.parametrize("adapter", sorted(ADAPTERS))
+def test_an_adapter_needs_its_framework_and_nothing_else(adapter: str) -> None:
+    assert needed(f"trapo_kernels.integrations.{adapter}") <= ADAPTERS[adapter]
+
+
+def test_every_adapter_is_on_the_list() -> None:
+    folder = ROOT / "trapo_kernels" / "integrations"
+    assert {path.stem for path in folder.glob("*.py")} - {"__init__"} == set(ADAPTERS)
