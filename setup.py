@@ -95,7 +95,7 @@ def nvcc_command(out: str) -> list[str]:
 
 
 def torch_define(version: tuple[int, int]) -> str:
-    """What csrc/built_for.h writes into a library, for rows/extension.py."""
+    """What csrc/built_for.h writes into a library, for backends/native.py."""
     return "-DTRAPO_TORCH={}.{}".format(*version)
 
 

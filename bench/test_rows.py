@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trapo_kernels.dispatch import backends
+from trapo_kernels.backends.base import RowInputs
+from trapo_kernels.backends.dispatch import backends
 from trapo_kernels.objective import Objective
-from trapo_kernels.rows.base import RowInputs
 
 ROWS, VOCAB = 64, 49152
 BACKENDS = [name for name in ("cpu", "torch") if backends()[name].available]

@@ -1,4 +1,4 @@
-// Which torch a library of ours was compiled for. rows/extension.py reads it from the file before it loads the library:
+// Which torch a library of ours was compiled for. backends/native.py reads it from the file before it loads the library:
 // what was compiled against another torch may crash, or compute with the wrong structs, without a word.
 #pragma once
 

@@ -96,7 +96,7 @@ TRAPO_HD RowStats<T> finish(const RowState<T>& state, T target) {
   return {(target - state.max) - log_sum, state.max, log_sum, raise(log_sum - state.dot / (1 + rest), T(0))};
 }
 
-// rows/base.py's FusedTerms, and the numbers of `Term.fused` in objective.py.
+// backends/base.py's FusedTerms, and the numbers of `Term.fused` in objective.py.
 enum ExpertTerm : int { kNoExpert = 0, kSft = 1, kTrsft = 2, kDft = 3, kLuffy = 4 };
 enum PolicyTerm : int { kNoPolicy = 0, kClip = 1 };
 

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trapo_kernels as tk
-from trapo_kernels.rows.triton import interpreted
+from trapo_kernels.backends.triton.rows import interpreted
 
 # A new backend joins the whole suite by its name here; STREAMED ones bound their memory and leave work out.
 DEVICE = device.name()

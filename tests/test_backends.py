@@ -10,9 +10,8 @@ import torch
 from kernel_cases import BACKENDS
 
 import trapo_kernels as tk
-from trapo_kernels import dispatch
-from trapo_kernels.rows import cpu as cpu_rows
-from trapo_kernels.rows import extension
+from trapo_kernels.backends import dispatch, native
+from trapo_kernels.backends.cpu import rows as cpu_rows
 
 CPU = torch.device("cpu")
 
@@ -82,7 +81,7 @@ def test_a_backend_for_other_devices_is_not_picked_and_refused_where_it_was_name
 
 
 def test_an_install_without_the_extension_says_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setattr(cpu_rows, "__file__", str(tmp_path / "rows" / "cpu.py"))
+    monkeypatch.setattr(cpu_rows, "__file__", str(tmp_path / "backends" / "cpu" / "rows.py"))
     cpu_rows.missing.cache_clear()
     try:
         assert str(tk.backends()["cpu"]) == (
@@ -97,9 +96,9 @@ def test_an_install_without_the_extension_says_what_to_do(monkeypatch, tmp_path)
 
 def test_what_is_no_library_is_missing_with_a_reason(tmp_path):
     library = tmp_path / "_cpu_default.so"
-    for content in (b"not a library", b"", b"trapo_kernels_built_for:%d.%d;" % extension._numbers(torch.__version__)):
+    for content in (b"not a library", b"", b"trapo_kernels_built_for:%d.%d;" % native._numbers(torch.__version__)):
         library.write_bytes(content)
-        reason = extension.misfit("C++", library, cpu_rows._register_fakes)
+        reason = native.misfit("C++", library, cpu_rows._register_fakes)
         assert reason is not None
         assert reason.startswith(
             f"the C++ extension does not fit torch {torch.__version__} and this version; reinstall ("
@@ -109,25 +108,25 @@ def test_what_is_no_library_is_missing_with_a_reason(tmp_path):
 
 def test_a_library_of_another_torch_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
     library = tmp_path / "_cpu_default.so"
-    monkeypatch.setattr(extension, "load", lambda *_: pytest.fail("it may crash"))
+    monkeypatch.setattr(native, "load", lambda *_: pytest.fail("it may crash"))
     monkeypatch.setattr(torch, "__version__", "2.13.1+cpu")
     for built, stable, accepted in (("2.14", False, "2.14"), ("2.9", False, "2.9"), ("2.14", True, "2.14 and newer")):
         library.write_bytes(b"..." + f"trapo_kernels_built_for:{built};".encode() + b"...")
-        assert extension.misfit("C++", library, cpu_rows._register_fakes, stable) == (
+        assert native.misfit("C++", library, cpu_rows._register_fakes, stable) == (
             f"the C++ extension was compiled for torch {accepted}, this is torch 2.13.1+cpu; "
             "reinstall with --no-build-isolation"
         )
     loaded = []
-    monkeypatch.setattr(extension, "load", lambda *arguments: loaded.append(arguments))
+    monkeypatch.setattr(native, "load", lambda *arguments: loaded.append(arguments))
     for built, stable in (("2.13", False), ("2.13", True), ("2.9", True)):
         library.write_bytes(f"trapo_kernels_built_for:{built};".encode())
-        assert extension.misfit("C++", library, cpu_rows._register_fakes, stable) is None
+        assert native.misfit("C++", library, cpu_rows._register_fakes, stable) is None
     assert len(loaded) == 3
 
 
 @pytest.mark.skipif(cpu_rows.library() is None, reason="the C++ extension is not compiled")
 def test_the_library_here_says_which_torch_it_is_for():
-    assert extension.built_for(cpu_rows.library()) == extension._numbers(torch.__version__)
+    assert native.built_for(cpu_rows.library()) == native._numbers(torch.__version__)
 
 
 def test_without_the_extension_the_first_call_on_a_cpu_says_so_once(monkeypatch):

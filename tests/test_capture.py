@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import trapo_kernels as tk
 from trapo_kernels import stream
-from trapo_kernels.rows.triton import interpreted
+from trapo_kernels.backends.triton.rows import interpreted
 
 ROWS = 16  # a number for which Triton compiles another kernel, if it may
 IDS = torch.arange(ROWS) // 4

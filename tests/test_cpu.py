@@ -14,7 +14,7 @@ from kernel_cases import EVERYTHING, OBJECTIVES, make_case, oracle, run
 from torch.library import opcheck
 
 import trapo_kernels as tk
-from trapo_kernels.rows import cpu as rows
+from trapo_kernels.backends.cpu import rows
 
 pytestmark = pytest.mark.skipif(not tk.backends()["cpu"].available, reason=str(tk.backends()["cpu"]))
 
@@ -121,7 +121,7 @@ _PROGRAM = """
 import sys; sys.path.insert(0, "tests")
 import torch
 from kernel_cases import EVERYTHING, TOLERANCE, assert_same_result, make_case, oracle, run
-from trapo_kernels.rows import cpu
+from trapo_kernels.backends.cpu import rows as cpu
 print(torch.backends.cpu.get_cpu_capability(), cpu.library().name)
 for dtype in TOLERANCE:
     for head in ({}, {"softcap": 3.0, "with_bias": True}):
@@ -148,7 +148,7 @@ def python(program, **environment):
 
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_a_machine_with_less_than_avx512_runs_the_same_source(capability):
-    if not (Path(rows.__file__).parent.parent / f"_cpu_{capability}.so").exists():
+    if not (Path(rows.__file__).parents[2] / f"_cpu_{capability}.so").exists():
         pytest.skip(f"not compiled for {capability} on this machine")
     assert python(_PROGRAM, ATEN_CPU_CAPABILITY=capability) == [capability.upper(), f"_cpu_{capability}.so", "agrees"]
 

@@ -21,7 +21,7 @@ import sys
 import torch
 from pathlib import Path
 sys.path.insert(0, "tests")
-from trapo_kernels.rows import cpu
+from trapo_kernels.backends.cpu import rows as cpu
 cpu.library = lambda: Path(sys.argv[1])
 from kernel_cases import EVERYTHING, TOLERANCE, assert_same_result, make_case, oracle, run
 import trapo_kernels as tk

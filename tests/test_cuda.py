@@ -12,8 +12,8 @@ import pytest
 import torch
 from simt import backend, build
 
-from trapo_kernels.rows import cuda as cuda_rows
-from trapo_kernels.rows import extension
+from trapo_kernels.backends import cuda as cuda_rows
+from trapo_kernels.backends import native
 
 ROOT = Path(__file__).parent.parent
 on_fibers = pytest.mark.skipif(build.missing() is not None, reason=build.missing() or "")
@@ -85,7 +85,7 @@ torch.ops.trapo_kernels_cuda.row_stats(torch.zeros(2, 5).double(), torch.zeros(2
 
 
 def test_an_install_without_the_extension_says_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setattr(cuda_rows, "__file__", str(tmp_path / "rows" / "cuda.py"))
+    monkeypatch.setattr(cuda_rows, "__file__", str(tmp_path / "backends" / "cuda.py"))
     cuda_rows.missing.cache_clear()
     try:
         assert cuda_rows.missing() == f"torch {torch.__version__} is not built for CUDA"
@@ -202,4 +202,4 @@ def test_nvcc_builds_the_extension_and_it_registers_its_operators_under_this_tor
     out = tmp_path / "_cuda.so"
     setup_py(f"subprocess.run(nvcc_command({str(out)!r}), check=True)", TRAPO_KERNELS_CUDA="1")
     assert ask(sys.executable, out)[0] == f"True {torch.version.cuda is not None}"
-    assert extension.built_for(out) == (2, 10)
+    assert native.built_for(out) == (2, 10)

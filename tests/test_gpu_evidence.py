@@ -13,8 +13,8 @@ import pytest
 
 from bench import gpu_evidence
 from bench.evidence import roofline
+from trapo_kernels.backends.triton import rows
 from trapo_kernels.budget import _DEFAULT_MB, _FULL_SPEED_ROWS
-from trapo_kernels.rows import triton as rows
 
 ROOT = Path(__file__).parent.parent
 interpreted = pytest.mark.skipif(

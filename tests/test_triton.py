@@ -11,11 +11,10 @@ from kernel_cases import EVERYTHING, TOLERANCE, assert_close, make_case, run
 
 import trapo_kernels as tk
 from trapo_kernels import stream
+from trapo_kernels.backends import plain as torch_rows
+from trapo_kernels.backends.base import FusedTerms, RowInputs
+from trapo_kernels.backends.triton import rows, tiles
 from trapo_kernels.head import Head
-from trapo_kernels.rows import torch as torch_rows
-from trapo_kernels.rows import triton as rows
-from trapo_kernels.rows.base import FusedTerms, RowInputs
-from trapo_kernels.tiles import triton as tiles
 
 pytestmark = pytest.mark.skipif(rows.missing() is not None, reason=f"triton: {rows.missing()}")
 
@@ -186,8 +185,8 @@ def test_what_the_tile_kernel_does_not_take_is_streamed():
 # Calls that wait for the stream, or copy to the host. Rows.choose alone has any, and does one of them: leaving rows out
 # takes their number (test_waits.py counts).
 WAITS = {"item", "cpu", "tolist", "numpy", "nonzero", "synchronize", "as_tensor", "is_nonzero", "argwhere", "unique"}
-ON_THE_PATH = ("stream.py", "columns.py", "objective.py", "metrics.py", "functional.py", "rows/triton.py")
-ON_THE_PATH += ("rows/triton_kernels.py", "tiles/triton.py", "tiles/triton_kernels.py", "rows/base.py")
+ON_THE_PATH = ("stream.py", "columns.py", "objective.py", "metrics.py", "functional.py", "backends/base.py")
+ON_THE_PATH += tuple(f"backends/triton/{name}.py" for name in ("rows", "row_kernels", "tiles", "tile_kernels"))
 
 
 def waiting_calls(path: Path) -> list[str]:

@@ -15,7 +15,7 @@ import verify_plants
 from kernel_cases import BACKENDS, slow
 
 import trapo_kernels as tk
-from trapo_kernels import dispatch
+from trapo_kernels.backends import dispatch
 from trapo_kernels.verify import cases, keep, trial
 
 # The package hides its module behind the function.
@@ -317,7 +317,7 @@ def test_who_could_not_be_tried_is_tried_again_later(offered, trials, monkeypatc
 
 _RANK = """
 import sys, time, torch, verify_plants
-from trapo_kernels import dispatch
+from trapo_kernels.backends import dispatch
 from trapo_kernels.verify import keep, trial
 verify_plants.register()
 dispatch._BACKENDS[:] = [b for b in dispatch._BACKENDS if b.name in ("sound", "torch")]

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import torch
 
-from trapo_kernels import dispatch
-from trapo_kernels.rows import torch as rows
+from trapo_kernels.backends import dispatch
+from trapo_kernels.backends import plain as rows
 
 
 def _wrong(logits, targets, stats, g_lp, g_entropy, cap):

@@ -9,8 +9,8 @@ out.loss.backward()
 
 __version__ = "0.2.0.dev0"
 
+from .backends.dispatch import Backend, backends, default_backend, set_backend
 from .budget import budget_mb, get_budget_mb, set_budget_mb
-from .dispatch import Backend, backends, default_backend, set_backend
 from .divergence import Divergence, linear_divergence
 from .functional import (
     PolicyLoss,

@@ -28,10 +28,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .backends.base import RowKernel, RowStats, stats_dtype
 from .budget import get_budget_mb
 from .head import Head
 from .products import WIDE_BYTES, add_product
-from .rows.base import RowKernel, RowStats, stats_dtype
 
 __all__ = ["Recompute", "block_columns", "pays"]
 

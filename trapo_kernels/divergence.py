@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import reference, validate
+from .backends.base import stats_dtype
+from .backends.dispatch import backend_name, pick
 from .budget import chunk_rows
 from .buffers import logits_buffer
-from .dispatch import backend_name, pick
 from .head import Head
-from .rows.base import stats_dtype
 from .scalars import filled, number, shown
 from .sources import finished
 from .stream import LinearSource, Rows

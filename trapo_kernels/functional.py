@@ -11,13 +11,13 @@ from torch import Tensor
 
 from . import columns, divergence, ops, reference, stream, validate, vocab_parallel
 from .agreement import agreed, shards_of
-from .dispatch import backend_name, pick
+from .backends.base import RowInputs, RowKernel, RowStats, stats_dtype
+from .backends.dispatch import backend_name, pick
 from .divergence import linear_divergence
 from .head import Head
 from .metrics import policy_metrics
 from .objective import FIELDS, Objective, Tokens
 from .reference import TokenValues
-from .rows.base import RowInputs, RowKernel, RowStats, stats_dtype
 from .scalars import filled
 from .sources import finished
 from .statistics import Collector, check_statistics

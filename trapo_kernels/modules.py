@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import validate
-from .dispatch import check_backend
+from .backends.dispatch import check_backend
 from .functional import PolicyLoss, linear_policy_loss
 from .objective import Objective
 from .statistics import check_statistics

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rows.base import FusedTerms
+from .backends.base import FusedTerms
 from .scalars import constant, shown
 from .terms import (
     ENTROPY,

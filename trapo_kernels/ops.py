@@ -24,10 +24,10 @@ from torch import Tensor
 
 from . import divergence as divergences
 from . import functional, stream, terms  # functional calls these operators
-from .dispatch import pick
+from .backends.base import RowStats, stats_dtype
+from .backends.dispatch import pick
 from .head import Head
 from .objective import FIELDS, Objective
-from .rows.base import RowStats, stats_dtype
 from .scalars import constant
 from .sources import d_hidden_dtype, finished
 from .statistics import Collector

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .backends.base import stats_dtype
 from .head import Head
-from .rows.base import stats_dtype
 from .statistics import row_statistics
 
 __all__ = ["TokenValues", "linear_logits", "token_values"]

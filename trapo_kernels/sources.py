@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from .backends.base import stats_dtype
 from .buffers import row_bytes
 from .head import Head
 from .products import WIDE_BYTES, add_product, power_of_two, product
-from .rows.base import stats_dtype
 
 if TYPE_CHECKING:
     from .stream import Rows

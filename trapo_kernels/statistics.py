@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from .rows.base import RowStats, stats_dtype
+from .backends.base import RowStats, stats_dtype
 from .scalars import shown
 
 __all__ = ["Collector", "check_statistics", "is_statistic", "row_statistics"]

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends.base import FusedTerms, FusedVerb, RowInputs, RowKernel, RowStats, stats_dtype
 from .budget import chunk_rows
 from .buffers import logits_buffer
 from .head import Head
-from .rows.base import FusedTerms, FusedVerb, RowInputs, RowKernel, RowStats, stats_dtype
 from .sources import LinearSource, LogitsSource, Source
 from .statistics import Collector
 

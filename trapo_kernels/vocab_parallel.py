@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .backends.base import RowKernel, RowState, RowStats, stats_dtype
 from .buffers import row_bytes
-from .rows.base import RowKernel, RowState, RowStats, stats_dtype
 from .stream import LinearSource
 
 __all__ = ["Shard", "ShardedKernel", "ShardedSource", "gather", "local_parts", "shard_of"]

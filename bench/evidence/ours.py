@@ -6,11 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
+from trapo_kernels.backends.base import RowInputs, RowStats
+from trapo_kernels.backends.triton import rows, tiles
 from trapo_kernels.buffers import logits_buffer
 from trapo_kernels.objective import Objective
-from trapo_kernels.rows import triton as rows
-from trapo_kernels.rows.base import RowInputs, RowStats
-from trapo_kernels.tiles import triton as tiles
 
 from .launches import Launch, recorded
 

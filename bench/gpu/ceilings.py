@@ -11,7 +11,7 @@ from torch import Tensor
 
 import trapo_kernels as tk
 from bench.gpu.rows import Rows, one_line, options, seconds_of
-from trapo_kernels.rows.base import RowInputs
+from trapo_kernels.backends.base import RowInputs
 
 __all__ = ["main"]
 

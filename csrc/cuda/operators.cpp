@@ -1,5 +1,5 @@
 // torch.ops.trapo_kernels_cuda: the row kernels as operators, through torch's stable ABI, so that one build serves several
-// versions of torch. rows/cuda.py hands over vectors [C] that are contiguous and of the statistics' dtype.
+// versions of torch. backends/cuda.py hands over vectors [C] that are contiguous and of the statistics' dtype.
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

@@ -6,8 +6,7 @@ from functools import cache
 
 from simt import build
 
-from trapo_kernels import dispatch
-from trapo_kernels.rows import cuda, extension
+from trapo_kernels.backends import cuda, dispatch, native
 
 NAME = "cuda-on-cpu"
 
@@ -17,7 +16,7 @@ def _look() -> str | None:
     """Compiles the library when it is first asked for."""
     reason = build.missing()
     if reason is None:
-        extension.load(build.library(), cuda.register_fakes)
+        native.load(build.library(), cuda.register_fakes)
     return reason
 
 

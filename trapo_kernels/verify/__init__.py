@@ -60,7 +60,7 @@ def verify(device: torch.device | str | None = None) -> Report:
     Raises:
         ValueError: there is no such device here.
     """
-    from ..dispatch import backends
+    from ..backends.dispatch import backends
 
     try:
         where = _device(device)

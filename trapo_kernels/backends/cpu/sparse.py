@@ -17,9 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .head import Head
-from .rows.base import RowStats
-from .stream import LinearSource, Slopes
+from ...head import Head
+from ...stream import LinearSource, Slopes
+from ..base import RowStats
 
 __all__ = ["Sparse"]
 

@@ -1,4 +1,4 @@
-"""Triton row kernels: one program per row of a chunk of logits. Host side and sizes: rows/triton.py.
+"""Triton row kernels: one program per row of a chunk of logits. Host side and sizes: rows.py.
 
     row_stats:  m = max z, Σ e^(z−m) but one column at m, Σ e^(z−m)(z−m), z_y            one read of each logit
     row_grad:   dx_j = [g_lp (1[j=y] − π_j) − g_H π_j (log π_j + H)] · (1 − (z_j/cap)²)  one read, one write

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import extension
+from . import native
 from .base import FusedTerms, RowInputs, RowState, RowStats, stats_dtype
 
 _LIBRARY = "_cuda.so"
@@ -21,7 +21,7 @@ _LIBRARY = "_cuda.so"
 @cache
 def missing() -> str | None:
     """Loads the library; why it cannot be here, or None."""
-    library = Path(__file__).parent.parent / _LIBRARY
+    library = Path(__file__).parents[1] / _LIBRARY
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is not built for CUDA"
     if not torch.cuda.is_available():
@@ -31,7 +31,7 @@ def missing() -> str | None:
         return f"the device is of compute capability {major}.{minor}; 8.0 is needed"
     if not library.is_file():
         return "the CUDA extension is not compiled; reinstall with nvcc, TRAPO_KERNELS_CUDA=1 and --no-build-isolation"
-    return extension.misfit("CUDA", library, register_fakes, stable=True) or unresolved()
+    return native.misfit("CUDA", library, register_fakes, stable=True) or unresolved()
 
 
 def unresolved() -> str | None:

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from . import verify
-from .rows import cpu as cpu_rows
-from .rows import cuda as cuda_rows
-from .rows import torch as torch_rows
-from .rows import triton as triton_rows
-from .rows.base import RowKernel
-from .scalars import shown
+from .. import verify
+from ..scalars import shown
+from . import cuda as cuda_rows
+from . import plain
+from .base import RowKernel
+from .cpu import rows as cpu_rows
+from .triton import rows as triton_rows
 
 __all__ = ["Backend", "backend_name", "backends", "check_backend", "default_backend", "pick", "set_backend"]
 
@@ -82,7 +82,7 @@ _BACKENDS = [
         look=triton_rows.missing,
     ),
     Backend("cpu", cpu_rows, "C++ for CPU tensors: AVX-512, AVX2 or neither", device="cpu", look=cpu_rows.missing),
-    Backend("torch", torch_rows, "streamed in plain torch, any device", compiled=False),
+    Backend("torch", plain, "streamed in plain torch, any device", compiled=False),
     Backend("reference", None, "materialises the logits; the oracle, any float dtype", automatic=False, compiled=False),
 ]
 

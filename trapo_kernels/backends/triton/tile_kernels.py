@@ -1,4 +1,4 @@
-"""Triton tile kernel: row statistics of z = cap(scale · (h Wᵀ + b)); the logits stay in registers. Host: triton.py.
+"""Triton tile kernel: row statistics of z = cap(scale · (h Wᵀ + b)); the logits stay in registers. Host: tiles.py.
 
     linear_stats:  per row block [BM] and share of the vocabulary, tile by tile: acc = h Wᵀ [BM, BN]; z; the state
                    (m = max z, Σ e^(z−m) but one column at m, Σ e^(z−m)(z−m), z_y) is folded; one per row and share is
@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..rows.triton_kernels import fold, moved, soft_cap
+from .row_kernels import fold, moved, soft_cap
 
 __all__ = ["linear_stats", "merge_stats"]
 
@@ -113,7 +113,7 @@ def linear_stats(
             m, s, d, z_y = _fold_tile(right, bias, y, m, s, d, z_y, column, V, scale, cap, LOGITS, BN // 2)
         else:
             m, s, d, z_y = _fold_tile(acc, bias, y, m, s, d, z_y, column, V, scale, cap, LOGITS, BN)
-    z_y = tl.where((y >= 0) & (y < V), z_y, float("nan"))  # as in rows/triton_kernels.py
+    z_y = tl.where((y >= 0) & (y < V), z_y, float("nan"))  # as in row_kernels.py
     at = share * rows + i
     tl.store(max_ + at, m, mask=i < rows)
     tl.store(rest_ + at, s, mask=i < rows)

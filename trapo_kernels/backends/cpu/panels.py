@@ -19,11 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .budget import chunk_rows
-from .head import Head
-from .rows.base import RowState, RowStats
+from ...budget import chunk_rows
+from ...head import Head
+from ...stream import LinearSource, Rows, Slopes, Source
+from ..base import RowState, RowStats
 from .sparse import Sparse
-from .stream import LinearSource, Rows, Slopes, Source
 
 __all__ = ["PANEL", "backward", "forward", "takes"]
 

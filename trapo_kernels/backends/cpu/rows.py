@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import panels as passes  # fp32 heads interleave GEMMs and softmax
-from . import extension
-from .base import FusedTerms, RowInputs, RowState, RowStats, stats_dtype
+from .. import native
+from ..base import FusedTerms, RowInputs, RowState, RowStats, stats_dtype
+from . import panels as passes  # fp32 heads interleave GEMMs and softmax
 
 __all__ = ["fused_", "grad_", "library", "missing", "passes", "scratch_bytes", "stats"]
 
@@ -26,7 +26,7 @@ def library() -> Path | None:
     best = torch.backends.cpu.get_cpu_capability()
     # A capability that is none of these is served by the last one.
     usable = _CAPABILITIES[_CAPABILITIES.index(best) if best in _CAPABILITIES else len(_CAPABILITIES) - 1 :]
-    folder = Path(__file__).parent.parent
+    folder = Path(__file__).parents[2]
     return next((path for name in usable for path in folder.glob(f"_cpu_{name.lower()}.so")), None)
 
 
@@ -36,7 +36,7 @@ def missing() -> str | None:
     found = library()
     if found is None:
         return "the C++ extension is not compiled; reinstall with a C++17 compiler and --no-build-isolation"
-    return extension.misfit("C++", found, _register_fakes)
+    return native.misfit("C++", found, _register_fakes)
 
 
 def scratch_bytes(vocab: int, dtype: torch.dtype, device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Forward-only statistics of a linear head in Triton: no logit is written. Kernels: triton_kernels.py.
+"""Forward-only statistics of a linear head in Triton: no logit is written. Kernels: tile_kernels.py.
 
 Tiles come from the table here, chosen offline by architecture and type of operand; nothing is tuned at a user's call.
 The arithmetic behind it: per k-step a program moves (BM + BN)·BK operands for 2·BM·BN·BK FLOPs, and per tile its
@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..head import Head
-from ..rows.base import RowState, RowStats
-from ..rows.triton import interpreted
+from ...head import Head
+from ..base import RowState, RowStats
+from .rows import interpreted
 
 __all__ = ["Tile", "linear_stats", "shares", "tile"]
 
@@ -100,9 +100,9 @@ def _card(index: int) -> tuple[int, int]:
 
 
 def _kernels() -> ModuleType:
-    from . import triton_kernels
+    from . import tile_kernels
 
-    return triton_kernels
+    return tile_kernels
 
 
 def _able(hidden: Tensor, weight: Tensor) -> bool:

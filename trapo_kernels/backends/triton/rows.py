@@ -1,4 +1,4 @@
-"""Row kernel in Triton, for CUDA devices, and for CPU tensors under TRITON_INTERPRET=1. Kernels: triton_kernels.py.
+"""Row kernel in Triton, for CUDA devices, and for CPU tensors under TRITON_INTERPRET=1. Kernels: row_kernels.py.
 
 Sizes come from the one table here, chosen offline by bytes of a row; nothing is tuned at a user's call. The arithmetic
 behind it: one program per row reads the row twice, and the second read should come from L2. A row of V = 152,064 in
@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..head import Head
-from .base import FusedTerms, RowInputs, RowState, RowStats, stats_dtype
+from ...head import Head
+from ..base import FusedTerms, RowInputs, RowState, RowStats, stats_dtype
 
 __all__ = ["Sizes", "fused_", "grad_", "interpreted", "linear_stats", "missing", "scratch_bytes", "sizes", "stats"]
 
@@ -72,9 +72,9 @@ def missing() -> str | None:
 
 @functools.cache
 def _kernels() -> ModuleType:
-    from . import triton_kernels
+    from . import row_kernels
 
-    return triton_kernels
+    return row_kernels
 
 
 @functools.cache
@@ -210,6 +210,6 @@ def linear_stats(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, entropy: bool
 ) -> RowStats | None:
     """Statistics straight from the operands, by the kernel that writes no logits; None: it does not take these."""
-    from ..tiles import triton as tiles
+    from . import tiles
 
     return tiles.linear_stats(hidden, weight, bias, targets, head, entropy)
