@@ -21,7 +21,7 @@ from bench.cpu import RESULTS, _interleaved, machine
 from bench.measure import step
 from bench.providers import Case, Provider
 from trapo.config import ModelConfig
-from trapo.model import head_of, load_model
+from trapo.models.loading import head_of, load_model
 
 TOLERANCES = (0.0, 1e-4, 1e-3, 1e-2, 5e-2)
 OBJECTIVES = {

@@ -47,10 +47,11 @@ LR = 1e-6
 def draw_rollouts(path: Path, prompts: int, max_tokens: int, data: Path) -> None:
     """Generate the rollouts that both sides train on: [{prompt, prompt_ids, completion_ids: GROUP lists}]."""
     from trapo.config import merge_config
-    from trapo.data import load_problems
-    from trapo.encode import encode_problems
-    from trapo.model import SMOLLM2, load_model
-    from trapo.rollout import Request, make_engine
+    from trapo.data.encode import encode_problems
+    from trapo.data.problems import load_problems
+    from trapo.engines.make import make_engine
+    from trapo.engines.protocol import Request
+    from trapo.models.loading import SMOLLM2, load_model
 
     source = str(data / "gsm8k-train.jsonl") if (data / "gsm8k-train.jsonl").exists() else None
     problems = load_problems(source or f"task://word_problems?split=train&n={prompts}&seed=0", limit=prompts)
@@ -108,7 +109,7 @@ def run_trl(rows: list[dict[str, Any]], steps: int, batch: int) -> dict[str, Any
     from trl import GRPOConfig, GRPOTrainer
 
     from trapo.config import ModelConfig
-    from trapo.model import SMOLLM2, load_model
+    from trapo.models.loading import SMOLLM2, load_model
 
     model, tokenizer = load_model(ModelConfig(path=SMOLLM2))
     by_text = {row["prompt"][-1]["content"]: row for row in rows}
@@ -162,10 +163,10 @@ def run_trl(rows: list[dict[str, Any]], steps: int, batch: int) -> dict[str, Any
 def run_trapo(rows: list[dict[str, Any]], steps: int, budget: int, profile: bool) -> dict[str, Any]:
     """Updates of trapo's learner."""
     import trapo_kernels as tk
-    from trapo.advantages import assign_advantages
     from trapo.config import merge_config
     from trapo.learner import Learner
-    from trapo.model import SMOLLM2, load_model
+    from trapo.models.loading import SMOLLM2, load_model
+    from trapo.rollouts import assign_advantages
 
     settings = {"micro_batch_tokens": budget, "steps": steps + 1}
     config = merge_config({"mode": "grpo", "model": {"path": SMOLLM2}, "optim": {"lr": LR}, "train": settings})
@@ -188,9 +189,9 @@ def run_trapo(rows: list[dict[str, Any]], steps: int, budget: int, profile: bool
 
 
 def as_rollouts(rows: list[dict[str, Any]]) -> list[Any]:
-    from trapo.collect import Rollout
-    from trapo.data import Problem
-    from trapo.encode import EncodedProblem
+    from trapo.data.encode import EncodedProblem
+    from trapo.data.problems import Problem
+    from trapo.rollouts import Rollout
 
     rollouts = []
     for group, row in enumerate(rows):

@@ -2,7 +2,7 @@
 
     python bench/trl_run.py --out bench/results/trl_run            # writes .json and .md
 
-SmolLM2-135M-Instruct on arithmetic word problems (trapo.tasks.word_problems), T = 1, one prompt a step with four
+SmolLM2-135M-Instruct on arithmetic word problems (trapo.data.tasks.word_problems), T = 1, one prompt a step with four
 rollouts of at most 16 tokens, the last six layers trained: small, so that three runs end within the hour on two cores.
 The first two runs see the same data in the same order from the same seed; they differ by rounding only until a sampled
 token differs, and are then two samples of one process. What is compared is the loss and its metrics, not the learning
@@ -46,9 +46,9 @@ def train(run: str, steps: int, seed: int, folder: Path) -> dict[str, Any]:
     from trl import GRPOConfig, GRPOTrainer
 
     from trapo.config import ModelConfig
+    from trapo.data.tasks.word_problems import generate
     from trapo.guidance import NEVER, schedule
-    from trapo.model import SMOLLM2, load_model
-    from trapo.tasks.word_problems import generate
+    from trapo.models.loading import SMOLLM2, load_model
     from trapo_kernels.integrations.trl import TrapoGRPOTrainer
 
     torch.manual_seed(seed)

@@ -73,7 +73,7 @@ def tokenizer():
     """SmolLM2's own, from the installed weights package."""
     from transformers import AutoTokenizer
 
-    from trapo.model import SMOLLM2, find_weights
+    from trapo.models.loading import SMOLLM2, find_weights
 
     weights = find_weights(SMOLLM2)
     return AutoTokenizer.from_pretrained(str(weights.parent), gguf_file=weights.name)

@@ -56,7 +56,7 @@ def main() -> None:
     import torch
 
     from trapo import learner, trainer
-    from trapo import run_dir as run_dir_module
+    from trapo.runs import run_dir as run_dir_module
 
     calls: dict[str, int] = {}
 

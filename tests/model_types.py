@@ -16,16 +16,16 @@ from transformers.models.auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import trapo_kernels as tk
-from trapo import lora, weights
-from trapo.collect import Rollout
 from trapo.config import LoraConfig, merge_config
-from trapo.data import Problem
-from trapo.encode import EncodedProblem
+from trapo.data.encode import EncodedProblem
+from trapo.data.problems import Problem
+from trapo.engines.hf import HFEngine
+from trapo.engines.protocol import Request
 from trapo.errors import TrapoError
 from trapo.learner import Learner
-from trapo.model import enable_checkpointing
-from trapo.rollout import Request
-from trapo.rollout.hf import HFEngine
+from trapo.models import lora, weights
+from trapo.models.loading import enable_checkpointing
+from trapo.rollouts import Rollout
 
 VOCABULARY = 128
 # Every size that configurations know; each takes those that it has.

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from trapo import lora
-from trapo.ranks import Ranks
+from trapo.models import lora
+from trapo.runs.ranks import Ranks
 
 
 def update(model: str, out: str, cases: str) -> None:
     """Three optimizer steps on the rollouts of test_learner for each list of overrides in the JSON `cases`; the first
     rank saves weights and what was reported."""
-    from trapo.ranks import join, leave
+    from trapo.runs.ranks import join, leave
 
     ranks = join()
     done = [_update(model, ranks, overrides) for overrides in json.loads(cases)]
@@ -33,9 +33,9 @@ def _update(model: str, ranks: Ranks, overrides: list[str]) -> dict:
     import trapo_kernels as tk
     from trapo.config import merge_config
     from trapo.learner import Learner
-    from trapo.model import load_model
-    from trapo.sharding import shard_over
-    from trapo.weights import full_weights
+    from trapo.models.loading import load_model
+    from trapo.models.sharding import shard_over
+    from trapo.models.weights import full_weights
 
     # Adam divides by |gradient|: without this eps an entry that is nothing but rounding would move by lr.
     config = merge_config({"optim": {"lr": 1e-3, "eps": 1e-3}, "model": {"path": model}}, overrides)
@@ -65,7 +65,7 @@ def train(model: str, run_dir: str, *overrides: str) -> None:
 def stopped(model: str, run_dir: str, *overrides: str) -> None:
     """A run whose second rank gets a SIGTERM in the rollouts of step 2."""
     from trapo import trainer
-    from trapo.stopping import Stopped
+    from trapo.runs.stopping import Stopped
 
     collect, calls = trainer.collect, []
 

@@ -3,7 +3,7 @@
 import json
 
 from trapo.config import merge_config, save_config
-from trapo.files import write_json
+from trapo.tools.files import write_json
 
 HOSTILE = "</script><script>window.hacked = true</script><img src=x onerror='window.hacked = true'> & {{ 7 * 7 }}"
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trapo.advantages import assign_advantages, group_advantages
 from trapo.errors import TrapoError
+from trapo.rollouts import assign_advantages, group_advantages
 
 
 def advantages(rewards, guided=None, own=None, **options):

@@ -9,13 +9,13 @@ from model_types import LONG, learner, off, own_logprobs, rollout, tiny_model
 from torch import nn
 
 import trapo.learner
-from trapo import agreement, lora, weights
 from trapo.batching import one_copy
 from trapo.config import LoraConfig
+from trapo.engines.hf import WAYS, HFEngine
+from trapo.engines.protocol import Request
 from trapo.errors import TrapoError
-from trapo.model import enable_checkpointing, head_of
-from trapo.rollout import Request
-from trapo.rollout.hf import WAYS, HFEngine
+from trapo.models import agreement, lora, weights
+from trapo.models.loading import enable_checkpointing, head_of
 from trapo_kernels.integrations.transformers import decoder_of
 
 
@@ -155,7 +155,7 @@ def test_hybrids_share_prompts_and_a_cache_that_cannot_be_trusted_is_not_used(mo
     engine.generate([Request((9, 10), 2)], temperature=0.0, seed=0)
     assert engine.way == WAYS[0]
     # As before: of two caches in a layer, one is selected from.
-    monkeypatch.setattr("trapo.rollout.hf.select_rows", lambda cache, rows: cache.batch_select_indices(rows))
+    monkeypatch.setattr("trapo.engines.hf.select_rows", lambda cache, rows: cache.batch_select_indices(rows))
     engine = HFEngine(tiny_model("falcon_h1"), eos_ids=[], pad_id=1)
     engine.generate([Request((9, 10), 2)], temperature=0.0, seed=0)
     assert engine.way == WAYS[1]

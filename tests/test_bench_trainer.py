@@ -3,7 +3,7 @@
 import pytest
 
 from bench.trainer_vs_trl import GROUP, as_rollouts, compare
-from trapo.advantages import assign_advantages
+from trapo.rollouts import assign_advantages
 
 ROWS = [
     {"prompt": [{"role": "user", "content": str(i)}], "prompt_ids": [1] * 10, "completion_ids": [[2] * n] * GROUP}

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from trapo import benchmarks
-from trapo.benchmarks import KNOWN, SUITES, chosen, evaluate_benchmarks, table
-from trapo.compare import compare
 from trapo.config import merge_config
 from trapo.errors import TrapoError
+from trapo.evaluation import benchmarks
+from trapo.evaluation.benchmarks import KNOWN, SUITES, chosen, evaluate_benchmarks, table
+from trapo.evaluation.compare import compare
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from trapo.collect import collect
-from trapo.data import Problem
-from trapo.encode import EncodedProblem, Trace
+from trapo.data.encode import EncodedProblem, Trace
+from trapo.data.problems import Problem
+from trapo.engines.protocol import Completion
 from trapo.guidance import ALWAYS, NEVER, PAPER, schedule
 from trapo.rewards import Reward
-from trapo.rollout import Completion
+from trapo.rollouts import collect
 
 EOS = 2
 TRACE = Trace((*range(100, 109), EOS), ())

@@ -6,9 +6,9 @@ import json
 import pytest
 from rich.console import Console
 
-from trapo.compare import as_json, compare, table
 from trapo.errors import TrapoError
-from trapo.terminal import print_table
+from trapo.evaluation.compare import as_json, compare, table
+from trapo.tools.terminal import print_table
 
 
 def write(path, rewards):

@@ -8,8 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trapo.config import load_config, merge_config, save_config
-from trapo.config_text import Expression, escape, is_expression, plain_tree, shown_yaml, unescape
 from trapo.errors import TrapoError
+from trapo.tools.config_text import Expression, escape, is_expression, plain_tree, shown_yaml, unescape
 
 HARD = [
     "End with #### and the answer.",

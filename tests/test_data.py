@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from trapo.data import DataError, Problem, load_problems, problem_id, write_problems
+from trapo.data.problems import DataError, Problem, load_problems, problem_id, write_problems
 from trapo.rewards import math_reward
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -4,7 +4,7 @@ import re
 import pytest
 from rich.console import Console
 
-from trapo.display import Display
+from trapo.report.display import Display
 
 ROW = {
     "step": 3,

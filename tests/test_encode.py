@@ -3,8 +3,8 @@ import random
 
 import pytest
 
-from trapo.data import Problem
-from trapo.encode import PromptEncoder, TraceEncoder, encode_problems
+from trapo.data.encode import PromptEncoder, TraceEncoder, encode_problems
+from trapo.data.problems import Problem
 from trapo.errors import TrapoError
 from trapo.guidance import OFFICIAL, PAPER
 

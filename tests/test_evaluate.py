@@ -3,11 +3,11 @@ import json
 import pytest
 
 from trapo.config import merge_config
-from trapo.data import Problem
-from trapo.encode import EncodedProblem
-from trapo.evaluate import EvalResult, evaluate
+from trapo.data.encode import EncodedProblem
+from trapo.data.problems import Problem
+from trapo.engines.protocol import Completion
+from trapo.evaluation.evaluate import EvalResult, evaluate
 from trapo.rewards import Reward
-from trapo.rollout import Completion
 
 
 class Script:

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from trapo.cli import app
 from trapo.errors import TrapoError
-from trapo.grading import grade_file
+from trapo.rewards.grading import grade_file
 
 ROWS = [
     {"id": "a", "answer": "24", "text": "so\n#### $24", "reward": 1.0, "status": "ok"},

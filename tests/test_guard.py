@@ -6,15 +6,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from trapo.collect import Rollout
 from trapo.config import RolloutConfig, merge_config
-from trapo.data import Problem
-from trapo.encode import EncodedProblem
+from trapo.data.encode import EncodedProblem
+from trapo.data.problems import Problem
+from trapo.engines.guard import AgreementGuard, plain_scorer, unanswered
+from trapo.engines.hf import HFEngine
+from trapo.engines.protocol import Completion, Request
 from trapo.errors import TrapoError
 from trapo.learner import Learner
-from trapo.rollout import Completion, Request
-from trapo.rollout.guard import AgreementGuard, plain_scorer, unanswered
-from trapo.rollout.hf import HFEngine
+from trapo.rollouts import Rollout
 
 
 @pytest.fixture(scope="module")

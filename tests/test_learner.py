@@ -9,14 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import trapo_kernels as tk
-from trapo.collect import Rollout
 from trapo.config import merge_config
-from trapo.data import Problem
-from trapo.encode import EncodedProblem
+from trapo.data.encode import EncodedProblem
+from trapo.data.problems import Problem
 from trapo.errors import TrapoError
 from trapo.learner import Learner, lr_factor
-from trapo.metrics import ProbabilityHistogram
-from trapo.model import enable_checkpointing
+from trapo.models.loading import enable_checkpointing
+from trapo.report.metrics import ProbabilityHistogram
+from trapo.rollouts import Rollout
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,12 @@ import pytest
 from report_runs import full_row
 from test_resume import run as run_killed
 
-from trapo import loggers
 from trapo.config import merge_config
 from trapo.errors import TrapoError
-from trapo.evaluate import EvalResult
-from trapo.loggers import Loggers, check_loggers, flat_numbers
-from trapo.run_dir import RunDir
+from trapo.evaluation.evaluate import EvalResult
+from trapo.report import loggers
+from trapo.report.loggers import Loggers, check_loggers, flat_numbers
+from trapo.runs.run_dir import RunDir
 
 needs_tensorboard = pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="needs tensorboard")
 needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs wandb")
@@ -61,7 +61,8 @@ def test_a_logger_that_is_asked_for_and_missing_is_refused_in_one_line(name, mon
 
 @needs_wandb
 def test_wandb_without_a_key_is_refused_before_anything_is_computed(tmp_path):
-    asked = "from trapo import loggers, config; loggers.check_loggers(config.merge_config({}, ['log.wandb=true']))"
+    imports = "from trapo import config; from trapo.report import loggers; "
+    asked = imports + "loggers.check_loggers(config.merge_config({}, ['log.wandb=true']))"
     # In a process of its own: W&B remembers what it was asked.
     variables = {k: v for k, v in os.environ.items() if not k.startswith("WANDB") and k != "NETRC"}
     variables |= {"HOME": str(tmp_path), "WANDB_DIR": str(tmp_path)}

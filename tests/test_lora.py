@@ -10,14 +10,14 @@ from test_learner import rollouts
 from test_resume import outcome, run
 
 import trapo_kernels as tk
-from trapo import lora
 from trapo.config import LoraConfig, ModelConfig, merge_config
+from trapo.engines.hf import HFEngine
+from trapo.engines.protocol import Request
 from trapo.errors import TrapoError
 from trapo.learner import Learner
-from trapo.model import load_model
-from trapo.rollout import Request
-from trapo.rollout.hf import HFEngine
-from trapo.weights import full_weights, writer
+from trapo.models import lora
+from trapo.models.loading import load_model
+from trapo.models.weights import full_weights, writer
 
 peft = pytest.importorskip("peft", reason="pip install 'trapo-kernels[lora]'")
 CONFIG = LoraConfig(rank=4, alpha=8.0)

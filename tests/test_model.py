@@ -12,7 +12,7 @@ from transformers import (
 import trapo_kernels as tk
 from trapo.config import ModelConfig
 from trapo.errors import TrapoError
-from trapo.model import eos_ids, head_of, load_model
+from trapo.models.loading import eos_ids, head_of, load_model
 
 SIZES = {
     "vocab_size": 97,

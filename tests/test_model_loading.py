@@ -8,10 +8,10 @@ import torch
 from model_types import tiny_model
 from safetensors.torch import load_file, save_file
 
-from trapo import lora
 from trapo.config import LoraConfig, ModelConfig
 from trapo.errors import TrapoError
-from trapo.model import check_positions, load_model
+from trapo.models import lora
+from trapo.models.loading import check_positions, load_model
 
 
 @pytest.fixture

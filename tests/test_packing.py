@@ -14,7 +14,7 @@ import trapo_kernels as tk
 from trapo.batching import collate, filler, pack, packs
 from trapo.config import ModelConfig, merge_config
 from trapo.learner import is_packed
-from trapo.model import load_model
+from trapo.models.loading import load_model
 
 CPU = torch.device("cpu")
 

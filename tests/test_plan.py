@@ -9,14 +9,14 @@ from typer.testing import CliRunner
 
 import trapo_kernels as tk
 from trapo.cli import app
-from trapo.collect import Rollout
 from trapo.config import load_config, merge_config
-from trapo.data import Problem
-from trapo.encode import EncodedProblem
+from trapo.data.encode import EncodedProblem
+from trapo.data.problems import Problem
 from trapo.errors import TrapoError
 from trapo.learner import Learner
-from trapo.model import load_model
-from trapo.plan import OURS, _saved_by, make_plan, meta_model, saved_bytes, tables
+from trapo.models.loading import load_model
+from trapo.models.plan import OURS, _saved_by, make_plan, meta_model, saved_bytes, tables
+from trapo.rollouts import Rollout
 
 PROMPT, RESPONSE = 5, 11
 
@@ -52,7 +52,7 @@ def test_bytes_of_weights_gradients_and_optimizer_are_those_of_a_real_run(name, 
     plan = make_plan(settings, 1)
     model, _ = load_model(settings.model)
     if overrides:
-        from trapo import lora
+        from trapo.models import lora
 
         lora.attach(model, settings.lora, base="", seed=0)
     learner = Learner(model, settings, pad_id=2)

@@ -13,7 +13,7 @@ from rank_processes import run_ranks
 from safetensors.torch import load_file
 from test_resume import timeless
 
-from trapo.ranks import ALONE, Ranks
+from trapo.runs.ranks import ALONE, Ranks
 
 # 8 rollouts of 6 to 12 tokens, all with a gradient: budgets that give the number of micro-batches in the test's name.
 BUDGETS = {"padded": {1: 1000, 2: 48, 4: 24}, "packed": {1: 1000, 2: 36, 4: 20}}
@@ -124,7 +124,7 @@ def test_shares_are_everything_once_in_order_and_deals_are_equally_long(world, c
 def test_one_process_gathers_by_itself_and_leaves_torch_distributed_alone():
     code = (
         "import sys\n"
-        "from trapo.ranks import join\n"
+        "from trapo.runs.ranks import join\n"
         "ranks = join()\n"
         "assert ranks.gather([1, 2]) == [1, 2] and ranks.any(True) and not ranks.any(False)\n"
         "import torch.distributed as dist\n"

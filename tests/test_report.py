@@ -5,9 +5,9 @@ import pytest
 from report_runs import HOSTILE, full_row, rollout, row, write_run
 
 from trapo.errors import TrapoError
-from trapo.report import write_comparison, write_report
 from trapo.report.figures import sections
 from trapo.report.run_data import read_run
+from trapo.report.write import write_comparison, write_report
 
 
 def figures_in(page):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from report_runs import HOSTILE, full_row, rollout, write_run
 
-from trapo.report import write_comparison, write_report
+from trapo.report.write import write_comparison, write_report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = next(filter(None, (shutil.which(n) for n in ("chromium", "chromium-browser", "google-chrome"))), None)

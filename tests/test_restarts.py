@@ -15,15 +15,17 @@ import torch
 from killed_run import settings, train_here
 from test_resume import outcome
 
-from trapo import checkpoint, collect, evaluate, trainer
+from trapo import rollouts, trainer
 from trapo.config import load_config, save_config
+from trapo.engines.hf import HFEngine
 from trapo.errors import TrapoError
+from trapo.evaluation import evaluate
 from trapo.learner import Learner
-from trapo.manifest import find_damage, write_manifest
-from trapo.rollout.hf import HFEngine
-from trapo.run_dir import RunDir
-from trapo.skips import SkipLimit
-from trapo.stopping import Stopped, StopSignal
+from trapo.runs import checkpoint
+from trapo.runs.manifest import find_damage, write_manifest
+from trapo.runs.run_dir import RunDir
+from trapo.runs.skips import SkipLimit
+from trapo.runs.stopping import Stopped, StopSignal
 
 TRAPO = Path(sys.executable).with_name("trapo")
 
@@ -90,7 +92,7 @@ def terminate_in_call(monkeypatch, owner, name, number):
     ("owner", "name", "number", "last"),
     [
         pytest.param(HFEngine, "generate", 1, 0, id="first evaluation", marks=pytest.mark.slow),
-        pytest.param(collect, "_generate", 14, 3, id="rollouts"),
+        pytest.param(rollouts, "_generate", 14, 3, id="rollouts"),
         pytest.param(Learner, "_step", 9, 5, id="update"),
         pytest.param(torch, "save", 2, 4, id="save", marks=pytest.mark.slow),
         pytest.param(evaluate, "decode_text", 10, 6, id="last evaluation", marks=pytest.mark.slow),

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from trapo.rollout import Request
-from trapo.rollout.hf import HFEngine
+from trapo.engines.hf import HFEngine
+from trapo.engines.protocol import Request
 
 EOS = 2
 

@@ -2,10 +2,10 @@ import dataclasses
 
 import pytest
 
-from trapo.collect import Rollout
-from trapo.data import Problem
-from trapo.encode import EncodedProblem, decode_text
-from trapo.rollout_log import rollout_row, sample_rollouts
+from trapo.data.encode import EncodedProblem, decode_text
+from trapo.data.problems import Problem
+from trapo.report.rollout_log import rollout_row, sample_rollouts
+from trapo.rollouts import Rollout
 
 MESSAGES = ({"role": "system", "content": "Think."}, {"role": "user", "content": "What is 3 + 4?"})
 

@@ -2,11 +2,11 @@ import json
 
 import pytest
 
-from trapo import checkpoint
 from trapo.config import merge_config
 from trapo.errors import TrapoError
-from trapo.files import append_line, write_atomic, write_folder_atomic, write_json
-from trapo.run_dir import RunDir, read_rows
+from trapo.runs import checkpoint
+from trapo.runs.run_dir import RunDir, read_rows
+from trapo.tools.files import append_line, write_atomic, write_folder_atomic, write_json
 
 
 def open_run(run, config, **options):

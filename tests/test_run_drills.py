@@ -22,13 +22,13 @@ from transformers import PreTrainedTokenizerBase
 from trapo import trainer
 from trapo.config import merge_config, save_config
 from trapo.errors import TrapoError
-from trapo.finite import not_finite
 from trapo.learner import Learner
-from trapo.manifest import find_damage
-from trapo.model import load_model
-from trapo.ranks import Ranks, lost_rank
-from trapo.run_dir import RunDir
-from trapo.stopping import Stopped, StopSignal
+from trapo.models.finite import not_finite
+from trapo.models.loading import load_model
+from trapo.runs.manifest import find_damage
+from trapo.runs.ranks import Ranks, lost_rank
+from trapo.runs.run_dir import RunDir
+from trapo.runs.stopping import Stopped, StopSignal
 
 PROMPT = "data.system_prompt=Write ${x} #1: \\${y}"  # which has to survive config.yaml and the report
 SHORT = ("train.steps=4", "eval.every=2", "train.updates_per_step=1", "train.prompts_per_step=1", PROMPT)
@@ -245,7 +245,7 @@ def test_the_final_model_is_checked_before_it_is_used(undisturbed, tmp_path):
 
 SECOND = """
 import os, signal, sys, time
-from trapo.stopping import StopSignal
+from trapo.runs.stopping import StopSignal
 with StopSignal():
     os.kill(os.getpid(), signal.SIGINT)
     print("one", flush=True)

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 from test_run_dir import evaluate, make_checkpoint, open_run, row
 
-from trapo import checkpoint
 from trapo.config import merge_config
 from trapo.errors import TrapoError
-from trapo.files import append_line, remove, write_atomic, write_folder_atomic
-from trapo.inputs import Inputs, fingerprints, refuse_changed
-from trapo.manifest import find_damage, refuse_damaged, write_manifest
-from trapo.run_dir import RunDir, append_rows, refuse_unwritable
-from trapo.run_lock import RunLock, refuse_busy
+from trapo.runs import checkpoint
+from trapo.runs.inputs import Inputs, fingerprints, refuse_changed
+from trapo.runs.manifest import find_damage, refuse_damaged, write_manifest
+from trapo.runs.run_dir import RunDir, append_rows, refuse_unwritable
+from trapo.runs.run_lock import RunLock, refuse_busy
+from trapo.tools.files import append_line, remove, write_atomic, write_folder_atomic
 
 CONFIG = merge_config({})
 
@@ -383,7 +383,7 @@ def test_a_run_without_a_checkpoint_says_that_it_starts_anew(tmp_path):
 
 # ------------------------------------------------------------------------------------------- other processes
 
-HOLD = "import sys, time; from pathlib import Path; from trapo.run_lock import RunLock\n"
+HOLD = "import sys, time; from pathlib import Path; from trapo.runs.run_lock import RunLock\n"
 HOLD += "with RunLock(Path(sys.argv[1]), print):\n    print('held', flush=True)\n    time.sleep(100)\n"
 
 

@@ -1,11 +1,11 @@
 import pytest
 
 from trapo.config import merge_config
-from trapo.data import Problem
-from trapo.encode import EncodedProblem
+from trapo.data.encode import EncodedProblem
+from trapo.data.problems import Problem
+from trapo.data.sampling import derive_seed, load_eval_set, load_train_set, problems_at
 from trapo.errors import TrapoError
 from trapo.modes import phases
-from trapo.sampling import derive_seed, load_eval_set, load_train_set, problems_at
 
 PROBLEMS = [
     EncodedProblem(Problem(str(i), ({"role": "user", "content": "?"},), "1", (), "test"), (i,), ()) for i in range(7)

@@ -3,10 +3,10 @@
 import pytest
 
 from trapo.config import merge_config
-from trapo.data import Problem
+from trapo.data.problems import Problem
 from trapo.errors import TrapoError
 from trapo.rewards import Reward
-from trapo.scoring import FailureNotes, score_texts
+from trapo.rewards.scoring import FailureNotes, score_texts
 
 OK, ERROR, LATE = Reward(1.0, "ok"), Reward(0.0, "error", "KeyError: 'api_key'"), Reward(0.0, "timeout", "no result")
 PROBLEM = Problem("p1", ({"role": "user", "content": "2+2?"},), "4", (), "test")

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from trapo.ranks import ALONE, Ranks
-from trapo.rollout import Completion, Request
-from trapo.rollout.hf import HFEngine, OwnNoise
-from trapo.rollout.shared import SharedEngine
+from trapo.engines.hf import HFEngine, OwnNoise
+from trapo.engines.protocol import Completion, Request
+from trapo.engines.shared import SharedEngine
+from trapo.runs.ranks import ALONE, Ranks
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from trapo.stats import (
+from trapo.evaluation.stats import (
     bootstrap_interval,
     mcnemar_exact,
     mean_interval,

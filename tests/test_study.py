@@ -25,9 +25,9 @@ from bench.study.model import new_model
 from bench.study.results import Results
 from bench.study.settings import FULL, SMOKE
 from bench.study.task import EOS, PAD, decode, encode, encoded, tasks
+from trapo.engines.hf import HFEngine
+from trapo.engines.protocol import Request
 from trapo.modes import phases
-from trapo.rollout import Request
-from trapo.rollout.hf import HFEngine
 
 TINY = dataclasses.replace(
     SMOKE,

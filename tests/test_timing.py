@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from trapo.timing import StepTimer
+from trapo.tools.timing import StepTimer
 
 
 @pytest.fixture

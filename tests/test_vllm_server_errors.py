@@ -6,10 +6,10 @@ import time
 
 import pytest
 
+from trapo.engines.http_server import Server
+from trapo.engines.protocol import Completion
+from trapo.engines.vllm_server import completion_of
 from trapo.errors import TrapoError
-from trapo.rollout import Completion
-from trapo.rollout.http_server import Server
-from trapo.rollout.vllm_server import completion_of
 
 
 def listener(answer):

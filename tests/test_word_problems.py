@@ -4,9 +4,9 @@ import re
 
 import pytest
 
+from trapo.data.tasks import situations
+from trapo.data.tasks.word_problems import DIFFICULTIES, SPLITS, generate, templates
 from trapo.rewards import final_answer, math_reward
-from trapo.tasks import situations
-from trapo.tasks.word_problems import DIFFICULTIES, SPLITS, generate, templates
 
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from trapo.collect import Rollout
 from trapo.errors import TrapoError
+from trapo.rollouts import Rollout
 
 
 @dataclasses.dataclass(frozen=True)

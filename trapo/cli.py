@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from trapo.errors import TrapoError
-from trapo.terminal import print_table, replace_what_cannot_be_shown
+from trapo.tools.terminal import print_table, replace_what_cannot_be_shown
 
 app = typer.Typer(
     add_completion=False,
@@ -77,7 +77,7 @@ def train(
     settings = load_config(config, overrides or [])
     _quiet_transformers()
     from trapo import trainer
-    from trapo.stopping import Stopped
+    from trapo.runs.stopping import Stopped
 
     console = _console()
     try:
@@ -109,12 +109,12 @@ def evaluate(config: ConfigArgument, overrides: Overrides = None) -> None:
     console = _console()
     log = functools.partial(console.print, markup=False, highlight=False)
     if settings.eval.suite or settings.eval.benchmarks:
-        from trapo import benchmarks
+        from trapo.evaluation import benchmarks
 
         results = benchmarks.evaluate_benchmarks(settings, log=log)
         print_table(console, benchmarks.table(results))
         return
-    from trapo import evaluate as evaluation
+    from trapo.evaluation import evaluate as evaluation
 
     result = evaluation.evaluate_model(settings, log=log)
     log(f"{settings.data.eval}: accuracy {result}")
@@ -129,8 +129,8 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="also write the numbers to this JSON file")] = None,
 ) -> None:
     """Paired test of two evaluations: B minus A, problem by problem."""
-    from trapo import compare as comparison
-    from trapo.files import write_json
+    from trapo.evaluation import compare as comparison
+    from trapo.tools.files import write_json
 
     found = comparison.compare(first, second)
     print_table(_console(), comparison.table(found, str(first), str(second)))
@@ -152,7 +152,7 @@ def grade(
     workers: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
     """Grade a file of answers, and show which rule decided how often."""
-    from trapo import grading
+    from trapo.rewards import grading
 
     console = _console()
     graded = grading.grade_file(file, text, answer, function, timeout=timeout, workers=workers)
@@ -177,7 +177,7 @@ def plan(
 
     settings = load_config(config, overrides or [])
     _quiet_transformers()
-    from trapo.plan import make_plan, tables
+    from trapo.models.plan import make_plan, tables
 
     for table in tables(make_plan(settings, ranks, response_tokens)):
         print_table(_console(), table)
@@ -194,7 +194,7 @@ def report(
     ] = None,
 ) -> None:
     """Make one HTML page on a run, finished or not (and draw its report.png), or on several, compared."""
-    from trapo.report import write_comparison, write_report
+    from trapo.report.write import write_comparison, write_report
 
     if out is None and len(runs) == 1:
         page = write_report(runs[0])

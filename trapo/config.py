@@ -1,6 +1,6 @@
 """The run's configuration: a typed dataclass tree, read from YAML, changed by `key=value` overrides.
 
-OmegaConf does the merging and the type checks; config_text.py has what is text and what is not. Unknown keys are
+OmegaConf does the merging and the type checks; tools/config_text.py has what is text and what is not. Unknown keys are
 refused with the nearest known name, because a silently ignored `learning_rate=` costs a day. A field left at None takes
 its value from the mode or from the guidance preset (see modes.py and guidance.py). `<run_dir>/config.yaml` holds file
 and overrides merged.
@@ -19,9 +19,17 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trapo.config_text import check_keys, mark_expressions, merge_trees, one_line, override_tree, read_yaml, to_yaml
 from trapo.errors import TrapoError
-from trapo.files import write_atomic
+from trapo.tools.config_text import (
+    check_keys,
+    mark_expressions,
+    merge_trees,
+    one_line,
+    override_tree,
+    read_yaml,
+    to_yaml,
+)
+from trapo.tools.files import write_atomic
 
 MODES = ("trapo", "grpo", "sft", "sft_then_rl", "luffy", "nll_prefix", "fixed_prefix")
 PRESETS = Path(__file__).parent / "presets"
@@ -151,7 +159,7 @@ class LoraConfig:
 class EvalConfig:
     every: int = 0  # steps between evaluations; 0: only before and after
     before: bool = True
-    suite: str | None = None  # `trapo eval`: the benchmarks of a suite (benchmarks.py), read from data.dir
+    suite: str | None = None  # `trapo eval`: the benchmarks of a suite (evaluation/benchmarks.py), read from data.dir
     benchmarks: list[str] | None = None  # or these: names and files, with @k for k samples a problem, as in aime24@8
     temperature: float | None = None  # 0: greedy; None: 0 on data.eval, 0.6 on benchmarks
     samples: int = 1  # per problem of data.eval: avg@k and pass@k when above 1

@@ -22,17 +22,17 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import trapo_kernels as tk
-from trapo import agreement
 from trapo.batching import Batch, collate, filler, layout, loss_tokens, micro_batches, pack, packs, sampled_logprobs
-from trapo.collect import Rollout
 from trapo.config import Config, OptimConfig
 from trapo.errors import TrapoError
-from trapo.metrics import ProbabilityHistogram
-from trapo.model import head_of
-from trapo.precision import compute_in, resolve
-from trapo.ranks import ALONE, Ranks
-from trapo.sharding import as_forward, is_sharded, load_shards, scatter_optimizer_state, whole
-from trapo.timing import StepTimer
+from trapo.models import agreement
+from trapo.models.loading import head_of
+from trapo.models.precision import compute_in, resolve
+from trapo.models.sharding import as_forward, is_sharded, load_shards, scatter_optimizer_state, whole
+from trapo.report.metrics import ProbabilityHistogram
+from trapo.rollouts import Rollout
+from trapo.runs.ranks import ALONE, Ranks
+from trapo.tools.timing import StepTimer
 from trapo_kernels.integrations.transformers import LinearHead
 
 

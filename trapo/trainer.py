@@ -20,37 +20,37 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from trapo import checkpoint, lora
-from trapo.advantages import assign_advantages
-from trapo.collect import Rollout, collect
 from trapo.config import Config
-from trapo.display import Display
-from trapo.encode import EncodedProblem, decode_text
-from trapo.evaluate import evaluate
-from trapo.finite import refuse_not_finite
-from trapo.inputs import changed_inputs, fingerprints, refuse_changed
+from trapo.data.encode import EncodedProblem, decode_text
+from trapo.data.sampling import derive_seed, load_eval_set, load_train_set, problems_at
+from trapo.engines.guard import AgreementGuard, unanswered
+from trapo.engines.make import make_engine
+from trapo.evaluation.evaluate import evaluate
 from trapo.learner import Learner, Update
-from trapo.loggers import HISTOGRAM, Loggers, check_loggers
-from trapo.manifest import write_manifest
-from trapo.metrics import peak_gpu_memory_gb, peak_memory_gb, rollout_metrics
-from trapo.model import check_positions, load_model
+from trapo.models import lora
+from trapo.models.finite import refuse_not_finite
+from trapo.models.loading import check_positions, load_model
+from trapo.models.sharding import save_shards, shard_over
+from trapo.models.weights import writer
 from trapo.modes import Phase, phases
-from trapo.ranks import ALONE, Ranks, Scorer, SharedRewards, join, leave, lost_rank
-from trapo.report import write_report
+from trapo.report.display import Display
+from trapo.report.loggers import HISTOGRAM, Loggers, check_loggers
+from trapo.report.metrics import peak_gpu_memory_gb, peak_memory_gb, rollout_metrics
+from trapo.report.rollout_log import rollout_row, sample_rollouts
+from trapo.report.summary import summarise
+from trapo.report.write import write_report
 from trapo.rewards import Reward
-from trapo.rollout import make_engine
-from trapo.rollout.guard import AgreementGuard, unanswered
-from trapo.rollout_log import rollout_row, sample_rollouts
-from trapo.run_dir import RunDir, append_rows
-from trapo.run_lock import RunLock
-from trapo.sampling import derive_seed, load_eval_set, load_train_set, problems_at
-from trapo.scoring import FailureNotes, make_pool, score_texts
-from trapo.sharding import save_shards, shard_over
-from trapo.skips import SkipLimit
-from trapo.stopping import Stopped, StopSignal
-from trapo.summary import summarise
-from trapo.timing import StepTimer
-from trapo.weights import writer
+from trapo.rewards.scoring import FailureNotes, make_pool, score_texts
+from trapo.rollouts import Rollout, assign_advantages, collect
+from trapo.runs import checkpoint
+from trapo.runs.inputs import changed_inputs, fingerprints, refuse_changed
+from trapo.runs.manifest import write_manifest
+from trapo.runs.ranks import ALONE, Ranks, Scorer, SharedRewards, join, leave, lost_rank
+from trapo.runs.run_dir import RunDir, append_rows
+from trapo.runs.run_lock import RunLock
+from trapo.runs.skips import SkipLimit
+from trapo.runs.stopping import Stopped, StopSignal
+from trapo.tools.timing import StepTimer
 
 
 def train(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trapo.rollout import Completion, Request
+from trapo.engines.protocol import Completion, Request
 
 SHRINK_AT = 0.75  # drop finished rows once fewer than this share is still going
 
@@ -57,7 +57,7 @@ def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 class StudyEngine:
-    """Engine protocol (trapo/rollout) over a small LlamaForCausalLM on the CPU."""
+    """Engine protocol (trapo/engines) over a small LlamaForCausalLM on the CPU."""
 
     def __init__(self, model: nn.Module, *, eos_id: int, pad_id: int, batch_size: int = 512) -> None:
         self.model, self.eos_id, self.pad_id, self.batch_size = model, eos_id, pad_id, batch_size

@@ -10,8 +10,8 @@ from torch import nn
 
 from bench.study.engine import StudyEngine
 from bench.study.task import EOS, PAD, Instance, Task, decode, encode
-from trapo.rollout import Completion, Request
-from trapo.stats import pass_at_k
+from trapo.engines.protocol import Completion, Request
+from trapo.evaluation.stats import pass_at_k
 
 
 @dataclasses.dataclass(frozen=True)

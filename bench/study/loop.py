@@ -22,15 +22,14 @@ from bench.study.engine import StudyEngine
 from bench.study.evaluate import Samples, is_right, packed, sample_problems
 from bench.study.settings import Settings
 from bench.study.task import EOS, PAD, Task, encoded
-from trapo.advantages import assign_advantages
-from trapo.collect import Rollout, collect
-from trapo.encode import EncodedProblem
+from trapo.data.encode import EncodedProblem
+from trapo.data.sampling import derive_seed, problems_at
 from trapo.guidance import Schedule
 from trapo.learner import Learner
-from trapo.metrics import rollout_metrics
 from trapo.modes import Phase, phases
+from trapo.report.metrics import rollout_metrics
 from trapo.rewards import Reward
-from trapo.sampling import derive_seed, problems_at
+from trapo.rollouts import Rollout, assign_advantages, collect
 
 
 class RandomPrefixProblem(EncodedProblem):

@@ -13,7 +13,7 @@ from bench.study.ablations import ABLATION_TASK
 from bench.study.arms import ARMS
 from bench.study.jobs import Study
 from bench.study.summary import NOTHING, accuracy, all_tables, base_scores, exact_rows, finished_by_arm
-from trapo.files import write_atomic
+from trapo.tools.files import write_atomic
 
 ROOT = Path(__file__).parents[2]
 # Distinct on white and under colour blindness; one colour per arm in every picture.

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trapo.files import write_atomic
+from trapo.tools.files import write_atomic
 
 Row = dict[str, Any]
 

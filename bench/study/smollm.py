@@ -61,7 +61,7 @@ def _run(name: str, run_dir: Path, smoke: bool) -> Row:
 
     from trapo import trainer
     from trapo.config import load_config
-    from trapo.run_dir import RunDir
+    from trapo.runs.run_dir import RunDir
 
     logging.disable_progress_bar()
     config = load_config("demo", overrides(name, run_dir, smoke=smoke))

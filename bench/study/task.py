@@ -8,8 +8,8 @@ import hashlib
 import random
 from collections.abc import Iterable, Sequence
 
-from trapo.data import Problem
-from trapo.encode import EncodedProblem, Trace
+from trapo.data.encode import EncodedProblem, Trace
+from trapo.data.problems import Problem
 
 CHARACTERS = "0123456789X+-*@&=;>:"
 PAD, EOS = 0, 1

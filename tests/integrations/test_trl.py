@@ -23,7 +23,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from trl import GRPOConfig, GRPOTrainer
 
-    from trapo.encode import Trace
+    from trapo.data.encode import Trace
     from trapo.guidance import ALWAYS, NEVER, schedule
     from trapo_kernels.integrations.guided_rollouts import draw_guided
     from trapo_kernels.integrations.trl import TrapoGRPOTrainer

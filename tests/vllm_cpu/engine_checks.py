@@ -3,11 +3,11 @@
 import torch
 from transformers import AutoModelForCausalLM
 
-from trapo.collect import Rollout
-from trapo.data import Problem
-from trapo.encode import EncodedProblem
-from trapo.rollout import Request
-from trapo.rollout.guard import plain_scorer
+from trapo.data.encode import EncodedProblem
+from trapo.data.problems import Problem
+from trapo.engines.guard import plain_scorer
+from trapo.engines.protocol import Request
+from trapo.rollouts import Rollout
 
 EOS = 2
 

@@ -7,10 +7,11 @@ import torch
 from engine_checks import EOS, contexts, learn, load, mismatch, requests, rollouts
 
 from trapo.config import RolloutConfig
+from trapo.engines import vllm_sync
+from trapo.engines.guard import AgreementGuard, plain_scorer
+from trapo.engines.hf import HFEngine
+from trapo.engines.protocol import Request
 from trapo.errors import TrapoError
-from trapo.rollout import Request, vllm_sync
-from trapo.rollout.guard import AgreementGuard, plain_scorer
-from trapo.rollout.hf import HFEngine
 
 ROUNDING = 2e-4  # nats; fp32 through two implementations
 
@@ -23,7 +24,7 @@ def learner(vllm_model_path):
 @pytest.fixture(scope="module")
 def only_engine(learner):
     """A process can hold one engine, and starting it costs seconds: tests share it."""
-    from trapo.rollout.vllm import VLLMEngine
+    from trapo.engines.vllm import VLLMEngine
 
     cache = {"block_size": 32, "kv_cache_memory_bytes": 1 << 27}
     return VLLMEngine(learner, eos_ids=[EOS], max_tokens=256, batch_size=8, engine_args=cache)

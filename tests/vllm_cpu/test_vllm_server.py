@@ -16,11 +16,11 @@ import pytest
 from engine_checks import EOS, learn, load, mismatch, requests, rollouts
 
 from trapo.config import RolloutConfig
+from trapo.engines.guard import AgreementGuard, plain_scorer
+from trapo.engines.hf import HFEngine
+from trapo.engines.vllm_server import VLLMServerEngine
+from trapo.engines.vllm_sync import EXTENSION
 from trapo.errors import TrapoError
-from trapo.rollout.guard import AgreementGuard, plain_scorer
-from trapo.rollout.hf import HFEngine
-from trapo.rollout.vllm_server import VLLMServerEngine
-from trapo.rollout.vllm_sync import EXTENSION
 
 ROUNDING = 2e-4  # nats; fp32 through two implementations
 

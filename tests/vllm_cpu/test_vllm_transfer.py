@@ -5,8 +5,8 @@ import inspect
 import pytest
 from engine_checks import load
 
-from trapo.rollout.vllm_sync import InProcess, Transfer, _source
-from trapo.weights import full_weights
+from trapo.engines.vllm_sync import InProcess, Transfer, _source
+from trapo.models.weights import full_weights
 
 
 class Replies:

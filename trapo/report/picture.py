@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from trapo.files import write_json
 from trapo.report.run_data import RunData
+from trapo.tools.files import write_json
 
 # Readable on white paper and on a dark page: the picture brings its own light background and strong colours.
 COLOURS = ["#0b6bcb", "#c4420b", "#1f883d", "#8250df", "#9a6700", "#bf3989"]

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from trapo.config import load_config
-from trapo.config_text import shown_yaml
 from trapo.errors import TrapoError
-from trapo.files import read_json
-from trapo.history import read_rows
 from trapo.modes import phases
-from trapo.run_dir import RunDir
+from trapo.runs.history import read_rows
+from trapo.runs.run_dir import RunDir
+from trapo.tools.config_text import shown_yaml
+from trapo.tools.files import read_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trapo.encode import Trace
+from trapo.data.encode import Trace
 from trapo.guidance import Schedule, carries_expert_term, is_guided, prefix_length, trace_index
 
 __all__ = ["GuidedRollouts", "draw_guided"]

@@ -25,7 +25,7 @@ from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import FusedCausalLMOutput
 
-from trapo.encode import PromptEncoder, Trace, TraceEncoder
+from trapo.data.encode import PromptEncoder, Trace, TraceEncoder
 from trapo.guidance import PRESETS, Schedule
 
 from ..functional import PolicyLoss, linear_logprobs, linear_policy_loss

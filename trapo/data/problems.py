@@ -1,0 +1,419 @@
+"""Problems: prompts with their answers and expert traces, from files or from a generator.
+
+    load_problems("train.jsonl")                                        # our own layout, or GSM8K's
+    load_problems("aime.parquet", dedup=True)                           # verl's layout
+    load_problems("task://word_problems?split=train&n=2000&seed=1")     # generated, nothing to download
+
+The layout follows from the columns, whatever the file type:
+
+    ours    prompt (text or chat), answer, and optionally traces (list) or trace (text), id, source
+    GSM8K   question, answer (a worked solution ending in "#### n")
+    verl    prompt (chat), reward_model.ground_truth, and optionally data_source and expert traces: target, target_2 or
+            traces in the row or in its extra_info, and any other target_... that holds a chat
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import parse_qsl, urlsplit
+
+from trapo.errors import TrapoError, words_of
+from trapo.rewards import ANSWER_MARK, FINAL_ANSWER
+
+log = logging.getLogger(__name__)
+
+Message = dict[str, str]
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """prompt: chat messages. traces: expert solutions, as the assistant would write them; may be empty."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    answer: str
+    traces: tuple[str, ...]
+    source: str
+
+
+class DataError(TrapoError):
+    """A data set that cannot be used; one line with the file, the row, what is wrong and what is accepted."""
+
+
+def problem_id(source: str, question: str, answer: str) -> str:
+    """An id by content, SOURCE/DIGEST: a problem has the same digest in every file and under every system prompt."""
+    return f"{source}/{_digest(question, answer)}"
+
+
+def _digest(question: str, answer: str) -> str:
+    # surrogatepass: a row that UTF-8 cannot spell gets as far as the check that refuses it.
+    return hashlib.sha256(f"{question}\0{answer}".encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def load_problems(
+    path: str | Path,
+    *,
+    system_prompt: str | None = None,
+    prompt_suffix: str = "",
+    limit: int | None = None,
+    dedup: bool = False,
+    on_bad_row: Literal["raise", "skip"] = "raise",
+) -> list[Problem]:
+    """Reads a .jsonl or .parquet file, or generates from a task:// address (see the module's docstring).
+
+    system_prompt: takes the place of the prompts' own system message ("" removes it, None keeps it).
+    prompt_suffix: appended to the last message. limit: the first so many problems. dedup: drops problems whose
+    question and answer came before (AIME files repeat each 32 times). on_bad_row="skip" leaves bad rows out
+    and logs how many. An id that different problems share is made unique by a digest of the problem.
+
+    Raises DataError for an unknown layout, a bad row, a missing file, or no problem at all.
+    """
+    if on_bad_row not in ("raise", "skip"):
+        raise ValueError(f"load_problems: on_bad_row must be 'raise' or 'skip'; got {on_bad_row!r}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"load_problems: limit must be at least 1; got {limit}")
+    if str(path).startswith("task:"):
+        found = iter(_generated(str(path)))
+    else:
+        found = _read(Path(path), skip=on_bad_row == "skip")
+    problems: list[Problem] = []
+    contents: list[str] = []
+    seen: set[str] = set()
+    for problem in found:
+        content = _content(problem.prompt, problem.answer)
+        if not (dedup and content in seen):
+            seen.add(content)
+            problems.append(problem)
+            contents.append(content)
+        if len(problems) == limit:
+            break
+    if not problems:
+        raise DataError(f"{path}: no problems in it")
+    return [_with_prompt(p, system_prompt, prompt_suffix) for p in _told_apart(problems, contents)]
+
+
+def _told_apart(problems: list[Problem], contents: list[str]) -> list[Problem]:
+    """Problems whose ids differ wherever their contents do: an id may be no more than a category in its file."""
+    by_id: dict[str, set[str]] = {}
+    for problem, content in zip(problems, contents, strict=True):
+        by_id.setdefault(problem.id, set()).add(content)
+    return [
+        replace(problem, id=f"{problem.id}/{content}") if len(by_id[problem.id]) > 1 else problem
+        for problem, content in zip(problems, contents, strict=True)
+    ]
+
+
+def write_problems(path: str | Path, problems: Iterable[Problem]) -> None:
+    """Writes JSONL that `load_problems` reads back. A reader finds the old file or the whole new one."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as f:
+            for problem in problems:
+                f.write(json.dumps(asdict(problem), ensure_ascii=False) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private; a data set is a file like others
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _with_prompt(problem: Problem, system_prompt: str | None, suffix: str) -> Problem:
+    messages = list(problem.prompt)
+    if system_prompt is not None:
+        messages = [m for m in messages if m["role"] != "system"]
+        if system_prompt:
+            messages.insert(0, {"role": "system", "content": system_prompt})
+    messages[-1] = {**messages[-1], "content": messages[-1]["content"] + suffix}
+    return replace(problem, prompt=tuple(messages))
+
+
+# ----------------------------------------------------------------------------------------------- generated
+
+
+def _generated(address: str) -> list[Problem]:
+    """task://NAME?split=train&n=2000&seed=1&..., the options being those of the task's `generate`."""
+    from trapo.data.tasks import word_problems
+
+    form = "task://word_problems?split=train&n=2000&seed=1&difficulty=mixed"
+    parts = urlsplit(address)
+    if parts.netloc != "word_problems" or parts.path not in ("", "/"):
+        raise DataError(f"{address}: no such task; accepted: {form}")
+    try:
+        options = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
+        split, n, seed = options.pop("split"), int(options.pop("n")), int(options.pop("seed", "0"))
+        difficulty = options.pop("difficulty", word_problems.DEFAULT_DIFFICULTY)
+        if options:
+            raise DataError(f"{address}: unknown option {min(options)!r}; accepted: {form}")
+        return word_problems.generate(split, n, seed=seed, difficulty=difficulty)
+    except KeyError as error:
+        raise DataError(f"{address}: option {error} is missing; accepted: {form}") from None
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{address}: {error}; accepted: {form}") from None
+
+
+# ------------------------------------------------------------------------------------------------- from files
+
+
+def _read(path: Path, *, skip: bool) -> Iterator[Problem]:
+    if path.suffix not in _READERS:
+        raise DataError(f"{path}: unknown file type {path.suffix!r}; accepted: {', '.join(_READERS)}, task://...")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    parse: Callable[[Row, str], Problem] | None = None
+    bad: list[DataError] = []
+    good = 0
+    for where, row in _READERS[path.suffix](path):
+        try:
+            if isinstance(row, DataError):
+                raise row
+            if parse is None:
+                parse = _layout(row, path)
+            problem = _writable(parse(row, path.stem))
+        except _UnknownLayout:
+            raise
+        except DataError as error:
+            bad.append(DataError(f"{path}:{where}: {error}"))
+            if not skip:
+                raise bad[-1] from None
+            continue
+        good += 1
+        yield problem
+    if bad:
+        if not good:
+            raise DataError(f"{path}: all {len(bad)} rows are bad, the first one being {bad[0]}")
+        log.warning("%s: skipped %d bad rows of %d; the first: %s", path, len(bad), len(bad) + good, bad[0])
+
+
+def _writable(problem: Problem) -> Problem:
+    """The problem, if UTF-8 can spell it: JSON may hold half of a surrogate pair, as a cut emoji leaves one."""
+    texts = [("id", problem.id), ("source", problem.source), ("answer", problem.answer)]
+    texts += [("prompt", m["role"] + m["content"]) for m in problem.prompt] + [
+        ("traces", trace) for trace in problem.traces
+    ]
+    for column, text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"column {column!r} holds half a character (\\u{ord(text[error.start]):04x})") from None
+    return problem
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Row | DataError]]:
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:  # UnicodeDecodeError is one too
+                yield str(number), DataError(f"not JSON: {error}")
+                continue
+            except RecursionError:
+                yield str(number), DataError("not JSON that can be read: nested too deep")
+                continue
+            if not isinstance(row, dict):
+                yield str(number), DataError(f"each line must be a JSON object; got {_kind(row)}")
+                continue
+            yield str(number), row
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Row | DataError]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            # Few rows at a time: a page of a few bytes may stand for rows of megabytes.
+            for batch in file.iter_batches(batch_size=32):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", row
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path}: not a parquet file: {words_of(error)}") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
+        raise DataError(f"{path}: damaged after row {number}: {words_of(error)}") from None
+
+
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row | DataError]]]] = {
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+
+
+class _UnknownLayout(DataError):
+    pass
+
+
+def _layout(row: Row, path: Path) -> Callable[[Row, str], Problem]:
+    for columns, parse in _LAYOUTS.items():
+        if all(c in row for c in columns):
+            # A table may have both: a question, and the prompt that was made of it.
+            plain = parse is _parse_gsm8k and "prompt" in row and ANSWER_MARK not in str(row["answer"])
+            return _parse_own if plain else parse
+    accepted = " or ".join(" + ".join(columns) for columns in _LAYOUTS)
+    found = ", ".join(sorted(map(str, row))) or "none"
+    raise _UnknownLayout(f"{path}: unknown layout; columns found: {found}; accepted: {accepted}")
+
+
+def _parse_own(row: Row, source: str) -> Problem:
+    messages = _messages(_column(row, "prompt"))
+    answer = _answer(_column(row, "answer"), "answer")
+    source = _optional_text(row, "source") or source
+    known_id = _optional_id(row) or _content_id(source, messages, answer)
+    traces = _traces(row.get("traces"), "traces")
+    traces += tuple(t for t in _traces(row.get("trace"), "trace") if t not in traces)
+    return Problem(known_id, messages, answer, traces, source)
+
+
+def _parse_gsm8k(row: Row, _: str) -> Problem:
+    question, solution = _text(_column(row, "question"), "question"), _text(_column(row, "answer"), "answer")
+    steps, mark, answer = solution.rpartition(ANSWER_MARK)
+    answer = answer.strip().replace(",", "")
+    if not mark or not answer:
+        raise DataError(
+            f"column 'answer' must end in '{ANSWER_MARK} n'; got {solution[-40:]!r} "
+            "(an answer without its solution goes with a column 'prompt' instead of 'question')"
+        )
+    # <<48/2=24>> are marks for a calculator, which the reader of a solution never sees.
+    steps = re.sub(r"<<.*?>>", "", steps).strip()
+    trace = f"{steps}\n{FINAL_ANSWER.format(answer=answer)}".lstrip("\n")
+    messages = _messages(question)
+    return Problem(_content_id("gsm8k", messages, answer), messages, answer, (trace,), "gsm8k")
+
+
+def _parse_verl(row: Row, source: str) -> Problem:
+    messages = _messages(_column(row, "prompt"))
+    model = _column(row, "reward_model")
+    if not isinstance(model, Mapping) or model.get("ground_truth") is None:
+        raise DataError("column 'reward_model' must be a record with a ground_truth; got " + _kind(model))
+    answer = _answer(model["ground_truth"], "reward_model.ground_truth")
+    extra = row.get("extra_info")
+    traces: list[str] = []
+    for record in (row, extra if isinstance(extra, Mapping) else {}):
+        for column in sorted(str(k) for k in record):
+            # target_lang, target_length and the like describe the row; only a chat under such a name is a trace.
+            named = re.fullmatch(r"traces?|targets?([_-]?\d+)?", column)
+            if named or (re.fullmatch(r"target[_-]\w+", column) and _holds_chat(record[column])):
+                traces += _traces(record[column], column)
+    source = _optional_text(row, "data_source") or source
+    return Problem(_content_id(source, messages, answer), messages, answer, tuple(traces), source)
+
+
+_LAYOUTS: dict[tuple[str, ...], Callable[[Row, str], Problem]] = {
+    ("prompt", "reward_model"): _parse_verl,
+    ("question", "answer"): _parse_gsm8k,
+    ("prompt", "answer"): _parse_own,
+}
+
+
+# ------------------------------------------------------------------------------------------------- one cell
+
+
+def _column(row: Row, name: str) -> Any:
+    if row.get(name) is None:
+        raise DataError(f"column {name!r} is missing; columns found: {', '.join(sorted(map(str, row)))}")
+    return row[name]
+
+
+def _text(value: Any, column: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"column {column!r} must be a text that is not empty; got {_kind(value)}")
+    return value
+
+
+def _optional_text(row: Row, column: str) -> str:
+    return "" if row.get(column) is None else _text(row[column], column)
+
+
+def _optional_id(row: Row) -> str:
+    known_id = row.get("id")
+    if isinstance(known_id, int) and not isinstance(known_id, bool):  # many sets number their rows
+        return str(known_id)
+    return _optional_text(row, "id")
+
+
+def _answer(value: Any, column: str) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise DataError(f"column {column!r} must be a text or a finite number; got {value}")
+        return str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"column {column!r} must be a text or a number; got {_kind(value)}")
+    return value.strip()
+
+
+def _messages(value: Any) -> tuple[Message, ...]:
+    """A prompt as chat messages: a text is one user message."""
+    if isinstance(value, str):
+        return ({"role": "user", "content": _text(value, "prompt")},)
+    if not isinstance(value, list) or not value or not all(_is_message(m) for m in value):
+        raise DataError(f"column 'prompt' must be a text or a list of {{role, content}}; got {_kind(value)}")
+    if value[-1]["role"] != "user":
+        raise DataError(f"column 'prompt' must end with a user message; got role {value[-1]['role']!r}")
+    return tuple({"role": m["role"], "content": m["content"]} for m in value)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(value.get(k), str) for k in ("role", "content"))
+
+
+def _holds_chat(value: Any) -> bool:
+    items = value if isinstance(value, list) else [value]
+    return bool(items) and all(_is_message(i) or (isinstance(i, list) and _holds_chat(i)) for i in items)
+
+
+def _traces(value: Any, column: str) -> tuple[str, ...]:
+    """Expert traces: a text, a list of texts, a chat (its assistant's messages), or a list of chats."""
+    if value is None:
+        return ()
+    items = value if isinstance(value, list) else [value]
+    traces: list[str] = []
+    for item in items:
+        if isinstance(item, str):
+            traces.append(item)
+        elif _is_message(item):
+            traces += [item["content"]] if item["role"] == "assistant" else []
+        elif isinstance(item, list) and all(_is_message(m) for m in item):
+            traces += [m["content"] for m in item if m["role"] == "assistant"]
+        else:
+            raise DataError(f"column {column!r} must hold texts or chat messages; got {_kind(item)}")
+    return tuple(t for t in traces if t.strip())
+
+
+def _content_id(source: str, messages: tuple[Message, ...], answer: str) -> str:
+    return f"{source}/{_content(messages, answer)}"
+
+
+def _content(messages: tuple[Message, ...], answer: str) -> str:
+    """A digest of question and answer, whatever the system prompt."""
+    return _digest("\0".join(m["content"] for m in messages if m["role"] != "system"), answer)
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in one line that any terminal can show."""
+    names = {list: "a list", dict: "a record", str: "text", type(None): "nothing", bool: "true or false"}
+    shown = repr(value).encode(errors="replace").decode()
+    return f"{names.get(type(value), type(value).__name__)} {shown[:60]}{'…' if len(shown) > 60 else ''}"

@@ -1,0 +1,112 @@
+"""Which problems a step sees, and with which seeds: functions of (seed, step) alone, so that a run can resume."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from typing import Literal, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from trapo.config import Config
+from trapo.data.encode import EncodedProblem, encode_problems
+from trapo.data.problems import load_problems
+from trapo.errors import TrapoError
+from trapo.modes import Phase
+
+
+def derive_seed(*parts: object) -> int:
+    """A 62-bit seed from anything printable; near-by parts give unrelated seeds."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 2
+
+
+def problems_at(step: int, problems: Sequence[EncodedProblem], config: Config) -> list[EncodedProblem]:
+    """The problems of a step (counted from 0): consecutive ones of an order that is shuffled anew each epoch."""
+    first = step * config.train.prompts_per_step
+    return [
+        problems[_place(position, len(problems), config)]
+        for position in range(first, first + config.train.prompts_per_step)
+    ]
+
+
+def _place(position: int, count: int, config: Config) -> int:
+    epoch, place = divmod(position, count)
+    return _epoch_order(config.seed, epoch, count)[place] if config.data.shuffle else place
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, count: int) -> list[int]:
+    order = list(range(count))
+    random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
+    return order
+
+
+def load_train_set(
+    config: Config, plan: Sequence[Phase], tokenizer: PreTrainedTokenizerBase, log: Callable[[str], None]
+) -> list[EncodedProblem]:
+    """data.train as token ids. A plan that only imitates leaves problems without an expert trace out."""
+    if config.data.train is None:
+        raise TrapoError("data.train: missing; give a JSONL or parquet file or a task:// name")
+    trace_part = plan[0].schedule.trace_part
+    imitates = any(not phase.schedule.generates for phase in plan)
+    problems = _load(config, config.data.train, config.data.train_limit, tokenizer, log, trace_part, imitates)
+    with_traces = [p for p in problems if p.traces]
+    limit = config.data.max_trace_tokens
+    if imitates:
+        limit = min(limit, config.rollout.max_response_tokens)
+    if not with_traces and any(phase.schedule.guides for phase in plan):
+        raise TrapoError(
+            f"data.train: {config.data.train} has no expert trace (of at most {limit} tokens); "
+            f"mode {config.mode} needs some"
+        )
+    if imitates and len(with_traces) < len(problems):
+        log(f"data.train: {len(problems) - len(with_traces)} problems without an expert trace left out")
+        return with_traces
+    return problems
+
+
+def load_eval_set(
+    config: Config, tokenizer: PreTrainedTokenizerBase, log: Callable[[str], None]
+) -> list[EncodedProblem] | None:
+    """data.eval as token ids; None when there is none."""
+    if config.data.eval is None:
+        return None
+    return _load(config, config.data.eval, config.data.eval_limit, tokenizer, log)
+
+
+def _load(
+    config: Config,
+    path: str,
+    limit: int | None,
+    tokenizer: PreTrainedTokenizerBase,
+    log: Callable[[str], None],
+    trace_part: str = "full",
+    whole_traces: bool = False,
+) -> list[EncodedProblem]:
+    data = config.data
+    problems = load_problems(
+        path,
+        system_prompt=data.system_prompt,
+        prompt_suffix=data.prompt_suffix,
+        limit=limit,
+        dedup=data.dedup,
+        on_bad_row=cast(Literal["raise", "skip"], data.on_bad_row),  # config.py has checked it
+    )
+    max_response_tokens = config.rollout.max_response_tokens if path == data.train else None
+    encoded, left_out = encode_problems(
+        problems,
+        tokenizer,
+        max_prompt_tokens=data.max_prompt_tokens,
+        max_trace_tokens=data.max_trace_tokens,
+        max_response_tokens=max_response_tokens,
+        whole_traces=whole_traces,
+        trace_part=trace_part,
+    )
+    if said := left_out.describe(data.max_prompt_tokens, data.max_trace_tokens, max_response_tokens):
+        log(f"{path}: left out {said}")
+    for note in left_out.notes:
+        log(f"{path}: {note}")
+    return encoded

@@ -1,0 +1,239 @@
+"""`trapo eval` on named benchmarks and suites, or on any files of those layouts; a table at the end.
+
+    trapo eval CONFIG eval.suite=math data.dir=PATH                        # all six below
+    trapo eval CONFIG eval.benchmarks=[aime24@8,math500,my.parquet@4] ...  # @k: samples a problem
+
+run_dir/benchmarks/NAME.jsonl has every response, NAME.json the result (written last: the benchmark is finished),
+run_dir/benchmarks.json all results. A finished benchmark is not done again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from trapo.config import Config
+from trapo.data.sampling import derive_seed, load_eval_set
+from trapo.engines.make import make_engine
+from trapo.errors import TrapoError
+from trapo.evaluation.evaluate import EvalResult, check_engine, evaluate
+from trapo.models.loading import find_weights, load_model
+from trapo.rewards.scoring import FailureNotes, make_pool
+from trapo.runs.run_dir import refuse_unwritable
+from trapo.tools.files import write_json
+
+TEMPERATURE = 0.6  # the paper's, on every benchmark
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """A problem set and how often each problem is asked: once gives pass@1, more often avg@k and pass@k."""
+
+    name: str
+    title: str
+    file: Path
+    samples: int
+
+
+# name: title, file in data.dir, samples a problem (the paper's protocol)
+KNOWN: dict[str, tuple[str, str, int]] = {
+    "aime24": ("AIME 2024", "aime.parquet", 32),
+    "aime25": ("AIME 2025", "aime25.parquet", 32),
+    "amc": ("AMC", "amc.parquet", 32),
+    "math500": ("MATH-500", "math.parquet", 1),
+    "minerva": ("Minerva Math", "minerva.parquet", 1),
+    "olympiad": ("OlympiadBench", "olympiad_bench.parquet", 1),
+}
+SUITES: dict[str, tuple[str, ...]] = {"math": tuple(KNOWN)}
+
+
+def chosen(config: Config) -> list[Benchmark]:
+    """The benchmarks that eval.suite or eval.benchmarks names. Raises TrapoError for what is not there."""
+    suite, listed = config.eval.suite, config.eval.benchmarks
+    if suite and listed:
+        raise TrapoError("eval.suite and eval.benchmarks: give one of them")
+    if suite and suite not in SUITES:
+        raise TrapoError(f"eval.suite: got {suite!r}; accepted: {', '.join(SUITES)}")
+    found = [_find(entry, config) for entry in (SUITES[suite] if suite else listed or ())]
+    names = [b.name for b in found]
+    if repeated := next((n for n in names if names.count(n) > 1), None):
+        raise TrapoError(f"eval.benchmarks: {repeated!r} is there twice")
+    return found
+
+
+def evaluate_benchmarks(config: Config, log: Callable[[str], None]) -> dict[str, EvalResult]:
+    """Evaluate model.path on the chosen benchmarks; results by name. Finished ones are read, not done again.
+
+    Raises TrapoError, before the model is loaded, for a missing file or for results of other settings in run_dir.
+    """
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    temperature = TEMPERATURE if config.eval.temperature is None else config.eval.temperature
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, temperature=temperature))
+    benchmarks = chosen(config)
+    if temperature == 0 and (several := next((b for b in benchmarks if b.samples > 1), None)):
+        raise TrapoError(
+            f"eval.temperature: got 0 with {several.samples} samples of {several.name}; all would be equal"
+        )
+    refuse_unwritable(Path(config.run_dir))
+    weights = _weights_digest(config.model.path)
+    settings = {b.name: _settings(b, config, weights) for b in benchmarks}
+    found = {b.name: _finished(b, config, settings[b.name]) for b in benchmarks}
+    for b in benchmarks:
+        if (earlier := found[b.name]) is not None:
+            log(f"{b.title}: {earlier}; finished earlier, not done again")
+    missing = [b for b in benchmarks if found[b.name] is None]
+    for b, result in _run(missing, config, log):
+        record = {"benchmark": b.name, "title": b.title, "settings": settings[b.name]}
+        write_json(_result_path(b, config), record | {"result": dataclasses.asdict(result)})
+        found[b.name] = result
+        log(f"{b.title}: {result}")
+    results = {name: result for name, result in found.items() if result is not None}
+    _write_summary(config, results, settings)
+    return results
+
+
+def table(results: dict[str, EvalResult]) -> Table:
+    """One row a benchmark, and their average."""
+    shown = Table(box=None, padding=(0, 1), header_style="bold")
+    shown.add_column("benchmark")
+    for column in ("problems", "metric", "accuracy", "95% interval", "pass@k", "95% interval", "ended", "tokens"):
+        shown.add_column(column, justify="right")
+    for name, r in results.items():
+        title = KNOWN[name][0] if name in KNOWN else name
+        metric = f"avg@{r.samples}" if r.samples > 1 else "pass@1"
+        best = str(r.samples)
+        several = (f"{r.pass_at[best]:.1%} @{best}", _percent(r.pass_at_interval[best])) if r.samples > 1 else ("", "")
+        row = (metric, f"{r.accuracy:.1%}", _percent(r.interval), *several)
+        shown.add_row(Text(title), str(r.problems), *row, f"{r.finished:.0%}", f"{r.mean_tokens:.0f}")
+    if len(results) > 1:
+        shown.add_row("average", "", "", f"{_average(results):.1%}")
+    return shown
+
+
+def _find(entry: str, config: Config) -> Benchmark:
+    name, mark, times = entry.rpartition("@")
+    if not (mark and times.isdigit() and int(times) > 0):
+        name, times = entry, ""
+    if name in KNOWN:
+        title, file, samples = KNOWN[name]
+        if config.data.dir is None:
+            raise TrapoError(f"data.dir: missing; give the folder that holds {file}")
+        path = Path(config.data.dir) / file
+    else:
+        path, samples = Path(name), config.eval.samples
+        title = name = path.stem
+        if not path.suffix:
+            near = difflib.get_close_matches(name, KNOWN, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise TrapoError(f"eval.benchmarks: got {entry!r}; accepted: {', '.join(KNOWN)} or a file{hint}")
+    if not path.is_file():
+        raise TrapoError(f"eval.benchmarks: {entry}: no file {path}")
+    return Benchmark(name, title, path, int(times) if times else samples)
+
+
+def _run(benchmarks: list[Benchmark], config: Config, log: Callable[[str], None]) -> Any:
+    """Yields (benchmark, result) as they finish; loads the model only if there is something to do."""
+    if not benchmarks:
+        return
+    model, tokenizer = load_model(config.model)
+    engine = make_engine(config, model, tokenizer)
+    failures = FailureNotes(log)
+    with make_pool(config) as pool:
+        for i, b in enumerate(benchmarks):
+            # Files may repeat a problem once per sample.
+            data = dataclasses.replace(config.data, eval=str(b.file), dedup=True)
+            problems = load_eval_set(dataclasses.replace(config, data=data), tokenizer, log)
+            assert problems is not None
+            if i == 0:
+                check_engine(engine, model, problems, config)
+            log(f"{b.title}: {len(problems)} problems, {b.samples} samples each, T = {config.eval.temperature:g}")
+            seed = derive_seed(config.seed, "benchmark", b.name)
+            rows = _result_path(b, config).with_suffix(".jsonl")
+            yield (
+                b,
+                evaluate(
+                    problems,
+                    engine,
+                    pool,
+                    tokenizer,
+                    config,
+                    seed=seed,
+                    rows_path=rows,
+                    samples=b.samples,
+                    failures=failures,
+                ),
+            )
+
+
+def _result_path(benchmark: Benchmark, config: Config) -> Path:
+    return Path(config.run_dir) / "benchmarks" / f"{benchmark.name}.json"
+
+
+def _settings(benchmark: Benchmark, config: Config, weights: str | None) -> dict[str, Any]:
+    """Everything that a result depends on, as far as a user chooses it."""
+    return {
+        "model": config.model.path,
+        "weights": weights,
+        "dtype": config.model.dtype,
+        "engine": config.rollout.engine,
+        "file": hashlib.sha256(benchmark.file.read_bytes()).hexdigest(),
+        "limit": config.data.eval_limit,
+        "samples": benchmark.samples,
+        "temperature": config.eval.temperature,
+        "max_response_tokens": config.eval.max_response_tokens or config.rollout.max_response_tokens,
+        "max_prompt_tokens": config.data.max_prompt_tokens,
+        "system_prompt": config.data.system_prompt,
+        "prompt_suffix": config.data.prompt_suffix,
+        "reward": config.reward.function,
+        "reward_range": config.reward.range,
+        "seed": config.seed,
+    }
+
+
+def _weights_digest(path: str) -> str | None:
+    """SHA-256 of a local model's weights; None for a hub id, whose name must do."""
+    source = find_weights(path)
+    files = [source] if source.is_file() else sorted(p for e in ("safetensors", "bin") for p in source.glob(f"*.{e}"))
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as handle:
+            while chunk := handle.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest() if files else None
+
+
+def _finished(benchmark: Benchmark, config: Config, settings: dict[str, Any]) -> EvalResult | None:
+    """An earlier result with these settings. Raises TrapoError for one with others."""
+    path = _result_path(benchmark, config)
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text())
+    changed = sorted(key for key in settings if record["settings"].get(key) != settings[key])
+    if changed:
+        raise TrapoError(f"run_dir: {path} is of other settings ({', '.join(changed)}); choose another run_dir")
+    return EvalResult.from_dict(record["result"])
+
+
+def _write_summary(config: Config, results: dict[str, EvalResult], settings: dict[str, dict[str, Any]]) -> None:
+    """What is in the table, and what was asked."""
+    entries = {name: dataclasses.asdict(r) | {"settings": settings[name]} for name, r in results.items()}
+    summary = {"model": config.model.path, "benchmarks": entries, "average": _average(results)}
+    write_json(Path(config.run_dir) / "benchmarks.json", summary)
+
+
+def _average(results: dict[str, EvalResult]) -> float:
+    return sum(r.accuracy for r in results.values()) / len(results)
+
+
+def _percent(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:.1%} to {interval[1]:.1%}"

@@ -1,0 +1,177 @@
+"""Accuracy on held-out problems: greedy, avg@k and pass@k, with a 95% interval."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trapo.config import Config
+from trapo.data.encode import EncodedProblem, decode_text
+from trapo.data.sampling import load_eval_set
+from trapo.engines.guard import AgreementGuard, plain_scorer, unanswered
+from trapo.engines.make import make_engine
+from trapo.engines.protocol import Engine, Request
+from trapo.errors import TrapoError
+from trapo.evaluation.stats import bootstrap_interval, mean_interval, pass_at_k, wilson_interval
+from trapo.models import agreement
+from trapo.models.loading import check_positions, load_model
+from trapo.rewards.scoring import FailureNotes, make_pool, score_texts
+from trapo.runs.ranks import Scorer
+from trapo.runs.run_dir import refuse_unwritable
+from trapo.tools.files import write_atomic, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalResult:
+    """accuracy: mean reward over problems and samples (avg@k); interval: its 95% interval, Wilson's for one sample a
+    problem, a bootstrap over problems for more (Wilson's again where all problems came out the same, of which a
+    bootstrap knows no interval); pass_at: k -> pass@k (Chen et al. 2021), for powers of two up to the number of
+    samples, and for that, with pass_at_interval by the same rule; bootstrap: the 95% bootstrap interval, None where it
+    knows none."""
+
+    accuracy: float
+    interval: tuple[float, float]
+    problems: int
+    samples: int
+    pass_at: dict[str, float]
+    finished: float  # share of responses that ended by themselves
+    mean_tokens: float
+    reward_failures: dict[str, int]
+    bootstrap: tuple[float, float] | None = None
+    pass_at_interval: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path) -> EvalResult:
+        """Read what `EvalResult.save` wrote."""
+        return cls.from_dict(json.loads(path.read_text()))
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> EvalResult:
+        """From `dataclasses.asdict` of one, whose pairs JSON has turned into lists."""
+        pairs = {key: tuple(raw[key]) for key in ("interval", "bootstrap") if raw.get(key) is not None}
+        at = {k: tuple(pair) for k, pair in raw.get("pass_at_interval", {}).items()}
+        return cls(**{**raw, **pairs, "pass_at_interval": at})
+
+    def save(self, path: Path) -> None:
+        write_json(path, dataclasses.asdict(self))
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        if not 0 <= self.accuracy <= 1:  # rewards that are no shares of 1
+            return f"mean reward {self.accuracy:.3g} [{low:.3g}, {high:.3g}] of {self.problems} problems"
+        several = f", {self.samples} samples each" if self.samples > 1 else ""
+        return f"{self.accuracy:.1%} [{low:.1%}, {high:.1%}] of {self.problems} problems{several}"
+
+
+def evaluate_model(config: Config, log: Callable[[str], None]) -> EvalResult:
+    """`trapo eval`: model.path on data.eval. Raises TrapoError when data.eval is missing or cannot be read, or run_dir
+    cannot be written."""
+    refuse_unwritable(Path(config.run_dir))
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    model, tokenizer = load_model(config.model)
+    problems = load_eval_set(config, tokenizer, log)
+    if problems is None:
+        raise TrapoError(
+            "data.eval: missing; give a JSONL or parquet file or a task:// name, or benchmarks as eval.suite=math"
+        )
+    engine = make_engine(config, model, tokenizer)
+    check_engine(engine, model, problems, config)
+    path = Path(config.run_dir) / "eval.json"
+    with make_pool(config) as pool:
+        rows, failures = path.with_suffix(".jsonl"), FailureNotes(log)
+        result = evaluate(
+            problems, engine, pool, tokenizer, config, seed=config.seed, rows_path=rows, failures=failures
+        )
+    result.save(path)
+    return result
+
+
+def check_engine(engine: Engine, model: PreTrainedModel, problems: Sequence[EncodedProblem], config: Config) -> None:
+    """Raises TrapoError when the fused head's logits are not the model's, or the engine's weights are not."""
+    longest = max(len(p.prompt_ids) for p in problems)
+    check_positions(model, longest + (config.eval.max_response_tokens or config.rollout.max_response_tokens))
+    agreement.check_model(model, config.train.precision)
+    guard = AgreementGuard(config.rollout, config.model.dtype)
+    guard.check(engine, unanswered(problems[:4]), plain_scorer(model, config.rollout.temperature), seed=config.seed)
+
+
+def evaluate(
+    problems: Sequence[EncodedProblem],
+    engine: Engine,
+    pool: Scorer,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    *,
+    seed: int,
+    rows_path: Path | None = None,
+    samples: int | None = None,
+    failures: FailureNotes | None = None,
+) -> EvalResult:
+    """Generate responses to each problem (`samples`, else `eval.samples` of them) and score them.
+
+    rows_path: where to write one JSON row per response (id, answer, text, reward, status, detail).
+    failures: told of the rewards; raises TrapoError, after the rows are written, where none can be had.
+    """
+    samples = samples or config.eval.samples
+    limit = config.eval.max_response_tokens or config.rollout.max_response_tokens
+    asked = [problem for problem in problems for _ in range(samples)]
+    completions = engine.generate(
+        [Request(problem.prompt_ids, limit) for problem in asked],
+        temperature=config.eval.temperature or 0.0,
+        seed=seed,
+    )
+    texts = [decode_text(tokenizer, c.token_ids) for c in completions]
+    rewards = score_texts(pool, texts, [p.problem for p in asked])
+    if rows_path is not None:
+        rows: list[dict[str, Any]] = [
+            {"id": p.problem.id, "source": p.problem.source, "answer": p.problem.answer, "text": text}
+            | {
+                "reward": r.value,
+                "status": r.status,
+                "detail": r.detail,
+                "tokens": len(c.token_ids),
+                "finished": c.finished,
+            }
+            for p, text, r, c in zip(asked, texts, rewards, completions, strict=True)
+        ]
+        write_atomic(rows_path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    if failures is not None:
+        failures.check(rewards, f"the evaluation of {len(problems)} problems")
+    values = [r.value for r in rewards]
+    return _summarise(
+        [values[i : i + samples] for i in range(0, len(values), samples)],
+        finished=sum(c.finished for c in completions) / len(completions),
+        mean_tokens=sum(len(c.token_ids) for c in completions) / len(completions),
+        reward_failures=dict(Counter(r.status for r in rewards if r.status != "ok")),
+    )
+
+
+def _summarise(by_problem: list[list[float]], **rest: Any) -> EvalResult:
+    samples = len(by_problem[0])
+    means = [sum(values) / samples for values in by_problem]
+    accuracy = sum(means) / len(means)
+    right = [sum(value >= 1.0 for value in values) for values in by_problem]
+    binary = samples == 1 and all(value in (0.0, 1.0) for values in by_problem for value in values)
+    interval = wilson_interval(sum(right), len(right)) if binary else mean_interval(means)
+    ks = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
+    if samples not in ks:
+        ks.append(samples)
+    passes = {str(k): [pass_at_k(samples, c, k) for c in right] for k in ks}
+    return EvalResult(
+        accuracy,
+        interval,
+        len(means),
+        samples,
+        pass_at={k: sum(values) / len(values) for k, values in passes.items()},
+        bootstrap=bootstrap_interval(means) if len(set(means)) > 1 else None,
+        pass_at_interval={k: mean_interval(values) for k, values in passes.items()},
+        **rest,
+    )

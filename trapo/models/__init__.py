@@ -1,0 +1,1 @@
+"""The model: loading it, checking that it is what the trainer takes it for, adapters, shards, precision, its size."""

@@ -1,0 +1,320 @@
+"""`trapo plan`: what a configuration needs on each rank, without its weights, without a GPU, without the other ranks.
+
+Shapes come from the real thing: the model is built on the `meta` device and sharded by FSDP2 over a mesh of
+torch's fake process group. Activations come from a forward of the real model on meta tensors, whose saved tensors are
+counted. FLOPs and the loss's part are arithmetic (`update_flops`, `loss_memory`). Nothing here is a measurement.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import trapo_kernels as tk
+from trapo.config import PRESETS, Config
+from trapo.errors import TrapoError
+from trapo.models import lora
+from trapo.models.loading import freeze
+from trapo.models.precision import resolve
+from trapo.models.sharding import decoder_layers, shard
+from trapo.modes import phases
+
+OURS = "ours: the loss's buffer"
+ATTENTION = "trapo_plan"  # registered with transformers, for meta tensors alone
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One kind of parameter: those of all layers that share a shape count as one line."""
+
+    name: str  # a layer's number is *
+    count: int
+    shape: tuple[int, ...]
+    shard: tuple[int, ...]  # on this rank
+    trained: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Of one step, over all ranks, as torch.utils.flop_counter counts: 2 per multiply-add, matrix products alone."""
+
+    decoder: float
+    attention: float
+    head: float
+    recompute: float  # of gradient checkpointing
+
+    @property
+    def total(self) -> float:
+        return self.decoder + self.attention + self.head + self.recompute
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `trapo plan` prints. Bytes are per rank."""
+
+    model: str
+    ranks: int
+    parameters: int
+    trained: int
+    weights: list[Weight]
+    memory: dict[str, int]
+    logits: dict[str, int]  # of one micro-batch: as ours, and as those hold them who materialise
+    tokens: dict[str, int]  # of one step, at most
+    flops: Flops
+
+
+def make_plan(config: Config, ranks: int, response_tokens: int | None = None) -> Plan:
+    """response_tokens: of every rollout, in place of the limit.
+
+    Raises TrapoError when the model's architecture cannot be found or the configuration cannot be used.
+    """
+    tokens = step_tokens(config, response_tokens)
+    model = meta_model(config)
+    flops = update_flops(model, config, tokens)
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    head = model.get_output_embeddings().weight
+    head_trained, head_size = head.requires_grad, head.numel()
+    logits = loss_memory(config, model.config.get_text_config().vocab_size)
+    with fake_ranks(ranks) as mesh:
+        if mesh is not None:
+            shard(model, mesh, _precision(config))
+        weights = _weights(model)
+        memory = state_memory(model) | (_unit_memory(model, config) if mesh is not None else {})
+    memory |= _activations(config, tokens["longest sequence"]) | {"logits buffer of the loss": logits[OURS]}
+    if head_trained and _precision(config) != "float32":
+        memory["fp32 sum of the head's gradient"] = 4 * head_size
+    return Plan(config.model.path, ranks, total, trained, weights, memory, logits, tokens, flops)
+
+
+def _precision(config: Config) -> str:
+    """The plan is for GPUs, wherever it is made."""
+    return resolve(config.train.precision, torch.device("cuda"))
+
+
+def meta_model(config: Config, dtype: torch.dtype | None = None, layers: int | None = None) -> PreTrainedModel:
+    """The model with shapes and without memory, frozen and adapted as the configuration says."""
+    architecture = _architecture(config.model.path)
+    if layers is not None:
+        text = architecture.get_text_config()
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture, dtype=dtype or getattr(torch, config.model.dtype))
+        freeze(model, config.model.freeze)
+        lora.attach(model, config.lora, base=config.model.path, seed=0)
+    return model
+
+
+def _architecture(path: str) -> Any:
+    """A folder's or the hub's config.json, or an installed preset's of that name."""
+    preset = PRESETS / f"{Path(path).name.lower()}.json"
+    if not Path(path).exists() and preset.is_file():
+        values = json.loads(preset.read_text())
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    from trapo.models.loading import find_weights
+
+    source = find_weights(path)
+    files = {"gguf_file": source.name} if source.suffix == ".gguf" else {}
+    try:
+        return AutoConfig.from_pretrained(str(source.parent if files else source), **files)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TrapoError(f"model.path: no architecture for {path!r}: {reason}") from error
+
+
+@contextmanager
+def fake_ranks(world: int) -> Iterator[Any]:
+    """The mesh of a process group in which this process is rank 0 and nobody else is there; None for one rank."""
+    if world == 1:
+        yield None
+        return
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        yield init_device_mesh("cpu", (world,))
+    finally:
+        dist.destroy_process_group()
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    local = getattr(parameter, "to_local", None)
+    return local() if local else parameter
+
+
+def _weights(model: nn.Module) -> list[Weight]:
+    kinds: dict[tuple, int] = {}
+    for name, p in model.named_parameters():
+        kind = (re.sub(r"\.\d+\.", ".*.", name), tuple(p.shape), tuple(_local(p).shape), p.requires_grad)
+        kinds[kind] = kinds.get(kind, 0) + 1
+    return [Weight(kind[0], count, *kind[1:]) for kind, count in kinds.items()]
+
+
+def state_memory(model: nn.Module) -> dict[str, int]:
+    """What stays from step to step, and gradients: this rank's shards, in bytes."""
+    parts = [(_local(p), p.requires_grad) for p in model.parameters()]
+    weights = sum(p.numel() * p.element_size() for p, _ in parts)
+    gradients = sum(p.numel() * p.element_size() for p, trained in parts if trained)
+    counts = sum(4 for _, trained in parts if trained)  # AdamW counts its steps for each tensor
+    return {"weights": weights, "gradients": gradients, "optimizer": 2 * gradients + counts}
+
+
+def _unit_memory(model: PreTrainedModel, config: Config) -> dict[str, int]:
+    """What FSDP2 holds beside the shards: the root's weights and two layers' (one computes, the next is on its way),
+    and gradients of the root and of one layer that are not reduced yet."""
+    width = getattr(torch, _precision(config)).itemsize
+    layers = decoder_layers(model)
+    in_layers = {id(p) for layer in layers for p in layer.parameters()}
+    root = [p for p in model.parameters() if id(p) not in in_layers]
+    largest = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+    trained = max(sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in layers)
+    return {
+        "gathered weights": width * (sum(p.numel() for p in root) + 2 * largest),
+        # As backward leaves them, and as they are put together to be reduced, in float32.
+        "unreduced gradients": (width + 4) * (sum(p.numel() for p in root if p.requires_grad) + trained),
+    }
+
+
+def _activations(config: Config, longest: int) -> dict[str, int]:
+    """Bytes that the forward of one micro-batch leaves for its backward; varlen attention, no padding."""
+    dtype = getattr(torch, _precision(config))
+    tokens = max(config.train.micro_batch_tokens, longest)
+    one, two = (_saved_by(meta_model(config, dtype, layers), tokens) for layers in (1, 2))
+    text = _architecture(config.model.path).get_text_config()
+    layer, rest = two - one, one - (two - one)
+    if not config.model.gradient_checkpointing:
+        return {"activations": rest + text.num_hidden_layers * layer}
+    kept = text.num_hidden_layers * tokens * text.hidden_size * dtype.itemsize
+    return {"activations: a layer's input each": kept, "activations: of one layer, recomputed": layer + rest}
+
+
+def _saved_by(model: PreTrainedModel, tokens: int) -> int:
+    """On the meta device."""
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _varlen_attention)
+    model.set_attn_implementation(ATTENTION)
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
+    mask = {"full_attention": None, "sliding_attention": None}  # made already: there is no data to make it from
+    return saved_bytes(model, lambda: model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False))
+
+
+def saved_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
+    """Storage of all tensors that autograd keeps of a forward, each once, the model's own left out."""
+    own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        alive = forward()  # or storages would be freed and their addresses used again
+    del alive
+    return sum(saved.values())
+
+
+class _VarlenAttention(torch.autograd.Function):
+    """What flash attention keeps: its inputs, its output [B, heads, T, d] and the fp32 logsumexp [B, heads, T]."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+
+def _varlen_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> tuple[torch.Tensor, None]:
+    return _VarlenAttention.apply(query, key, value).transpose(1, 2), None
+
+
+def loss_memory(config: Config, vocab: int) -> dict[str, int]:
+    """What grows with tokens × vocabulary in one micro-batch, in bytes."""
+    tokens = config.train.micro_batch_tokens
+    width = getattr(torch, _precision(config)).itemsize
+    budget = int(tk.get_budget_mb("cuda") * 2**20)
+    return {
+        OURS: max(min(tokens * vocab * width, budget), vocab * width),
+        "fp32 logits and their gradient": 2 * tokens * vocab * 4,
+    }
+
+
+def step_tokens(config: Config, response_tokens: int | None = None) -> dict[str, int]:
+    """Sequences and tokens of one step, at most: every prompt and response at its limit, or as long as asked."""
+    rollouts = max(phase.schedule.rollouts_per_prompt for phase in phases(config))
+    sequences = config.train.prompts_per_step * rollouts
+    response = response_tokens or config.rollout.max_response_tokens
+    longest = config.data.max_prompt_tokens + response
+    return {
+        "sequences": sequences,
+        "longest sequence": longest,
+        "tokens through the model": sequences * longest,
+        "tokens in the loss": sequences * response,
+    }
+
+
+def update_flops(model: PreTrainedModel, config: Config, tokens: dict[str, int]) -> Flops:
+    """Of the forward and backward of one step's update."""
+    text = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    linears = [m for m in model.get_decoder().modules() if isinstance(m, nn.Linear) and m is not head]
+    forward = sum(2 * m.weight.numel() for m in linears)
+    to_weights = sum(2 * m.weight.numel() for m in linears if m.weight.requires_grad)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    # Q Kᵀ and P V, of the whole square: no causal half taken off.
+    square = 4 * text.num_hidden_layers * text.num_attention_heads * width * tokens["longest sequence"]
+    fed = tokens["tokens through the model"]
+    again = fed * (forward + square) if config.model.gradient_checkpointing else 0
+    of_head = 2 * head.weight.numel() * (3 if head.weight.requires_grad else 2)
+    return Flops(fed * (2 * forward + to_weights), fed * 3 * square, tokens["tokens in the loss"] * of_head, again)
+
+
+def tables(plan: Plan) -> list[Table]:
+    """What `trapo plan` shows."""
+    shapes = _table(f"{plan.model} on {plan.ranks} ranks: rank 0's part", "weight", "count", "shape", "here", "trained")
+    for w in plan.weights:
+        shapes.add_row(w.name, str(w.count), _shape(w.shape), _shape(w.shard), "yes" if w.trained else "no")
+    shapes.add_row("all", "", f"{plan.parameters:,}", "", f"{plan.trained:,}")
+    memory = _table("memory of a rank in the update (GiB)", "part", "GiB")
+    for name, value in plan.memory.items():
+        memory.add_row(name, f"{value / 2**30:.2f}")
+    memory.add_row("sum", f"{sum(plan.memory.values()) / 2**30:.2f}")
+    logits = _table("logits of a micro-batch (GiB)", "how they are held", "GiB")
+    for name, value in plan.logits.items():
+        logits.add_row(name, f"{value / 2**30:.2f}")
+    step = _table("a step, all ranks, every sequence as long as can be", "of the whole batch of rollouts", "")
+    for name, count in plan.tokens.items():
+        step.add_row(name, f"{count:,}")
+    for field in dataclasses.fields(plan.flops):
+        step.add_row(f"update, {field.name} (PFLOP)", f"{getattr(plan.flops, field.name) / 1e15:,.2f}")
+    step.add_row("update, sum (PFLOP)", f"{plan.flops.total / 1e15:,.2f}")
+    return [shapes, memory, logits, step]
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.title_style = "bold"
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    return table
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape))

@@ -1,0 +1,167 @@
+"""FSDP2: each rank keeps a part of every weight, gradient and optimizer state; and their checkpoints (DCP).
+
+A unit is a decoder layer; embedding, last norm and head are the root's. A unit's weights are gathered for its forward
+and again for its backward; the root's stay from the forward to the backward, so the fused loss has the whole head.
+Gradients are added up over ranks, never averaged: every loss is already divided by the global normalizer.
+
+With train.precision=bfloat16 weights are gathered and computed with in bfloat16, gradients reduced in float32, and the
+shards, which the optimizer works on, stay float32.
+
+The functions take unsharded models too and do nothing to them, without importing torch.distributed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from trapo.runs.ranks import Ranks
+
+T = TypeVar("T")
+SHARDS = "shards"  # folder in a checkpoint: trained weights and optimizer state by parameter name, for any world size
+
+
+def shard(model: PreTrainedModel, mesh: Any, precision: str) -> None:
+    """Shard a model in place over a one-dimensional DeviceMesh. precision: a value of train.precision."""
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    from trapo.models.precision import resolve
+
+    precision = resolve(precision, model.device)
+    low = None if precision == "float32" else getattr(torch, precision)
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None)
+    for unit in [*decoder_layers(model), model]:
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    for unit in _units(model):
+        assert isinstance(unit, FSDPModule)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+
+
+def shard_over(model: PreTrainedModel, ranks: Ranks, precision: str) -> None:
+    """`shard` over all ranks of the run; nothing for one."""
+    if ranks.world == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+
+    shard(model, init_device_mesh(model.device.type, (ranks.world,)), precision)
+    # The model must be the first of its units that FSDP2 sees running, or a layer takes itself for the root.
+    as_forward(model, lambda: None)
+    model.reshard()  # type: ignore[operator]  # an optimizer must find the shards
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The repeated blocks of a decoder."""
+    names = set(model._no_split_modules or ())
+    # FSDP2 gives a module a class of its own, derived from the one that has the name.
+    return [m for m in model.modules() if any(kind.__name__ in names for kind in type(m).__mro__)]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return hasattr(model, "set_gradient_divide_factor")
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with the parts of all ranks; all must ask for it."""
+    full = getattr(tensor, "full_tensor", None)
+    return full() if full else tensor
+
+
+def as_forward(model: PreTrainedModel, function: Callable[[], T]) -> T:
+    """function(), as if it were the model's forward: the root's weights are whole in it and for its backward."""
+    if not is_sharded(model):
+        return function()
+    if not hasattr(model, "trapo_forward"):
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        model.trapo_forward = _call  # type: ignore[assignment]
+        register_fsdp_forward_method(model, "trapo_forward")
+    return model.trapo_forward(function)  # type: ignore[operator]
+
+
+def _call(function: Callable[[], T]) -> T:
+    return function()
+
+
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[None]:
+    """All weights whole on all ranks, so that each can run as many forwards as it likes by itself."""
+    units = _units(model) if is_sharded(model) else []
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(unit is not model, recurse=False)
+
+
+def _units(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if is_sharded(module)]
+
+
+def save_shards(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, ranks: Ranks) -> Path | None:
+    """Write trained weights and optimizer state from all ranks; returns the temporary folder, which is to be moved into
+    the checkpoint. None for a model that is not sharded: its state is in the checkpoint's own file."""
+    if not is_sharded(model):
+        return None
+    import torch.distributed.checkpoint as dcp
+
+    path = folder / f".tmp-step-{SHARDS}"
+    if ranks.first:
+        shutil.rmtree(path, ignore_errors=True)
+    ranks.barrier()
+    dcp.save(_state(model, optimizer), checkpoint_id=path)
+    return path
+
+
+def load_shards(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    """What `save_shards` wrote, on however many ranks, into a model that is sharded over as many as there are now."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    state = _state(model, optimizer)
+    dcp.load(state, checkpoint_id=path, no_dist=not is_sharded(model))
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_options()
+    )
+
+
+def _state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=_options())
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+def _options() -> Any:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+def scatter_optimizer_state(state: dict[str, Any], parameters: list[nn.Parameter]) -> dict[str, Any]:
+    """The state_dict of an optimizer over whole parameters, for one over `parameters`, the same ones sharded."""
+    from torch.distributed.tensor import distribute_tensor
+
+    def scatter(value: Any, parameter: Any) -> Any:
+        if not torch.is_tensor(value) or value.shape != parameter.shape:
+            return value
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+    return {
+        **state,
+        "state": {
+            i: {key: scatter(value, parameters[i]) for key, value in values.items()}
+            for i, values in state["state"].items()
+        },
+    }

@@ -1,0 +1,173 @@
+"""TensorBoard and Weights & Biases, where installed and asked for. metrics.jsonl is written whatever is asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+
+from trapo.config import Config
+from trapo.errors import TrapoError, words_of
+from trapo.evaluation.evaluate import EvalResult
+from trapo.runs.run_dir import RunDir
+from trapo.tools.config_text import plain_tree
+from trapo.tools.files import write_atomic
+
+HISTOGRAM = "expert_prob_histogram"
+
+
+class Logger(Protocol):
+    """Takes the numbers of a step by name; a histogram is a list of counts over equal bins of [0, 1]."""
+
+    def numbers(self, step: int, values: dict[str, float]) -> None: ...
+    def histogram(self, step: int, name: str, counts: list[int]) -> None: ...
+    def close(self) -> None: ...
+
+
+class TensorBoardLogger:
+    """Events in run_dir/tensorboard. A continued run writes on there; what it had after the checkpoint is purged."""
+
+    def __init__(self, config: Config, run_dir: RunDir, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(run_dir.path / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def numbers(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def histogram(self, step: int, name: str, counts: list[int]) -> None:
+        edges = np.linspace(0, 1, len(counts) + 1)
+        tokens, middles = np.asarray(counts), (edges[1:] + edges[:-1]) / 2
+        self.writer.add_histogram_raw(
+            name,
+            min=0.0,
+            max=1.0,
+            num=int(tokens.sum()),
+            sum=float(tokens @ middles),
+            sum_squares=float(tokens @ middles**2),
+            bucket_limits=edges[1:].tolist(),
+            bucket_counts=tokens.tolist(),
+            global_step=step,
+        )
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandbLogger:
+    """A W&B run; its id is kept in run_dir/wandb_id, so that a continued run is the same one there. Rows that it
+    computes again are the ones that W&B has, which keeps the first."""
+
+    def __init__(self, config: Config, run_dir: RunDir, step: int) -> None:
+        import wandb
+
+        id_file = run_dir.path / "wandb_id"
+        if not id_file.exists():
+            write_atomic(id_file, secrets.token_hex(4))
+        self.wandb = wandb
+        try:
+            self.run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "trapo"),
+                id=id_file.read_text().strip(),
+                resume="allow",
+                name=run_dir.path.resolve().name,
+                dir=str(run_dir.path),
+                config=plain_tree(config),
+            )
+        except wandb.Error as error:
+            raise TrapoError(f"log.wandb: {words_of(error)}; {WANDB_HINT}") from error
+
+    @staticmethod
+    def check() -> None:
+        """Raises TrapoError where W&B would ask for a key, which a run cannot answer."""
+        import wandb
+
+        if os.environ.get("WANDB_MODE", "online") not in ("online", "shared"):
+            return
+        try:
+            found = wandb.login(prompt=False)
+        except TypeError:  # before 0.31 it has no such argument
+            found = wandb.api.api_key is not None
+        if not found:
+            raise TrapoError(f"log.wandb: got true, but there is no key of W&B; {WANDB_HINT}")
+
+    def numbers(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(values, step=step)
+
+    def histogram(self, step: int, name: str, counts: list[int]) -> None:
+        edges = np.linspace(0, 1, len(counts) + 1)
+        self.run.log({name: self.wandb.Histogram(np_histogram=(np.asarray(counts), edges))}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+WANDB_HINT = "run `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline"
+
+# log.NAME -> (module that must be there, logger)
+LOGGERS: dict[str, tuple[str, type]] = {
+    "tensorboard": ("tensorboard", TensorBoardLogger),
+    "wandb": ("wandb", WandbLogger),
+}
+
+
+def check_loggers(config: Config) -> None:
+    """Raises TrapoError for a logger that is asked for and cannot run here, before anything is computed."""
+    for name in _wanted(config):
+        module, _ = LOGGERS[name]
+        if importlib.util.find_spec(module) is None:
+            raise TrapoError(f"log.{name}: got true, but {module} is not installed (pip install {module})")
+        if name == "wandb":
+            WandbLogger.check()
+
+
+class Loggers:
+    """All loggers that a run asked for; a context manager. step: the run is continued after it. Of several ranks one
+    has them enabled."""
+
+    def __init__(self, config: Config, run_dir: RunDir, step: int, *, enabled: bool = True) -> None:
+        wanted = _wanted(config) if enabled else []
+        self.loggers: list[Logger] = [LOGGERS[name][1](config, run_dir, step) for name in wanted]
+
+    def __enter__(self) -> Loggers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for logger in self.loggers:
+            logger.close()
+
+    def update(self, row: dict[str, Any]) -> None:
+        """A row of metrics.jsonl."""
+        for logger in self.loggers:
+            logger.numbers(row["step"], flat_numbers(row))
+            if row.get(HISTOGRAM):
+                logger.histogram(row["step"], HISTOGRAM, row[HISTOGRAM])
+
+    def evaluation(self, step: int, result: EvalResult) -> None:
+        low, high = result.interval
+        values = {"eval/accuracy": result.accuracy, "eval/low": low, "eval/high": high}
+        for logger in self.loggers:
+            logger.numbers(step, values | {f"eval/pass@{k}": v for k, v in result.pass_at.items()})
+
+
+def flat_numbers(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of a row by name, those of a mapping as name/key; words, lists and missing values are left out."""
+    flat: dict[str, float] = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            flat.update(flat_numbers(value, f"{prefix}{name}/"))
+        elif isinstance(value, (int, float)) and (prefix or name != "step"):
+            flat[prefix + name] = float(value)
+    return flat
+
+
+def _wanted(config: Config) -> list[str]:
+    return [name for name in LOGGERS if getattr(config.log, name)]

@@ -1,0 +1,62 @@
+"""What is left of a run in its summary.json, from what is on disk: an interruption loses none of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import trapo_kernels as tk
+from trapo.config import Config
+from trapo.evaluation.evaluate import EvalResult
+from trapo.models.loading import device_of
+from trapo.report.metrics import peak_gpu_memory_gb, peak_memory_gb
+from trapo.runs.run_dir import RunDir
+from trapo.tools.timing import PARTS
+
+
+def summarise(run_dir: RunDir, config: Config, steps: int, seconds: float) -> dict[str, Any]:
+    """Of a run that is at its end, `seconds` after its start."""
+    rows = run_dir.rows()
+    before, after = (_evaluation(run_dir, step) for step in (0, config.train.steps))
+    return {
+        "mode": config.mode,
+        "model": config.model.path,
+        "backend": tk.default_backend(device_of(config.model.device)),
+        "steps": steps,
+        "seconds": round(seconds, 1),
+        # Of the steps; what is missing to `seconds` are evaluations, saves and starts.
+        "seconds_by_part": {
+            part: round(sum(row.get(f"seconds_{part}", 0.0) for row in rows), 1) for part in (*PARTS, "sync")
+        },
+        "skipped_steps": sum(row["skipped_steps"] for row in rows),
+        "eval_before": before.accuracy if before else None,
+        "eval_before_interval": before.interval if before else None,
+        "eval_after": after.accuracy if after else None,
+        "eval_after_interval": after.interval if after else None,
+        "eval_problems": after.problems if after else 0,
+        "best_step": next(iter(run_dir.best_steps(1)), None),
+        "reward_failures": _reward_failures(run_dir, rows),
+        "peak_memory_gb": max([peak_memory_gb(), *(row["peak_memory_gb"] for row in rows)]),
+        **_peak_gpu_memory(rows),
+    }
+
+
+def _peak_gpu_memory(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    name = "peak_gpu_memory_gb"
+    found = [row[name] for row in [*rows, peak_gpu_memory_gb()] if name in row]
+    return {name: max(found)} if found else {}
+
+
+def _evaluation(run_dir: RunDir, step: int) -> EvalResult | None:
+    path = run_dir.evaluation(step)
+    return EvalResult.load(path) if path.exists() else None
+
+
+def _reward_failures(run_dir: RunDir, rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for row in rows:
+        total.update(row["reward_failures"])
+    for path in run_dir.evaluations().values():
+        total.update(EvalResult.load(path).reward_failures)
+    return dict(total)

@@ -1,0 +1,70 @@
+"""Rewards as a run and an evaluation ask for them: the pool of a configuration, and what is said when rewards fail."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from trapo.config import Config
+from trapo.data.problems import Problem
+from trapo.errors import TrapoError
+from trapo.rewards import Reward, RewardPool
+from trapo.runs.ranks import Scorer
+
+
+def make_pool(config: Config) -> RewardPool:
+    """The pool of `reward.*`. Raises TrapoError, in one line, for a function that cannot be imported or called."""
+    reward = config.reward
+    bounds = (reward.range[0], reward.range[1]) if reward.range else None
+    return RewardPool(reward.function, workers=reward.workers, timeout=reward.timeout, bounds=bounds)
+
+
+def score_texts(pool: Scorer, texts: Sequence[str], problems: Sequence[Problem]) -> list[Reward]:
+    """A reward for each text; functions that look at more than text and answer get the problem's other columns."""
+    if not getattr(pool, "wants_row", False):
+        return pool.score([(text, problem.answer) for text, problem in zip(texts, problems, strict=True)])
+    return pool.score([(text, problem.answer, _row(problem)) for text, problem in zip(texts, problems, strict=True)])
+
+
+def _row(problem: Problem) -> dict[str, Any]:
+    return {"prompt": [dict(message) for message in problem.prompt], "id": problem.id, "source": problem.source}
+
+
+class FailureNotes:
+    """Says the first reason of each kind of failure, and stops a run whose first rewards all fail."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self.note = note
+        self.seen: set[str] = set()
+        self.worked = False  # whether any reward has been had
+
+    def check(self, rewards: Sequence[Reward], where: str) -> None:
+        """Of a whole step or evaluation. Raises TrapoError when all failed and none has worked before."""
+        failed = [r for r in rewards if r.status != "ok"]
+        for reward in failed:
+            if reward.status not in self.seen:
+                self.seen.add(reward.status)
+                self.note(
+                    f"a reward failed in {where} and scores 0 ({reward.status}: {reward.detail}); others are counted"
+                )
+        if len(failed) < len(rewards) or not rewards:
+            self.worked = self.worked or bool(rewards)
+            self._note_range(rewards)
+            return
+        counts = ", ".join(f"{n} x {status}" for status, n in Counter(r.status for r in failed).items())
+        first = (
+            f"reward.function: all {len(rewards)} rewards of {where} failed ({counts}); the first: {failed[0].detail}"
+        )
+        if not self.worked:
+            raise TrapoError(first)
+        self.note(f"WARNING: {first}; they score 0 and training goes on")
+
+    def _note_range(self, rewards: Sequence[Reward]) -> None:
+        outside = next((r.value for r in rewards if r.status == "ok" and not 0 <= r.value <= 1), None)
+        if outside is not None and "range" not in self.seen:
+            self.seen.add("range")
+            self.note(
+                f"WARNING: a reward of {outside:g} lies outside 0 to 1: guidance thresholds and accuracies take "
+                "rewards for shares of 1; reward.range=[LOW,HIGH] scales them"
+            )

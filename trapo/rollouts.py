@@ -1,0 +1,195 @@
+"""The rollouts of one step: drawn micro-group after micro-group, each for the whole batch of prompts at once, and then
+their group-relative advantages."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Callable, Sequence
+from itertools import groupby
+
+from trapo.data.encode import EncodedProblem
+from trapo.engines.protocol import Completion, Engine, Request
+from trapo.errors import TrapoError
+from trapo.guidance import Schedule, carries_expert_term, is_decided, is_guided
+from trapo.rewards import Reward, Status
+from trapo.tools.timing import StepTimer
+
+STD_EPS = 1e-6  # GRPO's
+
+# Answers of the rollouts given (their full text is decoded by the scorer), in order.
+Scorer = Callable[[Sequence["Rollout"]], list[Reward]]
+
+
+@dataclasses.dataclass
+class Rollout:
+    """One response to one prompt: an expert prefix (maybe empty), then the model's own tokens (maybe none)."""
+
+    problem: EncodedProblem
+    group: int  # which prompt of the step
+    level: int  # which micro-group, counted from 0: the guidance level
+    ratio: float  # of the expert trace that was given; 0: unguided
+    prefix_ids: tuple[int, ...]
+    own_ids: tuple[int, ...]
+    supervised: bool  # the prefix carries the expert term
+    finished: bool
+    reward: float = 0.0
+    status: Status = "ok"
+    advantage: float = 0.0
+    own_logprobs: tuple[float, ...] | None = None  # of own_ids, as the engine sampled them; None: it gives none
+    detail: str = ""  # what went wrong, where the status is another one
+
+    @property
+    def guided(self) -> bool:
+        return self.ratio > 0
+
+    @property
+    def response_ids(self) -> tuple[int, ...]:
+        return self.prefix_ids + self.own_ids
+
+    def __len__(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.problem.prompt_ids) + len(self.prefix_ids) + len(self.own_ids)
+
+
+def collect(
+    problems: Sequence[EncodedProblem],
+    schedule: Schedule,
+    engine: Engine,
+    score: Scorer | None,
+    *,
+    temperature: float,
+    max_response_tokens: int,
+    seed: int,
+    timer: StepTimer | None = None,
+) -> list[Rollout]:
+    """All rollouts of a step, ordered by prompt and then by micro-group. A micro-group is one call of the engine for
+    all prompts that still want rollouts.
+
+    score=None leaves rewards at 0 (objectives without advantages), so no later micro-group can depend on them.
+    """
+    rng, timer = random.Random(seed), timer or StepTimer()
+    by_prompt: list[list[Rollout]] = [[] for _ in problems]
+    for level in range(len(schedule.micro_groups)):
+        drawn = [
+            rollout
+            for group, problem in enumerate(problems)
+            if not (schedule.stop_decided and _is_decided(schedule, level, by_prompt[group]))
+            for rollout in _open_rollouts(problem, group, level, schedule, by_prompt[group], rng, max_response_tokens)
+        ]
+        with timer.part("generate"):
+            _generate(drawn, engine, temperature, max_response_tokens, seed + level)
+        if score is not None:
+            with timer.part("reward"):
+                rewards = score(drawn)
+            for rollout, reward in zip(drawn, rewards, strict=True):
+                rollout.reward, rollout.status, rollout.detail = reward.value, reward.status, reward.detail
+        for rollout in drawn:
+            by_prompt[rollout.group].append(rollout)
+    return [rollout for group in by_prompt for rollout in group]
+
+
+def _is_decided(schedule: Schedule, level: int, earlier: Sequence[Rollout]) -> bool:
+    return is_decided(schedule.micro_groups[level:], [r.reward for r in earlier])
+
+
+def _open_rollouts(
+    problem: EncodedProblem,
+    group: int,
+    level: int,
+    schedule: Schedule,
+    earlier: Sequence[Rollout],
+    rng: random.Random,
+    max_response_tokens: int,
+) -> list[Rollout]:
+    """A micro-group's rollouts before generation: the prefix is decided, own tokens are still missing."""
+    micro_group = schedule.micro_groups[level]
+    prefix: tuple[int, ...] = ()
+    if is_guided(micro_group, [r.reward for r in earlier]):
+        prefix = problem.prefix(schedule, level, rng)
+        if len(prefix) > max_response_tokens:  # a whole trace without its end would teach the model never to stop
+            prefix = () if micro_group.ratio >= 1.0 else prefix[:max_response_tokens]
+    return [
+        Rollout(
+            problem=problem,
+            group=group,
+            level=level,
+            ratio=micro_group.ratio if prefix else 0.0,
+            prefix_ids=prefix,
+            own_ids=(),
+            supervised=bool(prefix) and carries_expert_term(schedule.supervise, index),
+            finished=False,
+        )
+        for index in range(micro_group.size)
+    ]
+
+
+def _generate(
+    rollouts: Sequence[Rollout], engine: Engine, temperature: float, max_response_tokens: int, seed: int
+) -> None:
+    """Fill in own tokens. A prefix that is the whole trace (it ends the sequence) or fills the limit gets none."""
+    open_ended = [r for r in rollouts if not _is_complete(r) and len(r.prefix_ids) < max_response_tokens]
+    requests = [
+        Request(r.problem.prompt_ids + r.prefix_ids, max_response_tokens - len(r.prefix_ids)) for r in open_ended
+    ]
+    completions: list[Completion] = engine.generate(requests, temperature=temperature, seed=seed) if requests else []
+    for rollout, completion in zip(open_ended, completions, strict=True):
+        rollout.own_ids, rollout.finished = completion.token_ids, completion.finished
+        rollout.own_logprobs = completion.logprobs
+    for rollout in rollouts:
+        rollout.finished = rollout.finished or _is_complete(rollout)
+
+
+def _is_complete(rollout: Rollout) -> bool:
+    return any(rollout.prefix_ids == trace.token_ids for trace in rollout.problem.traces)
+
+
+def group_advantages(
+    rewards: Sequence[float],
+    *,
+    guided: Sequence[bool],
+    own_tokens: Sequence[int],
+    baseline: str = "all",
+    std: bool = False,
+) -> list[float]:
+    """A_i = R_i − mean(R over the baseline's rollouts), divided by the group's std + 1e-6 if asked.
+
+    The std is the sample's (n − 1), as in verl and TRL. Equal rewards give exactly 0, so their tokens can be skipped.
+
+    rewards, guided, own_tokens: one entry per rollout of the prompt.
+    baseline: `all` rollouts; the `unguided` ones; those that have `own_tokens` (a rollout that is a whole expert trace
+    has none: it lifts the mean but has nothing to reward). Falls back to all rollouts where none qualifies.
+    """
+    chosen = {
+        "all": list(rewards),
+        "unguided": [r for r, g in zip(rewards, guided, strict=True) if not g],
+        "own_tokens": [r for r, n in zip(rewards, own_tokens, strict=True) if n > 0],
+    }[baseline] or list(rewards)
+    equal = min(chosen) == max(chosen)  # n·r / n need not be r
+    mean = chosen[0] if equal else math.fsum(chosen) / len(chosen)
+    scale = 1.0
+    if std:
+        # Of all rollouts, whatever the baseline: that of a few equal ones is 0 and would blow the others up.
+        middle = math.fsum(rewards) / len(rewards)
+        variance = math.fsum((r - middle) ** 2 for r in rewards) / max(len(rewards) - 1, 1)
+        scale = 1.0 / (math.sqrt(variance) + STD_EPS)
+    return [(r - mean) * scale for r in rewards]
+
+
+def assign_advantages(rollouts: Sequence[Rollout], baseline: str, std: bool) -> None:
+    """Set `.advantage` of every rollout; rollouts of one prompt must stand side by side, as `collect` gives them."""
+    for _, members in groupby(rollouts, key=lambda r: r.group):
+        group = list(members)
+        rewards = [r.reward for r in group]
+        guided, own_tokens = [r.guided for r in group], [len(r.own_ids) for r in group]
+        try:
+            advantages = group_advantages(rewards, guided=guided, own_tokens=own_tokens, baseline=baseline, std=std)
+        except OverflowError:
+            largest = max(rewards, key=abs)
+            raise TrapoError(
+                f"reward.function: got rewards up to {largest:g}, whose mean or variance is too large for a float; "
+                "return ordinary numbers, or scale them by reward.range"
+            ) from None
+        for rollout, advantage in zip(group, advantages, strict=True):
+            rollout.advantage = advantage

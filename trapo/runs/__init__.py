@@ -1,0 +1,1 @@
+"""What becomes of a run: its folder, checkpoints and logs, the processes it has, signals, and when it gives up."""

@@ -1,0 +1,107 @@
+"""What a run is made of beside its configuration: the contents of the files that it reads, by SHA-256.
+
+`<run_dir>/inputs.json` keeps them with the run's id. A run that goes on after its data, its reward function or the
+weights of its reference were changed would be two runs in one; it is refused with what changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import secrets
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+from trapo.config import Config
+from trapo.errors import TrapoError
+from trapo.tools.files import file_digest, write_json
+
+_MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """A run's id, and the SHA-256 of what each key of its configuration names."""
+
+    run: str
+    files: dict[str, str]
+
+    @classmethod
+    def new(cls, files: dict[str, str]) -> Inputs:
+        return cls(secrets.token_hex(8), files)
+
+    @classmethod
+    def load(cls, path: Path) -> Inputs | None:
+        """What `save` wrote; None where there is none or it is damaged."""
+        try:
+            raw = json.loads(path.read_bytes())
+            found = cls(str(raw["run"]), dict(raw["files"]))
+            return found if raw["sha256"] == found._digest() else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def save(self, path: Path) -> None:
+        write_json(path, dataclasses.asdict(self) | {"sha256": self._digest()})
+
+    def _digest(self) -> str:
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def fingerprints(config: Config, *, model: bool) -> dict[str, str]:
+    """SHA-256 by key of the local files that a run reads. model: of those of model.path too, which a run that goes on
+    reads again only for adapters or a reference."""
+    found: dict[str, str] = {}
+    for key, name in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        if name is not None and "://" not in name and Path(name).is_file():
+            found[key] = file_digest(Path(name))
+    source = _reward_source(config.reward.function)
+    if source is not None:
+        found["reward.function"] = file_digest(source)
+    if model and (files := _model_files(config.model.path)):
+        found["model.path"] = hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()
+    return found
+
+
+def refuse_changed(kept: dict[str, str], now: dict[str, str], where: Path) -> None:
+    """Raises TrapoError when a file is not what it was when the run began."""
+    if changed := changed_inputs(kept, now):
+        are = "have" if len(changed) > 1 else "has"
+        raise TrapoError(
+            f"{', '.join(changed)}: the contents {are} changed since the run in {where} began; put them back, choose "
+            "another run_dir, or go on with the new ones by --if-changed continue"
+        )
+
+
+def changed_inputs(kept: dict[str, str], now: dict[str, str]) -> list[str]:
+    return [key for key in kept if key in now and kept[key] != now[key]]
+
+
+def _reward_source(function: str) -> Path | None:
+    """The file of a user's reward function; None for the built-in ones."""
+    module, mark, _ = function.rpartition(":")
+    if not mark:
+        return None
+    if module.endswith(".py") or "/" in module:
+        path = Path(module)
+        return path if path.is_file() else None
+    loaded: Any = sys.modules.get(module)
+    try:
+        spec = getattr(loaded, "__spec__", None) or importlib.util.find_spec(module)
+    except Exception:  # of a package on the way: rewards.py will name it
+        spec = None
+    spec = spec or PathFinder.find_spec(module, [os.getcwd()])
+    return Path(spec.origin) if spec and spec.origin and Path(spec.origin).is_file() else None
+
+
+def _model_files(name: str) -> list[Path]:
+    from trapo.models.loading import find_weights
+
+    source = find_weights(name)
+    if source.is_file():
+        return [source]
+    return sorted({file for pattern in _MODEL_FILES for file in source.glob(pattern)})

@@ -1,0 +1,1 @@
+"""Small things that know nothing of training: files, the text of a configuration, the terminal, a stopwatch."""
