@@ -61,5 +61,5 @@ def test_a_wheel_made_of_it_without_a_compiler_has_types_presets_templates_and_t
     names = zipfile.ZipFile(wheel).namelist()
     wanted = {"trapo_kernels/py.typed", "trapo/py.typed", "trapo/presets/demo.yaml", "trapo/report/page.html.j2"}
     assert wanted <= {*names}
-    assert not [name for name in names if name.endswith(".so") or name.startswith(("tests", "bench", "csrc"))]
+    assert not [name for name in names if name.endswith(".so") or name.startswith(("tests", "bench", "study", "csrc"))]
     assert wheel.name.startswith(f"trapo_kernels-{tk.__version__}-py3-none-any")

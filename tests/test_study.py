@@ -1,4 +1,4 @@
-"""The study's harness (bench/study): its tasks, its engine, its bookkeeping, and one tiny run from end to end."""
+"""The study's harness (study): its tasks, its engine, its bookkeeping, and one tiny run from end to end."""
 
 import dataclasses
 import json
@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from bench.study import chain, countdown, exact, plots, summary
-from bench.study.ablations import CONDITIONS, RETUNED, TRAPO_VARIANTS
-from bench.study.arms import ARMS
-from bench.study.base import base_model, base_path, digest, make_base
-from bench.study.engine import StudyEngine
-from bench.study.evaluate import packed, unpacked
-from bench.study.intervals import estimate
-from bench.study.jobs import Study, Sweep, changes_nothing, jobs, work
-from bench.study.loop import RandomPrefixProblem, Run, execute
-from bench.study.model import new_model
-from bench.study.results import Results
-from bench.study.settings import FULL, SMOKE
-from bench.study.task import EOS, PAD, decode, encode, encoded, tasks
+from study import chain, countdown, exact, plots, summary
+from study.ablations import CONDITIONS, RETUNED, TRAPO_VARIANTS
+from study.arms import ARMS
+from study.base import base_model, base_path, digest, make_base
+from study.engine import StudyEngine
+from study.evaluate import packed, unpacked
+from study.intervals import estimate
+from study.jobs import Study, Sweep, changes_nothing, jobs, work
+from study.loop import RandomPrefixProblem, Run, execute
+from study.model import new_model
+from study.results import Results
+from study.settings import FULL, SMOKE
+from study.task import EOS, PAD, decode, encode, encoded, tasks
 from trapo.engines.hf import HFEngine
 from trapo.engines.protocol import Request
 from trapo.modes import phases
@@ -193,7 +193,7 @@ def test_finished_rows_may_be_dropped_without_changing_the_others(model, task, m
     engine = StudyEngine(model, eos_id=EOS, pad_id=PAD)
     results = []
     for share in (0.0, 1.0):
-        monkeypatch.setattr("bench.study.engine.SHRINK_AT", share)
+        monkeypatch.setattr("study.engine.SHRINK_AT", share)
         results.append(engine.generate(requests(task), temperature=0.0, seed=0))
     assert results[0] == results[1]
     assert any(c.finished for c in results[0])
@@ -456,7 +456,7 @@ def test_the_void_mass_of_nll_has_its_closed_form():
 
 @pytest.mark.slow
 def test_the_smoke_study_runs_from_its_command(tmp_path):
-    command = [sys.executable, "-m", "bench.study", "all", "--smoke", "--results", str(tmp_path)]
+    command = [sys.executable, "-m", "study", "all", "--smoke", "--results", str(tmp_path)]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     for part in ("exact", "pretrain", "sweep", "arms", "ablations", "smollm"):

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from torch import nn
 
-from bench.study.engine import StudyEngine
-from bench.study.task import EOS, PAD, Instance, Task, decode, encode
+from study.engine import StudyEngine
+from study.task import EOS, PAD, Instance, Task, decode, encode
 from trapo.engines.protocol import Completion, Request
 from trapo.evaluation.stats import pass_at_k
 

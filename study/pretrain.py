@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from bench.study.evaluate import Samples, sample_problems
-from bench.study.model import new_model
-from bench.study.settings import Settings
-from bench.study.task import EOS, PAD, Task, encode
+from study.evaluate import Samples, sample_problems
+from study.model import new_model
+from study.settings import Settings
+from study.task import EOS, PAD, Task, encode
 
 BATCH = 64
 PEAK_LR = 3e-3

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from bench.study.arms import ARMS, Knobs, grid
+from study.arms import ARMS, Knobs, grid
 
 
 @dataclasses.dataclass(frozen=True)

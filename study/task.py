@@ -87,8 +87,8 @@ class Task:
 @functools.cache
 def tasks() -> dict[str, Task]:
     """All tasks by name."""
-    from bench.study.chain import Chain
-    from bench.study.countdown import Countdown
+    from study.chain import Chain
+    from study.countdown import Countdown
 
     return {task.name: task for task in (Chain(), Countdown())}
 

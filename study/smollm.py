@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from bench.study.jobs import Study
-from bench.study.results import Row
+from study.jobs import Study
+from study.results import Row
 
 STEPS, SMOKE_STEPS = 25, 1
 ARMS: dict[str, dict[str, Any]] = {

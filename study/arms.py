@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bench.study.settings import Settings
+from study.settings import Settings
 from trapo.config import Config, merge_config
 
 Knobs = Mapping[str, float]  # lr, expert_coef, ... : what a sweep varies

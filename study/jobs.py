@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from bench.study.ablations import ABLATION_TASK, CONDITION_ARMS, CONDITIONS, RETUNED, SETTLED, TRAPO_VARIANTS, Variant
-from bench.study.arms import ARMS, Knobs
-from bench.study.base import base_model, base_path, digest
-from bench.study.loop import Run, execute
-from bench.study.results import Results, Row
-from bench.study.settings import Settings
-from bench.study.task import tasks
+from study.ablations import ABLATION_TASK, CONDITION_ARMS, CONDITIONS, RETUNED, SETTLED, TRAPO_VARIANTS, Variant
+from study.arms import ARMS, Knobs
+from study.base import base_model, base_path, digest
+from study.loop import Run, execute
+from study.results import Results, Row
+from study.settings import Settings
+from study.task import tasks
 
 
 @dataclasses.dataclass(frozen=True)

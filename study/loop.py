@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from transformers import LlamaForCausalLM
 
-from bench.study.ablations import Variant
-from bench.study.arms import ARMS, Knobs, Stage
-from bench.study.engine import StudyEngine
-from bench.study.evaluate import Samples, is_right, packed, sample_problems
-from bench.study.settings import Settings
-from bench.study.task import EOS, PAD, Task, encoded
+from study.ablations import Variant
+from study.arms import ARMS, Knobs, Stage
+from study.engine import StudyEngine
+from study.evaluate import Samples, is_right, packed, sample_problems
+from study.settings import Settings
+from study.task import EOS, PAD, Task, encoded
 from trapo.data.encode import EncodedProblem
 from trapo.data.sampling import derive_seed, problems_at
 from trapo.guidance import Schedule

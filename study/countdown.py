@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 import re
 
-from bench.study.task import Instance, Task
+from study.task import Instance, Task
 
 _STEP = re.compile(r"(\d{1,2})([+*-])(\d{1,2})=(\d{1,2});")
 LARGEST = 99

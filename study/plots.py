@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from bench.study.ablations import ABLATION_TASK
-from bench.study.arms import ARMS
-from bench.study.jobs import Study
-from bench.study.summary import NOTHING, accuracy, all_tables, base_scores, exact_rows, finished_by_arm
+from study.ablations import ABLATION_TASK
+from study.arms import ARMS
+from study.jobs import Study
+from study.summary import NOTHING, accuracy, all_tables, base_scores, exact_rows, finished_by_arm
 from trapo.tools.files import write_atomic
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 # Distinct on white and under colour blindness; one colour per arm in every picture.
 COLOURS = dict(
     zip(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 import re
 
-from bench.study.task import Instance, Task
+from study.task import Instance, Task
 
 DIGITS = "0123456789X"
 P = len(DIGITS)  # prime: every operation is a bijection of the values, so that no mistake heals by itself

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.study.task import EOS, PAD, VOCABULARY
+from study.task import EOS, PAD, VOCABULARY
 
 
 def new_model(seed: int, *, hidden: int = 96, layers: int = 4) -> LlamaForCausalLM:

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from bench.study.loop import score_model
-from bench.study.model import new_model
-from bench.study.pretrain import measure_base, pretrain
-from bench.study.results import Results
-from bench.study.settings import Settings
-from bench.study.task import Task
+from study.loop import score_model
+from study.model import new_model
+from study.pretrain import measure_base, pretrain
+from study.results import Results
+from study.settings import Settings
+from study.task import Task
 
 
 def base_path(results: Path, task: str) -> Path:
@@ -44,7 +44,7 @@ def base_model(settings: Settings, results: Path, task: Task) -> LlamaForCausalL
     """A fresh copy of a task's base model."""
     path = base_path(results, task.name)
     if not path.exists():
-        raise FileNotFoundError(f"base_model: {path} is missing; run `python -m bench.study pretrain` first")
+        raise FileNotFoundError(f"base_model: {path} is missing; run `python -m study pretrain` first")
     model = new_model(0, hidden=settings.hidden, layers=settings.layers)
     weights = load_file(path)
     with torch.no_grad():

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from bench.study.ablations import ABLATION_TASK, CONDITION_ARMS, CONDITIONS, TRAPO_VARIANTS
-from bench.study.arms import ARMS
-from bench.study.evaluate import unpacked
-from bench.study.intervals import Estimate, estimate
-from bench.study.jobs import PARTS, Study, Sweep, changes_nothing, jobs
-from bench.study.results import Row
+from study.ablations import ABLATION_TASK, CONDITION_ARMS, CONDITIONS, TRAPO_VARIANTS
+from study.arms import ARMS
+from study.evaluate import unpacked
+from study.intervals import Estimate, estimate
+from study.jobs import PARTS, Study, Sweep, changes_nothing, jobs
+from study.results import Row
 
 PARTS_OF_TRAPO = {
     "an expert term on the prefixes": "micro_groups",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import trapo_kernels as tk
-from bench.study.model import new_model
+from study.model import new_model
 from trapo_kernels.terms import Tokens
 
 DESCENT_STEPS = 4000

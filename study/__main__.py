@@ -1,14 +1,14 @@
 """The study, one command per part; a command that is run again goes on where it stopped.
 
-    python -m bench.study exact        part 1: Proposition 1 and void mass, exactly
-    python -m bench.study pretrain     the base models of both tasks
-    python -m bench.study sweep        part 2: every arm's settings, chosen on validation
-    python -m bench.study arms         part 2: every arm at its settings, 5 seeds, on the test problems
-    python -m bench.study ablations    part 3: variants of TRAPO, conditions
-    python -m bench.study smollm       part 4: SmolLM2-135M on word problems
-    python -m bench.study plot         tables and pictures of docs/study.md from what is in bench/study/results/
-    python -m bench.study status       what is done, and what the rest will cost
-    python -m bench.study all          all of it, in this order
+    python -m study exact        part 1: Proposition 1 and void mass, exactly
+    python -m study pretrain     the base models of both tasks
+    python -m study sweep        part 2: every arm's settings, chosen on validation
+    python -m study arms         part 2: every arm at its settings, 5 seeds, on the test problems
+    python -m study ablations    part 3: variants of TRAPO, conditions
+    python -m study smollm       part 4: SmolLM2-135M on word problems
+    python -m study plot         tables and pictures of docs/study.md from what is in study/results/
+    python -m study status       what is done, and what the rest will cost
+    python -m study all          all of it, in this order
 
 --smoke: a version of minutes, into runs/study-smoke. --workers N: processes, one core each (default: all cores).
 --task chain: of sweep, arms and ablations that task alone.
@@ -23,16 +23,16 @@ import sys
 import time
 from pathlib import Path
 
-from bench.study.settings import FULL, SMOKE
+from study.settings import FULL, SMOKE
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 ORDER = ("exact", "pretrain", "sweep", "arms", "ablations", "smollm", "plot")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     options = _parser().parse_args(arguments)
-    from bench.study.jobs import Study
+    from study.jobs import Study
 
     folder = options.results or (ROOT / "runs/study-smoke" if options.smoke else Path(__file__).parent / "results")
     scratch = ROOT / "runs/study" if options.results is None and not options.smoke else folder / "scratch"
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("part", choices=[*ORDER, "status", "all"])
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, results in runs/study-smoke")
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(study, part: str, options: argparse.Namespace) -> None:
-    from bench.study import jobs, plots, smollm, summary
+    from study import jobs, plots, smollm, summary
 
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     if part == "exact":
@@ -79,7 +79,7 @@ def exact(study) -> None:
     """Part 1; its pieces are rows."""
     import torch
 
-    from bench.study.exact import exact_jobs
+    from study.exact import exact_jobs
 
     torch.set_num_threads(1)
     for name, work in exact_jobs(smoke=study.settings.name == "smoke").items():
@@ -90,8 +90,8 @@ def pretrain(study) -> None:
     """Both base models."""
     import torch
 
-    from bench.study.base import make_base
-    from bench.study.task import tasks
+    from study.base import make_base
+    from study.task import tasks
 
     torch.set_num_threads(1)
     for name in study.settings.tasks:
@@ -100,7 +100,7 @@ def pretrain(study) -> None:
 
 def _in_processes(study, part: str, workers: int, deadline: float | None, task: str | None) -> None:
     """`workers` processes that share the part's jobs; each has a core, and torch one thread."""
-    from bench.study.jobs import work
+    from study.jobs import work
 
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")

@@ -1,1 +1,0 @@
-"""Does TRAPO do what it claims? A study that a laptop can rerun: `python -m bench.study --help`."""
