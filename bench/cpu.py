@@ -14,10 +14,7 @@ every provider runs once, so that what else the machine does meets them all; com
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import platform
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,33 +24,23 @@ from typing import Any
 import torch
 
 import trapo_kernels as tk
-from bench.measure import Shape, Worker, extra_memory, load_case, step, write_inputs, write_oracle
+from bench.measure import (
+    RESULTS,
+    Shape,
+    Worker,
+    extra_memory,
+    interleaved,
+    load_case,
+    machine,
+    step,
+    write_inputs,
+    write_oracle,
+)  # fmt: skip
 from bench.providers import CHUNK as CHUNKS
 from bench.providers import PROVIDERS, Case, Provider, ours
 
-RESULTS = Path(__file__).parent / "results"
 SHAPES = [Shape(2048, 576, 49152), Shape(1024, 896, 151936), Shape(512, 3584, 152064)]
 FLOOR = PROVIDERS[0].name
-PACKAGES = ("torch", "trl", "liger-kernel", "cut-cross-entropy", "transformers")
-
-
-def machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "cpu": model,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 # Parts: each returns what goes under its name in cpu.json -------------------------------------------------------
@@ -96,17 +83,6 @@ def _in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
-
-
-def _interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """Best seconds of each, in turns."""
-    best = {name: float("inf") for name in runs}
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
-            seconds = run()
-            if turn:  # the first turn warms up
-                best[name] = min(best[name], seconds)
-    return best
 
 
 def _case(shape: Shape) -> Case:
@@ -154,7 +130,7 @@ def _savings_of(case: Case, rounds: int) -> dict[str, Any]:
         "60% at A = 0": loss(advantages=zero),
         "60% at A = 0, skip_inactive": loss(advantages=zero, skip_inactive=True),
     }
-    best = _interleaved(runs, rounds)
+    best = interleaved(runs, rounds)
     return {"rounds": rounds, "left_out": float(part.float().mean()), "seconds": best, "machine": machine()}
 
 
@@ -167,7 +143,7 @@ def budget(rounds: int = 3) -> list[dict[str, Any]]:
         with tk.budget_mb(megabytes):
             for backend in ("cpu", "torch"):
                 run = Provider("", ours(backend), "entropy", True)
-                best = _interleaved({"": lambda run=run: step(run, case)}, rounds)[""]
+                best = interleaved({"": lambda run=run: step(run, case)}, rounds)[""]
                 rows.append(
                     {
                         "shape": str(shape), "backend": backend, "budget_mb": megabytes * 2**20 / 1e6,

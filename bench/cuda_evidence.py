@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PROVIDER", "broken", "main", "rows"]
+__all__ = ["PROVIDER", "broken", "main", "rows", "status_of"]
 
 PROVIDER = "trapo_kernels cuda"
 ROOT = Path(__file__).parent.parent
@@ -208,8 +208,12 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     nvcc = _output("nvcc", "--version").splitlines()[-1]
     options.out.write_text(json.dumps({"nvcc": nvcc, "kernels": found}, indent=1) + "\n")
-    faults = broken(found)
-    print(f"{len(found)} rows, {len(faults)} broken invariants -> {options.out}")
+    return status_of(broken(found), found, options.out)
+
+
+def status_of(faults: list[str], kernels: list[dict[str, Any]], out: Path) -> int:
+    """The exit status of a command that left `kernels` in `out`, after it has shown the invariants that are broken."""
+    print(f"{len(kernels)} compiled kernels, {len(faults)} broken invariants -> {out}")
     for fault in faults:
         print("  " + fault)
     return 1 if faults else 0

@@ -150,11 +150,7 @@ def write(evidence: dict[str, Any], out: Path) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(evidence, indent=1) + "\n")
     out.with_suffix(".md").write_text(markdown(evidence))
-    faults = broken(evidence)
-    print(f"{len(evidence['kernels'])} compiled kernels, {len(faults)} broken invariants -> {out}")
-    for fault in faults:
-        print("  " + fault)
-    return 1 if faults else 0
+    return cuda_evidence.status_of(broken(evidence), evidence["kernels"], out)
 
 
 if __name__ == "__main__":

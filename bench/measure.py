@@ -7,12 +7,17 @@ the gradients themselves.
 
 from __future__ import annotations
 
+import datetime
 import gc
+import importlib.metadata
 import multiprocessing
+import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +28,8 @@ SEED = 0
 # d_weight is compared in this many rows at most, those of the first targets among them.
 COMPARED_ROWS = 4096
 LARGEST_ORACLE = 2**29  # logits; 4 GiB of them in float64, several times over
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "trl", "liger-kernel", "cut-cross-entropy", "transformers")
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,17 @@ def step(provider: Provider, case: Case) -> float:
     if loss is not None:
         loss.backward()
     return time.perf_counter() - start
+
+
+def interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """Best seconds of each, in turns."""
+    best = {name: float("inf") for name in runs}
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            seconds = run()
+            if turn:  # the first turn warms up
+                best[name] = min(best[name], seconds)
+    return best
 
 
 def resident(key: str) -> int:
@@ -169,3 +187,23 @@ class Worker:
     def stop(self) -> None:
         self.connection.close()
         self.process.join(10)
+
+
+def machine() -> dict[str, Any]:
+    """What a result depends on: the CPU, its threads and the versions of what was compared."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "cpu": model,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "date": datetime.date.today().isoformat(),
+    }

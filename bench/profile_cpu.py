@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 import trapo_kernels as tk
-from bench.cpu import RESULTS, _interleaved, machine
-from bench.measure import Shape
+from bench.measure import RESULTS, Shape, interleaved, machine
 
 # Chunks as the loop makes them at the README's shapes: in d_weight (C = D), in the buffer.
 CHUNKS = [Shape(576, 576, 49152), Shape(736, 576, 49152), Shape(896, 896, 151936), Shape(512, 3584, 65536)]
@@ -92,7 +91,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     assert tk.backends()["cpu"].available, tk.backends()["cpu"]
     seconds = {
-        str(shape): _interleaved({name: _timed(run) for name, run in parts(shape).items()}, rounds) for shape in CHUNKS
+        str(shape): interleaved({name: _timed(run) for name, run in parts(shape).items()}, rounds) for shape in CHUNKS
     }
     results = {"machine": machine(), "rounds": rounds, "seconds": seconds}
     (RESULTS / "cpu_profile.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -129,7 +129,7 @@ def floor(case: Case) -> None:
             d_weight.addmm_(z.t().float(), chunk.float(), beta=beta)
 
 
-def _head(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def head(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     logits = F.linear(hidden, weight)
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
@@ -138,7 +138,7 @@ def _head(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
 
 
 def eager(case: Case) -> Tensor:
-    return _loss(case, *_head(case.hidden, case.weight, case.targets))
+    return _loss(case, *head(case.hidden, case.weight, case.targets))
 
 
 def eager_without_entropy(case: Case) -> Tensor:
@@ -148,7 +148,7 @@ def eager_without_entropy(case: Case) -> Tensor:
 
 @cache
 def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(_head, fullgraph=True)
+    return torch.compile(head, fullgraph=True)
 
 
 def compiled(case: Case) -> Tensor:
@@ -158,13 +158,13 @@ def compiled(case: Case) -> Tensor:
 def chunked_checkpoint(case: Case) -> Tensor:
     rows = CHUNK[case.hidden.device.type]
     found = [
-        checkpoint(_head, hidden, case.weight, targets, use_reentrant=False)
+        checkpoint(head, hidden, case.weight, targets, use_reentrant=False)
         for hidden, targets in zip(case.hidden.split(rows), case.targets.split(rows), strict=True)
     ]
     return _loss(case, torch.cat([lp for lp, _ in found]), torch.cat([h for _, h in found]))
 
 
-def _trl(case: Case, outputs: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
+def trl_head(case: Case, outputs: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
@@ -175,11 +175,11 @@ def _trl(case: Case, outputs: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
 
 
 def trl(case: Case) -> Tensor:
-    return _loss(case, *_trl(case, ("entropy",)))
+    return _loss(case, *trl_head(case, ("entropy",)))
 
 
 def trl_without_entropy(case: Case) -> Tensor:
-    return _loss(case, *_trl(case, ()))
+    return _loss(case, *trl_head(case, ()))
 
 
 @cache
@@ -320,5 +320,5 @@ def oracle(case: Case, gives: str) -> Tensor:
     if gives == "grpo":
         advantages = case.advantages.view(-1, 64)[:, :1].expand(-1, 64).reshape(-1)
         case = replace(case, advantages=advantages, expert_mask=torch.zeros_like(case.expert_mask))
-    logprobs, entropy = _head(case.hidden, case.weight, case.targets)
+    logprobs, entropy = head(case.hidden, case.weight, case.targets)
     return _loss(case, logprobs, entropy if gives == "entropy" else None)

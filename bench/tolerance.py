@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 import trapo_kernels as tk
-from bench.cpu import RESULTS, _interleaved, machine
-from bench.measure import step
+from bench.measure import RESULTS, interleaved, machine, step
 from bench.providers import Case, Provider
 from trapo.config import ModelConfig
 from trapo.models.loading import head_of, load_model
@@ -82,7 +81,7 @@ def measure(case: Case, name: str, objective: tk.Objective, rounds: int) -> list
         provider = Provider("", lambda _: run(tolerance).loss, "entropy", True)
         return lambda: step(provider, case)
 
-    seconds = _interleaved({str(t): timed(t) for t in TOLERANCES}, rounds)
+    seconds = interleaved({str(t): timed(t) for t in TOLERANCES}, rounds)
     exact = torch.autograd.grad(run(0.0).loss, (case.hidden, case.weight))
     rows = []
     for tolerance in TOLERANCES:

@@ -82,23 +82,11 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def tiny_model_path(tmp_path_factory, tokenizer) -> Path:
     """A folder with a 2-layer Llama of random weights and SmolLM2's tokenizer: fast, and everything else real."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tiny_models import tiny_llama
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
     path = tmp_path_factory.mktemp("tiny-model")
-    LlamaForCausalLM(config).save_pretrained(path)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tiny_llama(tokenizer, **sizes).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 

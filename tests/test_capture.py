@@ -23,6 +23,7 @@ from kernel_cases import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trapo_kernels as tk
+from bench.gpu.graphs import captured
 from trapo_kernels import stream
 from trapo_kernels.backends.triton.rows import interpreted
 
@@ -157,15 +158,7 @@ def test_a_captured_step_gives_the_loss_and_gradients_of_new_inputs_when_replaye
                                     **case.inputs, **options)  # fmt: skip
         return out.loss, *torch.autograd.grad(out.loss, case.params())
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss, *grads = step()
+    replay = captured(step, DEVICE)
     for given in (case, other, case_of(dtype)):
         with torch.no_grad():
             for mine, new in zip(case.params(), given.params(), strict=True):
@@ -173,7 +166,7 @@ def test_a_captured_step_gives_the_loss_and_gradients_of_new_inputs_when_replaye
             case.targets.copy_(given.targets)
             for key, value in given.inputs.items():
                 case.inputs[key].copy_(value)
-        graph.replay()
+        loss, *grads = replay()
         torch.cuda.synchronize()
         expected = run(case, objective, backend, **options)
         assert_close(loss, expected.loss, TOLERANCE[dtype], "loss", floor=1.0)

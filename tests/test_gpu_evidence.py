@@ -76,6 +76,15 @@ def test_counted_now_our_kernels_read_a_logit_twice_write_it_once_and_the_tile_k
     }
 
 
+def compiled_by(program):
+    """What a program prints as JSON in a process without Triton's interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, env=environment,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.skipif(rows.missing() is not None, reason=f"triton: {rows.missing()}")
 def test_compiled_now_the_kernels_have_no_spills():
     program = (
@@ -83,11 +92,7 @@ def test_compiled_now_the_kernels_have_no_spills():
         "found = [compile_for(l, 90, 'trapo_kernels', c) for c, l in list(ours.row_launches())[:4]]\n"
         "print(json.dumps({'kernels': found, 'traffic': []}))"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, env=environment,
-                          capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = compiled_by(program)
     assert [row["kernel"] for row in found["kernels"]] == ["row_stats", "row_grad", "row_grad", "row_fused"]
     assert gpu_evidence.broken(found) == []
 
@@ -112,11 +117,7 @@ def test_every_triton_kernel_compiles_for_hopper_and_blackwell_with_the_triton_t
         "         for c, l in [*ours.row_launches(), *ours.tile_launches(arch)]]\n"
         "print(json.dumps(found))"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, env=environment,
-                          capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = compiled_by(program)
     assert [row["error"] for row in found if "error" in row] == []
     kernels = {"row_stats", "row_grad", "row_fused", "linear_stats", "merge_stats"}
     assert {(row["kernel"], row["arch"]) for row in found} == {(k, a) for k in kernels for a in ("sm_90", "sm_100")}

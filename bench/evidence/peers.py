@@ -6,8 +6,6 @@ provider's own host code; `kernel_steps` are what runs its Triton kernels on CPU
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,20 +14,21 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from bench import providers
+
 from .launches import Launch, recorded
 
 __all__ = ["PEERS", "installed", "launches", "steps"]
 
-PEERS = {"liger_kernel": "liger-kernel", "cut_cross_entropy": "cut-cross-entropy", "trl": "trl"}
+# The module of each peer -> its package on PyPI.
+PEERS = {providers.MODULES[package]: package for package in ("liger-kernel", "cut-cross-entropy", "trl")}
 
 Step = Callable[[Tensor, Tensor, Tensor], Any]
 
 
 def installed(provider: str) -> str | None:
-    """The version that is here, or None."""
-    if importlib.util.find_spec(provider) is None:
-        return None
-    return importlib.metadata.version(PEERS[provider])
+    """The version of a peer that is here, or None."""
+    return providers.installed(PEERS[provider])
 
 
 def liger_step(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:

@@ -23,7 +23,7 @@ import trapo_kernels as tk
 from bench.gpu import rows as stage
 from bench.gpu.rows import Rows, one_line, peak_bytes, seconds_of, settle
 from bench.gpu.running import ROOT, how_it_ended
-from bench.providers import Case, Provider, _head, _trl, installed, on, oracle
+from bench.providers import Case, Provider, head, installed, on, oracle, trl_head
 
 __all__ = ["error_of", "jobs", "main", "make_case"]
 
@@ -105,7 +105,7 @@ def _forward(name: str, logprobs: Callable[[Case], Any], absent: str | None) -> 
     def error(case: Case) -> float:
         few = rows_of(case, CHECKED_ROWS)
         exact = few.double()
-        right = _head(exact.hidden, exact.weight, exact.targets)
+        right = head(exact.hidden, exact.weight, exact.targets)
         return _worst(list(zip(logprobs(few), right, strict=False)))
 
     return Job(FORWARD, name, "entropy", absent, error, step)
@@ -122,9 +122,9 @@ def jobs(device: str) -> Iterator[Job]:
                 return tk.linear_logprobs(case.hidden, case.weight, case.targets, entropy=True, backend=name)
 
             yield _forward(f"trapo_kernels {name}", ours, backend.missing)
-    yield _forward("eager", lambda c: _head(c.hidden, c.weight, c.targets), None)
+    yield _forward("eager", lambda c: head(c.hidden, c.weight, c.targets), None)
     trl = None if installed("trl") else "trl is not installed"
-    yield _forward("TRL chunked head", lambda c: _trl(c, ("entropy",)), trl)
+    yield _forward("TRL chunked head", lambda c: trl_head(c, ("entropy",)), trl)
     yield from (_both(p) for p in everybody if p.name in SLOW_TO_START)
 
 

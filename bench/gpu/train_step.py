@@ -14,15 +14,9 @@ from bench.gpu.rows import Rows, one_line, options, settle
 
 __all__ = ["main"]
 
-SIZES: dict[str, dict[str, Any]] = {
-    "cuda": {
-        "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 12,
-        "num_attention_heads": 16, "num_key_value_heads": 4,
-    },
-    "cpu": {
-        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2,
-    },
+SIZES = {
+    "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 12,
+    "num_attention_heads": 16, "num_key_value_heads": 4,
 }  # fmt: skip
 BATCH = {"cuda": (8, 2048), "cpu": (2, 16)}  # sequences, tokens of each
 STEPS = 6
@@ -32,20 +26,18 @@ APART = 2e-2
 
 def train(backend: str | None, device: str) -> dict[str, Any]:
     """Milliseconds, tokens per second, peak memory and losses of some steps; backend None: transformers' own loss."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    from bench.gpu.llama import random_llama
     from trapo_kernels.integrations.transformers import patch_causal_lm_loss
 
     torch.manual_seed(0)
     sequences, length = BATCH[device]
-    config = LlamaConfig(**SIZES[device], tie_word_embeddings=True, max_position_embeddings=4096)
     with torch.device(device):
-        model = LlamaForCausalLM(config).train()
+        model = random_llama(device, SIZES, max_position_embeddings=4096).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     if backend is not None:
         patch_causal_lm_loss(model, tk.Objective.sft(), backend=backend)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, config.vocab_size, (sequences, length), generator=generator).to(device)
+    ids = torch.randint(0, model.config.vocab_size, (sequences, length), generator=generator).to(device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times, losses = [], []

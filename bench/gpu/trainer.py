@@ -8,7 +8,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,15 +17,9 @@ from bench.gpu.running import ROOT
 __all__ = ["main", "write_model"]
 
 STEPS = {"cuda": 5, "cpu": 2}
-SIZES: dict[str, dict[str, Any]] = {
-    "cuda": {
-        "vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
-        "num_attention_heads": 8, "num_key_value_heads": 4,
-    },
-    "cpu": {
-        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2,
-    },
+SIZES = {
+    "vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
+    "num_attention_heads": 8, "num_key_value_heads": 4,
 }  # fmt: skip
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}<|assistant|>"
 SHOWN = ("loss", "grad_norm", "reward", "entropy", "step_seconds", "seconds", "tokens_per_second", "peak_memory_gb")
@@ -35,7 +28,9 @@ SHOWN = ("loss", "grad_norm", "reward", "entropy", "step_seconds", "seconds", "t
 def write_model(folder: Path, device: str) -> None:
     """A Llama of random weights, and byte-level BPE without a merge: 256 tokens and four names."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
+
+    from bench.gpu.llama import random_llama
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -48,31 +43,20 @@ def write_model(folder: Path, device: str) -> None:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    LlamaForCausalLM(LlamaConfig(**SIZES[device], **ids, tie_word_embeddings=True)).save_pretrained(folder)
+    random_llama(device, SIZES, **ids).save_pretrained(folder)
 
 
 def command(folder: Path, device: str) -> list[str]:
-    traces, length = (512, 128) if device == "cuda" else (256, 8)
+    on_gpu = device == "cuda"
+    traces, length = (512, 128) if on_gpu else (256, 8)
     return [
-        *(
-            sys.executable,
-            "-m",
-            "trapo.cli",
-            "train",
-            "demo",
-            f"run_dir={folder / 'run'}",
-            f"model.path={folder / 'model'}",
-        ),
-        *(
-            f"model.device={device}",
-            f"train.steps={STEPS[device]}",
-            f"train.prompts_per_step={8 if device == 'cuda' else 1}",
-            "optim.warmup_steps=1",
-        ),
+        *(sys.executable, "-m", "trapo.cli", "train", "demo", f"run_dir={folder / 'run'}"),
+        *(f"model.path={folder / 'model'}", f"model.device={device}", "train.precision=bfloat16"),
+        *(f"train.steps={STEPS[device]}", f"train.prompts_per_step={8 if on_gpu else 1}", "optim.warmup_steps=1"),
         *("data.train=task://word_problems?split=train&n=64&seed=1", "data.eval=null", "data.max_prompt_tokens=1024"),
         *(f"data.max_trace_tokens={traces}", f"rollout.max_response_tokens={traces + length}", "eval.before=false"),
-        *("checkpoint.every=0", "train.precision=bfloat16", "train.micro_batch_tokens=4096"),
-    ]
+        *("checkpoint.every=0", "train.micro_batch_tokens=4096"),
+    ]  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -91,13 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
             rows.add(what="trainer's step", **{k: v for k, v in step.items() if k == "step" or k in SHOWN})
         words = (done.stderr.strip() or done.stdout.strip()).splitlines()
         why = {} if done.returncode == 0 else {"failed": words[-1][:300] if words else f"status {done.returncode}"}
-        rows.add(
-            what="trapo train",
-            steps=len(steps),
-            of=STEPS[chosen.device],
-            seconds=round(time.monotonic() - start, 1),
-            **why,
-        )
+        seconds = round(time.monotonic() - start, 1)
+        rows.add(what="trapo train", steps=len(steps), of=STEPS[chosen.device], seconds=seconds, **why)
     return done.returncode or int(len(steps) < STEPS[chosen.device])
 
 

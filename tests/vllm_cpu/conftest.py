@@ -21,23 +21,10 @@ def pytest_collection_modifyitems(items):
 def vllm_model_path(tmp_path_factory, tokenizer) -> Path:
     """A 2-layer Llama with a tied head, as SmolLM2 has, and heads of a size that vLLM's CPU attention knows. Its random
     weights are large enough for varied text."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tiny_models import tiny_llama
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
-    model = LlamaForCausalLM(config)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = tiny_llama(tokenizer, max_position_embeddings=1024, **sizes)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3.0)
