@@ -1,4 +1,4 @@
-"""Fills the site's generated parts: result tables from bench/results/, and the backends of this version."""
+"""Fills the site's generated parts: result tables from bench/results/, and what this version has, from its sources."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replaces `<!-- results -->`, `<!-- backends -->` and `<!-- metrics -->`."""
-    for mark, make in (("results", results), ("backends", backends), ("metrics", metrics)):
-        if f"<!-- {mark} -->" in markdown:
-            markdown = markdown.replace(f"<!-- {mark} -->", make())
+    """Replaces each `<!-- NAME -->` of PARTS."""
+    for name, make in PARTS.items():
+        if f"<!-- {name} -->" in markdown:
+            markdown = markdown.replace(f"<!-- {name} -->", make())
     return markdown
 
 
@@ -65,3 +65,31 @@ def metrics() -> str:
         how = metric.reduce + (f", weighted by `{metric.over}`" if metric.over else "")
         rows.append(f"| `{name}` | {how} | {metric.doc} |")
     return "\n".join(rows)
+
+
+def config() -> str:
+    from trapo.settings.table import markdown
+
+    return markdown()
+
+
+def modes() -> str:
+    from trapo.settings.table import modes_markdown
+
+    return modes_markdown()
+
+
+def presets() -> str:
+    from trapo.settings.table import presets_markdown
+
+    return presets_markdown()
+
+
+PARTS = {
+    "results": results,
+    "backends": backends,
+    "metrics": metrics,
+    "config": config,
+    "modes": modes,
+    "presets": presets,
+}

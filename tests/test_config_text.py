@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from trapo.config import load_config, merge_config, save_config
 from trapo.errors import TrapoError
-from trapo.tools.config_text import Expression, escape, is_expression, plain_tree, shown_yaml, unescape
+from trapo.settings.text import Expression, escape, is_expression, plain_tree, shown_yaml, unescape
 
 HARD = [
     "End with #### and the answer.",

@@ -1,18 +1,33 @@
 import pytest
 
-from trapo.config import MODES as MODE_NAMES
 from trapo.config import merge_config
 from trapo.errors import TrapoError
 from trapo.guidance import ALWAYS, NEVER
-from trapo.modes import MODES, phases
+from trapo.modes import MODES, mode, phases
 
 
 def plan(*overrides):
     return phases(merge_config({}, overrides))
 
 
-def test_every_mode_of_the_configuration_is_implemented_and_no_other():
-    assert set(MODES) == set(MODE_NAMES)
+@pytest.mark.parametrize("name", MODES)
+def test_every_mode_is_accepted_by_the_configuration_says_what_it_does_and_has_phases(name):
+    more = ["train.sft_steps=40"] if name == "sft_then_rl" else []
+    assert sum(phase.steps for phase in plan(f"mode={name}", *more)) == 100
+    assert MODES[name].doc.endswith(".")
+
+
+def test_a_new_mode_is_one_function_and_one_line():
+    @mode("GRPO under another name.")
+    def toy(config):
+        return MODES["grpo"].phases(config)
+
+    try:
+        assert plan("mode=toy") == plan("mode=grpo")
+        with pytest.raises(TrapoError, match=r"accepted: trapo, .*, toy"):
+            plan("mode=toys")
+    finally:
+        del MODES["toy"]
 
 
 def test_trapo_uses_trsft_on_prefixes_and_guides_where_it_helps():

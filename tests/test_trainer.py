@@ -5,7 +5,7 @@ import json
 import pytest
 from killed_run import settings, train_here
 
-from trapo.config import MODES
+from trapo.modes import MODES
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,5 +1,5 @@
-"""`trapo train|eval|grade|plan|compare|report`: the command line. Heavy imports wait until a command needs them, so
-that --help and the reward workers, which import this module again, start fast."""
+"""`trapo train|eval|grade|plan|compare|report|config|presets`: the command line. Heavy imports wait until a command
+needs them, so that --help and the reward workers, which import this module again, start fast."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # which would eat [aime24,math500] in a help text
-    help="TRAPO: SFT on expert prefixes inside a trust region, RL on the model's own continuation.",
 )
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file or the name of a preset")]
 Overrides = Annotated[
@@ -201,6 +200,46 @@ def report(
     else:
         page = write_comparison(runs, out or Path("report.html"))
     _console().print(str(page), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def config(
+    word: Annotated[
+        str | None, typer.Argument(metavar="[WORD]", help="only keys with this word in their name or description")
+    ] = None,
+) -> None:
+    """Print every key of a configuration with its default, what it accepts and what it is; and the modes."""
+    from trapo.settings.table import tables
+
+    console = _console()
+    for table in tables(word):
+        console.print(table, highlight=False)
+        console.print()
+
+
+@app.command()
+def presets() -> None:
+    """Print the presets that are installed with the package, and what each is for."""
+    from trapo.settings.table import presets_table
+
+    _console().print(presets_table(), highlight=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from trapo_kernels import __version__
+
+        print(f"trapo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """TRAPO: SFT on expert prefixes inside a trust region, RL on the model's own continuation."""
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
 """The run's configuration: a typed dataclass tree, read from YAML, changed by `key=value` overrides.
 
-OmegaConf does the merging and the type checks; tools/config_text.py has what is text and what is not. Unknown keys are
-refused with the nearest known name, because a silently ignored `learning_rate=` costs a day. A field left at None takes
-its value from the mode or from the guidance preset (see modes.py and guidance.py). `<run_dir>/config.yaml` holds file
-and overrides merged.
+OmegaConf does the merging and the type checks; the folder settings/ has the rest. Beside each key stand one sentence
+and what it accepts (settings/keys.py); `trapo config` and docs/config.md are made of that. Unknown keys are refused
+with the name that was probably meant, because a silently ignored `learning_rate=` costs a day. A field left at None
+takes its value from the mode or from the guidance preset (see modes.py and guidance.py). `<run_dir>/config.yaml` holds
+file and overrides merged.
 """
 
 from __future__ import annotations
@@ -19,175 +20,256 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from trapo import guidance
 from trapo.errors import TrapoError
-from trapo.tools.config_text import (
-    check_keys,
-    mark_expressions,
-    merge_trees,
-    one_line,
-    override_tree,
-    read_yaml,
-    to_yaml,
-)
+from trapo.modes import MODES, check_mode
+from trapo.settings.keys import Rule, check_values, key
+from trapo.settings.objective import ObjectiveConfig
+from trapo.settings.text import check_keys, mark_expressions, merge_trees, one_line, override_tree, read_yaml, to_yaml
 from trapo.tools.files import write_atomic
 
-MODES = ("trapo", "grpo", "sft", "sft_then_rl", "luffy", "nll_prefix", "fixed_prefix")
 PRESETS = Path(__file__).parent / "presets"
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass
 class ModelConfig:
-    path: str = "smollm2-135m-instruct"  # that name, a local folder, a .gguf file or a hub id
-    dtype: str = "float32"  # of the weights; training needs float32, evaluation takes bfloat16 or float16 too
-    device: str = "auto"  # auto: cuda when there is one, else cpu
-    attention: str = "auto"  # auto: sdpa where the family has it, else eager; or a name that transformers knows
-    gradient_checkpointing: bool = False
-    freeze: str | None = None  # regular expression: parameters whose name it matches are not trained
+    path: str = key(
+        "smollm2-135m-instruct", "That model by name, a local folder, a .gguf file or a hub id.", named=True
+    )
+    dtype: str = key(
+        "float32",
+        "The dtype of the weights; training needs float32, evaluation takes the others too.",
+        choices=_DTYPES,
+    )
+    device: str = key("auto", "Where the model is; auto is cuda when there is one, else cpu.")
+    attention: str = key(
+        "auto",
+        "auto is sdpa where the family has it, else eager; or an implementation that transformers knows by name.",
+    )
+    gradient_checkpointing: bool = key(False, "Compute activations again in the backward instead of keeping them.")
+    freeze: str | None = key(None, "A regular expression: parameters whose name it matches are not trained.")
 
 
 @dataclasses.dataclass
 class DataConfig:
-    train: str | None = None  # JSONL, parquet, or task://...
-    eval: str | None = None
-    dir: str | None = None  # where the files of named benchmarks lie
-    train_limit: int | None = None
-    eval_limit: int | None = None
-    system_prompt: str | None = None
-    prompt_suffix: str = ""
-    max_prompt_tokens: int = 1024
-    max_trace_tokens: int = 8192
-    on_bad_row: str = "raise"  # raise, skip
-    dedup: bool = False  # drop repeated problems: AIME's files hold each one 32 times
-    shuffle: bool = True
+    train: str | None = key(None, "The problems to train on: a JSONL or parquet file, or task://...", named=True)
+    eval: str | None = key(None, "The held-out problems, in any of the same forms.", named=True)
+    dir: str | None = key(None, "The folder that holds the files of named benchmarks.", named=True)
+    train_limit: int | None = key(None, "Use only the first so many problems of data.train.", least=1)
+    eval_limit: int | None = key(
+        None, "Use only the first so many problems of data.eval, or of each benchmark.", least=1
+    )
+    system_prompt: str | None = key(
+        None, "The system message in place of the prompts' own; empty takes that away, null keeps it."
+    )
+    prompt_suffix: str = key("", "A text that is put behind each prompt's last message.")
+    max_prompt_tokens: int = key(1024, "Problems with a longer prompt are left out.", least=1)
+    max_trace_tokens: int = key(8192, "Expert traces that are longer are left out.", least=1)
+    on_bad_row: str = key(
+        "raise",
+        "What a row that cannot be used does: stop the run, or be left out and counted.",
+        choices=("raise", "skip"),
+    )
+    dedup: bool = key(False, "Drop repeated problems: AIME's files hold each one 32 times.")
+    shuffle: bool = key(True, "Take the problems of each epoch in an order of its own, by seed.")
 
 
 @dataclasses.dataclass
 class GuidanceConfig:
-    preset: str = "paper"  # paper, official; the fields below change single parts of it
-    sizes: list[int] | None = None  # rollouts per micro-group
-    ratios: list[float] | None = None  # of the expert trace that is given as prefix
-    thresholds: list[float] | None = None  # guided while the mean reward so far is below
-    cut: str | None = None  # token, blank_line
-    traces: str | None = None  # random, in_order
-    trace_part: str | None = None  # full, thinking
-    supervise: str | None = None  # every, one_per_prefix
-    stop_decided: bool = False  # draw no more of a prompt whose rollouts were all right (guidance.is_decided)
-
-
-@dataclasses.dataclass
-class ObjectiveConfig:
-    """Fields of trapo_kernels.Objective; None keeps the mode's choice."""
-
-    expert: str | None = None
-    alpha: float | None = None
-    expert_coef: float | None = None
-    luffy_gamma: float | None = None
-    policy: str | None = None
-    clip_low: float | None = None
-    clip_high: float | None = None
-    dual_clip: float | None = None
-    entropy_coef: float | None = None
-    kl_coef: float | None = None
-    tis_cap: float | None = None  # truncated importance sampling; needs an engine that gives log-probabilities: vllm
+    preset: str = key(
+        "paper",
+        "The paper's rules, or those of the authors' code; the keys below change parts of it.",
+        choices=guidance.PRESETS,
+    )
+    sizes: list[int] | None = key(None, "Rollouts of each micro-group; null is the preset's.")
+    ratios: list[float] | None = key(None, "The share of an expert trace that each micro-group gets as its prefix.")
+    thresholds: list[float] | None = key(
+        None, "A micro-group is guided while the mean reward of a prompt's earlier rollouts is below its threshold."
+    )
+    cut: str | None = key(
+        None,
+        "Where a prefix ends: at a token by its ratio, or at the next blank line of the trace.",
+        choices=("token", "blank_line"),
+    )
+    traces: str | None = key(None, "Which of a prompt's traces a micro-group takes.", choices=("random", "in_order"))
+    trace_part: str | None = key(
+        None, "The whole trace, or what comes before its </think>.", choices=("full", "thinking")
+    )
+    supervise: str | None = key(
+        None,
+        "Which prefixes carry the expert term: every one, or one of those that share it.",
+        choices=("every", "one_per_prefix"),
+    )
+    stop_decided: bool = key(False, "Draw no more of a prompt whose rollouts were all right (guidance.is_decided).")
 
 
 @dataclasses.dataclass
 class AdvantageConfig:
-    baseline: str = "all"  # all, unguided, own_tokens: whose mean reward is subtracted
-    std: bool | None = None  # divide by the group's standard deviation; None: the mode's choice
+    baseline: str = key(
+        "all", "Of which rollouts of a group the mean reward is subtracted.", choices=("all", "unguided", "own_tokens")
+    )
+    std: bool | None = key(None, "Divide by the group's standard deviation; null is the mode's choice.")
 
 
 @dataclasses.dataclass
 class RolloutConfig:
-    engine: str = "hf"  # hf: transformers; vllm: in this process; vllm_server: a running `vllm serve` (docs/vllm.md)
-    temperature: float = 1.0
-    max_response_tokens: int = 8192  # expert prefix + own tokens
-    batch_size: int = 64  # sequences decoded together
-    dtype: str | None = None  # of vllm's weights; None: model.dtype
-    engine_args: dict[str, Any] = dataclasses.field(default_factory=dict)  # more arguments of vllm.LLM
-    server_url: str | None = None  # vllm_server: http://host:port
-    weight_sync: str = "folder"  # vllm_server: folder (any device), nccl, ipc (GPUs)
-    sync_folder: str | None = None  # of weight_sync=folder, seen by both sides under one path; None: in run_dir
-    guard_tokens: int = 64  # compared between engine and learner after each weight sync; 0: none
-    guard_tolerance: float | None = None  # nats, mean over them; None: by dtype, 1e-3 for float32
-    seeding: str = "call"  # random numbers of a whole call, or of each `request`: several ranks use the latter
+    engine: str = key(
+        "hf",
+        "What generates: transformers, vLLM in this process, or a running `vllm serve` (docs/vllm.md).",
+        choices=("hf", "vllm", "vllm_server"),
+    )
+    temperature: float = key(1.0, "The sampling temperature, which the loss takes into account.", above=0)
+    max_response_tokens: int = key(8192, "The limit of a response: expert prefix and own tokens together.", least=1)
+    batch_size: int = key(64, "Sequences that are decoded together.", least=1)
+    dtype: str | None = key(None, "The dtype of vLLM's weights; null is model.dtype.", choices=_DTYPES)
+    engine_args: dict[str, Any] = key({}, "More arguments of vllm.LLM.")
+    server_url: str | None = key(None, "The address of the server of engine vllm_server, http://host:port.", named=True)
+    weight_sync: str = key(
+        "folder",
+        "How engine vllm_server gets new weights: through a folder (any device), or nccl or ipc (GPUs).",
+        choices=("folder", "nccl", "ipc"),
+    )
+    sync_folder: str | None = key(
+        None, "The folder of weight_sync=folder, seen by both sides under one path; null is one in run_dir.", named=True
+    )
+    guard_tokens: int = key(
+        64, "Tokens whose log-probabilities engine and learner compare after each weight sync; 0 is none.", least=0
+    )
+    guard_tolerance: float | None = key(
+        None,
+        "The mean difference, in nats, that the comparison allows; null goes by dtype (1e-3 for float32).",
+        above=0,
+    )
+    seeding: str = key(
+        "call",
+        "Whether a whole call has random numbers, or each request its own, as several ranks need.",
+        choices=("call", "request"),
+    )
 
 
 @dataclasses.dataclass
 class RewardConfig:
-    function: str = "math"  # math, math_verify, package.module:function or ./file.py:function (rewards/functions.py)
-    range: list[float] | None = None  # lowest and highest reward: scaled to 0..1, others are errors; None: as they are
-    workers: int = 1
-    timeout: float = 10.0  # seconds for one answer; a worker past it is killed and the answer scores 0
+    function: str = key(
+        "math",
+        "math, math_verify, or a function of yours: package.module:function or ./file.py:function (docs/rewards.md).",
+        named=True,
+    )
+    range: list[float] | None = key(
+        None,
+        "The lowest and the highest reward, scaled to 0 and 1 (others are errors); null takes rewards as they are.",
+        rule=Rule(
+            "must be two finite numbers, the lower one first",
+            lambda pair: len(pair) == 2 and all(map(math.isfinite, pair)) and pair[0] < pair[1],
+        ),
+    )
+    workers: int = key(1, "Processes that compute rewards.", least=1)
+    timeout: float = key(10.0, "Seconds for one answer; a worker past it is killed and the answer scores 0.", above=0)
 
 
 @dataclasses.dataclass
 class OptimConfig:
-    lr: float = 1e-6
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0  # of the global norm; 0: off
-    schedule: str = "constant"  # constant, linear, cosine
-    warmup_steps: int = 0
+    lr: float = key(1e-6, "The learning rate of AdamW.", above=0)
+    betas: tuple[float, float] = key(
+        (0.9, 0.999),
+        "The decay rates of AdamW's two averages.",
+        rule=Rule("both must be in [0, 1)", lambda pair: all(0 <= beta < 1 for beta in pair)),
+    )
+    eps: float = key(1e-8, "What AdamW adds to its denominator.", above=0)
+    weight_decay: float = key(0.0, "AdamW's decoupled weight decay.", least=0)
+    grad_clip: float = key(1.0, "The limit of the gradient's global norm; 0 is none.", least=0)
+    schedule: str = key(
+        "constant",
+        "What the learning rate does after the warmup, until train.steps.",
+        choices=("constant", "linear", "cosine"),
+    )
+    warmup_steps: int = key(0, "Steps in which the learning rate rises to its full value.", least=0)
 
 
 @dataclasses.dataclass
 class TrainConfig:
-    steps: int = 100
-    sft_steps: int | None = None  # mode sft_then_rl: how many of the steps are SFT
-    prompts_per_step: int = 8
-    updates_per_step: int = 1  # optimizer steps on one batch of rollouts (minibatches)
-    micro_batch_tokens: int = 4096  # in one forward-backward: real tokens where packed, else padded ones
-    packing: str = "auto"  # always: one row of concatenated sequences; auto: where attention is varlen (flash)
-    precision: str = "auto"  # of forward and backward, weights and optimizer are float32; auto: bfloat16 on GPUs
-    normalizer: str = "tokens"  # tokens: of the global batch; constant: normalizer_constant
-    normalizer_constant: float | None = None  # None: rollouts x rollout.max_response_tokens (Dr.GRPO)
-    skip_inactive: bool = True  # leave sequences without any gradient out of the forward, and so out of the metrics
-    threads: int | None = None  # torch CPU threads; None: torch's default
-    max_skipped_steps: int = 10  # stop after so many steps in a row whose loss or gradient was not finite
+    steps: int = key(
+        100, "Steps of the run: each draws rollouts of prompts_per_step prompts and learns from them.", least=1
+    )
+    sft_steps: int | None = key(None, "How many of the steps are SFT, in mode sft_then_rl.", least=1)
+    prompts_per_step: int = key(8, "Prompts of a step.", least=1)
+    updates_per_step: int = key(1, "Optimizer steps on one batch of rollouts (minibatches).", least=1)
+    micro_batch_tokens: int = key(
+        4096, "Tokens in one forward and backward: real ones where batches are packed, else padded ones.", least=1
+    )
+    packing: str = key(
+        "auto",
+        "always puts sequences one behind the other into a row; auto does where attention is varlen (flash).",
+        choices=("auto", "always", "never"),
+    )
+    precision: str = key(
+        "auto",
+        "The dtype of forward and backward (weights and optimizer are float32); auto is bfloat16 on GPUs.",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    normalizer: str = key(
+        "tokens",
+        "What the summed loss is divided by: the tokens of the global batch, or normalizer_constant.",
+        choices=("tokens", "constant"),
+    )
+    normalizer_constant: float | None = key(
+        None, "The divisor of normalizer=constant; null is rollouts × rollout.max_response_tokens (Dr.GRPO).", above=0
+    )
+    skip_inactive: bool = key(
+        True, "Leave sequences without any gradient out of the forward, and so out of the metrics."
+    )
+    threads: int | None = key(None, "Torch's CPU threads; null is torch's default.", least=1)
+    max_skipped_steps: int = key(
+        10, "Stop after so many steps in a row whose loss or gradient was not finite.", least=1
+    )
 
 
 @dataclasses.dataclass
 class LoraConfig:
-    rank: int = 0  # 0: all weights are trained
-    alpha: float = 32.0  # the adapter counts alpha / rank
-    targets: list[str] | None = None  # names of linear layers; None: all but the head
+    rank: int = key(0, "The rank of low-rank adapters; 0 trains all weights instead.", least=0)
+    alpha: float = key(32.0, "The adapter counts alpha / rank.", above=0)
+    targets: list[str] | None = key(
+        None, "Names of the linear layers that get adapters; null is all but the head.", named=True
+    )
 
 
 @dataclasses.dataclass
 class EvalConfig:
-    every: int = 0  # steps between evaluations; 0: only before and after
-    before: bool = True
-    suite: str | None = None  # `trapo eval`: the benchmarks of a suite (evaluation/benchmarks.py), read from data.dir
-    benchmarks: list[str] | None = None  # or these: names and files, with @k for k samples a problem, as in aime24@8
-    temperature: float | None = None  # 0: greedy; None: 0 on data.eval, 0.6 on benchmarks
-    samples: int = 1  # per problem of data.eval: avg@k and pass@k when above 1
-    max_response_tokens: int | None = None  # None: rollout.max_response_tokens
+    every: int = key(0, "Steps between evaluations; 0 is only before and after.", least=0)
+    before: bool = key(True, "Evaluate before the first step.")
+    suite: str | None = key(None, "For `trapo eval`: the benchmarks of a suite (math), read from data.dir.", named=True)
+    benchmarks: list[str] | None = key(
+        None, "Or these: names and files, with @k for k samples a problem, as in aime24@8.", named=True
+    )
+    temperature: float | None = key(None, "0 is greedy; null is 0 on data.eval and 0.6 on benchmarks.", least=0)
+    samples: int = key(1, "Samples a problem of data.eval: avg@k and pass@k when above 1.", least=1)
+    max_response_tokens: int | None = key(None, "The limit of an answer; null is rollout.max_response_tokens.", least=1)
 
 
 @dataclasses.dataclass
 class CheckpointConfig:
-    every: int = 50  # steps; 0: only the final model (and what SIGTERM saves)
-    keep: int = 2  # the newest; with 1 there is no other one to go back to should it be damaged
-    keep_best: int = 0  # also save at every evaluation, and keep the so many best by held-out accuracy
+    every: int = key(50, "Steps between checkpoints; 0 is only the final model (and what SIGTERM saves).", least=0)
+    keep: int = key(
+        2, "Keep the so many newest; with 1 there is no other one to go back to should it be damaged.", least=1
+    )
+    keep_best: int = key(0, "Also save at every evaluation, and keep the so many best by held-out accuracy.", least=0)
 
 
 @dataclasses.dataclass
 class LogConfig:
     """Beyond metrics.jsonl, which is always written."""
 
-    tensorboard: bool = False  # in run_dir/tensorboard
-    wandb: bool = False  # project trapo, or WANDB_PROJECT; WANDB_MODE=offline works
-    rollouts_every: int = 5  # steps between samples of rollouts in rollouts.jsonl; 0: none
-    rollouts: int = 4  # rollouts in a sample, of as many guidance levels as there are
+    tensorboard: bool = key(False, "Write TensorBoard's events, in run_dir/tensorboard.")
+    wandb: bool = key(False, "Log to W&B, project trapo or WANDB_PROJECT; WANDB_MODE=offline works.")
+    rollouts_every: int = key(5, "Steps between samples of rollouts in rollouts.jsonl; 0 is none.", least=0)
+    rollouts: int = key(4, "Rollouts in a sample, of as many guidance levels as there are.", least=1)
 
 
 @dataclasses.dataclass
 class Config:
-    mode: str = "trapo"
-    seed: int = 0
-    run_dir: str = "runs/trapo"
+    mode: str = key("trapo", "The way to train (`trapo config` and docs/config.md say what each is).", choices=MODES)
+    seed: int = key(0, "All random numbers of the run follow from it.", least=0)
+    run_dir: str = key("runs/trapo", "The folder of the run.", named=True)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
@@ -201,75 +283,6 @@ class Config:
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
-
-
-# What each word-valued field accepts; everything else is checked by its type or by a bound below.
-CHOICES: dict[str, tuple[str, ...]] = {
-    "mode": MODES,
-    "model.dtype": ("float32", "bfloat16", "float16"),
-    "data.on_bad_row": ("raise", "skip"),
-    "guidance.preset": ("paper", "official"),
-    "guidance.cut": ("token", "blank_line"),
-    "guidance.traces": ("random", "in_order"),
-    "guidance.trace_part": ("full", "thinking"),
-    "guidance.supervise": ("every", "one_per_prefix"),
-    "advantage.baseline": ("all", "unguided", "own_tokens"),
-    "rollout.engine": ("hf", "vllm", "vllm_server"),
-    "rollout.dtype": ("float32", "bfloat16", "float16"),
-    "rollout.weight_sync": ("folder", "nccl", "ipc"),
-    "rollout.seeding": ("call", "request"),
-    "train.packing": ("auto", "always", "never"),
-    "train.precision": ("auto", "float32", "bfloat16"),
-    "optim.schedule": ("constant", "linear", "cosine"),
-    "train.normalizer": ("tokens", "constant"),
-}
-# (lowest accepted value, whether that value itself is accepted)
-BOUNDS: dict[str, tuple[float, bool]] = {
-    "seed": (0, True),
-    "data.train_limit": (1, True),
-    "data.eval_limit": (1, True),
-    "data.max_prompt_tokens": (1, True),
-    "data.max_trace_tokens": (1, True),
-    "rollout.temperature": (0, False),
-    "rollout.max_response_tokens": (1, True),
-    "rollout.batch_size": (1, True),
-    "rollout.guard_tokens": (0, True),
-    "rollout.guard_tolerance": (0, False),
-    "objective.tis_cap": (0, False),
-    "reward.workers": (1, True),
-    "reward.timeout": (0, False),
-    "optim.lr": (0, False),
-    "optim.eps": (0, False),
-    "optim.weight_decay": (0, True),
-    "optim.grad_clip": (0, True),
-    "optim.warmup_steps": (0, True),
-    "train.steps": (1, True),
-    "train.sft_steps": (1, True),
-    "train.prompts_per_step": (1, True),
-    "train.updates_per_step": (1, True),
-    "train.micro_batch_tokens": (1, True),
-    "train.normalizer_constant": (0, False),
-    "train.threads": (1, True),
-    "train.max_skipped_steps": (1, True),
-    "lora.rank": (0, True),
-    "lora.alpha": (0, False),
-    "eval.every": (0, True),
-    "eval.temperature": (0, True),
-    "eval.samples": (1, True),
-    "eval.max_response_tokens": (1, True),
-    "checkpoint.every": (0, True),
-    "checkpoint.keep": (1, True),
-    "checkpoint.keep_best": (0, True),
-    "log.rollouts_every": (0, True),
-    "log.rollouts": (1, True),
-}
-
-
-# Texts that name something; the others may be empty: data.system_prompt= takes the chat template's own away.
-NOT_EMPTY = (
-    *("run_dir", "model.path", "data.train", "data.eval", "data.dir", "reward.function"),
-    *("rollout.server_url", "rollout.sync_folder", "eval.suite", "eval.benchmarks", "lora.targets"),
-)
 
 
 def preset_names() -> list[str]:
@@ -320,8 +333,8 @@ def merge_config(base: DictConfig | Mapping[str, Any], overrides: Iterable[str] 
         raise TrapoError(f"{getattr(error, 'full_key', '') or 'config'}: {one_line(error)}") from error
     except RecursionError:
         raise TrapoError("config: an expression ${...} refers to itself") from None
-    _check_texts(config)
-    _check_values(config)
+    check_values(config)
+    _check_together(config)
     return config
 
 
@@ -336,39 +349,9 @@ def changed_keys(old: Config, new: Config) -> list[str]:
     return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
 
 
-def _check_texts(config: Config) -> None:
-    for key, value in _flatten(dataclasses.asdict(config)).items():
-        for text in value if isinstance(value, (list, tuple)) else [value]:
-            if not isinstance(text, str):
-                continue
-            if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
-                raise TrapoError(f"{key}: got {text[:100]!r}; a text cannot hold NUL or bytes that are not UTF-8")
-            if key in NOT_EMPTY and not text:
-                raise TrapoError(f"{key}: got an empty text; leave it out or give it a value")
-
-
-def _check_values(config: Config) -> None:
-    flat = _flatten(dataclasses.asdict(config))
-    for key, accepted in CHOICES.items():
-        if flat[key] is not None and flat[key] not in accepted:
-            raise TrapoError(f"{key}: got {flat[key]!r}; accepted: {', '.join(accepted)}")
-    for key, (low, inclusive) in BOUNDS.items():
-        value = flat[key]
-        if value is not None and not ((value >= low if inclusive else value > low) and math.isfinite(value)):
-            raise TrapoError(f"{key}: got {value}; must be {'>=' if inclusive else '>'} {low}, and finite")
-    bounds = config.reward.range
-    if bounds is not None and not (len(bounds) == 2 and all(map(math.isfinite, bounds)) and bounds[0] < bounds[1]):
-        raise TrapoError(f"reward.range: got {list(bounds)}; must be two finite numbers, the lower one first")
-    if not all(0 <= beta < 1 for beta in config.optim.betas):
-        raise TrapoError(f"optim.betas: got {list(config.optim.betas)}; both must be in [0, 1)")
-    if config.mode == "sft_then_rl":
-        if config.train.sft_steps is None or config.train.sft_steps >= config.train.steps:
-            raise TrapoError(
-                f"train.sft_steps: mode sft_then_rl needs 1 <= sft_steps < train.steps={config.train.steps}, "
-                f"got {config.train.sft_steps}"
-            )
-    elif config.train.sft_steps is not None:
-        raise TrapoError(f"train.sft_steps: only mode sft_then_rl has SFT steps; got mode {config.mode}")
+def _check_together(config: Config) -> None:
+    """Raises TrapoError, in one line, for values that do not go together."""
+    check_mode(config)
     if config.objective.tis_cap is not None and config.rollout.engine == "hf":
         raise TrapoError(
             "objective.tis_cap: needs the engine's log-probabilities, which rollout.engine=hf does not give "
@@ -387,9 +370,9 @@ def _check_values(config: Config) -> None:
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for key, value in tree.items():
+    for name, value in tree.items():
         if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(_flatten(value, f"{prefix}{name}."))
         else:
-            flat[prefix + key] = value
+            flat[prefix + name] = value
     return flat

@@ -83,6 +83,8 @@ def _train(
     plan = phases(config)
     check_loggers(config)
     log = functools.partial(console.print, markup=False, highlight=False)
+    for line in dict.fromkeys(line for phase in plan for line in phase.overruled):
+        log(line)
     resume_from = ranks.once(lambda: run_dir.look(config, restart_finished=restart_finished, log=log))
     if config.train.threads:
         torch.set_num_threads(config.train.threads)

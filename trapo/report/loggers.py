@@ -14,7 +14,7 @@ from trapo.config import Config
 from trapo.errors import TrapoError, words_of
 from trapo.evaluation.evaluate import EvalResult
 from trapo.runs.run_dir import RunDir
-from trapo.tools.config_text import plain_tree
+from trapo.settings.text import plain_tree
 from trapo.tools.files import write_atomic
 
 HISTOGRAM = "expert_prob_histogram"

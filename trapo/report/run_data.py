@@ -12,7 +12,7 @@ from trapo.errors import TrapoError
 from trapo.modes import phases
 from trapo.runs.history import read_rows
 from trapo.runs.run_dir import RunDir
-from trapo.tools.config_text import shown_yaml
+from trapo.settings.text import shown_yaml
 from trapo.tools.files import read_json
 
 

@@ -18,21 +18,17 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import importlib
 import importlib.util
 import inspect
 import logging
 import math
 import numbers
-import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from trapo.errors import TrapoError
+from trapo.tools.imports import import_function
 
 Row = Mapping[str, Any]
 ROW_COLUMNS = ("prompt", "id", "source")  # what a row may hold beside its answer
@@ -90,14 +86,7 @@ def resolve(name: str) -> RewardFunction:
             f"reward must be 'math' or 'package.module:function'; got {name!r} "
             "(also accepted: 'math_verify' and './file.py:function')"
         )
-    try:
-        function = getattr(_module(place), function_name)
-    except BaseException as error:  # a module may call sys.exit
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        raise TrapoError(f"reward {name!r} cannot be imported: {one_line(error)}") from error
-    if not callable(function):
-        raise TrapoError(f"reward {name!r} is a {type(function).__name__}, not a function")
+    function = import_function(name, "reward")
     return _adapted(name, function)
 
 
@@ -119,24 +108,6 @@ def math_verify(text: str, answer: str) -> float:
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     gold = answer if "$" in answer.replace("\\$", "") else f"${answer}$"
     return float(verify(parse(gold, parsing_timeout=None), parse(text, parsing_timeout=None), timeout_seconds=None))
-
-
-def _module(place: str) -> ModuleType:
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())  # a module beside the config, also under the `trapo` command
-    if not (place.endswith(".py") or os.sep in place):
-        return importlib.import_module(place)
-    path = Path(place if place.endswith(".py") else place + ".py").expanduser().resolve()
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # for its own imports
-    module_name = f"trapo_reward_{path.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses and pickle look a module up by its name
-    spec.loader.exec_module(module)
-    return module
 
 
 def _adapted(name: str, function: Callable[..., Any]) -> RewardFunction:
@@ -222,12 +193,3 @@ def _check_call(name: str, function: Callable[..., Any], values: tuple[Any, ...]
             f"reward {name!r} takes {inspect.signature(function)}, which cannot be called ({error}); it must take "
             f"(text, answer), with any of {', '.join(ROW_COLUMNS)} by name, or TRL's (completions, **columns)"
         ) from None
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's type and words in one line, also where its own `__str__` fails."""
-    try:
-        words = str(error)
-    except BaseException:
-        words = "(its __str__ fails)"
-    return " ".join(f"{type(error).__name__}: {words}".split())[:300]

@@ -18,7 +18,8 @@ from multiprocessing import connection
 from typing import Any, Literal
 
 from trapo.rewards.extract import FINAL_ANSWER
-from trapo.rewards.functions import RewardFunction, one_line, resolve
+from trapo.rewards.functions import RewardFunction, resolve
+from trapo.tools.imports import one_line
 
 Status = Literal["ok", "timeout", "crash", "error"]
 Bounds = tuple[float, float]

@@ -14,7 +14,7 @@ from typing import Any
 
 from trapo.config import Config
 from trapo.errors import TrapoError
-from trapo.tools.config_text import plain_tree
+from trapo.settings.text import plain_tree
 from trapo.tools.files import read_json, write_atomic, write_json
 
 Log = Callable[[str], None]

@@ -11,7 +11,6 @@ nothing but the expression is ever written or shown: see `Expression`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import io
 import re
 import types
@@ -24,6 +23,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from trapo.errors import TrapoError
+from trapo.settings.words import meant_key
 
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _NULL = "null"
@@ -66,7 +66,7 @@ def override_tree(item: str, schema: type) -> Tree:
     parts = key.split(".")
     for i, part in enumerate(parts):
         if dataclasses.is_dataclass(hint):
-            hint = _field(hint, part, prefix="".join(f"{p}." for p in parts[:i]))
+            hint = _field(hint, part, "".join(f"{p}." for p in parts[:i]), schema)
         elif typing.get_origin(hint) is dict or hint is Any:
             hint = Any
         else:
@@ -88,14 +88,17 @@ def merge_trees(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Tree:
     return merged
 
 
-def check_keys(node: Any, schema: type, prefix: str = "") -> None:
-    """Raises TrapoError for a key that the schema does not have, and for one that has no value yet."""
+def check_keys(node: Any, schema: type, prefix: str = "", root: type | None = None) -> None:
+    """Raises TrapoError for a key that the schema does not have, and for one that has no value yet.
+
+    root: the whole configuration, where node and schema are the group at `prefix` of it.
+    """
     for key, value in node.items():
-        child = _field(schema, key, prefix)
+        child = _field(schema, key, prefix, root or schema)
         if dataclasses.is_dataclass(child):
             if not isinstance(value, Mapping):
                 raise TrapoError(f"{prefix}{key}: expected a group of keys, got {value!r}")
-            check_keys(value, typing.cast(type, child), f"{prefix}{key}.")
+            check_keys(value, typing.cast(type, child), f"{prefix}{key}.", root or schema)
         elif any(leaf == "???" for leaf in _leaves(value)):
             raise TrapoError(f"{prefix}{key}: got ???; give it a value")
 
@@ -163,11 +166,11 @@ def one_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _field(schema: Any, key: Any, prefix: str) -> Any:
+def _field(schema: Any, key: Any, prefix: str, root: type) -> Any:
     hints = typing.get_type_hints(schema)
     if key not in hints:
-        nearest = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)[0]
-        raise TrapoError(f"{prefix}{key}: unknown key; did you mean {prefix}{nearest}? (known: {', '.join(hints)})")
+        meant = meant_key(str(key), prefix, hints, root)
+        raise TrapoError(f"{prefix}{key}: unknown key; did you mean {meant}? (known: {', '.join(hints)})")
     return hints[key]
 
 
