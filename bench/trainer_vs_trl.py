@@ -48,7 +48,7 @@ def draw_rollouts(path: Path, prompts: int, max_tokens: int, data: Path) -> None
     """Generate the rollouts that both sides train on: [{prompt, prompt_ids, completion_ids: GROUP lists}]."""
     from trapo.config import merge_config
     from trapo.data.encode import encode_problems
-    from trapo.data.problems import load_problems
+    from trapo.data.loading import load_problems
     from trapo.engines.make import make_engine
     from trapo.engines.protocol import Request
     from trapo.models.loading import SMOLLM2, load_model
@@ -190,7 +190,7 @@ def run_trapo(rows: list[dict[str, Any]], steps: int, budget: int, profile: bool
 
 def as_rollouts(rows: list[dict[str, Any]]) -> list[Any]:
     from trapo.data.encode import EncodedProblem
-    from trapo.data.problems import Problem
+    from trapo.data.problem import Problem
     from trapo.rollouts import Rollout
 
     rollouts = []

@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterable, Sequence
 
 from trapo.data.encode import EncodedProblem, Trace
-from trapo.data.problems import Problem
+from trapo.data.problem import Problem
 
 CHARACTERS = "0123456789X+-*@&=;>:"
 PAD, EOS = 0, 1

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import trapo_kernels as tk
 from trapo.config import LoraConfig, merge_config
 from trapo.data.encode import EncodedProblem
-from trapo.data.problems import Problem
+from trapo.data.problem import Problem
 from trapo.engines.hf import HFEngine
 from trapo.engines.protocol import Request
 from trapo.errors import TrapoError

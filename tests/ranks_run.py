@@ -34,6 +34,7 @@ def _update(model: str, ranks: Ranks, overrides: list[str]) -> dict:
     from trapo.config import merge_config
     from trapo.learner import Learner
     from trapo.models.loading import load_model
+    from trapo.models.precision import resolve
     from trapo.models.sharding import shard_over
     from trapo.models.weights import full_weights
 
@@ -43,7 +44,7 @@ def _update(model: str, ranks: Ranks, overrides: list[str]) -> dict:
     seen: set[str] = set()
     loaded.get_decoder().norm.register_forward_hook(lambda *args: seen.add(str(args[-1].dtype)))
     lora.attach(loaded, config.lora, base=model, seed=0)
-    shard_over(loaded, ranks, config.train.precision)
+    shard_over(loaded, ranks, resolve(config.train.precision, loaded.device))
     learner = Learner(loaded, config, pad_id=2, ranks=ranks)
     reports = [learner.update(rollouts(), tk.Objective.trapo(entropy_coef=0.01), seed=s) for s in range(3)]
     weights = {name: value.clone() for name, value in full_weights(loaded)}

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from trapo.batching import collate, loss_tokens, micro_batches
 from trapo.data.encode import EncodedProblem
-from trapo.data.problems import Problem
+from trapo.data.problem import Problem
 from trapo.rollouts import Rollout
 
 PROBLEM = EncodedProblem(Problem("p", ({"role": "user", "content": "?"},), "1", (), "test"), (5, 6, 7), ())

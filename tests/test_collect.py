@@ -3,7 +3,7 @@
 import pytest
 
 from trapo.data.encode import EncodedProblem, Trace
-from trapo.data.problems import Problem
+from trapo.data.problem import Problem
 from trapo.engines.protocol import Completion
 from trapo.guidance import ALWAYS, NEVER, PAPER, schedule
 from trapo.rewards import Reward

@@ -1,14 +1,15 @@
 """Reading problems: three layouts, two file types, generated sets, and errors a person can act on."""
 
 import json
-import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from trapo.data.problems import DataError, Problem, load_problems, problem_id, write_problems
+from trapo.data.loading import load_problems
+from trapo.data.problem import DataError, Problem, problem_id
 from trapo.rewards import math_reward
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -67,32 +68,14 @@ def test_the_two_columns_of_traces_go_together(tmp_path):
         assert [p.traces for p in load_problems(write(tmp_path / f"toy.{write.__name__}", *rows))] == expected
 
 
-def test_what_is_written_reads_back_the_same(tmp_path):
+def test_rows_of_plain_json_read_back_the_same(tmp_path):
     problems = [
         Problem("é/1", tuple(CHAT), "½", ("a\nb", "a\u2028b"), "x"),
         Problem("2", ({"role": "user", "content": "q"},), "2", (), "y"),
     ]
-    write_problems(tmp_path / "out.jsonl", problems)
-    assert load_problems(tmp_path / "out.jsonl") == problems
-    assert (tmp_path / "out.jsonl").stat().st_mode & 0o777 == 0o666 & ~_umask()
-
-
-def _umask():
-    os.umask(mask := os.umask(0))
-    return mask
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = jsonl(tmp_path / "out.jsonl", {"prompt": "?", "answer": "2"})
-
-    def broken():
-        yield from load_problems(path)
-        raise RuntimeError("no more")
-
-    with pytest.raises(RuntimeError, match="no more"):
-        write_problems(path, broken())
-    assert len(load_problems(path)) == 1
-    assert list(tmp_path.iterdir()) == [path]
+    path = tmp_path / "out.jsonl"
+    path.write_text("".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in problems), "utf-8")
+    assert load_problems(path) == problems
 
 
 # ---------------------------------------------------------------------------------------------------- GSM8K

@@ -4,7 +4,7 @@ import random
 import pytest
 
 from trapo.data.encode import PromptEncoder, TraceEncoder, encode_problems
-from trapo.data.problems import Problem
+from trapo.data.problem import Problem
 from trapo.errors import TrapoError
 from trapo.guidance import OFFICIAL, PAPER
 

@@ -4,7 +4,7 @@ import pytest
 
 from trapo.config import merge_config
 from trapo.data.encode import EncodedProblem
-from trapo.data.problems import Problem
+from trapo.data.problem import Problem
 from trapo.engines.protocol import Completion
 from trapo.evaluation.evaluate import EvalResult, evaluate
 from trapo.rewards import Reward

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trapo.data.problems import load_problems
+from trapo.data.loading import load_problems
 from trapo.rewards import grade, math_reward
 from trapo.rewards.dress import undress
 from trapo.rewards.numbers import read_number

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from trapo.config import RolloutConfig, merge_config
 from trapo.data.encode import EncodedProblem
-from trapo.data.problems import Problem
+from trapo.data.problem import Problem
 from trapo.engines.guard import AgreementGuard, plain_scorer, unanswered
 from trapo.engines.hf import HFEngine
 from trapo.engines.protocol import Completion, Request

@@ -22,9 +22,6 @@ KNOWN = {
     ("trapo_kernels.backends.dispatch", "trapo_kernels.verify"),
     ("trapo_kernels.ops", "trapo_kernels.functional"),
     ("trapo_kernels.backends.triton.rows", "trapo_kernels.backends.triton.tiles"),
-    ("trapo.data.problems", "trapo.data.tasks.word_problems"),
-    ("trapo.models.lora", "trapo.models.agreement"),
-    ("trapo.models.sharding", "trapo.models.precision"),
 }
 
 # Imports of `trapo` by `trapo_kernels` today. This list must shrink too.

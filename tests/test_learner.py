@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import trapo_kernels as tk
 from trapo.config import merge_config
 from trapo.data.encode import EncodedProblem
-from trapo.data.problems import Problem
+from trapo.data.problem import Problem
 from trapo.errors import TrapoError
 from trapo.learner import Learner, lr_factor
 from trapo.models.loading import enable_checkpointing

@@ -11,7 +11,7 @@ import trapo_kernels as tk
 from trapo.cli import app
 from trapo.config import load_config, merge_config
 from trapo.data.encode import EncodedProblem
-from trapo.data.problems import Problem
+from trapo.data.problem import Problem
 from trapo.errors import TrapoError
 from trapo.learner import Learner
 from trapo.models.loading import load_model

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from trapo.data.encode import EncodedProblem, decode_text
-from trapo.data.problems import Problem
+from trapo.data.problem import Problem
 from trapo.report.rollout_log import rollout_row, sample_rollouts
 from trapo.rollouts import Rollout
 

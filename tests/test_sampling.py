@@ -2,7 +2,7 @@ import pytest
 
 from trapo.config import merge_config
 from trapo.data.encode import EncodedProblem
-from trapo.data.problems import Problem
+from trapo.data.problem import Problem
 from trapo.data.sampling import derive_seed, load_eval_set, load_train_set, problems_at
 from trapo.errors import TrapoError
 from trapo.modes import phases

@@ -3,7 +3,7 @@
 import pytest
 
 from trapo.config import merge_config
-from trapo.data.problems import Problem
+from trapo.data.problem import Problem
 from trapo.errors import TrapoError
 from trapo.rewards import Reward
 from trapo.rewards.scoring import FailureNotes, score_texts

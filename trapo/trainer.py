@@ -30,6 +30,7 @@ from trapo.learner import Learner, Update
 from trapo.models import lora
 from trapo.models.finite import refuse_not_finite
 from trapo.models.loading import check_positions, load_model
+from trapo.models.precision import resolve
 from trapo.models.sharding import save_shards, shard_over
 from trapo.models.weights import writer
 from trapo.modes import Phase, phases
@@ -149,7 +150,7 @@ class Trainer:
             log(f"continuing {run_dir.path} after step {resume_from.step}")
         self.model, self.tokenizer = load_model(source, check=resume_from is None)  # `look` has checked it
         lora.attach(self.model, config.lora, base=config.model.path, seed=derive_seed(config.seed, "lora"))
-        shard_over(self.model, ranks, config.train.precision)
+        shard_over(self.model, ranks, resolve(config.train.precision, self.model.device))
         self.train_set = load_train_set(config, plan, self.tokenizer, log)
         self.eval_set = load_eval_set(config, self.tokenizer, log)
         check_positions(self.model, self._longest_sequence())
@@ -413,7 +414,7 @@ class Trainer:
             return None
         # Of the initial weights, so a resumed run loads them again.
         reference = load_model(self.config.model)[0].requires_grad_(False)
-        shard_over(reference, self.ranks, self.config.train.precision)
+        shard_over(reference, self.ranks, resolve(self.config.train.precision, reference.device))
         return reference
 
 

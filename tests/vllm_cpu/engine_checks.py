@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from trapo.data.encode import EncodedProblem
-from trapo.data.problems import Problem
+from trapo.data.problem import Problem
 from trapo.engines.guard import plain_scorer
 from trapo.engines.protocol import Request
 from trapo.rollouts import Rollout

@@ -11,7 +11,7 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-from trapo.data.problems import Message, Problem
+from trapo.data.problem import Message, Problem
 from trapo.errors import TrapoError, words_of
 from trapo.guidance import MicroGroup, Schedule, prefix_length, thinking_part, trace_index
 

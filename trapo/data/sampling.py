@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trapo.config import Config
 from trapo.data.encode import EncodedProblem, encode_problems
-from trapo.data.problems import load_problems
+from trapo.data.loading import load_problems
 from trapo.errors import TrapoError
 from trapo.modes import Phase
 

@@ -24,7 +24,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trapo.errors import TrapoError
-from trapo.models import lora
 from trapo.models.precision import compute_in
 from trapo.models.sharding import as_forward, is_sharded
 from trapo_kernels.integrations.transformers import decoder_of, fit_head, linear_head
@@ -178,28 +177,6 @@ def check_checkpointing(model: PreTrainedModel, found: Probe) -> None:
             f"model.gradient_checkpointing: with it the hidden states of {name_of(model)} change by {error:.2g} of "
             "their size; accepted for this family: false"
         )
-
-
-def check_merged(model: PreTrainedModel) -> None:
-    """Raises TrapoError where the model with its adapters merged into its weights computes something else. On sharded
-    models all ranks must ask."""
-
-    def compare() -> None:
-        ids = probe_ids(model)[0]
-        with lora.reaching(model) as reached:
-            live = hidden_states(model, ids)[0]
-        with lora.as_merged(model, reached):
-            merged = hidden_states(model, ids)[0]
-        low = {p.dtype for p in model.parameters()} | {live.dtype}
-        bound = TOLERANCE["16 bits" if low & {torch.bfloat16, torch.float16} else "float32"]
-        error = difference(merged, live)
-        if not error <= bound:
-            raise TrapoError(
-                f"lora: with its adapters merged, the hidden states of {name_of(model)} change by {error:.2g} of their "
-                "size, so the merged model would be another one; the adapters themselves are in the checkpoints"
-            )
-
-    as_probe(model, compare)
 
 
 def say(message: str) -> None:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from trapo.config import LoraConfig
 from trapo.errors import TrapoError
+from trapo.models import agreement
 from trapo.models.sharding import whole
 
 ADAPTER = "default"  # peft's name for the only one
@@ -79,8 +80,6 @@ def _is_product(layer: nn.Linear) -> bool:
 def _check_merges(model: PreTrainedModel) -> None:
     """Raises TrapoError, before anything is trained, where the model could not be written with its adapters merged: an
     untrained one adds zero, so they get other values for as long as that takes."""
-    from trapo.models import agreement
-
     generator = torch.Generator().manual_seed(0)
     own = [p for n, p in model.named_parameters() if ".lora_B." in n]
     before = [p.detach().clone() for p in own]
@@ -88,10 +87,33 @@ def _check_merges(model: PreTrainedModel) -> None:
         for p in own:
             p.copy_(0.02 * torch.randn(p.shape, generator=generator))
         try:
-            agreement.check_merged(model)
+            check_merged(model)
         finally:
             for p, value in zip(own, before, strict=True):
                 p.copy_(value)
+
+
+def check_merged(model: PreTrainedModel) -> None:
+    """Raises TrapoError where the model with its adapters merged into its weights computes something else. On sharded
+    models all ranks must ask."""
+
+    def compare() -> None:
+        ids = agreement.probe_ids(model)[0]
+        with reaching(model) as reached:
+            live = agreement.hidden_states(model, ids)[0]
+        with as_merged(model, reached):
+            merged = agreement.hidden_states(model, ids)[0]
+        low = {p.dtype for p in model.parameters()} | {live.dtype}
+        bound = agreement.TOLERANCE["16 bits" if low & {torch.bfloat16, torch.float16} else "float32"]
+        error = agreement.difference(merged, live)
+        if not error <= bound:
+            raise TrapoError(
+                f"lora: with its adapters merged, the hidden states of {agreement.name_of(model)} change by "
+                f"{error:.2g} of their size, so the merged model would be another one; the adapters themselves are in "
+                "the checkpoints"
+            )
+
+    agreement.as_probe(model, compare)
 
 
 def _inject(model: PreTrainedModel, settings: Any) -> None:

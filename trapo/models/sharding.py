@@ -29,12 +29,9 @@ SHARDS = "shards"  # folder in a checkpoint: trained weights and optimizer state
 
 
 def shard(model: PreTrainedModel, mesh: Any, precision: str) -> None:
-    """Shard a model in place over a one-dimensional DeviceMesh. precision: a value of train.precision."""
+    """Shard a model in place over a one-dimensional DeviceMesh. precision: float32 or bfloat16."""
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-    from trapo.models.precision import resolve
-
-    precision = resolve(precision, model.device)
     low = None if precision == "float32" else getattr(torch, precision)
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None)
     for unit in [*decoder_layers(model), model]:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo.errors import TrapoError
-from trapo.models import agreement, lora
+from trapo.models import lora
 from trapo.models.sharding import is_sharded, whole
 
 Writer = Callable[[Path], None]
@@ -25,7 +25,7 @@ def full_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     first where the model computes something else with its adapters merged.
     """
     if lora.has_adapter(model):
-        agreement.check_merged(cast(PreTrainedModel, model))
+        lora.check_merged(cast(PreTrainedModel, model))
     stored = model.state_dict().keys()
     buffers = ((name, value) for name, value in model.named_buffers() if name in stored)
     for name, value in [*model.named_parameters(), *buffers]:

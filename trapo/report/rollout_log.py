@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from trapo.data.encode import decode_text
-from trapo.data.problems import Problem
+from trapo.data.problem import Problem
 from trapo.rollouts import Rollout
 
 

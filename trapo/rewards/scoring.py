@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from trapo.config import Config
-from trapo.data.problems import Problem
+from trapo.data.problem import Problem
 from trapo.errors import TrapoError
 from trapo.rewards import Reward, RewardPool
 from trapo.runs.ranks import Scorer

@@ -21,7 +21,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from trapo.data.problems import Problem, problem_id
+from trapo.data.problem import Problem, problem_id
 from trapo.data.tasks import situations
 from trapo.rewards import FINAL_ANSWER
 

@@ -14,51 +14,23 @@ The layout follows from the columns, whatever the file type:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
-import os
 import re
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qsl, urlsplit
 
-from trapo.errors import TrapoError, words_of
+from trapo.data.problem import DataError, Message, Problem, digest
+from trapo.errors import words_of
 from trapo.rewards import ANSWER_MARK, FINAL_ANSWER
 
 log = logging.getLogger(__name__)
 
-Message = dict[str, str]
 Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """prompt: chat messages. traces: expert solutions, as the assistant would write them; may be empty."""
-
-    id: str
-    prompt: tuple[Message, ...]
-    answer: str
-    traces: tuple[str, ...]
-    source: str
-
-
-class DataError(TrapoError):
-    """A data set that cannot be used; one line with the file, the row, what is wrong and what is accepted."""
-
-
-def problem_id(source: str, question: str, answer: str) -> str:
-    """An id by content, SOURCE/DIGEST: a problem has the same digest in every file and under every system prompt."""
-    return f"{source}/{_digest(question, answer)}"
-
-
-def _digest(question: str, answer: str) -> str:
-    # surrogatepass: a row that UTF-8 cannot spell gets as far as the check that refuses it.
-    return hashlib.sha256(f"{question}\0{answer}".encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def load_problems(
@@ -112,29 +84,6 @@ def _told_apart(problems: list[Problem], contents: list[str]) -> list[Problem]:
         replace(problem, id=f"{problem.id}/{content}") if len(by_id[problem.id]) > 1 else problem
         for problem, content in zip(problems, contents, strict=True)
     ]
-
-
-def write_problems(path: str | Path, problems: Iterable[Problem]) -> None:
-    """Writes JSONL that `load_problems` reads back. A reader finds the old file or the whole new one."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            for problem in problems:
-                f.write(json.dumps(asdict(problem), ensure_ascii=False) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private; a data set is a file like others
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _with_prompt(problem: Problem, system_prompt: str | None, suffix: str) -> Problem:
@@ -409,7 +358,7 @@ def _content_id(source: str, messages: tuple[Message, ...], answer: str) -> str:
 
 def _content(messages: tuple[Message, ...], answer: str) -> str:
     """A digest of question and answer, whatever the system prompt."""
-    return _digest("\0".join(m["content"] for m in messages if m["role"] != "system"), answer)
+    return digest("\0".join(m["content"] for m in messages if m["role"] != "system"), answer)
 
 
 def _kind(value: Any) -> str:

@@ -1,0 +1,35 @@
+"""What a problem is: a prompt, its answer and expert traces."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from trapo.errors import TrapoError
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """prompt: chat messages. traces: expert solutions, as the assistant would write them; may be empty."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    answer: str
+    traces: tuple[str, ...]
+    source: str
+
+
+class DataError(TrapoError):
+    """A data set that cannot be used; one line with the file, the row, what is wrong and what is accepted."""
+
+
+def problem_id(source: str, question: str, answer: str) -> str:
+    """An id by content, SOURCE/DIGEST: a problem has the same digest in every file and under every system prompt."""
+    return f"{source}/{digest(question, answer)}"
+
+
+def digest(question: str, answer: str) -> str:
+    # surrogatepass: a row that UTF-8 cannot spell gets as far as the check that refuses it.
+    return hashlib.sha256(f"{question}\0{answer}".encode(errors="surrogatepass")).hexdigest()[:16]
