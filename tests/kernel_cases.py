@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import device
+import interpreter
 import torch
 from simt import backend as cuda_on_cpu
 from torch import Tensor
@@ -20,6 +21,8 @@ from trapo_kernels.backends.triton.rows import interpreted
 
 # A new backend joins the whole suite by its name here; STREAMED ones bound their memory and leave work out.
 DEVICE = device.name()
+if interpreted():
+    interpreter.quicken()
 BACKENDS = device.BACKENDS[DEVICE] + ([*cuda_on_cpu.register(), "cpu"] if DEVICE == "cpu" else [])
 STREAMED = [name for name in BACKENDS if name != "reference"]
 
