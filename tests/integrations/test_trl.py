@@ -25,8 +25,8 @@ with warnings.catch_warnings():
 
     from trapo.data.encode import Trace
     from trapo.guidance import ALWAYS, NEVER, schedule
-    from trapo_kernels.integrations.guided_rollouts import draw_guided
-    from trapo_kernels.integrations.trl import TrapoGRPOTrainer
+    from trapo.integrations.guided_rollouts import draw_guided
+    from trapo_kernels.integrations.trl import FusedGRPOTrainer, TrapoGRPOTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROMPTS = ["2 + 3 =", "The sky is", "One two three", "Why"]

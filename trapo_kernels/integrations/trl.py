@@ -1,20 +1,21 @@
-"""TRL: GRPOTrainer with expert prefixes and the fused loss.
+"""TRL: GRPOTrainer with the fused loss.
 
-    from trapo_kernels.integrations.trl import TrapoGRPOTrainer
+    from trapo_kernels.integrations.trl import FusedGRPOTrainer
 
-    TrapoGRPOTrainer(model, reward_funcs, args=GRPOConfig(num_generations=8, loss_type="dapo", ...),
-                     train_dataset=dataset, guidance="paper").train()      # dataset columns: prompt, trace
+    FusedGRPOTrainer(model, reward_funcs, args=GRPOConfig(num_generations=8, loss_type="dapo", ...),
+                     train_dataset=dataset).train()
 
-Without `guidance` it is GRPOTrainer, with the same metrics. Where the loss can be computed in one pass (three GEMMs)
-it is; where a quantity must be known first (top-entropy masks, off-policy masks, sequence-level ratios, ...) TRL's own
-loss is used, on log-probabilities and entropies of this package (four GEMMs). `trainer.loss_path` says which, and why.
+Where the loss can be computed in one pass (three GEMMs) it is; where a quantity must be known first (top-entropy masks,
+off-policy masks, sequence-level ratios, ...) TRL's own loss is used, on log-probabilities and entropies of this package
+(four GEMMs). `trainer.loss_path` says which, and why.
+
+With expert prefixes it is `TrapoGRPOTrainer`, which is in trapo/integrations/trl.py, since it needs `trapo`'s rules of
+guidance; it can be imported from here too.
 """
 
 from __future__ import annotations
 
-import logging
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,26 +23,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from trl import GRPOTrainer
-from trl.data_utils import is_conversational
 from trl.trainer.utils import FusedCausalLMOutput
-
-from trapo.data.encode import PromptEncoder, Trace, TraceEncoder
-from trapo.guidance import PRESETS, Schedule
 
 from ..functional import PolicyLoss, linear_logprobs, linear_policy_loss
 from ..objective import Objective, Tokens
-from .guided_rollouts import draw_guided, unlogged
 from .transformers import IGNORED, LinearHead, PatchedForward
 
-__all__ = ["TrapoGRPOTrainer"]
-
-log = logging.getLogger(__name__)
+__all__ = ["FusedGRPOTrainer"]
 
 CLIP_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")  # TRL's loss types that clip a ratio; they differ in the normalizer
 TOKEN_LOSSES = ("bnpo", "dr_grpo", "dapo")  # one normalizer for every token
 
 # (hidden [B, T, D], head) -> the loss
 FusedLoss = Callable[[Tensor, LinearHead], PolicyLoss]
+
+
+def __getattr__(name: str) -> Any:
+    """`TrapoGRPOTrainer`, where it is asked for."""
+    if name == "TrapoGRPOTrainer":
+        from trapo.integrations.trl import TrapoGRPOTrainer
+
+        return TrapoGRPOTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class FusedHead(PatchedForward):
@@ -78,37 +81,30 @@ class FusedHead(PatchedForward):
         return FusedCausalLMOutput(loss=loss, log_probs=logprobs, entropy=entropy, label_mask=mask, aux_loss=aux_loss)
 
 
-class TrapoGRPOTrainer(GRPOTrainer):
-    """GRPOTrainer whose loss is fused, and whose rollouts can start with expert prefixes.
+class FusedGRPOTrainer(GRPOTrainer):
+    """GRPOTrainer whose loss is fused. Loss, gradients and metrics are TRL's.
 
     Args:
         *args, **kwargs: as GRPOTrainer.
-        objective: the loss. None: what GRPOConfig says (loss_type, epsilon, epsilon_high, delta, beta, entropy_coef),
-            and TrSFT with α = 0.1 on expert tokens. One that is given decides alone; loss_type then gives the
-            normalizer (one of "dapo", "bnpo", "dr_grpo").
-        guidance: None, a preset ("paper", "official") or a `trapo.guidance.Schedule`, whose sizes add up to
-            num_generations. Rewards decide who is guided; thresholds are means of the weighted sum of the rewards.
-        trace_column: the dataset's column with expert traces: a string, or a list of strings; may be empty.
+        objective: the loss. None: what GRPOConfig says (loss_type, epsilon, epsilon_high, delta, beta, entropy_coef).
+            One that is given decides alone; loss_type then gives the normalizer (one of "dapo", "bnpo", "dr_grpo").
         backend: of the loss; None = the fastest here.
 
-    With expert tokens the token losses share one normalizer, and the entropy bonus is over all of them, as in TRAPO;
-    with the other loss types the expert part is a mean over the batch's tokens beside TRL's own loss.
+    Where a batch has an expert_mask [B, C] and `guided` is True, the token losses share one normalizer, and the entropy
+    bonus is over all of them, as in TRAPO; with the loss types that take two passes the expert part is a mean over the
+    batch's tokens beside TRL's own loss.
 
     Raises:
         ValueError: settings that do not go together; the message names them.
     """
 
+    guided = False  # batches can have expert tokens
+
     def __init__(
-        self,
-        *args: Any,
-        objective: Objective | None = None,
-        guidance: Schedule | str | None = None,
-        trace_column: str = "trace",
-        backend: str | None = None,
-        **kwargs: Any,
+        self, *args: Any, objective: Objective | None = None, backend: str | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.schedule, self.trace_column, self.backend = _schedule(guidance), trace_column, backend
+        self.backend = backend
         self._own_objective = objective is not None
         self.objective = objective or self._objective_of_args()
         self._check_settings()
@@ -120,12 +116,6 @@ class TrapoGRPOTrainer(GRPOTrainer):
             for model, entropy in ((self._base_model(), True), (self.ref_model, False))
             if model is not None
         ]
-        self._encoder: TraceEncoder | None = None
-        self._said_long_trace = False
-        self._rng = random.Random(self.args.seed)
-        self._rollouts: Any = None
-        self._rows: list[dict[str, Any]] = []
-        self._rewards: Tensor | None = None
         self._scored: tuple[Tensor, Tensor | None] | None = None
 
     def _base_model(self) -> Any:
@@ -137,7 +127,7 @@ class TrapoGRPOTrainer(GRPOTrainer):
     def _objective_of_args(self) -> Objective:
         a = self.args
         return Objective(
-            expert="trsft" if self.schedule else None,
+            expert="trsft" if self.guided else None,
             policy="clip",
             clip_low=self.epsilon_low,
             clip_high=self.epsilon_high,
@@ -147,7 +137,7 @@ class TrapoGRPOTrainer(GRPOTrainer):
         )
 
     def _check_settings(self) -> None:
-        caller, a, o = "TrapoGRPOTrainer", self.args, self.objective
+        caller, o = type(self).__name__, self.objective
         if self._own_objective and self.loss_type not in TOKEN_LOSSES:
             accepted = ", ".join(TOKEN_LOSSES)
             raise ValueError(f"{caller}: loss_type must be {accepted} with an objective; got {self.loss_type!r}")
@@ -155,25 +145,6 @@ class TrapoGRPOTrainer(GRPOTrainer):
             raise ValueError(f"{caller}: beta must not be 0 with kl_coef={o.kl_coef}, or there is no reference model")
         if o.tis_cap is not None and not self.use_vllm:
             raise ValueError(f"{caller}: tis_cap={o.tis_cap} needs use_vllm, which gives the rollouts' logprobs")
-        if self.schedule is None:
-            return
-        size = self.schedule.rollouts_per_prompt
-        if size != self.num_generations:
-            raise ValueError(
-                f"{caller}: guidance sizes must add up to num_generations={self.num_generations}; got {size}"
-            )
-        local = a.per_device_train_batch_size * a.steps_per_generation
-        if local % size:
-            raise ValueError(
-                f"{caller}: per_device_train_batch_size · steps_per_generation must be a multiple of {size} with "
-                f"guidance, so that a prompt's rollouts are on one rank; got {local}"
-            )
-        if o.expert is None:
-            raise ValueError(f"{caller}: objective must have an expert term with guidance; got expert=None")
-        if self._is_vlm or self.tools or self.environment_factories or self.rollout_func:
-            raise ValueError(f"{caller}: guidance must be None with images, tools, environments or a rollout_func")
-        if any(getattr(self._tokenizer, name, None) is not None for name in ("response_template", "response_schema")):
-            raise ValueError(f"{caller}: guidance must be None with a tokenizer that parses responses")
 
     def _loss_path(self) -> str:
         """One pass, or two passes and the reason."""
@@ -190,9 +161,9 @@ class TrapoGRPOTrainer(GRPOTrainer):
             reason = "use_bias_correction_kl"
         elif self.use_adaptive_entropy:
             reason = "use_adaptive_entropy"
-        elif self.loss_type == "grpo" and (self.schedule is not None or self.beta != 0.0):
+        elif self.loss_type == "grpo" and (self.guided or self.beta != 0.0):
             reason = "loss_type='grpo' weighs each sequence, expert and KL terms too"
-        elif self.beta != 0.0 and self._entropy_bonus_enabled and self.loss_type != "bnpo" and self.schedule is None:
+        elif self.beta != 0.0 and self._entropy_bonus_enabled and self.loss_type != "bnpo" and not self.guided:
             reason = "beta and entropy_coef have normalizers of their own"
         if reason is None and self._is_vlm:
             reason = "images"
@@ -201,7 +172,7 @@ class TrapoGRPOTrainer(GRPOTrainer):
         if reason is None and self.off_policy_mask_threshold is not None:
             reason = f"off_policy_mask_threshold={self.off_policy_mask_threshold}"
         if reason is not None and self._own_objective:
-            raise ValueError(f"TrapoGRPOTrainer: objective must be None with what takes two passes; got {reason}")
+            raise ValueError(f"{type(self).__name__}: objective must be None with what takes two passes; got {reason}")
         return "one pass" if reason is None else f"two passes: {reason}"
 
     # Loss
@@ -302,7 +273,7 @@ class TrapoGRPOTrainer(GRPOTrainer):
             return advantages, normalizer, self.objective
         if self.loss_type == "grpo":
             advantages = advantages * (tokens / mask.shape[0] / mask.sum(-1, keepdim=True).clamp(min=1))
-        elif self._entropy_bonus_enabled and self.schedule is None:
+        elif self._entropy_bonus_enabled and not self.guided:
             advantages, normalizer = advantages * (tokens * steps / normalizer), tokens * steps
         if self.use_vllm and self.vllm_importance_sampling_correction:
             advantages = advantages * inputs["importance_sampling_ratio"]  # 1 on expert tokens
@@ -362,105 +333,6 @@ class TrapoGRPOTrainer(GRPOTrainer):
         sums = torch.stack([(values * mask).sum(), mask.sum().float()])
         total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         return total / max(count, 1.0)
-
-    # Rollouts
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._rows, self._rollouts, self._rewards = inputs, None, None
-        output = super()._generate_and_score_completions(inputs)
-        if self._rollouts is None:
-            return output
-        shape, device = output["completion_ids"].shape, output["completion_ids"].device
-        lengths = torch.tensor(self._rollouts.prefix_lengths, device=device)[:, None]
-        prefix = torch.arange(shape[1], device=device)[None] < lengths
-        output["expert_mask"] = prefix & output["completion_mask"].bool()
-        supervised = torch.tensor(self._rollouts.supervised, device=device)[:, None]
-        if bool((prefix & ~supervised).any()):  # prefix tokens that nothing is learnt from
-            output["tool_mask"] = (~(prefix & ~supervised)).long()
-            kept = (output["completion_mask"] * output["tool_mask"]).sum()
-            output["num_items_in_batch"] = self.accelerator.gather(kept).sum()
-        guided = (lengths > 0).float().mean()
-        self._metrics["train"]["expert/guided"].append(self.accelerator.reduce(guided, reduction="mean").item())
-        return output
-
-    def _generate_single_turn(
-        self, prompt_ids: Any, images: Any, multimodal_fields: Any, num_generations: int, *args: Any, **kwargs: Any
-    ) -> Any:
-        generate = super()._generate_single_turn
-        if self.schedule is None or not self.model.training:
-            return generate(prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs)
-        gathered: list[tuple[list[int], Tensor]] = []
-
-        def score(rows: list[int], responses: list[list[int]]) -> Sequence[float]:
-            found = self._score(rows, responses)
-            gathered.append((rows, found))
-            rank = self.accelerator.process_index
-            mine = found.view(self.accelerator.num_processes, len(rows), -1)[rank]
-            return (mine * self.reward_weights.to(mine.device)).nansum(dim=1).tolist()
-
-        self._rollouts = draw_guided(
-            self.schedule,
-            prompt_ids,
-            [self._traces(row) for row in self._rows],
-            generate=lambda prompts: generate(prompts, None, {}, 1),
-            score=score,
-            max_tokens=self.max_completion_length,
-            rng=self._rng,
-            always_generate=self.accelerator.num_processes > 1,
-        )
-        self._keep_rewards(gathered, len(prompt_ids))
-        return self._rollouts.responses, self._rollouts.logprobs
-
-    def _score(self, rows: list[int], responses: list[list[int]]) -> Tensor:
-        """Rewards [processes · rows, functions]."""
-        inputs = [self._rows[row] for row in rows]
-        prompts = [row["prompt"] for row in inputs]
-        texts: list[Any] = self.processing_class.batch_decode(responses, skip_special_tokens=True)
-        if is_conversational({"prompt": prompts[0]}):
-            texts = [[{"role": "assistant", "content": text}] for text in texts]
-        return super()._calculate_rewards(inputs, prompts, texts, responses)
-
-    def _keep_rewards(self, gathered: list[tuple[list[int], Tensor]], rows: int) -> None:
-        """All rewards, in the order of the batch, for the call that asks for them next."""
-        processes = self.accelerator.num_processes
-        functions = gathered[0][1].shape[-1]
-        rewards = gathered[0][1].new_empty(processes, rows, functions)
-        for at, found in gathered:
-            rewards[:, at] = found.view(processes, len(at), functions)
-        self._rewards = rewards.view(-1, functions)
-        for column, values in self._pending_extra_logs.items():
-            if len(values) == rows:
-                self._pending_extra_logs[column] = unlogged(values, self._rollouts.order)
-
-    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        known, self._rewards = self._rewards, None
-        if known is not None:
-            return known
-        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-
-    def _traces(self, row: dict[str, Any]) -> list[Trace]:
-        """The row's traces. One that no completion can hold is never given whole (guided_rollouts.py); said once."""
-        if self._encoder is None:
-            assert self.schedule is not None
-            opening = PromptEncoder(self._tokenizer).opening if is_conversational({"prompt": row["prompt"]}) else ""
-            self._encoder = TraceEncoder(self._tokenizer, self.schedule.trace_part, opening)
-        value = row.get(self.trace_column)
-        texts = [value] if isinstance(value, str) else list(value or [])
-        traces = [self._encoder.encode(text) for text in texts if text]
-        unfit = any(len(trace.token_ids) > self.max_completion_length for trace in traces)
-        if unfit and not self._said_long_trace:
-            self._said_long_trace = True
-            log.warning("traces over max_completion_length=%d are never given whole", self.max_completion_length)
-        return traces
-
-
-def _schedule(guidance: Schedule | str | None) -> Schedule | None:
-    if guidance is None or isinstance(guidance, Schedule):
-        return guidance
-    if guidance not in PRESETS:
-        accepted = ", ".join(map(repr, PRESETS))
-        raise ValueError(f"TrapoGRPOTrainer: guidance must be {accepted}, a Schedule or None; got {guidance!r}")
-    return PRESETS[guidance]
 
 
 def _per_token(advantages: Tensor, like: Tensor) -> Tensor:
