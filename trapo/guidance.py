@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from trapo.errors import TrapoError
 
@@ -86,6 +86,58 @@ OFFICIAL = schedule(
 )
 
 PRESETS = {"paper": PAPER, "official": OFFICIAL}
+
+
+class Prompt(Protocol):
+    """A prompt that can be guided."""
+
+    @property
+    def traces(self) -> Sequence[Any]:
+        """Its expert traces, each with `token_ids`."""
+        ...
+
+    def prefix(self, schedule: Schedule, micro_group: int, rng: random.Random) -> tuple[int, ...]:
+        """The prefix that a guided micro-group (counted from 0) continues; () without traces."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Opening:
+    """How a rollout begins, before anything is generated."""
+
+    prompt: int  # which one of the batch
+    ratio: float  # of the expert trace that is given; 0: unguided
+    prefix_ids: tuple[int, ...]
+    supervised: bool  # the prefix carries the expert term
+    whole: bool  # the prefix is a whole trace, which ends the response: nothing is generated
+
+
+def open_micro_group(
+    schedule: Schedule,
+    level: int,
+    prompts: Sequence[Prompt],
+    rewards: Sequence[Sequence[float]],
+    max_tokens: int,
+    rng: random.Random,
+) -> list[Opening]:
+    """The rollouts of micro-group `level` (counted from 0) of all prompts that still want rollouts, prompt by prompt.
+
+    Those of one prompt share their prefix. `rewards`: of each prompt's earlier rollouts. A prefix has at most
+    `max_tokens`; a whole trace that is longer is not given.
+    """
+    group, opened = schedule.micro_groups[level], []
+    for number, (prompt, earlier) in enumerate(zip(prompts, rewards, strict=True)):
+        if schedule.stop_decided and is_decided(schedule.micro_groups[level:], earlier):
+            continue
+        prefix = prompt.prefix(schedule, level, rng) if is_guided(group, earlier) else ()
+        if len(prefix) > max_tokens:  # a whole trace without its end would teach the model never to stop
+            prefix = () if group.ratio >= 1.0 else prefix[:max_tokens]
+        whole = any(prefix == trace.token_ids for trace in prompt.traces)
+        ratio = group.ratio if prefix else 0.0
+        for index in range(group.size):
+            supervised = bool(prefix) and carries_expert_term(schedule.supervise, index)
+            opened.append(Opening(number, ratio, prefix, supervised, whole))
+    return opened
 
 
 def is_guided(group: MicroGroup, rewards_so_far: Sequence[float]) -> bool:

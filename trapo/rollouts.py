@@ -12,7 +12,7 @@ from itertools import groupby
 from trapo.data.encode import EncodedProblem
 from trapo.engines.protocol import Completion, Engine, Request
 from trapo.errors import TrapoError
-from trapo.guidance import Schedule, carries_expert_term, is_decided, is_guided
+from trapo.guidance import Schedule, open_micro_group
 from trapo.rewards import Reward, Status
 from trapo.tools.timing import StepTimer
 
@@ -72,11 +72,10 @@ def collect(
     rng, timer = random.Random(seed), timer or StepTimer()
     by_prompt: list[list[Rollout]] = [[] for _ in problems]
     for level in range(len(schedule.micro_groups)):
+        rewards_so_far = [[r.reward for r in earlier] for earlier in by_prompt]
         drawn = [
-            rollout
-            for group, problem in enumerate(problems)
-            if not (schedule.stop_decided and _is_decided(schedule, level, by_prompt[group]))
-            for rollout in _open_rollouts(problem, group, level, schedule, by_prompt[group], rng, max_response_tokens)
+            Rollout(problems[o.prompt], o.prompt, level, o.ratio, o.prefix_ids, (), o.supervised, finished=o.whole)
+            for o in open_micro_group(schedule, level, problems, rewards_so_far, max_response_tokens, rng)
         ]
         with timer.part("generate"):
             _generate(drawn, engine, temperature, max_response_tokens, seed + level)
@@ -90,46 +89,11 @@ def collect(
     return [rollout for group in by_prompt for rollout in group]
 
 
-def _is_decided(schedule: Schedule, level: int, earlier: Sequence[Rollout]) -> bool:
-    return is_decided(schedule.micro_groups[level:], [r.reward for r in earlier])
-
-
-def _open_rollouts(
-    problem: EncodedProblem,
-    group: int,
-    level: int,
-    schedule: Schedule,
-    earlier: Sequence[Rollout],
-    rng: random.Random,
-    max_response_tokens: int,
-) -> list[Rollout]:
-    """A micro-group's rollouts before generation: the prefix is decided, own tokens are still missing."""
-    micro_group = schedule.micro_groups[level]
-    prefix: tuple[int, ...] = ()
-    if is_guided(micro_group, [r.reward for r in earlier]):
-        prefix = problem.prefix(schedule, level, rng)
-        if len(prefix) > max_response_tokens:  # a whole trace without its end would teach the model never to stop
-            prefix = () if micro_group.ratio >= 1.0 else prefix[:max_response_tokens]
-    return [
-        Rollout(
-            problem=problem,
-            group=group,
-            level=level,
-            ratio=micro_group.ratio if prefix else 0.0,
-            prefix_ids=prefix,
-            own_ids=(),
-            supervised=bool(prefix) and carries_expert_term(schedule.supervise, index),
-            finished=False,
-        )
-        for index in range(micro_group.size)
-    ]
-
-
 def _generate(
     rollouts: Sequence[Rollout], engine: Engine, temperature: float, max_response_tokens: int, seed: int
 ) -> None:
     """Fill in own tokens. A prefix that is the whole trace (it ends the sequence) or fills the limit gets none."""
-    open_ended = [r for r in rollouts if not _is_complete(r) and len(r.prefix_ids) < max_response_tokens]
+    open_ended = [r for r in rollouts if not r.finished and len(r.prefix_ids) < max_response_tokens]
     requests = [
         Request(r.problem.prompt_ids + r.prefix_ids, max_response_tokens - len(r.prefix_ids)) for r in open_ended
     ]
@@ -137,12 +101,6 @@ def _generate(
     for rollout, completion in zip(open_ended, completions, strict=True):
         rollout.own_ids, rollout.finished = completion.token_ids, completion.finished
         rollout.own_logprobs = completion.logprobs
-    for rollout in rollouts:
-        rollout.finished = rollout.finished or _is_complete(rollout)
-
-
-def _is_complete(rollout: Rollout) -> bool:
-    return any(rollout.prefix_ids == trace.token_ids for trace in rollout.problem.traces)
 
 
 def group_advantages(

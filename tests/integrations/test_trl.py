@@ -26,7 +26,7 @@ with warnings.catch_warnings():
     from trapo.data.encode import Trace
     from trapo.guidance import ALWAYS, NEVER, schedule
     from trapo.integrations.guided_rollouts import draw_guided
-    from trapo_kernels.integrations.trl import FusedGRPOTrainer, TrapoGRPOTrainer
+    from trapo_kernels.integrations.trl import TrapoGRPOTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROMPTS = ["2 + 3 =", "The sky is", "One two three", "Why"]

@@ -30,12 +30,17 @@ class EncodedProblem:
 
     def prefix(self, schedule: Schedule, micro_group: int, rng: random.Random) -> tuple[int, ...]:
         """The expert prefix that a guided micro-group (counted from 0) continues; () without traces."""
-        if not self.traces:
-            return ()
-        group: MicroGroup = schedule.micro_groups[micro_group]
-        trace = self.traces[trace_index(schedule.traces, len(self.traces), micro_group, rng)]
-        length = prefix_length(len(trace.token_ids), group.ratio, schedule.cut, trace.blank_lines)
-        return trace.token_ids[:length]
+        return prefix_of(self.traces, schedule, micro_group, rng)
+
+
+def prefix_of(traces: Sequence[Trace], schedule: Schedule, micro_group: int, rng: random.Random) -> tuple[int, ...]:
+    """The prefix of a trace that a guided micro-group (counted from 0) continues; () without traces."""
+    if not traces:
+        return ()
+    group: MicroGroup = schedule.micro_groups[micro_group]
+    trace = traces[trace_index(schedule.traces, len(traces), micro_group, rng)]
+    length = prefix_length(len(trace.token_ids), group.ratio, schedule.cut, trace.blank_lines)
+    return trace.token_ids[:length]
 
 
 @dataclasses.dataclass(frozen=True)

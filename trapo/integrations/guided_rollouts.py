@@ -5,13 +5,14 @@ Knows no trainer: what generates and what scores are two functions.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trapo.data.encode import Trace
-from trapo.guidance import Schedule, carries_expert_term, is_guided, prefix_length, trace_index
+from trapo.data.encode import Trace, prefix_of
+from trapo.guidance import Schedule, open_micro_group
 
 __all__ = ["GuidedRollouts", "draw_guided"]
 
@@ -19,6 +20,16 @@ __all__ = ["GuidedRollouts", "draw_guided"]
 Generate = Callable[[list[list[int]]], tuple[list[list[int]], list[list[float]] | None]]
 # (rows of the batch, their whole responses) -> their rewards
 Score = Callable[[list[int], list[list[int]]], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class _Guided:
+    """A prompt, of which nothing but the traces decides its prefixes."""
+
+    traces: Sequence[Trace]
+
+    def prefix(self, schedule: Schedule, micro_group: int, rng: random.Random) -> tuple[int, ...]:
+        return prefix_of(self.traces, schedule, micro_group, rng)
 
 
 @dataclass
@@ -45,31 +56,27 @@ def draw_guided(
 ) -> GuidedRollouts:
     """Draw the rows micro-group after micro-group, each for all prompts at once.
 
-    Rows stand in groups of `schedule.rollouts_per_prompt`, one prompt each. A whole trace gets no own tokens, a
-    response at most max_tokens. always_generate: call `generate` even for nothing, where other ranks wait in it.
+    Rows stand in groups of `schedule.rollouts_per_prompt`, one prompt and its traces each. Rows of a micro-group share
+    their prefix. A whole trace gets no own tokens, a response at most max_tokens.
+
+    always_generate: call `generate` even for nothing, where other ranks wait in it.
     """
+    schedule = dataclasses.replace(schedule, stop_decided=False)  # the trainer's batch has every row
     size = schedule.rollouts_per_prompt
-    groups = range(len(prompts) // size)
+    groups = [_Guided(own) for own in traces[::size]]
     found = GuidedRollouts([[] for _ in prompts], [0] * len(prompts), [False] * len(prompts), None)
     rewards: list[list[float]] = [[] for _ in groups]
     logprobs: dict[int, list[float]] = {}
     offset = 0
     for level, micro_group in enumerate(schedule.micro_groups):
-        rows = [group * size + offset + i for group in groups for i in range(micro_group.size)]
+        rows = [group * size + offset + i for group in range(len(groups)) for i in range(micro_group.size)]
         offset += micro_group.size
         finished = set()
-        for row in rows:
-            own = traces[row]
-            if not own or not is_guided(micro_group, rewards[row // size]):
-                continue
-            trace = own[trace_index(schedule.traces, len(own), level, rng)]
-            length = prefix_length(len(trace.token_ids), micro_group.ratio, schedule.cut, trace.blank_lines)
-            if length == len(trace.token_ids) > max_tokens:  # without its end it would teach the model never to stop
-                continue
-            prefix = list(trace.token_ids[:length])[:max_tokens]
-            found.responses[row], found.prefix_lengths[row] = prefix, len(prefix)
-            found.supervised[row] = carries_expert_term(schedule.supervise, (row - rows[0]) % size)
-            if length == len(trace.token_ids) or len(prefix) == max_tokens:
+        opened = open_micro_group(schedule, level, groups, rewards, max_tokens, rng)
+        for row, opening in zip(rows, opened, strict=True):
+            found.responses[row], found.prefix_lengths[row] = list(opening.prefix_ids), len(opening.prefix_ids)
+            found.supervised[row] = opening.supervised
+            if opening.whole or len(opening.prefix_ids) == max_tokens:
                 finished.add(row)
         open_rows = [row for row in rows if row not in finished]
         asked = open_rows or (rows[:1] if always_generate else [])
