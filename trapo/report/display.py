@@ -14,6 +14,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from trapo.report.words import QUANTITIES
+
 ROWS = 12  # steps kept in the live table
 GAP = 2  # blanks between columns
 Row = dict[str, Any]
@@ -102,19 +104,23 @@ class Display:
 def table_columns(ratios: Sequence[float]) -> list[Column]:
     """What is shown of a step. ratios: the guidance levels that the run can have."""
 
+    def column(name: str, cell: Callable[[Row], str], dispensable: int = 0, suffix: str = "") -> Column:
+        words = QUANTITIES[name]
+        return Column(words.column + suffix, words.short + suffix, cell, dispensable)
+
     def reward_at(ratio: str) -> Column:
-        return Column(f"reward@{ratio}", f"@{ratio}", lambda row: _number(row["reward_by_ratio"].get(ratio), ".2f"), 1)
+        return column("reward_by_ratio", lambda row: _number(row["reward_by_ratio"].get(ratio), ".2f"), 1, ratio)
 
     return [
         Column("step", "step", lambda row: str(row["step"])),
         Column("phase", "phase", lambda row: row["phase"], 4, width=5),
-        Column("reward", "reward", lambda row: _number(row["reward"], ".2f")),
+        column("reward", lambda row: _number(row["reward"], ".2f")),
         *(reward_at(f"{ratio:g}") for ratio in ratios),
-        Column("TrSFT clipped", "clip", lambda row: _number(row.get("trsft_clipped"), ".0%"), 2),
-        Column("entropy", "entropy", lambda row: _number(row.get("entropy"), ".2f"), 3),
-        Column("grad norm", "grad", lambda row: _number(row["grad_norm"], ".2f"), 5),
-        Column("failed rewards", "failed", lambda row: str(sum(row["reward_failures"].values())), 2),
-        Column("tokens/s", "tok/s", lambda row: _number(row["tokens_per_second"], ".0f"), 3),
+        column("trsft_clipped", lambda row: _number(row.get("trsft_clipped"), ".0%"), 2),
+        column("entropy", lambda row: _number(row.get("entropy"), ".2f"), 3),
+        column("grad_norm", lambda row: _number(row["grad_norm"], ".2f"), 5),
+        column("reward_failures", lambda row: str(sum(row["reward_failures"].values())), 2),
+        column("tokens_per_second", lambda row: _number(row["tokens_per_second"], ".0f"), 3),
         Column("left", "left", lambda row: _clock(row["seconds_left"]), 6, width=7),  # the progress bar has it too
     ]
 

@@ -1,5 +1,5 @@
 """The figures of the page, as data for Plotly: traces and what is special about a layout. Fonts, grids and backgrounds
-are the page's, which knows whether it is light or dark; the colours here are readable on both."""
+are the page's, which knows whether it is light or dark; words and colours are those of words.py."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from trapo.report.run_data import RunData
+from trapo.report.words import (
+    DASHES,
+    INSIDE,
+    OUTSIDE,
+    PARTS,
+    QUANTITIES,
+    RUN_COLOURS,
+    UNGUIDED,
+    level_colours,
+    level_name,
+    run_colour,
+)  # fmt: skip
 
 Trace = dict[str, Any]
-# Okabe and Ito's, told apart by people with any kind of colour vision; a run beyond them is dashed.
-RUN_COLOURS = ["#1f86d1", "#d9640a", "#12a37c", "#c774a4", "#c99700", "#7a86d6"]
-DASHES = ["solid", "dash", "dot", "dashdot"]
-# From no guidance to a whole trace: grey, then darker to lighter.
-UNGUIDED, LEVELS = "#8b95a5", ["#3f6fd1", "#8b5fd3", "#d0528f", "#ee8a3c", "#e6c229"]
-OUTSIDE, INSIDE = "#d9640a", "#1f86d1"  # of the trust region
-PARTS = {"generate": "#1f86d1", "reward": "#c99700", "logprobs": "#c774a4", "collect": "#6aaee0", "update": "#d9640a"}
 SMOOTH_FROM = 40  # steps: shorter curves are shown as they are
 
 
@@ -40,13 +45,13 @@ class Section:
 def sections(runs: Sequence[RunData]) -> list[Section]:
     """All figures that these runs have numbers for."""
     found = [
-        Section("Learning", [_accuracy(runs), _curve(runs, "reward", "Reward", "mean of all rollouts")]),
+        Section("Learning", [_accuracy(runs), _curve(runs, "reward")]),
         Section("Guidance", [*_each(runs, _rollouts_by_level), *_each(runs, _reward_by_level), _guided(runs)]),
         Section(
             "Trust region",
             [
                 _clipped(runs),
-                _curve(runs, "expert_prob", "Probability of expert tokens", "mean p", unit_range=True),
+                _curve(runs, "expert_prob", unit_range=True),
                 *([_early_and_late(runs[0])] if len(runs) == 1 else [_histograms(runs)]),
                 *_each(runs, _histogram_over_time),
             ],
@@ -54,30 +59,26 @@ def sections(runs: Sequence[RunData]) -> list[Section]:
         Section(
             "Policy",
             [
-                _curve(runs, "entropy", "Entropy", "nats per token", zero=True),
-                _curve(runs, "generated_length", "Length of the model's own part", "tokens", zero=True),
-                _curve(runs, "finished", "Rollouts that ended by themselves", "share", unit_range=True),
-                _curve(runs, "zero_advantage", "Rollouts with zero advantage", "share", unit_range=True),
-                _curve(runs, "grad_norm", "Gradient norm", "before clipping", zero=True),
-                _curve(runs, "lr", "Learning rate", "", zero=True, smooth=False),
+                _curve(runs, "entropy", zero=True),
+                _curve(runs, "generated_length", zero=True),
+                _curve(runs, "finished", unit_range=True),
+                _curve(runs, "zero_advantage", unit_range=True),
+                _curve(runs, "grad_norm", zero=True),
+                _curve(runs, "lr", zero=True, smooth=False),
             ],
         ),
         Section(
             "Cost",
             [
-                _curve(runs, "tokens_per_second", "Throughput", "tokens per second", zero=True),
+                _curve(runs, "tokens_per_second", zero=True),
                 *_each(runs, _time_by_part),
-                _curve(runs, "peak_memory_gb", "Peak memory", "GB", "so far", zero=True, smooth=False),
-                _curve(runs, "peak_gpu_memory_gb", "Peak memory of the GPU", "GB", "so far", zero=True, smooth=False),
+                _curve(runs, "peak_memory_gb", "so far", zero=True, smooth=False),
+                _curve(runs, "peak_gpu_memory_gb", "so far", zero=True, smooth=False),
             ],
         ),
     ]
     drawn = [Section(s.title, [f for f in s.figures if f.traces]) for s in found]
     return [section for section in drawn if section.figures]
-
-
-def run_colour(index: int) -> str:
-    return RUN_COLOURS[index % len(RUN_COLOURS)]
 
 
 def _each(runs: Sequence[RunData], draw: Callable[[RunData], Figure]) -> list[Figure]:
@@ -88,11 +89,15 @@ def _each(runs: Sequence[RunData], draw: Callable[[RunData], Figure]) -> list[Fi
     return [dataclasses.replace(f, title=f"{f.title} · {r.name}") for f, r in zip(figures, runs, strict=True)]
 
 
+def _figure(metric: str, traces: list[Trace], note: str = "", x: str = "step", layout: Any = None) -> Figure:
+    """A figure of a quantity, under its own title and with its own unit."""
+    words = QUANTITIES[metric]
+    return Figure(words.title, traces, words.unit, note, x, layout or {})
+
+
 def _curve(
     runs: Sequence[RunData],
     metric: str,
-    title: str,
-    y: str,
     note: str = "",
     *,
     zero: bool = False,
@@ -111,7 +116,7 @@ def _curve(
         axis = {"range": [-0.03, 1.03]} if all(_in_unit_range(t["y"]) for t in traces) else {}
     smoothed = any("opacity" in trace for trace in traces)
     note = ", ".join(part for part in (note, "thick: moving average" if smoothed else "") if part)
-    return Figure(title, traces, y, note, layout={"yaxis": axis})
+    return _figure(metric, traces, note, layout={"yaxis": axis})
 
 
 def _line(
@@ -144,7 +149,7 @@ def _in_unit_range(values: Sequence[float | None]) -> bool:
 
 def _accuracy(runs: Sequence[RunData]) -> Figure:
     traces = []
-    for index, run in enumerate(r for r in runs):
+    for index, run in enumerate(runs):
         found = run.evaluations
         if not found:
             continue
@@ -178,19 +183,7 @@ def _accuracy(runs: Sequence[RunData]) -> Figure:
         "yaxis": {"tickformat": ".0%", "rangemode": "tozero"},
         "xaxis": {"range": [-0.03 * last, 1.12 * last]},  # room for the last label
     }
-    return Figure("Held-out accuracy", traces, "accuracy", "with 95% intervals", layout=layout)
-
-
-def level_name(ratio: str) -> str:
-    return "no prefix" if float(ratio) == 0 else f"prefix {float(ratio):.0%}"
-
-
-def level_colours(ratios: Sequence[str]) -> dict[str, str]:
-    """A colour for each guidance level: the same order means the same colours on the whole page."""
-    guided = [ratio for ratio in ratios if float(ratio) > 0]
-    spread = len(LEVELS) - 1
-    places = [round(i * spread / max(len(guided) - 1, 1)) for i in range(len(guided))]
-    return dict.fromkeys(ratios, UNGUIDED) | {r: LEVELS[p] for r, p in zip(guided, places, strict=True)}
+    return _figure("accuracy", traces, "with 95% intervals", layout=layout)
 
 
 def _rollouts_by_level(run: RunData) -> Figure:
@@ -209,7 +202,7 @@ def _rollouts_by_level(run: RunData) -> Figure:
         }
         for ratio in ratios
     ]
-    return Figure("Guidance used", traces, "rollouts", "by length of the expert prefix")
+    return _figure("rollouts_by_ratio", traces, "by length of the expert prefix")
 
 
 def _reward_by_level(run: RunData) -> Figure:
@@ -221,19 +214,19 @@ def _reward_by_level(run: RunData) -> Figure:
     ]
     traces = [trace for line in lines for trace in line]
     axis = {"range": [-0.03, 1.03]} if all(_in_unit_range(t["y"]) for t in traces) else {}
-    return Figure("Reward by guidance level", traces, "mean reward", layout={"yaxis": axis})
+    return _figure("reward_by_ratio", traces, layout={"yaxis": axis})
 
 
 def _guided(runs: Sequence[RunData]) -> Figure:
     if len(runs) == 1 or not any(any(run.series("guided")) for run in runs):  # of one run it is in _rollouts_by_level
         return Figure("", [], "")
-    return _curve(runs, "guided", "Guided rollouts", "share", unit_range=True)
+    return _curve(runs, "guided", unit_range=True)
 
 
 def _clipped(runs: Sequence[RunData]) -> Figure:
     alphas = sorted({run.alpha for run in runs if run.alpha is not None})
     note = "p < α = " + ", ".join(f"{a:g}" for a in alphas) if alphas else "p < α"
-    return _curve(runs, "trsft_clipped", "Expert tokens outside the trust region", "share", note, unit_range=True)
+    return _curve(runs, "trsft_clipped", note, unit_range=True)
 
 
 def _counts(run: RunData) -> list[tuple[int, list[int]]]:
@@ -294,7 +287,7 @@ def _early_and_late(run: RunData) -> Figure:
     alphas = [] if run.alpha is None else [run.alpha]
     layout = {"bargap": 0.08, "yaxis": {"tickformat": ".0%"}, "xaxis": {"range": [0, 1]}} | _at_alpha(alphas, "x")
     note = "left of α the gradient is bounded" if alphas else ""
-    return Figure("Expert tokens by probability", traces, "share of tokens", note, "probability p", layout)
+    return _figure("expert_prob_histogram", traces, note, "probability p", layout)
 
 
 def _histograms(runs: Sequence[RunData]) -> Figure:
@@ -307,7 +300,7 @@ def _histograms(runs: Sequence[RunData]) -> Figure:
     alphas = sorted({run.alpha for run in runs if run.alpha is not None})
     layout = {"yaxis": {"tickformat": ".0%", "rangemode": "tozero"}, "xaxis": {"range": [0, 1]}}
     layout |= _at_alpha(alphas, "x")
-    return Figure("Expert tokens by probability", traces, "share of tokens", "all steps", "probability p", layout)
+    return _figure("expert_prob_histogram", traces, "all steps", "probability p", layout)
 
 
 def _histogram_over_time(run: RunData) -> Figure:
@@ -328,9 +321,8 @@ def _histogram_over_time(run: RunData) -> Figure:
     }
     layout: dict[str, Any] = {"yaxis": {"range": [0, 1], "showgrid": False}, "xaxis": {"showgrid": False}}
     layout |= _at_alpha([] if run.alpha is None else [run.alpha], "y") | {"hovermode": "closest"}
-    return Figure(
-        "Expert tokens by probability over time", [trace], "probability p", "share of a step's", layout=layout
-    )
+    title = f"{QUANTITIES['expert_prob_histogram'].title} over time"
+    return Figure(title, [trace], "probability p", "share of a step's", layout=layout)
 
 
 def _time_by_part(run: RunData) -> Figure:
@@ -349,4 +341,4 @@ def _time_by_part(run: RunData) -> Figure:
         }
         for part in sorted(parts, key=lambda part: order.get(part, len(order)))
     ]
-    return Figure("Time of a step by part", traces, "seconds", layout={"barmode": "stack", "bargap": 0.15})
+    return _figure("seconds_step", traces, layout={"barmode": "stack", "bargap": 0.15})

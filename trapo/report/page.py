@@ -13,8 +13,9 @@ from typing import Any
 
 import trapo_kernels
 from trapo.errors import TrapoError
-from trapo.report.figures import level_colours, level_name, run_colour, sections
+from trapo.report.figures import sections
 from trapo.report.run_data import RunData
+from trapo.report.words import level_colours, level_name, run_colour
 from trapo.tools.files import write_atomic
 
 SAMPLES = 40  # rollouts of a run on the page

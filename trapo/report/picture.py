@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from trapo.report.run_data import RunData
+from trapo.report.words import QUANTITIES, RUN_COLOURS, UNGUIDED, level_colours, level_name, run_colour
 from trapo.tools.files import write_json
-
-# Readable on white paper and on a dark page: the picture brings its own light background and strong colours.
-COLOURS = ["#0b6bcb", "#c4420b", "#1f883d", "#8250df", "#9a6700", "#bf3989"]
 
 
 def write_picture(run: RunData) -> Path:
@@ -52,18 +51,15 @@ def _draw(data: dict[str, Any], path: Path) -> None:
 
     figure, axes = plt.subplots(2, 3, figsize=(15, 8), facecolor="white", layout="constrained")
     figure.suptitle(_title(data["summary"]), fontsize=13)
+    series, steps = data["series"], data["step"]
     _accuracy(axes[0, 0], data["evaluations"])
-    _by_ratio(axes[0, 1], data["step"], data["reward_by_ratio"])
-    _guidance(axes[0, 2], data["step"], data["rollouts_by_ratio"])
-    series = data["series"]
-    clipped = {
-        "TrSFT clipped (p < α)": series["trsft_clipped"],
-        "mean p of expert tokens": series["expert_prob"],
-    }
-    _lines(axes[1, 0], data["step"], clipped, "expert-prefix tokens", "share / probability")
-    _lines(axes[1, 1], data["step"], {"entropy": series["entropy"]}, "entropy of the policy", "nats per token")
-    speed = {"generated + trained": series["tokens_per_second"]}
-    _lines(axes[1, 2], data["step"], speed, "throughput", "tokens per second")
+    _reward_by_level(axes[0, 1], steps, data)
+    _rollouts_by_level(axes[0, 2], steps, data)
+    expert = {QUANTITIES[name].title: series[name] for name in ("trsft_clipped", "expert_prob")}
+    _lines(axes[1, 0], steps, expert, "Expert tokens", "share, mean p")
+    for axis, name in ((axes[1, 1], "entropy"), (axes[1, 2], "tokens_per_second")):
+        words = QUANTITIES[name]
+        _lines(axis, steps, {words.title: series[name]}, words.title, words.unit)
     temporary = path.with_name(f".tmp-{path.name}")
     figure.savefig(temporary, dpi=110)
     plt.close(figure)
@@ -80,7 +76,8 @@ def _title(summary: dict[str, Any]) -> str:
 
 
 def _accuracy(axis: Any, evaluations: list[dict[str, Any]]) -> None:
-    axis.set(title="held-out accuracy, 95% interval", xlabel="step", ylabel="accuracy")
+    words = QUANTITIES["accuracy"]
+    axis.set(title=f"{words.title}, 95% interval", xlabel="step", ylabel=words.unit)
     axis.set_ylim(0, 1)
     axis.margins(x=0.12)  # room for the last label
     axis.grid(alpha=0.3)
@@ -91,29 +88,39 @@ def _accuracy(axis: Any, evaluations: list[dict[str, Any]]) -> None:
     middle = [e["accuracy"] for e in evaluations]
     low = [max(e["accuracy"] - e["interval"][0], 0) for e in evaluations]
     high = [max(e["interval"][1] - e["accuracy"], 0) for e in evaluations]
-    axis.errorbar(steps, middle, yerr=[low, high], marker="o", capsize=5, linewidth=2, color=COLOURS[0])
+    axis.errorbar(steps, middle, yerr=[low, high], marker="o", capsize=5, linewidth=2, color=run_colour(0))
     for step, value in zip(steps, middle, strict=True):
         axis.annotate(f"{value:.1%}", (step, value), xytext=(8, 6), textcoords="offset points")
 
 
-def _by_ratio(axis: Any, steps: list[int], by_ratio: dict[str, list[float | None]]) -> None:
-    named = {("unguided" if float(x) == 0 else f"prefix {float(x):.0%}"): v for x, v in by_ratio.items()}
-    _lines(axis, steps, named, "reward by guidance level", "mean reward")
+def _reward_by_level(axis: Any, steps: list[int], data: dict[str, Any]) -> None:
+    words, by_level = QUANTITIES["reward_by_ratio"], data["reward_by_ratio"]
+    colours = level_colours(list(data["rollouts_by_ratio"]))
+    named = {level_name(x): values for x, values in by_level.items()}
+    _lines(axis, steps, named, words.title, words.unit, [colours.get(x, UNGUIDED) for x in by_level])
     axis.set_ylim(-0.03, 1.03)
 
 
-def _guidance(axis: Any, steps: list[int], counts: dict[str, list[int]]) -> None:
-    names = ["unguided" if float(x) == 0 else f"prefix {float(x):.0%}" for x in counts]
-    axis.stackplot(steps, list(counts.values()), labels=names, colors=COLOURS, alpha=0.75, step="mid")
-    axis.set(title="rollouts by guidance level", xlabel="step", ylabel="rollouts")
+def _rollouts_by_level(axis: Any, steps: list[int], data: dict[str, Any]) -> None:
+    words, counts = QUANTITIES["rollouts_by_ratio"], data["rollouts_by_ratio"]
+    names, colours = [level_name(x) for x in counts], list(level_colours(list(counts)).values())
+    axis.stackplot(steps, list(counts.values()), labels=names, colors=colours, alpha=0.75, step="mid")
+    axis.set(title=words.title, xlabel="step", ylabel=words.unit)
     axis.legend(loc="lower left", fontsize=8)
 
 
-def _lines(axis: Any, steps: list[int], series: dict[str, list[float | None]], title: str, unit: str) -> None:
-    for colour, (name, values) in zip(COLOURS, series.items(), strict=False):
+def _lines(
+    axis: Any,
+    steps: list[int],
+    series: dict[str, list[float | None]],
+    title: str,
+    unit: str,
+    colours: Sequence[str] = RUN_COLOURS,
+) -> None:
+    for colour, (name, values) in zip(colours, series.items(), strict=False):
         numbers = [math.nan if v is None else v for v in values]
         axis.plot(steps, numbers, label=name, color=colour, linewidth=1.8, marker=".", markersize=5)
     axis.set(title=title, xlabel="step", ylabel=unit)
     axis.grid(alpha=0.3)
-    if series:
+    if len(series) > 1:
         axis.legend(fontsize=8)

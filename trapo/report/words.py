@@ -1,0 +1,75 @@
+"""The words and colours of a run's reports. The page, the picture and the terminal take them from here, so that one
+quantity has one name, and one guidance level one name and one colour, wherever it is shown.
+
+The colours are readable on a white page and on a dark one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+__all__ = [
+    "DASHES", "INSIDE", "OUTSIDE", "PARTS", "QUANTITIES", "RUN_COLOURS", "UNGUIDED", "Quantity", "level_colours",
+    "level_name", "run_colour",
+]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantity:
+    """What one number of a step is called."""
+
+    title: str  # over a figure
+    unit: str  # at its axis
+    column: str = ""  # in the terminal's table; empty: it is not there
+    short: str = ""  # there, on a narrow terminal
+
+
+# By the names in metrics.jsonl and in evaluations.
+QUANTITIES: dict[str, Quantity] = {
+    "accuracy": Quantity("Held-out accuracy", "accuracy"),
+    "reward": Quantity("Reward", "mean of all rollouts", "reward", "reward"),
+    "reward_by_ratio": Quantity("Reward by guidance level", "mean reward", "reward@", "@"),
+    "rollouts_by_ratio": Quantity("Guidance used", "rollouts"),
+    "guided": Quantity("Guided rollouts", "share"),
+    "trsft_clipped": Quantity("Expert tokens outside the trust region", "share", "TrSFT clipped", "clip"),
+    "expert_prob": Quantity("Probability of expert tokens", "mean p"),
+    "expert_prob_histogram": Quantity("Expert tokens by probability", "share of tokens"),
+    "entropy": Quantity("Entropy", "nats per token", "entropy", "entropy"),
+    "generated_length": Quantity("Length of the model's own part", "tokens"),
+    "finished": Quantity("Rollouts that ended by themselves", "share"),
+    "zero_advantage": Quantity("Rollouts with zero advantage", "share"),
+    "grad_norm": Quantity("Gradient norm", "before clipping", "grad norm", "grad"),
+    "lr": Quantity("Learning rate", ""),
+    "reward_failures": Quantity("Rewards that failed", "rollouts", "failed rewards", "failed"),
+    "tokens_per_second": Quantity("Throughput", "tokens per second", "tokens/s", "tok/s"),
+    "seconds_step": Quantity("Time of a step by part", "seconds"),
+    "peak_memory_gb": Quantity("Peak memory", "GB"),
+    "peak_gpu_memory_gb": Quantity("Peak memory of the GPU", "GB"),
+}
+
+# Okabe and Ito's, told apart by people with any kind of colour vision; a run beyond them is dashed.
+RUN_COLOURS = ["#1f86d1", "#d9640a", "#12a37c", "#c774a4", "#c99700", "#7a86d6"]
+DASHES = ["solid", "dash", "dot", "dashdot"]
+# From no guidance to a whole trace: grey, then darker to lighter.
+UNGUIDED, _GUIDED = "#8b95a5", ["#3f6fd1", "#8b5fd3", "#d0528f", "#ee8a3c", "#e6c229"]
+OUTSIDE, INSIDE = "#d9640a", "#1f86d1"  # of the trust region
+PARTS = {"generate": "#1f86d1", "reward": "#c99700", "logprobs": "#c774a4", "collect": "#6aaee0", "update": "#d9640a"}
+
+
+def run_colour(index: int) -> str:
+    """The colour of the index-th run; of a single run, that of its lines."""
+    return RUN_COLOURS[index % len(RUN_COLOURS)]
+
+
+def level_name(ratio: str) -> str:
+    """What a guidance level is called, by the share of the trace that it gives."""
+    return "no prefix" if float(ratio) == 0 else f"prefix {float(ratio):.0%}"
+
+
+def level_colours(ratios: Sequence[str]) -> dict[str, str]:
+    """A colour for each of a run's guidance levels, in ascending order."""
+    guided = [ratio for ratio in ratios if float(ratio) > 0]
+    last = len(_GUIDED) - 1
+    places = [round(i * last / max(len(guided) - 1, 1)) for i in range(len(guided))]
+    return dict.fromkeys(ratios, UNGUIDED) | {r: _GUIDED[p] for r, p in zip(guided, places, strict=True)}
