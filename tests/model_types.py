@@ -173,7 +173,7 @@ def tiny_model(kind: str, seed: int = 0, **settings: Any) -> Any:
 
 # --- what the trainer makes of a type, and whether that is right -----------------------------------------------------
 
-COLUMNS = ("trains", "packs", "checkpointing", "rollouts", "LoRA")
+COLUMNS = ("trains", "packs", "shares", "checkpointing", "rollouts", "LoRA")
 
 
 def record(kind: str, work: Path) -> dict[str, str]:
@@ -188,6 +188,7 @@ def record(kind: str, work: Path) -> dict[str, str]:
         return {"trains": f"refused: {number(error)}"}
     for column, check in (
         ("packs", packed),
+        ("shares", shared),
         ("checkpointing", checkpointed),
         ("rollouts", generated),
         ("LoRA", merged),
@@ -269,6 +270,19 @@ def packed(model: Any, work: Path) -> str:
     return verdict(off(found, [own_logprobs(model, ids) for ids in LONG]), "yes" if made.packed else "padded instead")
 
 
+def shared(model: Any, work: Path) -> str:
+    """Of texts past the window and of shorter ones, which a tree takes in any case."""
+    made, kinds = learner(model, "train.micro_batch_tokens=1000"), set()
+    for long in (33, 7):
+        first, second = texts(long, long)
+        branched = [first, [*first[: long - 3], *second[-4:]], [*first[:3], *second[3:]]]
+        sample = [rollout(ids) for ids in branched]
+        kinds.add(any(group.trees for group in made._micro_batches(sample)))
+        if error := verdict(off(made.own_logprobs(sample), [own_logprobs(model, ids) for ids in branched]), ""):
+            return error
+    return {(True,): "yes", (False,): "anew", (False, True): "within the window"}[tuple(sorted(kinds))]
+
+
 def gradients(model: Any, *overrides: str) -> torch.Tensor:
     made = learner(model, *overrides, "train.packing=never")
     made._step = lambda loss: 0.0
@@ -329,12 +343,14 @@ of each sequence alone; no cell is wrong in silence, or the slow test of the sam
   and head (encoders), or tokens that see later ones.
 - *packs*: `train.packing: always`. "padded instead": the layers do not keep sequences apart here, so they are padded,
   which is said once. Some do with `causal_conv1d` and `flash-linear-attention` installed, which need a GPU.
+- *shares*: `train.share_prefixes: auto`. "anew": each rollout's prompt is computed anew; "within the window": where no
+  rollout is longer than the layers' attention window.
 - *checkpointing*: `model.gradient_checkpointing: true` gives the same gradients.
 - *rollouts*: engine hf generates as forwards without a cache do; the words say what it goes without for that.
 - *LoRA*: `lora.rank` with the default targets; the merged model on disk computes what the live one does.
 
-| type | trains | packs | checkpointing | rollouts | LoRA |
-| --- | --- | --- | --- | --- | --- |
+| type | trains | packs | shares | checkpointing | rollouts | LoRA |
+| --- | --- | --- | --- | --- | --- | --- |
 """
 
 

@@ -1,9 +1,11 @@
-"""From rollouts to tensors: micro-batches under a token budget, either packed or padded.
+"""From rollouts to tensors: micro-batches under a token budget, packed, shared or padded.
 
 packed   one row of concatenated sequences, no padding; position ids start anew with each sequence, from which
          transformers makes cu_seqlens for varlen (flash) attention and a block-diagonal causal mask for the others
 padded   one row a sequence, of about equal lengths, padding on the right: no token of a causal model sees what follows
          it, so that none needs a mask (with one, SDPA is slower and flash attention unpads and pads again)
+shared   one row a tree of sequences that begin alike (models/prefix_tree.py); their hidden states are then laid end to
+         end as in a packed row
 
 Varlen attention pays for each sequence's own square. A block mask pays for the square of the whole row, most of which
 it throws away: on a CPU, rows of equal lengths cost less than that, and little of them is padding.
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 
 from trapo.errors import TrapoError
+from trapo.models import prefix_tree
 from trapo.rollouts import Rollout
 
 
@@ -26,7 +29,8 @@ class Batch:
     """A micro-batch of rollouts. Column t of a sequence holds the token that is fed in at t and the token (`targets`)
     that must be predicted from there: n = length of the rollout − 1.
 
-    padded: B = rollouts, T = the largest n, padding on the right. packed: B = 1, T = sum of all n.
+    padded: B = rollouts, T = the largest n, padding on the right. packed: B = 1, T = sum of all n. shared: as packed,
+    but input_ids and position_ids are rows [trees, width].
     """
 
     input_ids: torch.Tensor  # [B, T] int64
@@ -38,12 +42,17 @@ class Batch:
     sequence_ids: torch.Tensor | None  # [B, T] int64: which rollout; None: padded, where rows say it
     lengths: tuple[int, ...]  # n of each rollout
     starts: torch.Tensor | None = None  # [rollouts + 1] int32: where each begins in a packed row, and its end
+    sight: torch.Tensor | None = (
+        None  # [trees, 1, width, width] bool: which tokens one of a tree sees; None: not shared
+    )
+    places: torch.Tensor | None = None  # [T] int64: of the sequences' tokens in the flattened rows of the trees
 
     @property
     def layout(self) -> dict[str, Any]:
         """Where the sequences of a packed row begin, in every way that transformers' layers are told: attention masks
-        by positions, flash and linear attention by cu_seq_lens, state-space layers by seq_idx. {}: padded."""
-        if self.sequence_ids is None:
+        by positions, flash and linear attention by cu_seq_lens, state-space layers by seq_idx. {}: padded. What a tree
+        is told by is `sight`."""
+        if self.sequence_ids is None or self.sight is not None:
             return {}
         longest = max(self.lengths)
         return {
@@ -68,6 +77,41 @@ class Batch:
             if row is not None:
                 place.copy_(row)
         return values.to(device)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The rollouts of a micro-batch; [] on a rank that has none left for a collective that the others need."""
+
+    rollouts: Sequence[Rollout] = ()
+    trees: tuple[int, ...] = ()  # how many of them are in each tree; (): each is a row of its own
+
+
+def groups(
+    rollouts: Sequence[Rollout], token_budget: int, packed: bool, costs: prefix_tree.Costs | None
+) -> list[Group]:
+    """Micro-batches of at most so many tokens, padding included; a longer sequence goes alone. costs: of trees; None:
+    nothing is shared."""
+    trees, single = shared(rollouts, token_budget, costs) if costs is not None else ([], rollouts)
+    made = []
+    for chosen in micro_batches([size for size, _ in trees], token_budget):
+        members = [trees[i][1] for i in chosen]
+        made.append(Group([r for tree in members for r in tree], tuple(map(len, members))))
+    cut = packs if packed else micro_batches
+    return made + [Group([single[i] for i in chosen]) for chosen in cut([len(r) for r in single], token_budget)]
+
+
+def shared(
+    rollouts: Sequence[Rollout], token_budget: int, costs: prefix_tree.Costs
+) -> tuple[list[tuple[int, list[Rollout]]], list[Rollout]]:
+    """(trees of several rollouts with their tokens, rollouts that are cheaper alone, in their order)."""
+    sequences = [(r.problem.prompt_ids + r.response_ids)[:-1] for r in rollouts]
+    grown = prefix_tree.grow(sequences, token_budget, costs)
+    trees = [(prefix_tree.size([sequences[i] for i in tree]), tree) for tree in grown if len(tree) > 1]
+    inside = {i for _, tree in trees for i in tree}
+    return [(n, [rollouts[i] for i in tree]) for n, tree in trees], [
+        r for i, r in enumerate(rollouts) if i not in inside
+    ]
 
 
 def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
@@ -150,6 +194,22 @@ def pack(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
         sequence_ids=sequence_ids,
         lengths=lengths,
         starts=starts,
+    )
+    return _to(batch, device)
+
+
+def share(rollouts: Sequence[Rollout], trees: Sequence[int], pad_id: int, device: torch.device) -> Batch:
+    """Rollouts in the order of prefix_tree.grow, as trees of so many rollouts each."""
+    tokens = [_tokens(r) for r in rollouts]
+    sequences = iter([ids[:-1].tolist() for ids, _, _ in tokens])
+    forest = prefix_tree.plant([[next(sequences) for _ in range(count)] for count in trees], pad_id)
+    row = pack(rollouts, torch.device("cpu"))
+    batch = dataclasses.replace(
+        row,
+        input_ids=forest.input_ids,
+        position_ids=forest.position_ids,
+        sight=forest.sight,
+        places=forest.places,
     )
     return _to(batch, device)
 

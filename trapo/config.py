@@ -202,6 +202,11 @@ class TrainConfig:
         "always puts sequences one behind the other into a row; auto does where attention is varlen (flash).",
         choices=("auto", "always", "never"),
     )
+    share_prefixes: str = key(
+        "auto",
+        "auto runs what rollouts begin with through the model once, where attention takes a mask and none is packed.",
+        choices=("auto", "never"),
+    )
     precision: str = key(
         "auto",
         "The dtype of forward and backward (weights and optimizer are float32); auto is bfloat16 on GPUs.",

@@ -22,10 +22,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import trapo_kernels as tk
-from trapo.batching import Batch, collate, filler, layout, loss_tokens, micro_batches, pack, packs, sampled_logprobs
+from trapo.batching import Batch, Group, collate, filler, groups, layout, loss_tokens, pack, sampled_logprobs, share
 from trapo.config import Config, OptimConfig
 from trapo.errors import TrapoError
-from trapo.models import agreement
+from trapo.models import agreement, prefix_tree
 from trapo.models.loading import head_of
 from trapo.models.precision import compute_in, resolve
 from trapo.models.sharding import as_forward, is_sharded, load_shards, scatter_optimizer_state, whole
@@ -69,6 +69,7 @@ class Learner:
         self.precision = resolve(config.train.precision, model.device)
         self.pad_id = pad_id
         self.ranks = ranks
+        self.costs: prefix_tree.Costs | None = None  # of sharing what rollouts begin with; None: it is not shared
         self.layout = self._agreed()  # of packed rows; None: padded
         self.expert_histogram = ProbabilityHistogram()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -90,6 +91,9 @@ class Learner:
                 packed = is_packed(model, self.config)
                 row = layout(agreement.LENGTHS, model.device)
                 names = agreement.packed_names(model, found, row) if packed else None
+                wanted = not packed and self.config.train.share_prefixes == "auto"
+                if wanted and agreement.shares_beginnings(model, found, self.pad_id):
+                    self.costs = prefix_tree.costs_of(model)
                 if self.config.model.gradient_checkpointing:
                     prepare_checkpointing(model)
                     agreement.check_checkpointing(model, found)
@@ -133,11 +137,11 @@ class Learner:
             if not trained:
                 continue
             denominator, losses = self._denominator(minibatch, len(minibatches)), []
-            for batch in self._micro_batches(trained):
-                loss = self._loss(batch, objective, denominator, old_logprobs, ref_logprobs, rollout_logprobs)
+            for group in self._micro_batches(trained):
+                loss = self._loss(group, objective, denominator, old_logprobs, ref_logprobs, rollout_logprobs)
                 loss.loss.backward()
                 losses.append(loss.loss.detach())
-                if batch:
+                if group.rollouts:
                     metrics.append(loss.metrics)
             tokens += sum(len(r) for r in trained)
             norm = self._step(float(torch.stack(losses).sum()))
@@ -204,34 +208,45 @@ class Learner:
             return train.normalizer_constant / minibatches
         return float(len(rollouts) * self.config.rollout.max_response_tokens)
 
-    def _micro_batches(self, rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
-        """This rank's; [] where it has none left for a collective that the others need."""
-        group_by = packs if self.packed else micro_batches
-        groups = group_by([len(r) for r in rollouts], self.config.train.micro_batch_tokens)
-        return [[rollouts[i] for i in group] for group in self.ranks.deal(groups, [])]
+    def _micro_batches(self, rollouts: Sequence[Rollout]) -> list[Group]:
+        """This rank's."""
+        made = groups(rollouts, self.config.train.micro_batch_tokens, self.packed, self._costs(rollouts))
+        return self.ranks.deal(made, Group())
 
-    def _batch(self, rollouts: Sequence[Rollout]) -> Batch:
+    def _costs(self, rollouts: Sequence[Rollout]) -> prefix_tree.Costs | None:
+        """Of sharing the rollouts' beginnings; None where the model cannot, or its layers see less than a rollout."""
+        longest = max((len(r) for r in rollouts), default=0)
+        return self.costs if longest <= prefix_tree.window(self.model) else None
+
+    def _batch(self, group: Group) -> Batch:
+        rollouts = group.rollouts
         if not rollouts:
             return filler(self.pad_id, self.model.device)
+        if group.trees:
+            return share(rollouts, group.trees, self.pad_id, self.model.device)
         if self.packed:
             return pack(rollouts, self.model.device)
         return collate(rollouts, self.pad_id, self.model.device)
 
     def _hidden_states(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-        """[B, T, D], what the head would be applied to."""
+        """[B, T, D] beside the batch's targets, what the head would be applied to."""
+        if batch.sight is not None and batch.position_ids is not None:
+            mask = prefix_tree.attention_mask(model, batch.sight, batch.position_ids)
+            told = {"position_ids": batch.position_ids, "attention_mask": mask}
+            return agreement.hidden_states(model, batch.input_ids, **told).flatten(0, 1)[batch.places][None]
         told = {name: value for name, value in batch.layout.items() if name in (self.layout or ())}
         return agreement.hidden_states(model, batch.input_ids, **told)
 
     def _loss(
         self,
-        rollouts: Sequence[Rollout],
+        group: Group,
         objective: tk.Objective,
         denominator: float,
         old_logprobs: dict[int, torch.Tensor],
         ref_logprobs: dict[int, torch.Tensor],
         rollout_logprobs: dict[int, torch.Tensor],
     ) -> tk.PolicyLoss:
-        batch = self._batch(rollouts)
+        batch, rollouts = self._batch(group), group.rollouts
 
         def forward() -> tk.PolicyLoss:
             hidden, head = self._hidden_and_head(self.model, batch)
@@ -265,7 +280,9 @@ class Learner:
             batch = self._batch(group)
             logprobs = as_forward(model, functools.partial(self._batch_logprobs, model, batch))
             # Across ranks a rollout is known by its place.
-            found += [(place[id(r)], row) for r, row in zip(group, batch.rows(logprobs), strict=bool(group))]
+            found += [
+                (place[id(r)], row) for r, row in zip(group.rollouts, batch.rows(logprobs), strict=bool(group.rollouts))
+            ]
         if self.ranks.world > 1:
             found = self.ranks.gather([(i, row.cpu()) for i, row in found])
         return {id(rollouts[i]): row for i, row in found}

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trapo.errors import TrapoError
+from trapo.models import prefix_tree
 from trapo.models.precision import compute_in
 from trapo.models.sharding import as_forward, is_sharded
 from trapo_kernels.integrations.transformers import decoder_of, fit_head, linear_head
@@ -165,6 +166,34 @@ def packed_names(model: PreTrainedModel, found: Probe, layout: dict[str, Any]) -
         errors.append(f"hidden states change by {error:.2g} of their size")
     say(f"train.packing: {name_of(model)} does not keep packed sequences apart ({errors[0]}); they are padded instead")
     return None
+
+
+def shares_beginnings(model: PreTrainedModel, found: Probe, pad_id: int) -> bool:
+    """Whether sequences that begin alike can be computed as a tree (models/prefix_tree.py); where not, it is said."""
+    if (implementation := model.config._attn_implementation) not in prefix_tree.TAKE_A_MASK:
+        return False  # flash attention takes no mask; its sequences are packed
+    short, long = (ids[0].tolist() for ids in found.ids)
+    branch = [*long[: LENGTHS[0] - 4], *short[-4:]]  # begins as the longer one does
+    trees = [sorted([branch, long]), [short]]
+    forest = prefix_tree.plant(trees, pad_id)
+    try:
+        alone = {tuple(branch): hidden_states(model, found.ids[0].new_tensor([branch]))[0]}
+        alone |= {tuple(ids[0].tolist()): hidden for ids, hidden in zip(found.ids, found.hidden, strict=True)}
+        positions, sight = forest.position_ids.to(model.device), forest.sight.to(model.device)
+        mask = prefix_tree.attention_mask(model, sight, positions)
+        ids = forest.input_ids.to(model.device)
+        rows = hidden_states(model, ids, position_ids=positions, attention_mask=mask)
+    except FAILURES as failure:
+        reason = f"with a mask of {implementation} attention its forward fails: {str(failure).strip() or '-'}"
+    else:
+        sequences = [tuple(sequence) for tree in trees for sequence in tree]
+        parts = rows.flatten(0, 1)[forest.places.to(rows.device)].split([len(s) for s in sequences])
+        error = max(difference(part, alone[s]) for part, s in zip(parts, sequences, strict=True))
+        if error <= found.tolerance:
+            return True
+        reason = f"in a tree hidden states change by {error:.2g} of their size"
+    say(f"train.share_prefixes: {name_of(model)} computes each rollout's prompt anew ({reason.splitlines()[0]})")
+    return False
 
 
 def check_checkpointing(model: PreTrainedModel, found: Probe) -> None:
