@@ -267,7 +267,7 @@ def plot() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["table", "savings", "budget", "sweep", "plot", "all"])
-    parser.add_argument("--shape", action="append", help="N,D,V; default: the three of the README")
+    parser.add_argument("--shape", action="append", help="N,D,V; default: the three of docs/results.md")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--provider", action="append", help="of the table; default: all")
     arguments = parser.parse_args()

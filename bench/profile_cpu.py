@@ -16,7 +16,7 @@ import torch
 import trapo_kernels as tk
 from bench.measure import RESULTS, Shape, interleaved, machine
 
-# Chunks as the loop makes them at the README's shapes: in d_weight (C = D), in the buffer.
+# Chunks as the loop makes them at the shapes of docs/results.md: in d_weight (C = D), in the buffer.
 CHUNKS = [Shape(576, 576, 49152), Shape(736, 576, 49152), Shape(896, 896, 151936), Shape(512, 3584, 65536)]
 
 
