@@ -20,7 +20,7 @@ from torch import Tensor
 
 import trapo_kernels as tk
 from study.model import new_model
-from trapo_kernels.terms import Tokens
+from trapo_kernels.tokens import Tokens
 
 DESCENT_STEPS = 4000
 ALPHAS = (0.01, 0.03, 0.1, 0.3, 0.5, 1.0)

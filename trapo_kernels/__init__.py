@@ -23,8 +23,9 @@ from .functional import (
 )
 from .metrics import METRICS, Metric, merge_metrics
 from .modules import TrapoLoss
-from .objective import EXPERT_TERMS, POLICY_TERMS, Objective, Term, Tokens
-from .terms import Sequences
+from .objective import Objective
+from .terms import EXPERT_TERMS, POLICY_TERMS, Term
+from .tokens import Sequences, Tokens
 from .verify import verify
 
 __all__ = [

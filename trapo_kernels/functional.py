@@ -13,6 +13,7 @@ from . import columns, divergence, ops, reference, stream, validate, vocab_paral
 from .agreement import agreed, shards_of
 from .backends.base import RowInputs, RowKernel, RowStats, stats_dtype
 from .backends.dispatch import backend_name, pick
+from .custom_terms import function_name
 from .divergence import linear_divergence
 from .head import Head
 from .metrics import policy_metrics
@@ -22,7 +23,7 @@ from .scalars import filled
 from .sources import finished
 from .statistics import Collector, check_statistics
 from .stream import LinearSource, LogitsSource, Rows, Source
-from .terms import Sequences, Slopes, function_name
+from .tokens import Sequences, Slopes
 from .vocab_parallel import ShardedKernel, ShardedSource
 
 __all__ = [

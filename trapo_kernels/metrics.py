@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .objective import Objective, Tokens
+from .ratios import clipped, k3, log_ratio, tis_weight
 from .statistics import is_statistic
-from .terms import clipped, k3, log_ratio, tis_weight
 
 __all__ = ["METRICS", "Metric", "merge_metrics", "policy_metrics"]
 

@@ -27,20 +27,11 @@ import torch
 from torch import Tensor
 
 from .backends.base import FusedTerms
+from .custom_terms import function_name
+from .ratios import tis_weight
 from .scalars import constant, shown
-from .terms import (
-    ENTROPY,
-    EXPERT_TERMS,
-    K3,
-    POLICY_TERMS,
-    Slopes,
-    Term,
-    Tokens,
-    _given,
-    function_name,
-    own_term,
-    tis_weight,
-)
+from .terms import ENTROPY, EXPERT_TERMS, K3, POLICY_TERMS, Term, own_term
+from .tokens import Slopes, Tokens, given
 
 __all__ = ["EXPERT_TERMS", "FIELDS", "POLICY_TERMS", "REDUCTIONS", "Objective", "Term", "Tokens"]
 
@@ -324,7 +315,7 @@ class Objective:
         live = torch.zeros_like(expert)
         for region, _, _, term in self._parts:
             inside = torch.ones_like(expert) if region == "all" else expert if region == "expert" else ~expert
-            live |= inside & (_given(advantages) != 0) if term.scales_with_advantage else inside
+            live |= inside & (given(advantages) != 0) if term.scales_with_advantage else inside
         return live
 
     # Named presets: the published loss of a method, nothing of its recipe. No preset sets entropy_coef or kl_coef

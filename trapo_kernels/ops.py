@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import divergence as divergences
-from . import functional, stream, terms  # functional calls these operators
+from . import functional, stream, tokens  # functional calls these operators
 from .backends.base import RowStats, stats_dtype
 from .backends.dispatch import pick
 from .head import Head
@@ -134,7 +134,7 @@ def _op(name: str, schema: str) -> Any:
 @_op("sums_of_later", "(Tensor values, Tensor row) -> Tensor")
 def sums_of_later(values: Tensor, row: Tensor) -> Tensor:
     """Σ over the later tokens of the same sequence [n]."""
-    return terms.sums_of_later(values, row)
+    return tokens.sums_of_later(values, row)
 
 
 @sums_of_later.register_fake

@@ -16,122 +16,22 @@ transcription of the published formula. To add a term, add an entry to a table; 
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .statistics import is_statistic
+from .custom_terms import OwnFunction, function_name, slopes_by_autograd
+from .ratios import clipped_where, k3, log_of_clipped_ratio, log_ratio, possible, ratio_where
+from .tokens import Slopes, Tokens, given
 
 if TYPE_CHECKING:
     from .objective import Objective
 
-__all__ = ["EXPERT_TERMS", "POLICY_TERMS", "Sequences", "Slopes", "Term", "Tokens", "own_term"]
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """Which sequence each token belongs to: its number [n], below `rows`. In a sequence, tokens stand in order."""
-
-    row: Tensor  # int64
-    rows: int  # at least as many as there are sequences
-
-    @classmethod
-    def of(cls, ids: Tensor) -> Sequences:
-        """Tokens with one id [n] are a sequence, in the order in which they stand. Nothing waits for a device."""
-        ordered, order = ids.sort(stable=True)
-        first = torch.nn.functional.pad((ordered[1:] != ordered[:-1]).long(), (1, 0))[: ids.numel()]
-        return cls(torch.zeros_like(order).scatter(0, order, first.cumsum(0)), ids.numel())
-
-    @classmethod
-    def of_rows(cls, rows: int, length: int, device: torch.device | str = "cpu") -> Sequences:
-        """A sequence is a row of [rows, length] tokens."""
-        return cls(torch.arange(rows, device=device)[:, None].expand(rows, length).reshape(-1), rows)
-
-    def map(self, fn: Callable[[Tensor], Tensor]) -> Sequences:
-        """The sequences of those tokens that `fn` takes from a tensor [n]."""
-        return replace(self, row=fn(self.row))
-
-    def _sums(self, values: Tensor) -> Tensor:
-        """Of each sequence [rows]. In a fixed order: on CUDA an accumulating index_put sorts, where index_add races."""
-        sums = values.new_zeros(self.rows)
-        if values.is_cuda:
-            return sums.index_put((self.row,), values, accumulate=True)
-        return sums.index_add(0, self.row, values)
-
-    def total(self, values: Tensor) -> Tensor:
-        """Σ over the tokens of a token's sequence [n]."""
-        wide = values if values.device.type == "mps" else values.double()  # thousands of tokens, one by one
-        return self._sums(wide)[self.row].to(values.dtype)
-
-    def with_any(self, chosen: Tensor) -> Tensor:
-        """How many sequences have a `chosen` token (0-dim)."""
-        return (self._sums(chosen.long()) > 0).sum()
-
-    def later(self, values: Tensor) -> Tensor:
-        """Σ over the tokens that come later in a token's sequence [n]; no gradient."""
-        if torch.compiler.is_compiling():  # the number of steps is one of the lengths that a graph is not for
-            found: Tensor = torch.ops.trapo_kernels.sums_of_later(values, self.row)
-            return found
-        return sums_of_later(values, self.row)
-
-
-def sums_of_later(values: Tensor, row: Tensor) -> Tensor:
-    """Σ of `values` [n] over the later tokens of the same `row` [n], by doubling: log n steps, in a fixed order."""
-    order = row.argsort(stable=True)
-    row, sums, step = row[order], values.detach()[order], 1
-    while step < row.numel():
-        further = torch.where(row[:-step] == row[step:], sums[step:], 0)
-        sums, step = torch.cat([sums[:-step] + further, sums[-step:]]), 2 * step
-    after = torch.where(row[:-1] == row[1:], sums[1:], 0)
-    after = torch.nn.functional.pad(after, (0, 1))[: row.numel()]
-    return torch.zeros_like(after).scatter(0, order, after)
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Everything a term may read, one entry per token [n]; `None` where the caller gave nothing."""
-
-    logprobs: Tensor
-    entropy: Tensor
-    expert: Tensor  # bool: True = expert-prefix token
-    advantages: Tensor | None = None
-    old_logprobs: Tensor | None = None
-    ref_logprobs: Tensor | None = None
-    rollout_logprobs: Tensor | None = None
-    target_logits: Tensor | None = None  # z_y
-    statistics: Mapping[str, Tensor] = field(default_factory=dict)  # those an objective asks for
-    sequences: Sequences | None = None
-    own: Tensor | None = None  # bool; None: every token that is not an expert token
-
-    @property
-    def own_tokens(self) -> Tensor:
-        return ~self.expert if self.own is None else self.own
-
-    def map(self, fn: Callable[[Tensor], Tensor]) -> Tokens:
-        """The same tokens with `fn` applied to every tensor."""
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
-        mapped: dict[str, Any] = {name: fn(value) for name, value in given.items() if isinstance(value, Tensor)}
-        return replace(self, **mapped, statistics={name: fn(value) for name, value in self.statistics.items()})
-
-    def only(self, region: Tensor) -> Tokens:
-        """Zeros outside `region`, so that what a caller padded other tokens with can neither give nor poison
-        anything: 0 · NaN in a backward would."""
-        outside = ~region
-        return self.map(lambda t: t if t.dtype == torch.bool else t.masked_fill(outside, 0))
-
-
-class Slopes(NamedTuple):
-    """∂loss/∂logp, ∂loss/∂H and ∂loss/∂z_y per token [n]; None: there is none."""
-
-    logprobs: Tensor | None
-    entropy: Tensor | None = None
-    target_logits: Tensor | None = None
+__all__ = ["EXPERT_TERMS", "POLICY_TERMS", "Term", "own_term"]
 
 
 @dataclass(frozen=True)
@@ -160,19 +60,9 @@ class Term:
     def slopes(self, o: Objective, t: Tokens) -> Slopes:
         """All slopes of the term [n]."""
         if self.own is not None:
-            return _slopes_by_autograd(self, o, t)
+            return slopes_by_autograd(self.value, self.own, o, t)
         each = (self.slope, self.entropy_slope, self.logit_slope)
         return Slopes(*(None if slope is None else slope(o, t) for slope in each))
-
-
-def _given(values: Tensor | None) -> Tensor:
-    assert values is not None  # functional.py has checked `Objective.needs`
-    return values
-
-
-def _possible(logprobs: Tensor) -> Tensor:
-    """logp with 0 for −inf."""
-    return logprobs.masked_fill(logprobs == -torch.inf, 0)
 
 
 def _weighted(weight: Tensor, logprobs: Tensor) -> Tensor:
@@ -211,12 +101,12 @@ def _dft_slope(o: Objective, t: Tokens) -> Tensor:
 
 def _luffy_value(o: Objective, t: Tokens) -> Tensor:
     p = t.logprobs.exp()
-    return -_given(t.advantages) * p / (p + o.luffy_gamma)
+    return -given(t.advantages) * p / (p + o.luffy_gamma)
 
 
 def _luffy_slope(o: Objective, t: Tokens) -> Tensor:
     p = t.logprobs.exp()
-    return -_given(t.advantages) * o.luffy_gamma * p / (p + o.luffy_gamma) ** 2
+    return -given(t.advantages) * o.luffy_gamma * p / (p + o.luffy_gamma) ** 2
 
 
 def _chord_weight(t: Tokens) -> Tensor:
@@ -277,7 +167,7 @@ def _pear_slope(o: Objective, t: Tokens) -> Tensor:
 
 def _lco_miss(o: Objective, t: Tokens) -> Tensor:
     """z_y − sg(z_y + A/β') = −A/β', with the gradient of z_y; β' = β for A > 0, else 100 β."""
-    z, advantages = _given(t.target_logits), _given(t.advantages)
+    z, advantages = given(t.target_logits), given(t.advantages)
     z = z.masked_fill(z == -torch.inf, 0)  # ∞ − ∞
     return (z - z.detach()) - torch.where(advantages > 0, advantages / o.lco_beta, advantages / (100 * o.lco_beta))
 
@@ -288,7 +178,7 @@ def _lco_mse_value(o: Objective, t: Tokens) -> Tensor:
 
 def _where_possible(slope: Tensor, t: Tokens) -> Tensor:
     """A bias of −inf removes a column: its logit has no slope."""
-    return slope.masked_fill(_given(t.target_logits) == -torch.inf, 0)
+    return slope.masked_fill(given(t.target_logits) == -torch.inf, 0)
 
 
 def _lco_mse_slope(o: Objective, t: Tokens) -> Tensor:
@@ -365,70 +255,29 @@ EXPERT_TERMS: dict[str, Term] = {
 # Policy terms ------------------------------------------------------------------------------------------------
 
 
-def log_ratio(t: Tokens) -> Tensor:
-    """log r = logp − old_logp [n]. A token of probability zero has log r = −inf whatever the old probability."""
-    old = t.logprobs.detach() if t.old_logprobs is None else t.old_logprobs
-    impossible = t.logprobs == -torch.inf
-    # Filled before the subtraction: −inf − −inf would leave NaN in its backward.
-    difference = t.logprobs.masked_fill(impossible, 0) - old.masked_fill(impossible, 0)
-    return difference.masked_fill(impossible, -torch.inf)
-
-
-def _ratio_where(counts: Tensor, log_r: Tensor) -> Tensor:
-    """r where it `counts`, else 1: an overflown r times a zero, here or in a backward, would be NaN."""
-    return log_r.masked_fill(~counts, 0).exp()
-
-
 def _unclipped_value(o: Objective, t: Tokens) -> Tensor:
-    advantages = _given(t.advantages)
-    return -_ratio_where(advantages != 0, log_ratio(t)) * advantages
+    advantages = given(t.advantages)
+    return -ratio_where(advantages != 0, log_ratio(t)) * advantages
 
 
 def _unclipped_slope(o: Objective, t: Tokens) -> Tensor:
     return _unclipped_value(o, t)  # d exp(x) = exp(x) dx
 
 
-def _log_of_clipped_ratio(o: Objective, t: Tokens) -> Tensor:
-    """Logarithm of the ratio that the policy term clips [n], with the gradient of logp: log r; for GSPO its mean over
-    the own tokens of the sequence, as sg(mean) + logp − sg(logp)."""
-    if o.policy != "gspo":
-        return log_ratio(t)
-    assert t.sequences is not None
-    inside = t.own_tokens.to(t.logprobs.dtype)
-    log_r = torch.where(t.own_tokens, log_ratio(t).detach(), 0)
-    mean = t.sequences.total(log_r) / t.sequences.total(inside).clamp(min=1)
-    logprobs = _possible(t.logprobs)
-    return mean + (logprobs - logprobs.detach())
-
-
-def clipped(o: Objective, t: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the clip takes the gradient away [n]: ratio too low (A < 0), too high (A > 0), beyond the dual clip."""
-    return _clipped(o, t, _log_of_clipped_ratio(o, t))
-
-
-def _clipped(o: Objective, t: Tokens, log_r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    r, advantages = log_r.detach().exp(), _given(t.advantages)
-    none = torch.zeros_like(t.expert)
-    low = none if o.clip_low is None else (advantages < 0) & (r < 1 - o.clip_low)
-    high = none if o.clip_high is None else (advantages > 0) & (r > 1 + o.clip_high)
-    dual = none if o.dual_clip is None else (advantages < 0) & (r > o.dual_clip)
-    return low, high, dual
-
-
 def _clip_value(o: Objective, t: Tokens) -> Tensor:
-    log_r, advantages = _log_of_clipped_ratio(o, t), _given(t.advantages)
-    low, high, dual = _clipped(o, t, log_r)
-    r = _ratio_where(~(low | high | dual) & (advantages != 0), log_r)
+    log_r, advantages = log_of_clipped_ratio(o, t), given(t.advantages)
+    low, high, dual = clipped_where(o, t, log_r)
+    r = ratio_where(~(low | high | dual) & (advantages != 0), log_r)
     for beyond, bound in ((low, 1 - (o.clip_low or 0)), (high, 1 + (o.clip_high or 0)), (dual, o.dual_clip or 0)):
         r = torch.where(beyond, bound, r)
     return -r * advantages
 
 
 def _clip_slope(o: Objective, t: Tokens) -> Tensor:
-    log_r, advantages = _log_of_clipped_ratio(o, t), _given(t.advantages)
-    low, high, dual = _clipped(o, t, log_r)
+    log_r, advantages = log_of_clipped_ratio(o, t), given(t.advantages)
+    low, high, dual = clipped_where(o, t, log_r)
     counts = ~(low | high | dual) & (advantages != 0)
-    return (-_ratio_where(counts, log_r) * advantages).masked_fill(~counts, 0)
+    return (-ratio_where(counts, log_r) * advantages).masked_fill(~counts, 0)
 
 
 def _inside_clip(o: Objective, r: Tensor) -> Tensor:
@@ -437,12 +286,12 @@ def _inside_clip(o: Objective, r: Tensor) -> Tensor:
 
 
 def _cispo_weight(o: Objective, t: Tokens) -> Tensor:
-    advantages = _given(t.advantages)
-    return _inside_clip(o, _ratio_where(advantages != 0, log_ratio(t).detach())) * advantages
+    advantages = given(t.advantages)
+    return _inside_clip(o, ratio_where(advantages != 0, log_ratio(t).detach())) * advantages
 
 
 def _cispo_value(o: Objective, t: Tokens) -> Tensor:
-    return -_cispo_weight(o, t) * _possible(t.logprobs)
+    return -_cispo_weight(o, t) * possible(t.logprobs)
 
 
 def _cispo_slope(o: Objective, t: Tokens) -> Tensor:
@@ -453,18 +302,18 @@ def _sapo_gate(o: Objective, t: Tokens) -> tuple[Tensor, Tensor, Tensor]:
     """(τ, r, σ(τ(r − 1))) [n]."""
     # Beyond 80 the gate is 1 and flat; an overflown r would make the backward 0 · ∞.
     r = log_ratio(t).clamp(max=80).exp()
-    tau = torch.where(_given(t.advantages) > 0, torch.full_like(r, o.sapo_tau_pos), torch.full_like(r, o.sapo_tau_neg))
+    tau = torch.where(given(t.advantages) > 0, torch.full_like(r, o.sapo_tau_pos), torch.full_like(r, o.sapo_tau_neg))
     return tau, r, torch.sigmoid(tau * (r - 1))
 
 
 def _sapo_value(o: Objective, t: Tokens) -> Tensor:
     tau, _, gate = _sapo_gate(o, t)
-    return -4 / tau * gate * _given(t.advantages)
+    return -4 / tau * gate * given(t.advantages)
 
 
 def _sapo_slope(o: Objective, t: Tokens) -> Tensor:
     _, r, gate = _sapo_gate(o, t)
-    return -4 * gate * (1 - gate) * r * _given(t.advantages)
+    return -4 * gate * (1 - gate) * r * given(t.advantages)
 
 
 _POLICY_INPUTS: dict[str, Any] = {
@@ -510,26 +359,12 @@ POLICY_TERMS: dict[str, Term] = {
 }
 
 
-def tis_weight(o: Objective, t: Tokens) -> Tensor:
-    """sg(min(π_old / π_rollout, C)) [n]: truncated importance sampling of the engine that sampled the tokens; 0 where
-    π_old is, whatever π_rollout."""
-    old = (t.logprobs if t.old_logprobs is None else t.old_logprobs).detach()
-    weight = (old - _given(t.rollout_logprobs)).exp().clamp(max=o.tis_cap)
-    return weight.masked_fill(old == -torch.inf, 0)
-
-
 # Terms beside those two --------------------------------------------------------------------------------------
-
-
-def k3(difference: Tensor) -> Tensor:
-    """e^d − 1 − d [n], of a difference of log-probabilities."""
-    # Beyond 80 the exponential has absorbed the rest; unclamped, inf − inf would be NaN at d = inf.
-    return torch.expm1(difference) - difference.clamp(max=80)
 
 
 def _above_policy(t: Tokens) -> Tensor:
     """ref_logp − logp [n]; 0 where both are −inf."""
-    ref = _given(t.ref_logprobs)
+    ref = given(t.ref_logprobs)
     neither = (ref == -torch.inf) & (t.logprobs == -torch.inf)
     return ref.masked_fill(neither, 0) - t.logprobs.masked_fill(neither, 0)
 
@@ -554,31 +389,6 @@ ENTROPY = Term(
 
 # Terms of your own -------------------------------------------------------------------------------------------
 
-_INPUTS = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs")
-_DIFFERENTIABLE = ("logprobs", "entropy", "target_logits")
-
-
-def function_name(fn: Any) -> str:
-    """How messages call a function of the user's."""
-    return getattr(fn, "__name__", None) or function_name(getattr(fn, "func", type(fn)))
-
-
-def _is_constant(p: inspect.Parameter) -> bool:
-    number = isinstance(p.default, (int, float))
-    return number and p.name not in _INPUTS and p.name not in _DIFFERENTIABLE and not is_statistic(p.name)
-
-
-@torch.compiler.assume_constant_result
-def _read_by(fn: Callable[..., Tensor]) -> str:
-    """What a function reads, as text, which a compiler can hold: names, with "?" after those that have a default; after
-    "!" a parameter that may not be one."""
-    parameters = [p for p in inspect.signature(fn).parameters.values() if not _is_constant(p)]
-    for p in parameters:
-        known = p.name in _INPUTS or p.name in _DIFFERENTIABLE or is_statistic(p.name)
-        if not known or p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
-            return f"!{p}"
-    return " ".join(p.name if p.default is p.empty else f"{p.name}?" for p in parameters)
-
 
 def own_term(fn: Callable[..., Tensor]) -> Term:
     """A function of per-token tensors [n] as a term: its parameters' names say what it reads.
@@ -592,56 +402,13 @@ def own_term(fn: Callable[..., Tensor]) -> Term:
     Raises:
         TypeError: a parameter is none of these.
     """
-    name, read = function_name(fn), _read_by(fn)
-    if read.startswith("!"):
-        accepted = ", ".join((*_DIFFERENTIABLE, *_INPUTS, "statistics of a row"))
-        raise TypeError(f"{name}: parameters must be among {accepted}, or have a number as default; got {read[1:]}")
-    names = tuple(n.removesuffix("?") for n in read.split())
-    given = {n for n in names if n in _INPUTS}
-    needs = tuple(n for n in read.split() if n in _INPUTS)
-
-    def value(o: Objective, t: Tokens) -> Tensor:
-        inputs = {n: t.statistics[n] if is_statistic(n) else getattr(t, n) for n in names}
-        # A default stands for what the caller did not give.
-        loss = fn(**{n: v for n, v in inputs.items() if v is not None or n in needs})
-        if not isinstance(loss, Tensor) or loss.shape != t.logprobs.shape:
-            got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"{name}: must return a loss per token, {list(t.logprobs.shape)}; got {got}")
-        return loss.to(t.logprobs.dtype)
-
+    own = OwnFunction.of(fn)
     return Term(
-        value,
+        lambda o, t: own.value(t),
         None,
-        source=f"{getattr(fn, '__module__', None)}.{name}",
-        needs=needs,
-        reads=tuple(sorted(given - set(needs))),
-        statistics=lambda o: tuple(n for n in names if is_statistic(n)),
-        own=frozenset(n for n in names if n in _DIFFERENTIABLE),
+        source=f"{getattr(fn, '__module__', None)}.{function_name(fn)}",
+        needs=own.needs,
+        reads=own.reads,
+        statistics=lambda o: own.statistics,
+        own=own.differentiable,
     )
-
-
-def _slopes_by_autograd(term: Term, o: Objective, t: Tokens) -> Slopes:
-    """Slopes of a term that has none in closed form."""
-    assert term.own is not None
-    names = tuple(n for n in _DIFFERENTIABLE if n in term.own)
-    if not names:
-        return Slopes(None)
-    with _autograd():
-        inputs: dict[str, Any] = {n: _given(getattr(t, n)).detach().requires_grad_() for n in names}
-        loss = term.value(o, replace(t, **inputs))
-        if not loss.requires_grad:
-            return Slopes(None)
-        found = torch.autograd.grad(loss.sum(), list(inputs.values()), allow_unused=True)
-    slopes = dict(zip(names, found, strict=True))
-    return Slopes(*(slopes.get(n) for n in _DIFFERENTIABLE))
-
-
-@contextmanager
-def _autograd() -> Iterator[None]:
-    """Autograd, where it is off, and inside an operator (ops.py) too, which runs below autograd: its dispatch keys are
-    excluded there. torch.func would be public, but does not go together with the dispatch modes of torch.compile."""
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
-        excluded = excluded.remove(key)
-    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
-        yield

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .head import Head
 from .scalars import filled, number, shown
-from .terms import Sequences
+from .tokens import Sequences
 
 __all__ = ["check_flag", "check_head", "check_linear", "check_logits", "check_reference", "check_targets", "divisor"]
 __all__ += ["check_sequence_ids", "check_token_inputs", "refuse_batched", "sequences", "under_autocast"]

@@ -25,7 +25,7 @@ from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
 
 from ..functional import linear_logprobs
 from ..objective import Objective, Tokens
-from ..terms import clipped, log_ratio
+from ..ratios import clipped, log_ratio
 
 __all__ = ["FusedLinearForPPO", "actor_loss", "actor_objective", "trapo_policy_loss", "use_fused_head"]
 

@@ -1,0 +1,87 @@
+"""Ratios of the policy to others, and where a clip cuts them: what the terms and the metrics both need.
+
+r = exp(logp − old_logp) is the ratio, A the advantage.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .tokens import Tokens, given
+
+if TYPE_CHECKING:
+    from .objective import Objective
+
+__all__ = [
+    "clipped",
+    "clipped_where",
+    "k3",
+    "log_of_clipped_ratio",
+    "log_ratio",
+    "possible",
+    "ratio_where",
+    "tis_weight",
+]
+
+
+def possible(logprobs: Tensor) -> Tensor:
+    """logp with 0 for −inf."""
+    return logprobs.masked_fill(logprobs == -torch.inf, 0)
+
+
+def log_ratio(t: Tokens) -> Tensor:
+    """log r = logp − old_logp [n]. A token of probability zero has log r = −inf whatever the old probability."""
+    old = t.logprobs.detach() if t.old_logprobs is None else t.old_logprobs
+    impossible = t.logprobs == -torch.inf
+    # Filled before the subtraction: −inf − −inf would leave NaN in its backward.
+    difference = t.logprobs.masked_fill(impossible, 0) - old.masked_fill(impossible, 0)
+    return difference.masked_fill(impossible, -torch.inf)
+
+
+def ratio_where(counts: Tensor, log_r: Tensor) -> Tensor:
+    """r where it `counts`, else 1: an overflown r times a zero, here or in a backward, would be NaN."""
+    return log_r.masked_fill(~counts, 0).exp()
+
+
+def log_of_clipped_ratio(o: Objective, t: Tokens) -> Tensor:
+    """Logarithm of the ratio that the policy term clips [n], with the gradient of logp: log r; for GSPO its mean over
+    the own tokens of the sequence, as sg(mean) + logp − sg(logp)."""
+    if o.policy != "gspo":
+        return log_ratio(t)
+    assert t.sequences is not None
+    inside = t.own_tokens.to(t.logprobs.dtype)
+    log_r = torch.where(t.own_tokens, log_ratio(t).detach(), 0)
+    mean = t.sequences.total(log_r) / t.sequences.total(inside).clamp(min=1)
+    logprobs = possible(t.logprobs)
+    return mean + (logprobs - logprobs.detach())
+
+
+def clipped(o: Objective, t: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the clip takes the gradient away [n]: ratio too low (A < 0), too high (A > 0), beyond the dual clip."""
+    return clipped_where(o, t, log_of_clipped_ratio(o, t))
+
+
+def clipped_where(o: Objective, t: Tokens, log_r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r, advantages = log_r.detach().exp(), given(t.advantages)
+    none = torch.zeros_like(t.expert)
+    low = none if o.clip_low is None else (advantages < 0) & (r < 1 - o.clip_low)
+    high = none if o.clip_high is None else (advantages > 0) & (r > 1 + o.clip_high)
+    dual = none if o.dual_clip is None else (advantages < 0) & (r > o.dual_clip)
+    return low, high, dual
+
+
+def k3(difference: Tensor) -> Tensor:
+    """e^d − 1 − d [n], of a difference of log-probabilities."""
+    # Beyond 80 the exponential has absorbed the rest; unclamped, inf − inf would be NaN at d = inf.
+    return torch.expm1(difference) - difference.clamp(max=80)
+
+
+def tis_weight(o: Objective, t: Tokens) -> Tensor:
+    """sg(min(π_old / π_rollout, C)) [n]: truncated importance sampling of the engine that sampled the tokens; 0 where
+    π_old is, whatever π_rollout."""
+    old = (t.logprobs if t.old_logprobs is None else t.old_logprobs).detach()
+    weight = (old - given(t.rollout_logprobs)).exp().clamp(max=o.tis_cap)
+    return weight.masked_fill(old == -torch.inf, 0)

@@ -1,0 +1,118 @@
+"""The tokens of a loss: what a term may read of them, which sequence each belongs to, and the slopes that come back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Sequences", "Slopes", "Tokens", "given", "sums_of_later"]
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Which sequence each token belongs to: its number [n], below `rows`. In a sequence, tokens stand in order."""
+
+    row: Tensor  # int64
+    rows: int  # at least as many as there are sequences
+
+    @classmethod
+    def of(cls, ids: Tensor) -> Sequences:
+        """Tokens with one id [n] are a sequence, in the order in which they stand. Nothing waits for a device."""
+        ordered, order = ids.sort(stable=True)
+        first = torch.nn.functional.pad((ordered[1:] != ordered[:-1]).long(), (1, 0))[: ids.numel()]
+        return cls(torch.zeros_like(order).scatter(0, order, first.cumsum(0)), ids.numel())
+
+    @classmethod
+    def of_rows(cls, rows: int, length: int, device: torch.device | str = "cpu") -> Sequences:
+        """A sequence is a row of [rows, length] tokens."""
+        return cls(torch.arange(rows, device=device)[:, None].expand(rows, length).reshape(-1), rows)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Sequences:
+        """The sequences of those tokens that `fn` takes from a tensor [n]."""
+        return replace(self, row=fn(self.row))
+
+    def _sums(self, values: Tensor) -> Tensor:
+        """Of each sequence [rows]. In a fixed order: on CUDA an accumulating index_put sorts, where index_add races."""
+        sums = values.new_zeros(self.rows)
+        if values.is_cuda:
+            return sums.index_put((self.row,), values, accumulate=True)
+        return sums.index_add(0, self.row, values)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Σ over the tokens of a token's sequence [n]."""
+        wide = values if values.device.type == "mps" else values.double()  # thousands of tokens, one by one
+        return self._sums(wide)[self.row].to(values.dtype)
+
+    def with_any(self, chosen: Tensor) -> Tensor:
+        """How many sequences have a `chosen` token (0-dim)."""
+        return (self._sums(chosen.long()) > 0).sum()
+
+    def later(self, values: Tensor) -> Tensor:
+        """Σ over the tokens that come later in a token's sequence [n]; no gradient."""
+        if torch.compiler.is_compiling():  # the number of steps is one of the lengths that a graph is not for
+            found: Tensor = torch.ops.trapo_kernels.sums_of_later(values, self.row)
+            return found
+        return sums_of_later(values, self.row)
+
+
+def sums_of_later(values: Tensor, row: Tensor) -> Tensor:
+    """Σ of `values` [n] over the later tokens of the same `row` [n], by doubling: log n steps, in a fixed order."""
+    order = row.argsort(stable=True)
+    row, sums, step = row[order], values.detach()[order], 1
+    while step < row.numel():
+        further = torch.where(row[:-step] == row[step:], sums[step:], 0)
+        sums, step = torch.cat([sums[:-step] + further, sums[-step:]]), 2 * step
+    after = torch.where(row[:-1] == row[1:], sums[1:], 0)
+    after = torch.nn.functional.pad(after, (0, 1))[: row.numel()]
+    return torch.zeros_like(after).scatter(0, order, after)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Everything a term may read, one entry per token [n]; `None` where the caller gave nothing."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    expert: Tensor  # bool: True = expert-prefix token
+    advantages: Tensor | None = None
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    rollout_logprobs: Tensor | None = None
+    target_logits: Tensor | None = None  # z_y
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)  # those an objective asks for
+    sequences: Sequences | None = None
+    own: Tensor | None = None  # bool; None: every token that is not an expert token
+
+    @property
+    def own_tokens(self) -> Tensor:
+        return ~self.expert if self.own is None else self.own
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Tokens:
+        """The same tokens with `fn` applied to every tensor."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        mapped: dict[str, Any] = {name: fn(value) for name, value in given.items() if isinstance(value, Tensor)}
+        return replace(self, **mapped, statistics={name: fn(value) for name, value in self.statistics.items()})
+
+    def only(self, region: Tensor) -> Tokens:
+        """Zeros outside `region`, so that what a caller padded other tokens with can neither give nor poison
+        anything: 0 · NaN in a backward would."""
+        outside = ~region
+        return self.map(lambda t: t if t.dtype == torch.bool else t.masked_fill(outside, 0))
+
+
+class Slopes(NamedTuple):
+    """∂loss/∂logp, ∂loss/∂H and ∂loss/∂z_y per token [n]; None: there is none."""
+
+    logprobs: Tensor | None
+    entropy: Tensor | None = None
+    target_logits: Tensor | None = None
+
+
+def given(values: Tensor | None) -> Tensor:
+    """A per-token input that a term needs, which the loss has checked (`Objective.needs`)."""
+    assert values is not None
+    return values
