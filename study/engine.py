@@ -62,6 +62,9 @@ class StudyEngine:
     def __init__(self, model: nn.Module, *, eos_id: int, pad_id: int, batch_size: int = 512) -> None:
         self.model, self.eos_id, self.pad_id, self.batch_size = model, eos_id, pad_id, batch_size
 
+    def rest(self) -> None:
+        """Nothing to free: it has no memory of its own."""
+
     def sync(self, model: nn.Module) -> None:
         """Nothing to copy: every call reads the weights anew."""
         self.model = model

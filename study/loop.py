@@ -1,6 +1,6 @@
 """One run: a base model, an arm, a seed -> a row of scores. Everything of the method is trapo's own.
 
-A step is the trainer's: `collect` draws micro-groups, `assign_advantages` sets advantages, `Learner.update` steps.
+A step is the trainer's `train_step`: it draws micro-groups, sets advantages and updates the model.
 Left out from the trainer's loop are checkpoints, displays and reward workers, which would cost more than the steps.
 """
 
@@ -29,7 +29,8 @@ from trapo.learner import Learner
 from trapo.modes import Phase, phases
 from trapo.report.metrics import rollout_metrics
 from trapo.rewards import Reward
-from trapo.rollouts import Rollout, assign_advantages, collect
+from trapo.rollouts import Rollout
+from trapo.trainer import train_step
 
 
 class RandomPrefixProblem(EncodedProblem):
@@ -109,21 +110,24 @@ class Run:
 
     def _step(self, stage: Stage, phase: Phase, learner: Learner, problems: Sequence[EncodedProblem]) -> None:
         config, seed = stage.config, derive_seed(self.seed, "step", self.step)
-        rollouts = collect(
+
+        def drawn(rollouts: Sequence[Rollout]) -> None:
+            if phase.objective.expert_coef == 0:  # prefixes without a loss are no part of the normaliser
+                for rollout in rollouts:
+                    rollout.supervised = False
+
+        rollouts, update = train_step(
             problems_at(self.step, problems, config),
-            phase.schedule,
+            phase,
             self.engine,
-            self._score if phase.needs_rewards else None,
+            self._score,
+            learner,
+            baseline=config.advantage.baseline,
             temperature=config.rollout.temperature,
             max_response_tokens=self.task.max_response,
             seed=seed,
+            drawn=drawn,
         )
-        if phase.needs_rewards:
-            assign_advantages(rollouts, config.advantage.baseline, phase.std)
-        if phase.objective.expert_coef == 0:  # prefixes without a loss are no part of the normaliser
-            for rollout in rollouts:
-                rollout.supervised = False
-        update = learner.update(rollouts, phase.objective, seed=seed)
         self.totals.add(rollouts, update.trained_tokens, update.skipped_steps)
         measured = rollout_metrics(rollouts, scored=phase.needs_rewards)
         kept = ("reward_by_ratio", "rollouts_by_ratio", "guided", "zero_advantage", "generated_length")

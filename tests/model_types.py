@@ -24,7 +24,7 @@ from trapo.engines.protocol import Request
 from trapo.errors import TrapoError
 from trapo.learner import Learner
 from trapo.models import lora, weights
-from trapo.models.loading import enable_checkpointing
+from trapo.models.checkpointing import enable_checkpointing
 from trapo.rollouts import Rollout
 
 VOCABULARY = 128

@@ -15,7 +15,8 @@ from trapo.engines.hf import WAYS, HFEngine
 from trapo.engines.protocol import Request
 from trapo.errors import TrapoError
 from trapo.models import agreement, lora, weights
-from trapo.models.loading import enable_checkpointing, head_of
+from trapo.models.checkpointing import enable_checkpointing
+from trapo.models.loading import head_of
 from trapo_kernels.integrations.transformers import decoder_of
 
 

@@ -152,4 +152,4 @@ def test_the_engines_logprobs_stay_with_the_rollouts():
     options = {"temperature": 1.0, "max_response_tokens": 50, "seed": 0}
     plan = schedule([1, 1], [0.0, 1.0], [NEVER, ALWAYS])
     rollouts = collect([problem("p")], plan, WithLogprobs(), right_if(lambda r: False), **options)
-    assert [r.own_logprobs for r in rollouts] == [(-0.5, -0.25), None]
+    assert [r.rollout_logprobs for r in rollouts] == [(-0.5, -0.25), None]

@@ -14,7 +14,7 @@ from trapo.data.encode import EncodedProblem
 from trapo.data.problem import Problem
 from trapo.errors import TrapoError
 from trapo.learner import Learner, lr_factor
-from trapo.models.loading import enable_checkpointing
+from trapo.models.checkpointing import enable_checkpointing
 from trapo.report.metrics import ProbabilityHistogram
 from trapo.rollouts import Rollout
 
@@ -207,7 +207,7 @@ def with_logprobs(model, shift):
     sample = rollouts()
     learner = Learner(copy.deepcopy(model), merge_config({}), pad_id=2)
     for rollout, logprobs in zip(sample, learner.own_logprobs(sample), strict=True):
-        rollout.own_logprobs = tuple((logprobs + shift).tolist())
+        rollout.rollout_logprobs = tuple((logprobs + shift).tolist())
     return sample
 
 

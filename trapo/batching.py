@@ -226,15 +226,26 @@ def loss_tokens(rollout: Rollout) -> int:
     return len(rollout.own_ids) + (len(rollout.prefix_ids) if rollout.supervised else 0)
 
 
-def sampled_logprobs(rollout: Rollout) -> torch.Tensor:
-    """The engine's logprobs of a rollout's targets, [len − 1] fp32; 0 before its own tokens."""
-    if rollout.own_logprobs is None:
+def target_logprobs(rollout: Rollout, name: str) -> torch.Tensor | None:
+    """A rollout's field of log-probabilities, one of each target, [len − 1] fp32; None where it has none.
+
+    name: old_logprobs, ref_logprobs or rollout_logprobs, which are of its own tokens: 0 before them.
+    """
+    if name != "rollout_logprobs":
+        return getattr(rollout, name)
+    if rollout.rollout_logprobs is None:
+        return None
+    values = torch.zeros(len(rollout) - 1)
+    values[len(values) - len(rollout.own_ids) :] = torch.tensor(rollout.rollout_logprobs)
+    return values
+
+
+def refuse_unsampled(rollouts: Sequence[Rollout]) -> None:
+    """Raises TrapoError where the engine gave no log-probabilities of its tokens."""
+    if any(rollout.rollout_logprobs is None for rollout in rollouts):
         raise TrapoError(
             "objective.tis_cap: the engine gave no log-probabilities; accepted rollout.engine: vllm, vllm_server"
         )
-    values = torch.zeros(len(rollout) - 1)
-    values[len(values) - len(rollout.own_ids) :] = torch.tensor(rollout.own_logprobs)
-    return values
 
 
 def _tokens(rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

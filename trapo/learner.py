@@ -6,7 +6,6 @@ and which rank computes which, does not change the update.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import math
@@ -14,18 +13,29 @@ import random
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 import trapo_kernels as tk
-from trapo.batching import Batch, Group, collate, filler, groups, layout, loss_tokens, pack, sampled_logprobs, share
+from trapo.batching import (
+    Batch,
+    Group,
+    collate,
+    filler,
+    groups,
+    layout,
+    loss_tokens,
+    pack,
+    refuse_unsampled,
+    share,
+    target_logprobs,
+)
 from trapo.config import Config, OptimConfig
 from trapo.errors import TrapoError
 from trapo.models import agreement, prefix_tree
+from trapo.models.checkpointing import prepare_checkpointing
 from trapo.models.loading import head_of
 from trapo.models.precision import compute_in, resolve
 from trapo.models.sharding import as_forward, is_sharded, load_shards, scatter_optimizer_state, whole
@@ -119,17 +129,7 @@ class Learner:
         """`train.updates_per_step` optimizer steps on the rollouts, then one step of the learning-rate schedule."""
         timer = timer or StepTimer()
         minibatches = self._minibatches(rollouts, seed)
-        old_logprobs: dict[int, torch.Tensor] = {}
-        if len(minibatches) > 1:  # after the first step the policy is no longer the one that generated
-            with timer.part("logprobs"):
-                old_logprobs = self._logprobs(self.model, [r for r in rollouts if r.own_ids])
-        ref_logprobs: dict[int, torch.Tensor] = {}
-        if objective.kl_coef and self.reference is not None:
-            with timer.part("logprobs"):
-                ref_logprobs = self._logprobs(self.reference, rollouts)
-        rollout_logprobs: dict[int, torch.Tensor] = {}
-        if "rollout_logprobs" in objective.needs:
-            rollout_logprobs = {id(r): sampled_logprobs(r) for r in rollouts if r.own_ids}
+        compared = self._set_logprobs(rollouts, objective, updates=len(minibatches), timer=timer)
         metrics: list[dict[str, torch.Tensor]] = []
         steps, skipped, norm, tokens = 0, 0, 0.0, 0
         for minibatch in minibatches:
@@ -138,7 +138,7 @@ class Learner:
                 continue
             denominator, losses = self._denominator(minibatch, len(minibatches)), []
             for group in self._micro_batches(trained):
-                loss = self._loss(group, objective, denominator, old_logprobs, ref_logprobs, rollout_logprobs)
+                loss = self._loss(group, objective, denominator, compared)
                 loss.loss.backward()
                 losses.append(loss.loss.detach())
                 if group.rollouts:
@@ -159,7 +159,29 @@ class Learner:
     def own_logprobs(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
         """What the model gives each rollout's own tokens, [tokens] each, at the rollouts' temperature."""
         found = self._logprobs(self.model, rollouts)
-        return [found[id(r)][len(r) - 1 - len(r.own_ids) :] for r in rollouts]
+        return [row[len(row) - len(r.own_ids) :] for r, row in zip(rollouts, found, strict=True)]
+
+    def _set_logprobs(
+        self, rollouts: Sequence[Rollout], objective: tk.Objective, *, updates: int, timer: StepTimer
+    ) -> list[str]:
+        """Give the rollouts the log-probabilities that the loss needs beside the model's; returns the fields' names."""
+        own, compared = [r for r in rollouts if r.own_ids], []
+        for rollout in rollouts:
+            rollout.old_logprobs = rollout.ref_logprobs = None
+        if updates > 1 and own:  # after the first step the policy is no longer the one that generated
+            with timer.part("logprobs"):
+                for rollout, row in zip(own, self._logprobs(self.model, own), strict=True):
+                    rollout.old_logprobs = row
+            compared.append("old_logprobs")
+        if objective.kl_coef and self.reference is not None:
+            with timer.part("logprobs"):
+                for rollout, row in zip(rollouts, self._logprobs(self.reference, rollouts), strict=True):
+                    rollout.ref_logprobs = row
+            compared.append("ref_logprobs")
+        if "rollout_logprobs" in objective.needs and own:
+            refuse_unsampled(own)
+            compared.append("rollout_logprobs")
+        return compared
 
     def state_dict(self) -> dict[str, object]:
         """Of a sharded model without the optimizer's: see sharding.save_shards."""
@@ -238,15 +260,12 @@ class Learner:
         return agreement.hidden_states(model, batch.input_ids, **told)
 
     def _loss(
-        self,
-        group: Group,
-        objective: tk.Objective,
-        denominator: float,
-        old_logprobs: dict[int, torch.Tensor],
-        ref_logprobs: dict[int, torch.Tensor],
-        rollout_logprobs: dict[int, torch.Tensor],
+        self, group: Group, objective: tk.Objective, denominator: float, compared: Sequence[str]
     ) -> tk.PolicyLoss:
-        batch, rollouts = self._batch(group), group.rollouts
+        """The loss of a micro-batch. compared: the rollouts' fields of log-probabilities that it needs."""
+        batch = self._batch(group)
+        values = {name: [target_logprobs(r, name) for r in group.rollouts] for name in compared}
+        others = {name: batch.spread(rows or [None]) for name, rows in values.items()}
 
         def forward() -> tk.PolicyLoss:
             hidden, head = self._hidden_and_head(self.model, batch)
@@ -256,14 +275,12 @@ class Learner:
                 batch.targets,
                 objective,
                 advantages=batch.advantages,
-                old_logprobs=_spread(rollouts, old_logprobs, batch),
-                ref_logprobs=_spread(rollouts, ref_logprobs, batch),
-                rollout_logprobs=_spread(rollouts, rollout_logprobs, batch),
                 expert_mask=batch.expert_mask,
                 mask=batch.mask,
                 normalizer=denominator,
                 sequence_ids=batch.sequence_ids if objective.needs_sequences else None,
                 temperature=self.config.rollout.temperature,
+                **others,
                 **head.options,
             )
 
@@ -272,20 +289,19 @@ class Learner:
         return loss
 
     @torch.no_grad()
-    def _logprobs(self, model: PreTrainedModel, rollouts: Sequence[Rollout]) -> dict[int, torch.Tensor]:
-        """Logprobs [T] of each rollout's targets, by id(rollout)."""
+    def _logprobs(self, model: PreTrainedModel, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
+        """Logprobs [len − 1] of each rollout's targets."""
         place = {id(rollout): i for i, rollout in enumerate(rollouts)}
         found: list[tuple[int, torch.Tensor]] = []
         for group in self._micro_batches(rollouts):
             batch = self._batch(group)
             logprobs = as_forward(model, functools.partial(self._batch_logprobs, model, batch))
             # Across ranks a rollout is known by its place.
-            found += [
-                (place[id(r)], row) for r, row in zip(group.rollouts, batch.rows(logprobs), strict=bool(group.rollouts))
-            ]
+            rows = zip(group.rollouts, batch.rows(logprobs), strict=bool(group.rollouts))
+            found += [(place[id(r)], row) for r, row in rows]
         if self.ranks.world > 1:
             found = self.ranks.gather([(i, row.cpu()) for i, row in found])
-        return {id(rollouts[i]): row for i, row in found}
+        return [row for _, row in sorted(found, key=lambda pair: pair[0])]
 
     def _batch_logprobs(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         """[B, T]; 0 outside the loss."""
@@ -328,36 +344,6 @@ def is_packed(model: PreTrainedModel, config: Config) -> bool:
     return {"always": True, "never": False, "auto": varlen}[config.train.packing]
 
 
-def prepare_checkpointing(model: PreTrainedModel) -> None:
-    """Have the layers checkpointed, which transformers does in training mode alone, and nothing else of that mode: only
-    the layers themselves are in it, not what is in them, and no dropout is left anywhere."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        _without_dropout(module)
-    model.eval()
-    layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
-    # The decoder has such a flag too, and skips whole layers in training mode (layerdrop): it is not in it, unless it
-    # is the only one.
-    repeated = [m for m in layers if isinstance(m, GradientCheckpointingLayer)]
-    configs: dict[int, Any] = {}
-    for module in repeated or layers:
-        module.training = True
-        # Falcon's layers read their rate from the configuration, which goes into checkpoints as it is.
-        if (config := getattr(module, "config", None)) is not None:
-            if id(config) not in configs:
-                configs[id(config)] = _without_dropout(copy.deepcopy(config))
-            module.config = configs[id(config)]
-
-
-def _without_dropout(holder: Any) -> Any:
-    """The same with every rate at 0, whatever a family calls it (resid_pdrop, layerdrop); BLOOM has modules there."""
-    for name, value in list(vars(holder).items()):
-        if "drop" in name and isinstance(value, float):
-            setattr(holder, name, 0.0)
-    return holder
-
-
 def has_fused(model: PreTrainedModel) -> bool:
     """Whether AdamW can update these weights in one kernel: on CPUs and GPUs, unless shards are on a CPU."""
     return model.device.type == "cuda" or (model.device.type == "cpu" and not is_sharded(model))
@@ -375,10 +361,3 @@ def _merge(metrics: Sequence[dict[str, torch.Tensor]], minibatches: int) -> dict
 def _add_up(histograms: Sequence[list[int]]) -> list[int]:
     """Those of all ranks as one; empty ones count nothing."""
     return [sum(counts) for counts in zip(*filter(None, histograms), strict=True)]
-
-
-def _spread(rollouts: Sequence[Rollout], logprobs: dict[int, torch.Tensor], batch: Batch) -> torch.Tensor | None:
-    """The rollouts' logprobs as [B, T], zeros where there are none; None when none were computed."""
-    if not logprobs:
-        return None
-    return batch.spread([logprobs.get(id(r)) for r in rollouts] or [None])

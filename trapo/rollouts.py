@@ -9,6 +9,8 @@ import random
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
+import torch
+
 from trapo.data.encode import EncodedProblem
 from trapo.engines.protocol import Completion, Engine, Request
 from trapo.errors import TrapoError
@@ -37,8 +39,11 @@ class Rollout:
     reward: float = 0.0
     status: Status = "ok"
     advantage: float = 0.0
-    own_logprobs: tuple[float, ...] | None = None  # of own_ids, as the engine sampled them; None: it gives none
     detail: str = ""  # what went wrong, where the status is another one
+    # Log-probabilities that the trained model's are compared with.
+    rollout_logprobs: tuple[float, ...] | None = None  # the engine's of own_ids, as sampled; None: it gives none
+    old_logprobs: torch.Tensor | None = None  # [len − 1] fp32 of all targets, before the update; set by Learner.update
+    ref_logprobs: torch.Tensor | None = None  # [len − 1] fp32, the reference model's; set by Learner.update
 
     @property
     def guided(self) -> bool:
@@ -100,7 +105,7 @@ def _generate(
     completions: list[Completion] = engine.generate(requests, temperature=temperature, seed=seed) if requests else []
     for rollout, completion in zip(open_ended, completions, strict=True):
         rollout.own_ids, rollout.finished = completion.token_ids, completion.finished
-        rollout.own_logprobs = completion.logprobs
+        rollout.rollout_logprobs = completion.logprobs
 
 
 def group_advantages(

@@ -12,7 +12,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from trapo.data.encode import EncodedProblem, decode_text
 from trapo.data.sampling import derive_seed, load_eval_set, load_train_set, problems_at
 from trapo.engines.guard import AgreementGuard, unanswered
 from trapo.engines.make import make_engine
+from trapo.engines.protocol import Engine
 from trapo.evaluation.evaluate import evaluate
 from trapo.learner import Learner, Update
 from trapo.models import lora
@@ -52,6 +53,53 @@ from trapo.runs.run_lock import RunLock
 from trapo.runs.skips import SkipLimit
 from trapo.runs.stopping import Stopped, StopSignal
 from trapo.tools.timing import StepTimer
+
+
+def train_step(
+    problems: Sequence[EncodedProblem],
+    phase: Phase,
+    engine: Engine,
+    score: Callable[[Sequence[Rollout]], list[Reward]],
+    learner: Learner,
+    *,
+    baseline: str,
+    temperature: float,
+    max_response_tokens: int,
+    seed: int,
+    timer: StepTimer | None = None,
+    drawing: AbstractContextManager[None] | None = None,
+    drawn: Callable[[list[Rollout]], None] | None = None,
+) -> tuple[list[Rollout], Update]:
+    """The algorithm: draw the rollouts of these problems, give them advantages, update the model once.
+
+    It returns the rollouts and what the update did. The engine has the old weights still: `engine.sync` is the
+    caller's, who may want to look at the new ones first.
+
+    drawing: a context to draw in. drawn: told of the rollouts before the update; it may change them.
+    """
+    timer = timer or StepTimer()
+    with drawing or nullcontext():
+        # Micro-group by micro-group: a prompt's later rollouts continue an expert prefix where its earlier ones failed
+        rollouts = collect(
+            problems,
+            phase.schedule,
+            engine,
+            score if phase.needs_rewards else None,
+            temperature=temperature,
+            max_response_tokens=max_response_tokens,
+            seed=seed,
+            timer=timer,
+        )
+    if phase.needs_rewards:
+        assign_advantages(rollouts, baseline, phase.std)
+    if drawn is not None:
+        drawn(rollouts)
+    with timer.part("sync"):
+        engine.rest()
+    with timer.part("update"):
+        # The expert term on prefixes, the policy term on the model's own tokens: one fused loss.
+        update = learner.update(rollouts, phase.objective, seed=seed, timer=timer)
+    return rollouts, update
 
 
 def train(
@@ -232,28 +280,21 @@ class Trainer:
     def _train_step(self, phase: Phase, problems: Sequence[EncodedProblem]) -> dict[str, Any]:
         seed = derive_seed(self.config.seed, "step", self.step)
         started = time.monotonic()
-        with self.stop.abandonable():
-            rollouts = collect(
-                problems,
-                phase.schedule,
-                self.engine,
-                self._score if phase.needs_rewards else None,
-                temperature=self.config.rollout.temperature,
-                max_response_tokens=self.config.rollout.max_response_tokens,
-                seed=seed,
-                timer=self.timer,
-            )
-        if phase.needs_rewards:
-            assign_advantages(rollouts, self.config.advantage.baseline, phase.std)
         lr = self.learner.lr
-        if self._due(self.config.log.rollouts_every):
-            self._log_rollouts(rollouts, seed, scored=phase.needs_rewards)
-        if phase.needs_rewards:
-            self.failures.check([Reward(r.reward, r.status, r.detail) for r in rollouts], f"step {self.step + 1}")
-        with self.timer.part("sync"):
-            self.engine.rest()
-        with self.timer.part("update"):
-            update = self.learner.update(rollouts, phase.objective, seed=seed, timer=self.timer)
+        rollouts, update = train_step(
+            problems,
+            phase,
+            self.engine,
+            self._score,
+            self.learner,
+            baseline=self.config.advantage.baseline,
+            temperature=self.config.rollout.temperature,
+            max_response_tokens=self.config.rollout.max_response_tokens,
+            seed=seed,
+            timer=self.timer,
+            drawing=self.stop.abandonable(),
+            drawn=functools.partial(self._note_rollouts, phase, seed),
+        )
         refuse_not_finite(self.model, self.ranks, self.step + 1, self.saved_step, trained=True)
         with self.timer.part("sync"):
             self.engine.sync(self.model)
@@ -296,11 +337,15 @@ class Trainer:
             **peak_gpu_memory_gb(),
         }
 
-    def _log_rollouts(self, rollouts: Sequence[Rollout], seed: int, *, scored: bool) -> None:
-        chosen = sample_rollouts(rollouts, self.config.log.rollouts, seed)
-        rows = [rollout_row(self.step + 1, r, self.tokenizer, scored=scored) for r in chosen]
-        if self.ranks.first:
-            append_rows(self.run_dir.rollouts, rows)
+    def _note_rollouts(self, phase: Phase, seed: int, rollouts: Sequence[Rollout]) -> None:
+        """Write a sample of them to rollouts.jsonl, and say which rewards failed."""
+        if self._due(self.config.log.rollouts_every):
+            chosen = sample_rollouts(rollouts, self.config.log.rollouts, seed)
+            rows = [rollout_row(self.step + 1, r, self.tokenizer, scored=phase.needs_rewards) for r in chosen]
+            if self.ranks.first:
+                append_rows(self.run_dir.rollouts, rows)
+        if phase.needs_rewards:
+            self.failures.check([Reward(r.reward, r.status, r.detail) for r in rollouts], f"step {self.step + 1}")
 
     def _score(self, rollouts: Sequence[Rollout]) -> list[Reward]:
         texts = [decode_text(self.tokenizer, r.response_ids) for r in rollouts]

@@ -49,7 +49,7 @@ class AgreementGuard:
         if not probes:
             return None
         own = torch.cat([logprobs.cpu() for logprobs in score(probes)])
-        sampled = torch.cat([torch.tensor(probe.own_logprobs) for probe in probes])
+        sampled = torch.cat([torch.tensor(probe.rollout_logprobs) for probe in probes])
         difference = (own - sampled).abs()
         mean = float(difference.mean())
         if not mean <= self.tolerance:  # NaN too
@@ -68,7 +68,7 @@ class AgreementGuard:
         requests = [Request(context, each) for context in longest]
         completions = engine.generate(requests, temperature=self.temperature, seed=seed) if requests else []
         return [
-            dataclasses.replace(contexts[request.context], own_ids=c.token_ids, own_logprobs=c.logprobs)
+            dataclasses.replace(contexts[request.context], own_ids=c.token_ids, rollout_logprobs=c.logprobs)
             for request, c in zip(requests, completions, strict=True)
         ]
 

@@ -21,6 +21,7 @@ from transformers import (
 from trapo.config import ModelConfig
 from trapo.errors import TrapoError
 from trapo.models import agreement, lora
+from trapo.models.checkpointing import enable_checkpointing
 from trapo.runs.manifest import refuse_damaged
 from trapo_kernels.integrations.transformers import LinearHead, linear_head
 
@@ -100,19 +101,6 @@ def _ensure_ends(path: str, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
 
 def _as_list(value: int | list[int] | None) -> list[int]:
     return [] if value is None else value if isinstance(value, list) else [value]
-
-
-def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Raises TrapoError for a family without gradient checkpointing."""
-    # Its name before transformers 5.23.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    try:
-        enable()
-    except ValueError as error:
-        raise TrapoError(
-            f"model.gradient_checkpointing: model type {model.config.model_type} ({type(model).__name__}) has none; "
-            "accepted for this family: false"
-        ) from error
 
 
 def check_positions(model: PreTrainedModel, longest: int) -> None:
