@@ -11,8 +11,9 @@ from torch import nn
 import trapo.learner
 from trapo.batching import one_copy
 from trapo.config import LoraConfig
-from trapo.engines.hf import WAYS, HFEngine
+from trapo.engines.hf import HFEngine
 from trapo.engines.protocol import Request
+from trapo.engines.ways import WAYS
 from trapo.errors import TrapoError
 from trapo.models import agreement, lora, weights
 from trapo.models.checkpointing import enable_checkpointing
@@ -154,12 +155,14 @@ def test_generation_is_in_evaluation_mode_and_leaves_checkpointed_layers_as_they
 def test_hybrids_share_prompts_and_a_cache_that_cannot_be_trusted_is_not_used(monkeypatch):
     engine = HFEngine(tiny_model("falcon_h1"), eos_ids=[], pad_id=1)
     engine.generate([Request((9, 10), 2)], temperature=0.0, seed=0)
-    assert engine.way == WAYS[0]
+    assert engine.way == WAYS[1]
     # As before: of two caches in a layer, one is selected from.
-    monkeypatch.setattr("trapo.engines.hf.select_rows", lambda cache, rows: cache.batch_select_indices(rows))
+    monkeypatch.setattr(
+        "trapo.engines.transformers_loop.select_rows", lambda cache, rows: cache.batch_select_indices(rows)
+    )
     engine = HFEngine(tiny_model("falcon_h1"), eos_ids=[], pad_id=1)
     engine.generate([Request((9, 10), 2)], temperature=0.0, seed=0)
-    assert engine.way == WAYS[1]
+    assert engine.way == WAYS[2]
 
 
 def adapted(kind, **settings):

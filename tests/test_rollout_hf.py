@@ -76,10 +76,10 @@ def test_sampling_follows_the_models_own_probabilities(model):
 
 
 def test_a_completion_ends_with_the_first_end_token_and_is_finished(engine):
-    assert engine._trim([5, EOS, EOS, EOS], 4).token_ids == (5, EOS)
-    assert engine._trim([5, EOS, EOS, EOS], 4).finished
-    assert engine._trim([5, 6, 7, EOS], 3).token_ids == (5, 6, 7)
-    assert not engine._trim([5, 6, 7, EOS], 3).finished
+    assert engine.transformers._trim([5, EOS, EOS, EOS], 4).token_ids == (5, EOS)
+    assert engine.transformers._trim([5, EOS, EOS, EOS], 4).finished
+    assert engine.transformers._trim([5, 6, 7, EOS], 3).token_ids == (5, 6, 7)
+    assert not engine.transformers._trim([5, 6, 7, EOS], 3).finished
 
 
 def test_a_one_token_context_works(model, engine):

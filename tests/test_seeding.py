@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from trapo.engines.hf import HFEngine, OwnNoise
+from trapo.engines.hf import HFEngine
 from trapo.engines.protocol import Completion, Request
 from trapo.engines.shared import SharedEngine
+from trapo.engines.transformers_loop import OwnNoise
 from trapo.runs.ranks import ALONE, Ranks
 
 

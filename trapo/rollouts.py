@@ -83,7 +83,8 @@ def collect(
             for o in open_micro_group(schedule, level, problems, rewards_so_far, max_response_tokens, rng)
         ]
         with timer.part("generate"):
-            _generate(drawn, engine, temperature, max_response_tokens, seed + level)
+            later = level + 1 < len(schedule.micro_groups)
+            _generate(drawn, engine, temperature, max_response_tokens, seed + level, keep=later)
         if score is not None:
             with timer.part("reward"):
                 rewards = score(drawn)
@@ -95,12 +96,20 @@ def collect(
 
 
 def _generate(
-    rollouts: Sequence[Rollout], engine: Engine, temperature: float, max_response_tokens: int, seed: int
+    rollouts: Sequence[Rollout],
+    engine: Engine,
+    temperature: float,
+    max_response_tokens: int,
+    seed: int,
+    *,
+    keep: bool,
 ) -> None:
-    """Fill in own tokens. A prefix that is the whole trace (it ends the sequence) or fills the limit gets none."""
+    """Fill in own tokens. A prefix that is the whole trace (it ends the sequence) or fills the limit gets none.
+    keep: whether later micro-groups begin with these contexts."""
     open_ended = [r for r in rollouts if not r.finished and len(r.prefix_ids) < max_response_tokens]
     requests = [
-        Request(r.problem.prompt_ids + r.prefix_ids, max_response_tokens - len(r.prefix_ids)) for r in open_ended
+        Request(r.problem.prompt_ids + r.prefix_ids, max_response_tokens - len(r.prefix_ids), keep=keep)
+        for r in open_ended
     ]
     completions: list[Completion] = engine.generate(requests, temperature=temperature, seed=seed) if requests else []
     for rollout, completion in zip(open_ended, completions, strict=True):

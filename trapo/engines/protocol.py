@@ -14,6 +14,7 @@ class Request:
     context: tuple[int, ...]  # prompt ids, then the expert prefix if there is one
     max_new_tokens: int
     seed: int | None = None  # of this request's own random numbers; None: those of the whole call
+    keep: bool = False  # contexts that begin with this one will be asked for before the next sync
 
 
 @dataclasses.dataclass(frozen=True)
