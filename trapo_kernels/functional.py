@@ -24,7 +24,7 @@ from .sources import finished
 from .statistics import Collector, check_statistics
 from .stream import LinearSource, LogitsSource, Rows, Source
 from .tokens import Sequences, Slopes
-from .vocab_parallel import ShardedKernel, ShardedSource
+from .vocab_parallel import ShardedSource
 
 __all__ = [
     "PolicyLoss",
@@ -133,7 +133,7 @@ def logprobs_from_logits(
     validate.check_logits(caller, logits)
     validate.check_targets(caller, targets, "logits", logits)
     validate.check_flag(caller, "entropy", entropy)
-    kernel = _picked(backend, caller, logits.device)
+    _, kernel = _pick(backend, caller, logits.device)
     return _logprobs(caller, (logits.reshape(-1, logits.shape[-1]),), targets, head, kernel, entropy)
 
 
@@ -175,7 +175,7 @@ def linear_statistics(
     dense = active if torch.compiler.is_compiling() else None
     rows = Rows.choose(active) if dense is None else Rows.every(active)
     params = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
-    kernel = _picked(backend, caller, hidden.device)
+    _, kernel = _pick(backend, caller, hidden.device)
     compact = rows.counting(rows.take(flat))
     found = _token_values(caller, params, rows, compact, head, kernel, False, statistics=names, active=dense).statistics
     return {name: rows.spread(values).reshape(targets.shape) for name, values in found.items()}
@@ -328,7 +328,7 @@ def policy_loss_from_logits(
     )
     validate.check_logits(caller, logits)
     validate.check_targets(caller, targets, "logits", logits)
-    kernel = _picked(backend, caller, logits.device)
+    _, kernel = _pick(backend, caller, logits.device)
     batch = _batch(
         caller, objective, targets, logits.shape[-1], stats_dtype(logits.dtype), head, skip_inactive, normalizer,
         {"advantages": advantages, "old_logprobs": old_logprobs,
@@ -350,11 +350,13 @@ _Params = tuple[Tensor | None, ...]
 _Kernel = RowKernel | ops.Named | None
 
 
-def _picked(backend: str | None, caller: str, device: torch.device) -> _Kernel:
+def _pick(backend: str | None, caller: str, device: torch.device) -> tuple[str, _Kernel]:
+    """The name of a call's backend, and its kernel."""
     if not torch.compiler.is_compiling():
-        return pick(backend, caller, device).kernel
+        found = pick(backend, caller, device)
+        return found.name, found.kernel
     name = backend_name(backend, caller, device)
-    return None if name == "reference" else ops.Named(name)
+    return name, None if name == "reference" else ops.Named(name)
 
 
 @dataclass(frozen=True)
@@ -362,6 +364,7 @@ class _Call:
     """The linear head of a call, checked: its kernel and what there is a gradient of."""
 
     head: Head
+    backend: str  # its name
     kernel: _Kernel
     params: _Params
 
@@ -380,12 +383,11 @@ class _Call:
         hidden, weight, bias = self.params
         assert hidden is not None
         assert weight is not None
-        backend = "reference" if self.kernel is None else getattr(self.kernel, "__name__", type(self.kernel).__name__)
         return {
             "the number of tokens": targets.numel(),
             "shapes and dtypes": (targets.shape, hidden.shape, hidden.dtype, weight.shape[1], bias is None),
             "head options": (self.head.options, self.head.ignore_index),
-            "backends": backend,
+            "backends": self.backend,
             "trained parameters": _wanted(self.params),
             "given inputs": given,
             "targets": targets,
@@ -398,7 +400,7 @@ class _Call:
         shard = vocab_parallel.shard_of(group, sizes)
         if self.kernel is not None:
             assert not isinstance(self.kernel, ops.Named)
-            return replace(self, kernel=ShardedKernel(self.kernel, shard))
+            return replace(self, kernel=vocab_parallel.sharded(self.kernel, shard))
         hidden, weight, bias = self.params
         assert weight is not None
         whole = vocab_parallel.gather(weight, shard)
@@ -418,8 +420,8 @@ def _linear(
     hidden, weight, bias = validate.under_autocast(hidden, weight, bias)
     validate.check_linear(caller, hidden, weight, bias, sharded=group is not None)
     validate.check_targets(caller, targets, "hidden", hidden)
-    kernel = _picked(backend, caller, hidden.device)
-    return _Call(head, kernel, (hidden.reshape(-1, hidden.shape[-1]), weight, bias))
+    name, kernel = _pick(backend, caller, hidden.device)
+    return _Call(head, name, kernel, (hidden.reshape(-1, hidden.shape[-1]), weight, bias))
 
 
 def _named(objective: Objective) -> str:
@@ -437,7 +439,7 @@ def _check_group(caller: str, batch: _Batch) -> None:
 
 
 def _vocab(kernel: _Kernel, params: _Params) -> int:
-    if isinstance(kernel, ShardedKernel):
+    if isinstance(kernel, RowKernel) and kernel.shard is not None:
         return kernel.shard.vocab
     return params[1].shape[0] if len(params) > 1 else params[0].shape[1]  # type: ignore[union-attr]
 
@@ -464,7 +466,7 @@ class _Job:
         # Zero times what a caller padded with would be NaN in d_weight.
         hidden = rows.counting(hidden)
         which = (wants[0], wants[1], wants[2])
-        if isinstance(self.kernel, ShardedKernel):
+        if self.kernel.shard is not None:
             return ShardedSource(self.kernel.shard, hidden, weight, bias, self.head, rows, which)
         source = LinearSource(hidden, weight, bias, self.head, rows, which)
         source.tolerance = self.tolerance
@@ -472,12 +474,12 @@ class _Job:
 
     def forward_only(self, params: _Params, ask: _Ask) -> RowStats:
         """Statistics of the rows, by the kernel that writes no logits where there is one and nothing else is asked."""
-        tiles = getattr(self.kernel, "linear_stats", None)  # a ShardedKernel has none
-        if tiles is not None and len(params) == 3 and ask.stats_alone:
+        linear_stats = self.kernel.linear_stats
+        if linear_stats is not None and len(params) == 3 and ask.stats_alone:
             hidden, weight, bias = _computed(params)
             assert hidden is not None
             hidden = self.rows.counting(self.rows.take(hidden))
-            found: RowStats | None = tiles(hidden, weight, bias, self.targets, self.head, ask.entropy)
+            found = linear_stats(hidden, weight, bias, self.targets, self.head, ask.entropy)
             if found is not None:
                 return found
         source = self.source(params, self.rows, (False,) * len(params))
@@ -485,7 +487,7 @@ class _Job:
 
     def by_columns(self, params: _Params, rows: Rows) -> bool:
         """Whether to recompute over blocks of the vocabulary rather than over chunks of rows."""
-        if len(params) != 3 or not getattr(self.kernel, "BY_COLUMNS", False):
+        if len(params) != 3 or not self.kernel.by_columns:
             return False
         hidden, weight, _ = params
         assert hidden is not None
@@ -551,7 +553,7 @@ class _TokenLogprobs(torch.autograd.Function):
         live = torch.zeros_like(stats.logprobs, dtype=torch.bool)
         for g in incoming:
             live = live if g is None else live | (g != 0)
-        if isinstance(job.kernel, ShardedKernel):
+        if job.kernel.shard is not None:
             which = {"gradients": live, "trained parameters": (job.wants, [g is None for g in incoming])}
             agreed("linear_logprobs", job.kernel.shard.group, live.device, which)
         rows, kept = job.rows.narrow(live)
@@ -728,10 +730,10 @@ class _Batch:
 
     def fused(self, kernel: RowKernel) -> stream.Fused | None:
         """For kernels that compute the slopes of these terms themselves."""
-        verb, terms = getattr(kernel, "fused_", None), self.objective.fused()
+        verb, terms = kernel.fused_, self.objective.fused()
         if verb is None or terms is None or self.statistics:
             return None
-        if self.normalizer.dtype == torch.float64 and not getattr(kernel, "FUSED_FLOAT64", True):
+        if self.normalizer.dtype == torch.float64 and not kernel.fused_float64:
             return None
         weights = self.weights
         if self.rows.inside is not None:

@@ -20,12 +20,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backends.base import FusedTerms, FusedVerb, RowInputs, RowKernel, RowStats, stats_dtype
+from .backends.base import FusedTerms, FusedVerb, Passes, RowInputs, RowKernel, RowStats, stats_dtype
 from .budget import chunk_rows
 from .buffers import logits_buffer
 from .head import Head
@@ -166,10 +165,9 @@ def _chunks(
             yield slice(first, first + size), buffer[:size]
 
 
-def _own_passes(kernel: RowKernel, source: Source) -> Any:
+def _own_passes(kernel: RowKernel, source: Source) -> Passes | None:
     """What a kernel has in place of the two functions below, for the sources that it takes."""
-    passes = getattr(kernel, "passes", None)
-    return passes if passes is not None and passes.takes(source) else None
+    return kernel.passes if kernel.passes is not None and kernel.passes.takes(source) else None
 
 
 def _two(slopes: AllSlopes) -> Slopes:
@@ -261,8 +259,7 @@ def _grad(
         assert g_lp is not None
     kernel.grad_(logits, targets[at], stats, g_lp, g_entropy, head.cap)
     if g_logit is not None:
-        columns = getattr(kernel, "columns", None)  # of a kernel that holds a part of them
-        column, here = (targets[at], None) if columns is None else columns(targets[at])
+        column, here = (targets[at], None) if kernel.shard is None else kernel.shard.columns(targets[at])
         _add_at_target(logits, column, stats, g_logit if here is None else g_logit * here, head.cap)
     source.put(at, logits)
 

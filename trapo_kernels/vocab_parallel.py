@@ -11,8 +11,8 @@ offset_r + V_r of the weight, of any sizes; hidden states and targets (ids in th
 Nothing of the size of the vocabulary is sent; the gradient of a shard stays with its rank. A chunk of rows has the same
 size everywhere, by the largest shard.
 
-The stream knows nothing of this: a row kernel is wrapped in another, whose `stats` merges the states of the shards,
-which are states of disjoint columns, and whose `grad_` is told the statistics of the whole row.
+The stream knows next to nothing of this: a row kernel is wrapped in another, whose `stats` merges the states of the
+shards, which are states of disjoint columns, and whose `grad_` is told the statistics of the whole row.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .backends.base import RowKernel, RowState, RowStats, stats_dtype
 from .buffers import row_bytes
 from .stream import LinearSource
 
-__all__ = ["Shard", "ShardedKernel", "ShardedSource", "gather", "local_parts", "shard_of"]
+__all__ = ["Shard", "ShardedSource", "gather", "local_parts", "shard_of", "sharded"]
 
 _FLOOR = -1e4  # e^-1e4 is 0 in fp64 too; 0 · −∞ is not
 
@@ -57,12 +57,18 @@ def shard_of(group: Any, sizes: list[int]) -> Shard:
     return Shard(group, sum(sizes[:rank]), sizes[rank], sum(sizes), max(sizes), tuple(sizes))
 
 
-class ShardedKernel:
+def sharded(kernel: RowKernel, shard: Shard) -> RowKernel:
     """A row kernel over the whole vocabulary, made of one over this rank's columns."""
+    verbs = _Verbs(kernel, shard)
+    return RowKernel(verbs.stats, verbs.grad_, verbs.scratch_bytes, shard=shard)
 
-    def __init__(self, kernel: RowKernel, shard: Shard) -> None:
-        self.kernel, self.shard = kernel, shard
-        self.columns = shard.columns
+
+@dataclass(frozen=True)
+class _Verbs:
+    """The verbs over the whole vocabulary, by those of `kernel` on this rank's columns."""
+
+    kernel: RowKernel
+    shard: Shard
 
     def scratch_bytes(self, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
         return self.kernel.scratch_bytes(self.shard.largest, dtype, device)

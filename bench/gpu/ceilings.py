@@ -97,8 +97,6 @@ def row_kernels(rows: Rows, device: str, vocab: int) -> None:
     for name, backend in tk.backends().items():
         if backend.kernel is None or backend.device not in (None, device) or not backend.available:
             continue
-        if not hasattr(backend.kernel, "stats"):  # the CPU's works by panels
-            continue
         logits = torch.randn(n, -(-vocab // 64) * 64, device=device).to(dtype)[:, :vocab]
         try:
             for verb, run, passes in _verbs(backend.kernel, logits):
@@ -123,7 +121,7 @@ def _verbs(kernel: Any, logits: Tensor) -> list[tuple[str, Any, int]]:
         ("stats", lambda: kernel.stats(logits, targets, None, True), 1),
         ("grad_", lambda: kernel.grad_(logits, targets, stats, ones, ones, None), 2),
     ]
-    if hasattr(kernel, "fused_"):
+    if kernel.fused_ is not None:
         terms = OBJECTIVE.fused()
         expert = torch.rand(n, device=device) < 0.3
         inputs = RowInputs(expert, torch.randn(n, device=device), *[None] * (len(RowInputs._fields) - 2))

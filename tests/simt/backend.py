@@ -32,6 +32,6 @@ def register() -> list[str]:
     if NAME not in dispatch.backends():
         detail = "csrc/cuda on fibers, for tests"
         dispatch._BACKENDS.append(
-            dispatch.Backend(NAME, cuda, detail, automatic=False, device="cpu", look=_look)  # type: ignore[arg-type]
+            dispatch.Backend(NAME, cuda.KERNEL, detail, automatic=False, device="cpu", look=_look)
         )
     return [NAME]

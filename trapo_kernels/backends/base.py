@@ -1,31 +1,25 @@
-"""Row kernels: what a backend is. Everything else is shared.
+"""What a backend is: a `RowKernel`. Everything else is shared.
 
-A row kernel is a module (or object) with
-
-    scratch_bytes(vocab, dtype, device) -> int
-        what it allocates beside the logits, counted against the budget
-    stats(logits [C, V], targets [C], cap, entropy) -> RowState
-        the reduction of each row; leaves the logits as they are
-    grad_(logits [C, V], targets [C], stats, g_lp [C], g_entropy [C] | None, cap) -> None
-        the logits become g_lp (1[j=y] − π_j) − g_H π_j (log π_j + H), times the slope of the soft-cap, in place
-
-and, where it can do both at once for the terms that `FusedTerms` can name,
-
-    fused_(logits [C, V], targets [C], inputs, terms, scale, cap) -> RowStats
-        stats; g_lp and g_H of the terms; grad_ with scale · g_lp and scale · g_H: one launch, the row read once
-
-`logits` are x = scale · (h Wᵀ + b) before the soft-cap z = cap · tanh(x / cap) (cap None: z = x).
+Two verbs are needed, the reduction of each row of a chunk of logits and its gradient in place; all other abilities have
+a default, which is not to have them. `logits` are x = scale · (h Wᵀ + b) before the soft-cap z = cap · tanh(x / cap)
+(cap None: z = x).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["FusedTerms", "FusedVerb", "RowInputs", "RowKernel", "RowState", "RowStats", "stats_dtype"]
+if TYPE_CHECKING:
+    from ..head import Head
+    from ..sources import Source
+    from ..vocab_parallel import Shard
+
+__all__ = ["FusedTerms", "FusedVerb", "Passes", "RowInputs", "RowKernel", "RowState", "RowStats", "stats_dtype"]
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -103,18 +97,26 @@ class FusedTerms(NamedTuple):
     tis_cap: float  # 0 = no weight
 
 
-# fused_ of a row kernel
-FusedVerb = Callable[[Tensor, Tensor, RowInputs, FusedTerms, float, float | None], RowStats]
+# The verbs of a row kernel --------------------------------------------------------------------------------------
 
 
-class RowKernel(Protocol):
-    """The verbs of a backend; see the module's docstring. `fused_` is optional."""
+class ScratchBytes(Protocol):
+    """What a kernel allocates beside the logits; it counts against the budget."""
 
-    def scratch_bytes(self, vocab: int, dtype: torch.dtype, device: torch.device) -> int: ...
+    def __call__(self, vocab: int, dtype: torch.dtype, device: torch.device) -> int: ...
 
-    def stats(self, logits: Tensor, targets: Tensor, cap: float | None, entropy: bool) -> RowState: ...
 
-    def grad_(
+class StatsVerb(Protocol):
+    """The reduction of each row of logits [C, V], which stay as they are; `entropy`: with the state's `dot`."""
+
+    def __call__(self, logits: Tensor, targets: Tensor, cap: float | None, entropy: bool) -> RowState: ...
+
+
+class GradVerb(Protocol):
+    """The logits [C, V] become g_lp (1[j=y] − π_j) − g_H π_j (log π_j + H), times the slope of the soft-cap, in place;
+    g_lp [C], and g_H [C] or None."""
+
+    def __call__(
         self,
         logits: Tensor,
         targets: Tensor,
@@ -123,3 +125,63 @@ class RowKernel(Protocol):
         g_entropy: Tensor | None,
         cap: float | None,
     ) -> None: ...
+
+
+class FusedVerb(Protocol):
+    """Statistics, g_lp and g_H of the terms, and the gradient for scale · g_lp and scale · g_H in place of the logits
+    [C, V]: one launch."""
+
+    def __call__(
+        self, logits: Tensor, targets: Tensor, inputs: RowInputs, terms: FusedTerms, scale: float, cap: float | None
+    ) -> RowStats: ...
+
+
+class LinearStatsVerb(Protocol):
+    """Statistics straight from hidden [N, D], weight [V, D] and bias [V] or None, without writing a logit; None: not
+    for these operands."""
+
+    def __call__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, entropy: bool
+    ) -> RowStats | None: ...
+
+
+def no_scratch(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+    """`scratch_bytes` of a kernel that allocates nothing of the size of logits."""
+    return 0
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A chunk loop that a backend has in place of stream.py's, for the sources that it `takes`; `forward` and
+    `backward` take and give what those of stream.py do, for losses without slopes in the target's logit."""
+
+    takes: Callable[[Source], bool]
+    forward: Callable[..., RowStats]
+    backward: Callable[..., None]
+
+
+@dataclass(frozen=True)
+class RowKernel:
+    """Everything that a backend can do; what looks for an ability reads it here.
+
+    Args:
+        stats: the reduction of each row.
+        grad_: the gradient in place of the logits.
+        scratch_bytes: what the two allocate beside the logits, in bytes.
+        fused_: both at once, for the terms that `FusedTerms` can name; the row is read once.
+        fused_float64: `fused_` keeps float64's digits.
+        linear_stats: statistics without logits, where nothing but statistics is asked for.
+        by_columns: its recomputing backward runs over blocks of the vocabulary (columns.py) where that pays.
+        passes: a chunk loop of its own, for the sources that it takes.
+        shard: the part of the vocabulary that it holds; None: all. Targets are ids in the whole vocabulary.
+    """
+
+    stats: StatsVerb
+    grad_: GradVerb
+    scratch_bytes: ScratchBytes = no_scratch
+    fused_: FusedVerb | None = None
+    fused_float64: bool = True
+    linear_stats: LinearStatsVerb | None = None
+    by_columns: bool = False
+    passes: Passes | None = None
+    shard: Shard | None = None

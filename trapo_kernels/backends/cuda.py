@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .base import FusedTerms, RowInputs, RowState, RowStats, stats_dtype
+from .base import FusedTerms, RowInputs, RowKernel, RowState, RowStats, stats_dtype
 
 _LIBRARY = "_cuda.so"
 
@@ -39,10 +39,6 @@ def unresolved() -> str | None:
     if torch.ops.trapo_kernels_cuda.stream_symbol():
         return None
     return f"torch {torch.__version__} shows no CUDA streams to extensions (aoti_torch_get_current_cuda_stream)"
-
-
-def scratch_bytes(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-    return 0
 
 
 def stats(logits: Tensor, targets: Tensor, cap: float | None, entropy: bool) -> RowState:
@@ -88,3 +84,6 @@ def register_fakes() -> None:
     torch.library.register_fake("trapo_kernels_cuda::row_stats", four_vectors)
     torch.library.register_fake("trapo_kernels_cuda::row_fused_", four_vectors)
     torch.library.register_fake("trapo_kernels_cuda::row_grad_", lambda *_: None)
+
+
+KERNEL = RowKernel(stats, grad_, fused_=fused_)

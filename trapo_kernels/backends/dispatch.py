@@ -13,11 +13,8 @@ import torch
 
 from .. import verify
 from ..scalars import shown
-from . import cuda as cuda_rows
-from . import plain
+from . import cpu, cuda, plain, triton
 from .base import RowKernel
-from .cpu import rows as cpu_rows
-from .triton import rows as triton_rows
 
 __all__ = ["Backend", "backend_name", "backends", "check_backend", "default_backend", "pick", "set_backend"]
 
@@ -66,23 +63,23 @@ class Backend:
 _BACKENDS = [
     Backend(
         "cuda",
-        cuda_rows,
+        cuda.KERNEL,
         "CUDA C++: rows on chip, sm_80 and newer",
         proof=True,
         device="cuda",
-        look=cuda_rows.missing,
+        look=cuda.missing,
     ),
     Backend(
         "triton",
-        triton_rows,
+        triton.KERNEL,
         "Triton kernels on CUDA devices; interpreted, to test them, on CPU tensors",
-        automatic=not triton_rows.interpreted(),
+        automatic=not triton.interpreted(),
         proof=True,
-        device=None if triton_rows.interpreted() else "cuda",
-        look=triton_rows.missing,
+        device=None if triton.interpreted() else "cuda",
+        look=triton.missing,
     ),
-    Backend("cpu", cpu_rows, "C++ for CPU tensors: AVX-512, AVX2 or neither", device="cpu", look=cpu_rows.missing),
-    Backend("torch", plain, "streamed in plain torch, any device", compiled=False),
+    Backend("cpu", cpu.KERNEL, "C++ for CPU tensors: AVX-512, AVX2 or neither", device="cpu", look=cpu.missing),
+    Backend("torch", plain.KERNEL, "streamed in plain torch, any device", compiled=False),
     Backend("reference", None, "materialises the logits; the oracle, any float dtype", automatic=False, compiled=False),
 ]
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .base import RowState, RowStats, stats_dtype
+from .base import RowKernel, RowState, RowStats, stats_dtype
 
 # Elements of a scratch block: two of them lie in the L2 caches of a CPU; on a GPU launches must stay few.
 _BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
@@ -105,3 +105,6 @@ def grad_(
             dz.addcmul_(dz, e.copy_(x).div_(cap).tanh_().square_(), value=-1)
         if not in_place:
             x.copy_(dz)
+
+
+KERNEL = RowKernel(stats, grad_, scratch_bytes)

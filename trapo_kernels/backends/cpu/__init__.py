@@ -1,1 +1,14 @@
 """The C++ backend for CPUs: row kernels, the chunk loop by panels, gradients that leave out what hardly counts."""
+
+from ..base import Passes, RowKernel
+from . import panels, rows
+from .rows import missing
+
+__all__ = ["KERNEL", "missing"]
+
+KERNEL = RowKernel(
+    rows.stats,
+    rows.grad_,
+    fused_=rows.fused_,
+    passes=Passes(panels.takes, panels.forward, panels.backward),  # fp32 heads interleave GEMMs and softmax
+)

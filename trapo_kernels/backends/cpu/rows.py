@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .. import native
 from ..base import FusedTerms, RowInputs, RowState, RowStats, stats_dtype
-from . import panels as passes  # fp32 heads interleave GEMMs and softmax
+from .panels import PANEL
 
-__all__ = ["fused_", "grad_", "library", "missing", "passes", "scratch_bytes", "stats"]
+__all__ = ["fused_", "grad_", "library", "missing", "stats"]
 
 _CAPABILITIES = ("AVX512", "AVX2", "DEFAULT")
 
@@ -37,10 +37,6 @@ def missing() -> str | None:
     if found is None:
         return "the C++ extension is not compiled; reinstall with a C++17 compiler and --no-build-isolation"
     return native.misfit("C++", found, _register_fakes)
-
-
-def scratch_bytes(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-    return 0
 
 
 def stats(logits: Tensor, targets: Tensor, cap: float | None, entropy: bool) -> RowState:
@@ -81,7 +77,7 @@ def _register_fakes() -> None:
 
     def masses(hidden: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
         vocab = weight.shape[0]
-        return hidden.new_empty(vocab), hidden.new_empty(-(-vocab // passes.PANEL), hidden.shape[0])
+        return hidden.new_empty(vocab), hidden.new_empty(-(-vocab // PANEL), hidden.shape[0])
 
     torch.library.register_fake("trapo_kernels_cpu::panel_stats", four_vectors_of_panels)
     torch.library.register_fake("trapo_kernels_cpu::panel_mass", masses)

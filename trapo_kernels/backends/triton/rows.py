@@ -22,16 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...head import Head
 from ..base import FusedTerms, RowInputs, RowState, RowStats, stats_dtype
 
-__all__ = ["Sizes", "fused_", "grad_", "interpreted", "linear_stats", "missing", "scratch_bytes", "sizes", "stats"]
-
-# Triton passes an objective's numbers in fp32.
-FUSED_FLOAT64 = False
-
-# The recomputing backward runs over blocks of the vocabulary (columns.py).
-BY_COLUMNS = True
+__all__ = ["Sizes", "fused_", "grad_", "interpreted", "missing", "sizes", "stats"]
 
 
 class Sizes(NamedTuple):
@@ -82,10 +75,6 @@ def _wide(dtype: torch.dtype) -> Any:
     import triton.language as tl
 
     return tl.float64 if dtype == torch.float64 else tl.float32
-
-
-def scratch_bytes(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-    return 0
 
 
 def _vectors(logits: Tensor, count: int) -> list[Tensor]:
@@ -204,12 +193,3 @@ def fused_(
         inputs = inputs._replace(weights=logits.new_ones(logits.shape[0], dtype=stats_dtype(logits.dtype)))
     given = (None if t is None else t.contiguous() for t in inputs)
     return RowStats(*_fused_(logits, targets.contiguous(), *given, [float(x) for x in terms], scale, cap))
-
-
-def linear_stats(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, entropy: bool
-) -> RowStats | None:
-    """Statistics straight from the operands, by the kernel that writes no logits; None: it does not take these."""
-    from . import tiles
-
-    return tiles.linear_stats(hidden, weight, bias, targets, head, entropy)
