@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import trapo_kernels as tk
 from bench.gpu.graphs import captured
-from trapo_kernels import stream
+from trapo_kernels import selection
 from trapo_kernels.backends.triton.rows import interpreted
 
 ROWS = 16  # a number for which Triton compiles another kernel, if it may
@@ -113,7 +113,7 @@ def test_a_capture_launches_no_kernel_that_its_warm_up_did_not(backend, name, mo
     case = case_of(torch.bfloat16)
     with launched(backend) as before:
         expected = steps(case, objective, backend, **options)
-    monkeypatch.setattr(stream, "_capturing", lambda device: True)
+    monkeypatch.setattr(selection, "_capturing", lambda device: True)
     with launched(backend) as inside:
         actual = steps(case, objective, backend, **options)
     assert inside
@@ -137,7 +137,7 @@ def test_weights_of_tokens_and_rows_that_do_not_count_are_fused(backend, reducti
     clean.inputs["mask"][0], clean.targets[0], clean.targets[1] = False, 3, -100
     expected = oracle(clean, objective, sequence_ids=IDS)
     for capturing in (False, True):
-        monkeypatch.setattr(stream, "_capturing", lambda device, now=capturing: now)
+        monkeypatch.setattr(selection, "_capturing", lambda device, now=capturing: now)
         with launched(backend) as seen:
             actual = run(case, objective, backend, sequence_ids=IDS)
         assert {k if isinstance(k, str) else k[0] for k in seen} == {FUSED[backend]}

@@ -10,7 +10,7 @@ import torch
 from kernel_cases import EVERYTHING, TOLERANCE, assert_close, make_case, run
 
 import trapo_kernels as tk
-from trapo_kernels import stream
+from trapo_kernels import selection
 from trapo_kernels.backends import plain as torch_rows
 from trapo_kernels.backends.base import FusedTerms, RowInputs
 from trapo_kernels.backends.triton import rows, tiles
@@ -182,10 +182,11 @@ def test_what_the_tile_kernel_does_not_take_is_streamed():
 
 # The path ------------------------------------------------------------------------------------------------------
 
-# Calls that wait for the stream, or copy to the host. Rows.choose alone has any, and does one of them: leaving rows out
-# takes their number (test_waits.py counts).
+# Calls that wait for the stream, or copy to the host. Selection.choose alone has any, and does one of them: leaving
+# rows out takes their number (test_waits.py counts).
 WAITS = {"item", "cpu", "tolist", "numpy", "nonzero", "synchronize", "as_tensor", "is_nonzero", "argwhere", "unique"}
-ON_THE_PATH = ("stream.py", "columns.py", "objective.py", "metrics.py", "functional.py", "backends/base.py")
+ON_THE_PATH = ("stream.py", "selection.py", "columns.py", "objective.py", "metrics.py", "backends/base.py")
+ON_THE_PATH += ("functional.py", "paths.py", "call.py", "batch.py", "autograd.py")
 ON_THE_PATH += tuple(f"backends/triton/{name}.py" for name in ("rows", "row_kernels", "tiles", "tile_kernels"))
 
 
@@ -202,7 +203,7 @@ def waiting_calls(path: Path) -> list[str]:
 def test_nothing_on_the_path_waits_for_the_gpu_but_the_count_of_rows():
     package = Path(tk.__file__).parent
     found = {call for name in ON_THE_PATH for call in waiting_calls(package / name)}
-    assert found == {"stream.py: choose: nonzero", "stream.py: choose: tolist"}
+    assert found == {"selection.py: choose: nonzero", "selection.py: choose: tolist"}
 
 
 def test_the_search_for_waiting_calls_finds_one(tmp_path):
@@ -237,7 +238,7 @@ def test_inside_a_graph_capture_every_row_is_computed_and_the_result_is_the_same
     with torch.no_grad():
         case.hidden[inactive] = torch.nan
     expected, chosen = run(case, objective, backend, **options), run_logprobs(case, backend)
-    monkeypatch.setattr(stream, "_capturing", lambda device: True)
+    monkeypatch.setattr(selection, "_capturing", lambda device: True)
     monkeypatch.setattr(torch.Tensor, "nonzero", lambda *_: pytest.fail("a capture may not wait for a number of rows"))
     actual, captured = run(case, objective, backend, **options), run_logprobs(case, backend)
     for name in ("loss", "logprobs", "entropy"):
@@ -263,7 +264,7 @@ def test_a_divergence_inside_a_graph_capture_counts_the_same_tokens(monkeypatch)
         return *out[:2], *torch.autograd.grad(out.loss, case.params())
 
     expected = found("torch")
-    monkeypatch.setattr(stream, "_capturing", lambda device: True)
+    monkeypatch.setattr(selection, "_capturing", lambda device: True)
     for backend in ("torch", "reference"):
         for a, b in zip(found(backend), expected, strict=True):
             assert_close(a, b, 1e-5, backend)

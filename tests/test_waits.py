@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import trapo_kernels as tk
 from trapo_kernels import validate
-from trapo_kernels.stream import Rows
+from trapo_kernels.selection import Selection
 
 # What reads a value on the host, or has a shape that depends on values.
 OPERATORS = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique", "_unique2", "unique_dim", "equal"}
@@ -160,16 +160,16 @@ def test_losses_of_sequences_and_from_logits_wait_once_each_way():
 def test_rows_keep_their_order_within_those_with_a_gradient_and_those_without():
     active = torch.tensor([1, 0, 1, 1, 0, 1, 1], dtype=torch.bool)
     live = torch.tensor([0, 1, 1, 0, 0, 1, 1], dtype=torch.bool)
-    rows = Rows.choose(active, live)
+    rows = Selection.choose(active, live)
     assert rows.order.tolist() == [2, 5, 6, 0, 3]
     assert (rows.total, rows.size, rows.with_gradient) == (7, 5, 3)
     leading = torch.tensor([1, 1, 0, 1, 1, 1, 0], dtype=torch.bool)
-    rows = Rows.choose(active, live, leading=leading)
+    rows = Selection.choose(active, live, leading=leading)
     assert rows.order.tolist() == [5, 2, 6, 0, 3]
     assert (rows.size, rows.with_gradient, rows.leading) == (5, 3, 1)
     assert rows.front().order.tolist() == [5]
-    rows = Rows.choose(active, live, drop_others=True, leading=leading)
+    rows = Selection.choose(active, live, drop_others=True, leading=leading)
     assert rows.order.tolist() == [5, 2, 6]
     every = torch.ones(7, dtype=torch.bool)
-    assert Rows.choose(every, every, leading=every).order is None
-    assert Rows.choose(every, every, leading=leading).order.tolist() == [0, 1, 3, 4, 5, 2, 6]
+    assert Selection.choose(every, every, leading=every).order is None
+    assert Selection.choose(every, every, leading=leading).order.tolist() == [0, 1, 3, 4, 5, 2, 6]

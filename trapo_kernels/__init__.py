@@ -15,6 +15,7 @@ from .divergence import Divergence, linear_divergence
 from .functional import (
     PolicyLoss,
     TokenLogprobs,
+    TrapoLoss,
     linear_logprobs,
     linear_policy_loss,
     linear_statistics,
@@ -22,7 +23,6 @@ from .functional import (
     policy_loss_from_logits,
 )
 from .metrics import METRICS, Metric, merge_metrics
-from .modules import TrapoLoss
 from .objective import Objective
 from .terms import EXPERT_TERMS, POLICY_TERMS, Term
 from .tokens import Sequences, Tokens

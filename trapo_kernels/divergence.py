@@ -29,8 +29,8 @@ from .budget import chunk_rows
 from .buffers import logits_buffer
 from .head import Head
 from .scalars import filled, number, shown
-from .sources import finished
-from .stream import LinearSource, Rows
+from .selection import Selection
+from .sources import LinearSource, finish
 
 __all__ = ["KINDS", "Divergence", "Job", "anchor", "linear_divergence", "run", "weighted_sum"]
 
@@ -54,7 +54,7 @@ class Job:
     beta: float
     head: Head
     ref_head: Head
-    rows: Rows
+    selection: Selection
     weights: Tensor  # compact [n], of the tokens' divergences
     normalizer: Tensor
     wants: tuple[bool, bool, bool]
@@ -136,17 +136,24 @@ def linear_divergence(
         )
         return Divergence(total / scale, tokens.reshape(shape))
     if torch.compiler.is_compiling():
-        rows = replace(Rows.every(active), inside=active)
+        selection = replace(Selection.every(active), inside=active)
     else:
-        rows = Rows.choose(active, of_tokens != 0)
-    of_rows = rows.counting(rows.take(of_tokens))
-    job = Job(kind, beta, head, ref_head, rows, of_rows, scale, (wants[0], wants[1], wants[2]))
+        selection = Selection.choose(active, of_tokens != 0)
+    of_rows = selection.counting(selection.take(of_tokens))
+    job = Job(kind, beta, head, ref_head, selection, of_rows, scale, (wants[0], wants[1], wants[2]))
     loss, tokens = (_StreamedDivergence.apply if streamed else _materialised)(job, ref, *params)
-    return Divergence(loss, rows.spread(tokens.detach()).reshape(shape))
+    return Divergence(loss, selection.spread(tokens.detach()).reshape(shape))
 
 
 def anchor(
-    caller: str, rows: Rows, weights: Tensor, normalizer: Tensor, head: Head, params: Any, ref: Any, streamed: bool
+    caller: str,
+    selection: Selection,
+    weights: Tensor,
+    normalizer: Tensor,
+    head: Head,
+    params: Any,
+    ref: Any,
+    streamed: bool,
 ) -> Tensor:
     """Σ weights · KL(reference ‖ student) / normalizer over rows that are chosen, with compact weights [n]."""
     params = validate.one_dtype(*params)
@@ -154,7 +161,7 @@ def anchor(
     _check(caller, params, ref, "forward_kl")
     ref = (ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), ref_weight.detach(), _detached(ref_bias))
     wants = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in params)
-    job = Job("forward_kl", 0.5, head, head, rows, weights, normalizer, (wants[0], wants[1], wants[2]))
+    job = Job("forward_kl", 0.5, head, head, selection, weights, normalizer, (wants[0], wants[1], wants[2]))
     loss: Tensor = (_StreamedDivergence.apply if streamed else _materialised)(job, ref, *params)[0]
     return loss
 
@@ -194,7 +201,7 @@ def _check(caller: str, student: tuple[Any, Any, Any], ref: tuple[Any, Any, Any]
 
 def _materialised(job: Job, ref: tuple[Any, ...], *params: Any) -> tuple[Tensor, Tensor]:
     def log_softmax(head: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        z = reference.linear_logits(job.rows.counting(job.rows.take(hidden)), weight, bias) * head.scale
+        z = reference.linear_logits(job.selection.counting(job.selection.take(hidden)), weight, bias) * head.scale
         return F.log_softmax(z if head.cap is None else head.cap * torch.tanh(z / head.cap), -1)
 
     log_pi, log_p = log_softmax(job.head, *params), log_softmax(job.ref_head, *ref).to(job.weights.dtype)
@@ -254,7 +261,7 @@ class _StreamedDivergence(torch.autograd.Function):
             _, grads = run(ctx.job, ref, params)
         scale = g_loss / ctx.job.normalizer
         scaled = (
-            None if d is None else finished(d, like, scale)
+            None if d is None else finish(d, like, scale)
             for d, like in zip(grads, params, strict=True)
         )  # fmt: skip
         return None, None, *scaled
@@ -263,10 +270,11 @@ class _StreamedDivergence(torch.autograd.Function):
 def run(job: Job, ref: Any, params: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Divergences of the compact rows [n], and the gradients of their weighted sum."""
     hidden, weight, bias = params
-    source = LinearSource(job.rows.counting(hidden), weight, bias, job.head, job.rows, job.wants, wide_chunks=True)
+    selection, counting = job.selection, job.selection.counting
+    source = LinearSource(counting(hidden), weight, bias, job.head, selection, job.wants, wide_chunks=True)
     hidden, weight, bias = ref
-    other = LinearSource(job.rows.counting(hidden), weight, bias, job.ref_head, job.rows, wide_chunks=True)
-    size, middle = job.rows.size, job.rows.with_gradient if any(job.wants) else 0
+    other = LinearSource(counting(hidden), weight, bias, job.ref_head, selection, wide_chunks=True)
+    size, middle = selection.size, selection.with_gradient if any(job.wants) else 0
     tokens = torch.empty(size, dtype=job.weights.dtype, device=source.device)
     step = _chunk(job, source, other)
     mine, theirs = (logits_buffer(step, s.vocab, s.dtype, s.device) for s in (source, other))
@@ -284,7 +292,7 @@ def _chunk(job: Job, source: LinearSource, other: LinearSource) -> int:
     wide = stats_dtype(source.dtype).itemsize
     scratch = _block_rows(source.vocab, source.device) * source.vocab * (4 * wide + 2)
     row_bytes = source.row_bytes + other.row_bytes
-    longest = max(job.rows.size, 1)
+    longest = max(job.selection.size, 1)
     return min(longest, chunk_rows(longest, row_bytes, scratch + source.extra_bytes, source.device.type))
 
 

@@ -16,24 +16,28 @@ No vocabulary-parallel heads: their collectives would be hidden from the compile
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import divergence as divergences
-from . import functional, stream, tokens  # functional calls these operators
+from . import stream, tokens
+from .autograd import Job, rows_of, run_loss
 from .backends.base import RowStats, stats_dtype
 from .backends.dispatch import pick
+from .batch import Batch
+from .call import Call, Named, Params, wanted
 from .head import Head
 from .objective import FIELDS, Objective
+from .reference import TokenValues
 from .scalars import constant
-from .sources import d_hidden_dtype, finished
+from .selection import Selection
+from .sources import d_hidden_dtype, finish
 from .statistics import Collector
 
-__all__ = ["Named", "divergence", "objective_key", "plain", "policy_loss", "sums_of_later", "three", "token_values"]
-__all__ += ["token_values_backward"]
+__all__ = ["divergence", "objective_key", "policy_loss", "run_policy_loss", "run_token_values", "sums_of_later"]
+__all__ += ["token_values", "token_values_backward"]
 
 _HEAD = "float temperature, float? softcap, float logit_scale, str backend"
 _PARAMS = "Tensor first, Tensor? weight, Tensor? bias"
@@ -66,34 +70,55 @@ def _key(*settings: Any) -> str:
     return key
 
 
-@dataclass(frozen=True)
-class Named:
-    """A row kernel, inside a graph."""
-
-    name: str
+# What a compiled graph calls ---------------------------------------------------------------------------------
 
 
-def three(params: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def run_token_values(
+    call: Call, kernel: Named, active: Tensor, targets: Tensor, entropy: bool, statistics: tuple[str, ...]
+) -> TokenValues:
+    """Values of all rows [N], zero where not active."""
+    logprobs, entropies, target, _, _, found = torch.ops.trapo_kernels.token_values(
+        *_three_params(call.params), targets, active, entropy, list(statistics), *_last(call, kernel)
+    )
+    by_name = {name: found[i] for i, name in enumerate(statistics)}
+    return TokenValues(logprobs, entropies if entropy else None, target, by_name)
+
+
+def run_policy_loss(call: Call, kernel: Named, batch: Batch) -> tuple[Tensor, TokenValues]:
+    """A loss in a single pass, and the values of all rows [N]."""
+    assert batch.dense is not None
+    total, values, *_ = torch.ops.trapo_kernels.policy_loss(
+        *_three_params(call.params), batch.targets, batch.dense.active, batch.dense.live, batch.expert,
+        *batch.inputs.values(), batch.weights, objective_key(batch.objective), list(batch.statistics),
+        *_last(call, kernel),
+    )  # fmt: skip
+    return total / batch.normalizer, batch.values(*values.unbind(0))
+
+
+def _three_params(params: Params) -> Params:
     """(first, weight, bias): logits have neither of the others."""
     return params if len(params) == 3 else (params[0], None, None)
 
 
-def plain(head: Head, kernel: Named, wants: tuple[bool, ...]) -> tuple[Any, ...]:
+def _last(call: Call, kernel: Named) -> tuple[Any, ...]:
     """The last arguments of all operators."""
-    first, weight, bias = (*wants, False, False)[:3]
-    return *head.options, kernel.name, first, weight, bias
+    first, weight, bias = (*wanted(call.params), False, False)[:3]
+    return *call.head.options, kernel.name, first, weight, bias
 
 
-def _params(first: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+# What the operators share ------------------------------------------------------------------------------------
+
+
+def _params(first: Tensor, weight: Tensor | None, bias: Tensor | None) -> Params:
     return (first,) if weight is None else (first, weight, bias)
 
 
-def _job(rows: stream.Rows, targets: Tensor, params: Any, *head_and_wants: Any) -> functional._Job:
+def _job(selection: Selection, targets: Tensor, params: Any, *head_and_wants: Any) -> Job:
     *options, backend, first, weight, bias = head_and_wants
     kernel = pick(backend, "torch.compile", params[0].device).kernel
     assert kernel is not None
     wants = (first, weight, bias)[: len(params)]
-    return functional._Job(kernel, Head(*options), rows, rows.counting(rows.take(targets)), wants)
+    return Job(kernel, Head(*options), selection, selection.counting(selection.take(targets)), wants)
 
 
 def _three(found: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,15 +138,15 @@ def _fake_gradients(
     return _three(tuple(found), first.new_empty(0, dtype=wide))
 
 
-def _finished(grads: Any, params: Any, wants: Any, scale: Tensor | None) -> list[Tensor | None]:
+def _finish(grads: Any, params: Any, wants: Any, scale: Tensor | None) -> list[Tensor | None]:
     """Gradients in the dtypes of the parameters; scaled in the accumulators' precision."""
 
-    def finish(grad: Tensor, like: Tensor | None, wanted: bool) -> Tensor | None:
+    def one(grad: Tensor, like: Tensor | None, wanted: bool) -> Tensor | None:
         if not wanted or like is None:
             return None
-        return finished(grad, like, scale, give=False)
+        return finish(grad, like, scale, give=False)
 
-    return [finish(*each) for each in zip(grads, params, wants, strict=True)]
+    return [one(*each) for each in zip(grads, params, wants, strict=True)]
 
 
 def _op(name: str, schema: str) -> Any:
@@ -160,17 +185,17 @@ def token_values(
     statistics: list[str],
     *head_and_wants: Any,
 ) -> tuple[Tensor, ...]:
-    """(log π(y), H or empty, z_y, max z, log Σ e^(z − max z), statistics [s, N]) of all rows."""
-    params, rows = _params(first, weight, bias), stream.Rows.choose(active)
-    job = _job(rows, targets, params, *head_and_wants)
-    source = job.source(params, rows, (False,) * len(params))
-    extras = Collector(tuple(statistics), rows.size, stats_dtype(first.dtype), first.device)
-    stats = stream.forward(source, job.kernel, rows, job.targets, job.head, entropy, extras=extras)
+    """(log π(y), H or empty, z_y, max z, log Σ e^(z − max z), statistics [s, N]) of all selection."""
+    params, selection = _params(first, weight, bias), Selection.choose(active)
+    job = _job(selection, targets, params, *head_and_wants)
+    source = job.source(params, selection, (False,) * len(params))
+    extras = Collector(tuple(statistics), selection.size, stats_dtype(first.dtype), first.device)
+    stats = stream.forward(source, job.kernel, selection, job.targets, job.head, entropy, extras=extras)
     values = (stats.logprobs, stats.entropy, stream.target_logits(stats), stats.max, stats.log_sum)
     # Every output is a tensor of its own, as operators' must be.
-    spread = [stats.logprobs.new_empty(0) if t is None else rows.spread(t).clone() for t in values]
-    found = [rows.spread(t) for t in extras.values.values()]
-    return *spread, torch.stack(found) if found else stats.logprobs.new_empty(0, rows.total)
+    spread = [stats.logprobs.new_empty(0) if t is None else selection.spread(t).clone() for t in values]
+    found = [selection.spread(t) for t in extras.values.values()]
+    return *spread, torch.stack(found) if found else stats.logprobs.new_empty(0, selection.total)
 
 
 @token_values.register_fake
@@ -206,15 +231,15 @@ def token_values_backward(
     params, incoming, live = _params(first, weight, bias), (g_logprobs, g_entropy, g_target), torch.zeros_like(active)
     for g in incoming:
         live = live if g is None else live | (g != 0)
-    rows = stream.Rows.choose(active & live)
-    job = _job(rows, targets, params, *head_and_wants)
-    stats = RowStats(logprobs, top, log_sum, entropy if entropy.numel() else None).map(rows.take)
-    stats = rows.counting_stats(stats)
-    g_lp, g_h, g_z = (None if g is None else rows.counting(rows.take(g)) for g in incoming)
-    source = job.source(params, rows, job.wants)
+    selection = Selection.choose(active & live)
+    job = _job(selection, targets, params, *head_and_wants)
+    stats = RowStats(logprobs, top, log_sum, entropy if entropy.numel() else None).map(selection.take)
+    stats = selection.counting_stats(stats)
+    g_lp, g_h, g_z = (None if g is None else selection.counting(selection.take(g)) for g in incoming)
+    source = job.source(params, selection, job.wants)
     stream.backward(
-        source, job.kernel, rows, job.targets, job.head, stats,
-        lambda at, _: (functional._at(g_lp, at), functional._at(g_h, at), functional._at(g_z, at)),
+        source, job.kernel, selection, job.targets, job.head, stats,
+        lambda at, _: (rows_of(g_lp, at), rows_of(g_h, at), rows_of(g_z, at)),
         by_logit=g_z is not None,
     )  # fmt: skip
     return _three(source.gradients(), logprobs)
@@ -236,7 +261,7 @@ def _save_token_values(ctx: Any, inputs: Any, output: Any) -> None:
 def _token_values_backward(ctx: Any, *incoming: Tensor | None) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     found = token_values_backward(*saved, *incoming[:3], *ctx.others)
-    return *_finished(found, saved[:3], ctx.others[-3:], None), *(None,) * (4 + len(ctx.others))
+    return *_finish(found, saved[:3], ctx.others[-3:], None), *(None,) * (4 + len(ctx.others))
 
 
 token_values.register_autograd(_token_values_backward, setup_context=_save_token_values)
@@ -269,30 +294,30 @@ def policy_loss(
     *head_and_wants: Any,
 ) -> tuple[Tensor, ...]:
     """(Σ of token losses, its values [k, N] as `_Batch.flat` has them, and the gradients of the sum)."""
-    params, rows = _params(first, weight, bias), stream.Rows.choose(active, live)
-    job = _job(rows, targets, params, *head_and_wants)
+    params, selection = _params(first, weight, bias), Selection.choose(active, live)
+    job = _job(selection, targets, params, *head_and_wants)
     inputs = {
         "advantages": advantages,
         "old_logprobs": old_logprobs,
         "ref_logprobs": ref_logprobs,
         "rollout_logprobs": rollout_logprobs,
     }
-    batch = functional._Batch(
+    batch = Batch(
         objective=_objectives[objective],
-        rows=rows,
+        selection=selection,
         targets=job.targets,
-        expert=rows.take(expert),
-        inputs={name: None if t is None else rows.take(t) for name, t in inputs.items()},
+        expert=selection.take(expert),
+        inputs={name: None if t is None else selection.take(t) for name, t in inputs.items()},
         sequences=None,
-        weights=None if weights is None else rows.take(weights),
+        weights=None if weights is None else selection.take(weights),
         statistics=tuple(statistics),
         normalizer=torch.ones((), dtype=stats_dtype(first.dtype), device=first.device),
         counts={},
         shape=targets.shape,
     )
-    values, grads = functional._PolicyLoss.run(job, batch, params)
+    values, grads, _ = run_loss(job, batch, params)
     total = batch.loss(batch.values(*values))
-    return total, torch.stack([rows.spread(t) for t in values]), *_three(grads, total)
+    return total, torch.stack([selection.spread(t) for t in values]), *_three(grads, total)
 
 
 @policy_loss.register_fake
@@ -315,7 +340,7 @@ def _policy_loss_backward(ctx: Any, g_total: Tensor | None, *_: Any) -> tuple[An
     if g_total is None:
         return (None,) * ctx.inputs
     saved = ctx.saved_tensors
-    return *_finished(saved[3:], saved[:3], ctx.wants, g_total), *(None,) * (ctx.inputs - 3)
+    return *_finish(saved[3:], saved[:3], ctx.wants, g_total), *(None,) * (ctx.inputs - 3)
 
 
 policy_loss.register_autograd(_policy_loss_backward, setup_context=_save_policy_loss)
@@ -345,13 +370,13 @@ def divergence(
     *heads_and_wants: Any,
 ) -> tuple[Tensor, ...]:
     """(Σ of the active tokens' weighted divergences, each token's [N], and the gradients of the sum)."""
-    rows, wants = stream.Rows.choose(active, weights != 0), heads_and_wants[-3:]
-    of_rows = rows.counting(rows.take(weights))
+    selection, wants = Selection.choose(active, weights != 0), heads_and_wants[-3:]
+    of_rows = selection.counting(selection.take(weights))
     head, ref_head = Head(*heads_and_wants[:3]), Head(*heads_and_wants[3:6])
-    job = divergences.Job(kind, beta, head, ref_head, rows, of_rows, weights.new_ones(()), wants)
+    job = divergences.Job(kind, beta, head, ref_head, selection, of_rows, weights.new_ones(()), wants)
     tokens, grads = divergences.run(job, (ref_hidden, ref_weight, ref_bias), (hidden, weight, bias))
     total = divergences.weighted_sum(of_rows, tokens)
-    return total, rows.spread(tokens).clone(), *_three(grads, total)
+    return total, selection.spread(tokens).clone(), *_three(grads, total)
 
 
 @divergence.register_fake

@@ -20,9 +20,9 @@ from .head import Head
 from .products import WIDE_BYTES, add_product, power_of_two, product
 
 if TYPE_CHECKING:
-    from .stream import Rows
+    from .selection import Selection
 
-__all__ = ["LinearSource", "LogitsSource", "Source", "d_hidden_dtype", "finished"]
+__all__ = ["LinearSource", "LogitsSource", "Source", "d_hidden_dtype", "finish"]
 
 
 class Source(Protocol):
@@ -48,7 +48,7 @@ def d_hidden_dtype(operands: torch.dtype, wide_chunks: bool = False) -> torch.dt
     return stats_dtype(operands) if wide_chunks or operands == torch.float16 else operands
 
 
-def finished(grad: Tensor, like: Tensor, scale: Tensor | None, give: bool = True) -> Tensor:
+def finish(grad: Tensor, like: Tensor, scale: Tensor | None, give: bool = True) -> Tensor:
     """An accumulated gradient in the dtype of its parameter, scaled in the accumulator's precision. `give`: in place
     where the dtype is right, so that autograd can keep the very tensor as `.grad`."""
     if scale is None:
@@ -72,11 +72,12 @@ class LinearSource:
         weight: Tensor,
         bias: Tensor | None,
         head: Head,
-        rows: Rows,
+        selection: Selection,
         wants: tuple[bool, bool, bool] = (False, False, False),
         wide_chunks: bool = False,
+        tolerance: float = 0.0,
     ) -> None:
-        self.hidden, self.weight, self.bias, self.scale, self.rows = hidden, weight, bias, head.scale, rows
+        self.hidden, self.weight, self.bias, self.scale, self.selection = hidden, weight, bias, head.scale, selection
         self.operands, self.wide = hidden.dtype, stats_dtype(hidden.dtype)
         self.vocab, self.dtype, self.device = weight.shape[0], self.wide if wide_chunks else hidden.dtype, hidden.device
         d_hidden = d_hidden_dtype(self.operands, wide_chunks)
@@ -88,11 +89,11 @@ class LinearSource:
         self.beta = 0.0  # of the next sum: the first one overwrites
         self.unit: Tensor | None = None  # what the gradient of the current chunk is multiplied by
         self.weight_unit: Tensor | None = None  # and the sums in d_weight, where they are
-        self.tolerance = 0.0  # share of the gradient's mass that may be left out (sparse.py)
+        self.tolerance = tolerance  # share of the gradient's mass that may be left out (sparse.py)
         self.left_out: Tensor | None = None  # and the share that was; None: nothing
         self.d_hidden = self.d_weight = self.d_bias = None
         if wants[0]:
-            make = hidden.new_empty if rows.order is None else hidden.new_zeros
+            make = hidden.new_empty if selection.order is None else hidden.new_zeros
             self.d_hidden = make(hidden.shape, dtype=d_hidden)
         if wants[1]:
             self.d_weight = weight.new_empty(weight.shape, dtype=self.wide)
@@ -100,7 +101,7 @@ class LinearSource:
             self.d_bias = weight.new_zeros(self.vocab, dtype=self.wide)
 
     def logits(self, rows: slice, out: Tensor) -> Tensor:
-        self.chunk = self.rows.take(self.hidden, rows)
+        self.chunk = self.selection.take(self.hidden, rows)
         if self.dtype != self.operands:
             return self._wide_logits(out)
         bias = out if self.bias is None else self.bias
@@ -138,7 +139,7 @@ class LinearSource:
         assert self.d_hidden is not None
         if self.d_hidden.dtype != self.operands:
             self._store(rows, product(grad, self.weight, self.wide))
-        elif self.rows.order is None:
+        elif self.selection.order is None:
             torch.mm(grad, self.weight, out=self.d_hidden[rows])
         else:
             # An out= product is left alone by autocast, as all others here are.
@@ -148,10 +149,10 @@ class LinearSource:
         assert self.d_hidden is not None
         if self.unit is not None:
             found = found.div_(self.unit)
-        if self.rows.order is None:
+        if self.selection.order is None:
             self.d_hidden[rows] = found
         else:
-            self.d_hidden.index_copy_(0, self.rows.order[rows], found)
+            self.d_hidden.index_copy_(0, self.selection.order[rows], found)
 
     def _sum(self, grad: Tensor) -> None:
         if self.d_weight is not None and self.operands == self.wide:
@@ -222,25 +223,25 @@ class LogitsSource:
 
     extra_bytes = 0
 
-    def __init__(self, logits: Tensor, head: Head, rows: Rows, wanted: bool = False) -> None:
-        self.given, self.scale, self.rows = logits, head.scale, rows
+    def __init__(self, logits: Tensor, head: Head, selection: Selection, wanted: bool = False) -> None:
+        self.given, self.scale, self.selection = logits, head.scale, selection
         self.vocab, self.dtype, self.device = logits.shape[1], stats_dtype(logits.dtype), logits.device
         # The chunk, and a copy of it on the way in and out where rows are picked or converted.
         self.row_bytes = row_bytes(self.vocab, self.dtype) + self.vocab * logits.dtype.itemsize
         self.grad = torch.zeros_like(logits) if wanted else None
 
     def logits(self, rows: slice, out: Tensor) -> Tensor:
-        return out.copy_(self.rows.take(self.given, rows)).mul_(self.scale)
+        return out.copy_(self.selection.take(self.given, rows)).mul_(self.scale)
 
     def magnify(self, largest: Tensor) -> Tensor:
         raise AssertionError("chunks are wide")
 
     def put(self, rows: slice, grad: Tensor) -> None:
         assert self.grad is not None
-        if self.rows.order is None:
+        if self.selection.order is None:
             self.grad[rows] = grad
         else:
-            self.grad.index_copy_(0, self.rows.order[rows], grad.to(self.grad.dtype))
+            self.grad.index_copy_(0, self.selection.order[rows], grad.to(self.grad.dtype))
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         return (self.grad,)

@@ -19,7 +19,7 @@ precision. fp16 has a factor of its own, by which a chunk's gradient is multipli
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,10 +28,11 @@ from .backends.base import FusedTerms, FusedVerb, Passes, RowInputs, RowKernel, 
 from .budget import chunk_rows
 from .buffers import logits_buffer
 from .head import Head
-from .sources import LinearSource, LogitsSource, Source
+from .selection import Selection
+from .sources import Source
 from .statistics import Collector
 
-__all__ = ["LinearSource", "LogitsSource", "Rows", "Slopes", "Source", "backward", "forward", "target_logits"]
+__all__ = ["Fused", "Slopes", "backward", "forward", "target_logits"]
 
 # (compact rows, their statistics) -> g_lp [C], g_H [C] or None
 Slopes = Callable[[slice, RowStats], tuple[Tensor, Tensor | None]]
@@ -50,103 +51,6 @@ class Fused:
     def __call__(self, at: slice, logits: Tensor, targets: Tensor, head: Head) -> RowStats:
         """Statistics of the rows, whose logits become their gradient."""
         return self.verb(logits, targets[at], self.inputs.at(at), self.terms, head.scale, head.cap)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Which rows of the input take part, and in which order: those with a gradient first, then the others.
-
-    The one place where rows are left out. `order` None = every row, as it lies, so that chunks are views. Leaving rows
-    out takes their number, for which a GPU is waited for once per call; inside a CUDA graph capture, where nothing may
-    be waited for, every row takes part, and `inside` [N] says which ones count.
-    """
-
-    total: int
-    order: Tensor | None
-    size: int
-    with_gradient: int
-    inside: Tensor | None = None
-    leading: int | None = None
-
-    @classmethod
-    def choose(
-        cls,
-        active: Tensor,
-        live: Tensor | None = None,
-        drop_others: bool = False,
-        leading: Tensor | None = None,
-    ) -> Rows:
-        """Rows that are `active` [N]; those not `live` [N] have no gradient (None: all have one). Of those that have
-        one, the `leading` ones [N] come first."""
-        if _capturing(active.device):
-            inside = active & live if drop_others and live is not None else active
-            return cls(active.numel(), None, active.numel(), active.numel(), inside=inside)
-        first = active if live is None else active & live
-        total, front = active.numel(), None
-        if leading is None and (live is None or drop_others):
-            index = first.nonzero().squeeze(1)
-            size = with_gradient = index.numel()
-        else:  # in one order by how many of these a row belongs to, with all counts in one copy from the device
-            sets = [first if live is None or drop_others else active, first]
-            if leading is not None:
-                sets.append(first & leading)
-            index = torch.stack(sets).sum(0).argsort(stable=True, descending=True)
-            size, with_gradient, *fronts = torch.stack([each.sum() for each in sets]).tolist()
-            front = fronts[0] if fronts else None
-        in_order = with_gradient == total and front in (None, total)
-        return cls(total, None if in_order else index[:size], size, with_gradient, leading=front)
-
-    def front(self) -> Rows | None:
-        """The leading rows alone; inside a capture all rows; None where none were asked for."""
-        if self.inside is not None or self.leading is None:
-            return None if self.inside is None else self
-        order = None if self.order is None else self.order[: self.leading]
-        return Rows(self.total, order, self.leading, self.leading)
-
-    @classmethod
-    def every(cls, active: Tensor) -> Rows:
-        """All rows, active [N] or not."""
-        return cls(active.numel(), None, active.numel(), active.numel())
-
-    def take(self, values: Tensor, rows: slice | None = None) -> Tensor:
-        """`values` [N, ...] of the compact rows (all of them, or a slice)."""
-        if self.order is None:
-            return values if rows is None else values[rows]
-        return values.index_select(0, self.order if rows is None else self.order[rows])
-
-    def narrow(self, keep: Tensor) -> tuple[Rows, Rows]:
-        """(fewer rows: those of these compact rows to `keep` [n]; the choice among the compact rows)."""
-        kept = Rows.choose(keep)
-        if kept.inside is not None:
-            inside = kept.inside if self.inside is None else kept.inside & self.inside
-            return replace(self, inside=inside), Rows(self.size, None, self.size, self.size)
-        if kept.order is None:
-            return self, kept
-        order = kept.order if self.order is None else self.order[kept.order]
-        return Rows(self.total, order, kept.size, kept.size), kept
-
-    def counting(self, values: Tensor) -> Tensor:
-        """Compact `values` [n, ...], zero in the rows that do not count."""
-        if self.inside is None:
-            return values
-        return values.masked_fill(~self.inside.reshape(-1, *[1] * (values.ndim - 1)), 0)
-
-    def counting_stats(self, stats: RowStats) -> RowStats:
-        """Compact statistics; in the rows that do not count such that a gradient is zero, whatever their logits are."""
-        if self.inside is None:
-            return stats
-        top = stats.max.masked_fill(~self.inside, torch.inf)  # of a row with e^(z − ∞) = 0 in every column
-        return stats.map(self.counting)._replace(max=top)
-
-    def spread(self, values: Tensor) -> Tensor:
-        """Compact `values` [n, ...] over all rows [N, ...], zero where none."""
-        if self.order is None:
-            return self.counting(values)
-        return values.new_zeros(self.total, *values.shape[1:]).index_copy(0, self.order, values)
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _chunks(
@@ -183,7 +87,7 @@ def _two(slopes: AllSlopes) -> Slopes:
 def forward(
     source: Source,
     kernel: RowKernel,
-    rows: Rows,
+    selection: Selection,
     targets: Tensor,
     head: Head,
     entropy: bool,
@@ -199,14 +103,14 @@ def forward(
     """
     passes = None if by_logit or (extras is not None and extras.values) else _own_passes(kernel, source)
     if passes is not None:
-        return passes.forward(source, rows, targets, head, entropy, None if slopes is None else _two(slopes))
+        return passes.forward(source, selection, targets, head, entropy, None if slopes is None else _two(slopes))
     dtype = stats_dtype(source.dtype)
-    vectors = [torch.empty(rows.size, dtype=dtype, device=source.device) for _ in range(4)]
+    vectors = [torch.empty(selection.size, dtype=dtype, device=source.device) for _ in range(4)]
     out = RowStats(vectors[0], vectors[1], vectors[2], vectors[3] if entropy else None)
-    middle = rows.with_gradient if slopes is not None else 0
+    middle = selection.with_gradient if slopes is not None else 0
     if source.dtype == torch.float16:  # whose factor follows from the slopes, before they are put into the logits
         fused = None
-    for at, buffer in _chunks(source, kernel, (0, middle), (middle, rows.size), extras=extras):
+    for at, buffer in _chunks(source, kernel, (0, middle), (middle, selection.size), extras=extras):
         logits = source.logits(at, buffer)
         has_gradient = slopes is not None and at.stop <= middle
         if has_gradient and fused is not None:
@@ -225,7 +129,7 @@ def forward(
 def backward(
     source: Source,
     kernel: RowKernel,
-    rows: Rows,
+    selection: Selection,
     targets: Tensor,
     head: Head,
     stats: RowStats,
@@ -235,8 +139,8 @@ def backward(
     """The gradients of compact rows whose statistics `forward` gave, by recomputing their logits."""
     passes = None if by_logit else _own_passes(kernel, source)
     if passes is not None:
-        return passes.backward(source, rows, targets, head, stats, _two(slopes))
-    for at, buffer in _chunks(source, kernel, (0, rows.size)):
+        return passes.backward(source, selection, targets, head, stats, _two(slopes))
+    for at, buffer in _chunks(source, kernel, (0, selection.size)):
         logits = source.logits(at, buffer)
         _grad(source, kernel, at, logits, targets, stats.map(lambda t, at=at: t[at]), head, slopes)  # type: ignore[misc]
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .backends.base import RowKernel, RowState, RowStats, stats_dtype
 from .buffers import row_bytes
-from .stream import LinearSource
+from .sources import LinearSource
 
 __all__ = ["Shard", "ShardedSource", "gather", "local_parts", "shard_of", "sharded"]
 

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import trapo_kernels as tk
 from trapo_kernels import budget, validate
-from trapo_kernels.stream import Rows
+from trapo_kernels.selection import Selection
 
 from . import peers
 
@@ -121,8 +121,10 @@ def _without_values() -> Iterator[None]:
     """What reads values answers as if every token counted: fake tensors have none."""
     from triton.runtime.interpreter import InterpretedFunction
 
-    def choose(active: Tensor, live: Tensor | None = None, drop_others: bool = False, leading: object = None) -> Rows:
-        return Rows(active.numel(), None, active.numel(), active.numel())
+    def choose(
+        active: Tensor, live: Tensor | None = None, drop_others: bool = False, leading: object = None
+    ) -> Selection:
+        return Selection(active.numel(), None, active.numel(), active.numel())
 
     def nothing(*args: Any, **kwargs: Any) -> None:  # no Mock, which would keep every argument alive
         return None
@@ -130,7 +132,7 @@ def _without_values() -> Iterator[None]:
     with (
         tk.budget_mb(budget._DEFAULT_MB["cuda"]),
         mock.patch.dict(budget._FULL_SPEED_ROWS, cpu=budget._FULL_SPEED_ROWS["cuda"]),
-        mock.patch.object(Rows, "choose", choose),
+        mock.patch.object(Selection, "choose", choose),
         mock.patch.object(validate, "check_range", nothing),
         mock.patch.object(InterpretedFunction, "run", nothing),
         mock.patch("trl.kernels.chunked_logprob._addmm_fp32", nothing) if peers.installed("trl") else nullcontext(),

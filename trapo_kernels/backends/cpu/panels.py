@@ -21,7 +21,9 @@ from torch import Tensor
 
 from ...budget import chunk_rows
 from ...head import Head
-from ...stream import LinearSource, Rows, Slopes, Source
+from ...selection import Selection
+from ...sources import LinearSource, Source
+from ...stream import Slopes
 from ..base import RowState, RowStats
 from .sparse import Sparse
 
@@ -50,12 +52,12 @@ class _Chunk(NamedTuple):
 
 
 def forward(
-    source: LinearSource, rows: Rows, targets: Tensor, head: Head, entropy: bool, slopes: Slopes | None = None
+    source: LinearSource, selection: Selection, targets: Tensor, head: Head, entropy: bool, slopes: Slopes | None = None
 ) -> RowStats:
     """`stream.forward`."""
-    vectors = [torch.empty(rows.size, dtype=source.dtype, device=source.device) for _ in range(4)]
+    vectors = [torch.empty(selection.size, dtype=source.dtype, device=source.device) for _ in range(4)]
     out = RowStats(vectors[0], vectors[1], vectors[2], vectors[3] if entropy else None)
-    middle = rows.with_gradient if slopes is not None else 0
+    middle = selection.with_gradient if slopes is not None else 0
     sparse = Sparse(source, head) if source.tolerance else None
     for chunk in _keeping_chunks(source, middle):
         found = _stats(source, chunk, targets, head, entropy)
@@ -68,15 +70,17 @@ def forward(
             sparse.add(chunk.rows, chunk.keep, targets[chunk.rows], found, slopes)
     if sparse is not None:
         source.left_out = sparse.left_out
-    for chunk in _chunks(source, middle, rows.size):
+    for chunk in _chunks(source, middle, selection.size):
         out.put(chunk.rows, _stats(source, chunk, targets, head, entropy))
     return out
 
 
-def backward(source: LinearSource, rows: Rows, targets: Tensor, head: Head, stats: RowStats, slopes: Slopes) -> None:
+def backward(
+    source: LinearSource, selection: Selection, targets: Tensor, head: Head, stats: RowStats, slopes: Slopes
+) -> None:
     """`stream.backward`: the logits are computed again, panel by panel, and kept nowhere."""
-    for chunk in _chunks(source, 0, rows.size):
-        source.chunk = rows.take(source.hidden, chunk.rows)
+    for chunk in _chunks(source, 0, selection.size):
+        source.chunk = selection.take(source.hidden, chunk.rows)
         at = chunk.rows
         _grad(source, chunk, targets, head, stats.map(lambda t, at=at: t[at]), slopes)  # type: ignore[misc]
 
@@ -115,13 +119,13 @@ def _chunks(source: LinearSource, start: int, size: int) -> Iterator[_Chunk]:
 def _row_bytes(source: LinearSource, keep: bool) -> int:
     """What a token of a chunk holds: its logits, its part of a group's gradient, its panels' states, its hidden state
     and that one's gradient where rows are picked."""
-    picked = 0 if source.rows.order is None and not source.tolerance else 2 * source.weight.shape[1]
+    picked = 0 if source.selection.order is None and not source.tolerance else 2 * source.weight.shape[1]
     states = 3 * -(-source.vocab // PANEL)
     return 4 * ((source.vocab if keep else 0) + _GROUP + states + picked)
 
 
 def _stats(source: LinearSource, chunk: _Chunk, targets: Tensor, head: Head, entropy: bool) -> RowStats:
-    source.chunk = source.rows.take(source.hidden, chunk.rows)
+    source.chunk = source.selection.take(source.hidden, chunk.rows)
     top, rest, dot, target = torch.ops.trapo_kernels_cpu.panel_stats(
         source.chunk, source.weight, source.bias, targets[chunk.rows], head.scale, head.cap, entropy, chunk.keep
     )
@@ -129,7 +133,7 @@ def _stats(source: LinearSource, chunk: _Chunk, targets: Tensor, head: Head, ent
 
 
 def _grad(source: LinearSource, chunk: _Chunk, targets: Tensor, head: Head, stats: RowStats, slopes: Slopes) -> None:
-    at, order = chunk.rows, source.rows.order
+    at, order = chunk.rows, source.selection.order
     g_lp, g_entropy = slopes(at, stats)
     d_hidden = source.d_hidden
     if d_hidden is not None:

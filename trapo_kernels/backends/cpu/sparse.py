@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ...head import Head
-from ...stream import LinearSource, Slopes
+from ...sources import LinearSource
+from ...stream import Slopes
 from ..base import RowStats
 
 __all__ = ["Sparse"]
@@ -97,7 +98,7 @@ class Sparse:
                 source.d_bias.index_add_(0, block, d_bias)
         if source.d_hidden is not None and d_hidden is not None:
             where = tokens + at.start
-            order = source.rows.order
+            order = source.selection.order
             source.d_hidden.index_copy_(0, where if order is None else order[where], d_hidden)
 
 

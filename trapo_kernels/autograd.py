@@ -1,0 +1,221 @@
+"""The two functions of autograd, by the chunk loop of stream.py, and what they are told beside their parameters.
+
+    StreamedLogprobs   values of tokens in one pass; the backward recomputes the logits of rows with a gradient
+    StreamedLoss       the loss and its gradients in one pass; the backward hands the gradients over
+
+The operators of a compiled graph (ops.py) run the same `Job`s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import columns, stream, validate
+from .agreement import agreed
+from .backends.base import RowKernel, RowStats, stats_dtype
+from .batch import Batch
+from .call import Params, in_one_dtype
+from .head import Head
+from .selection import Selection
+from .sources import LinearSource, LogitsSource, Source, finish
+from .statistics import Collector
+from .vocab_parallel import ShardedSource
+
+__all__ = ["Ask", "Job", "StreamedLogprobs", "StreamedLoss", "apply", "rows_of", "run_loss"]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is wanted of each token beside its log-probability."""
+
+    entropy: bool = False
+    target_logits: bool = False
+    extras: Collector | None = None
+
+    @property
+    def stats_alone(self) -> bool:
+        return not self.target_logits and (self.extras is None or not self.extras.values)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of the stream: everything but the tensors that have a gradient."""
+
+    kernel: RowKernel
+    head: Head
+    selection: Selection
+    targets: Tensor  # compact
+    wants: tuple[bool, ...]  # which params
+    tolerance: float = 0.0  # share of the gradient's mass that may be left out
+
+    def source(self, params: Params, selection: Selection, wants: tuple[bool, ...]) -> Source:
+        """Where logits come from and gradients go."""
+        if len(params) == 1:
+            (logits,) = params
+            assert logits is not None
+            return LogitsSource(logits, self.head, selection, wants[0])
+        hidden, weight, bias = in_one_dtype(params)
+        assert hidden is not None
+        assert weight is not None
+        # Zero times what a caller padded with would be NaN in d_weight.
+        hidden = selection.counting(hidden)
+        which = (wants[0], wants[1], wants[2])
+        if self.kernel.shard is not None:
+            return ShardedSource(self.kernel.shard, hidden, weight, bias, self.head, selection, which)
+        return LinearSource(hidden, weight, bias, self.head, selection, which, tolerance=self.tolerance)
+
+    def forward_only(self, params: Params, ask: Ask) -> RowStats:
+        """Statistics of the rows, by the kernel that writes no logits where there is one and nothing else is asked."""
+        linear_stats = self.kernel.linear_stats
+        if linear_stats is not None and len(params) == 3 and ask.stats_alone:
+            hidden, weight, bias = in_one_dtype(params)
+            assert hidden is not None
+            assert weight is not None
+            hidden = self.selection.counting(self.selection.take(hidden))
+            found = linear_stats(hidden, weight, bias, self.targets, self.head, ask.entropy)
+            if found is not None:
+                return found
+        source = self.source(params, self.selection, (False,) * len(params))
+        return stream.forward(
+            source, self.kernel, self.selection, self.targets, self.head, ask.entropy, extras=ask.extras
+        )
+
+    def by_columns(self, params: Params, selection: Selection) -> bool:
+        """Whether to recompute over blocks of the vocabulary rather than over chunks of rows."""
+        if len(params) != 3 or not self.kernel.by_columns:
+            return False
+        hidden, weight, _ = params
+        assert hidden is not None
+        assert weight is not None
+        if hidden.dtype == torch.float16:  # whose factor (sources.py) blocks of columns do not have
+            return False
+        return columns.pays(selection.size, weight.shape[0], hidden.dtype.itemsize, hidden.device.type)
+
+
+def rows_of(values: Tensor | None, rows: slice) -> Tensor | None:
+    return None if values is None else values[rows]
+
+
+def apply(function: Any, caller: str, *args: Any) -> Any:
+    """The result of a function of autograd.
+
+    Raises:
+        RuntimeError: inside a transform of torch.func.
+    """
+    try:
+        return function.apply(*args)
+    except RuntimeError as error:
+        if "functorch transforms" not in str(error):
+            raise
+    raise RuntimeError(f"{caller}: a streamed loss is not for torch.func transforms; use backend='reference'")
+
+
+def _finish(grads: tuple[Tensor | None, ...], params: Params, scale: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Accumulated gradients as those of the parameters."""
+    return tuple(
+        None if grad is None or like is None else finish(grad, like, scale)
+        for grad, like in zip(grads, params, strict=True)
+    )
+
+
+def _check_backward(caller: str, *incoming: Tensor | None) -> None:
+    # Grad mode is on inside a backward under create_graph=True alone. Going on would give zero for a second derivative.
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{caller}: create_graph must be False, a streamed loss has no second derivative; use backend='reference'"
+        )
+    validate.refuse_batched(caller, *incoming)
+
+
+class StreamedLogprobs(torch.autograd.Function):
+    """Statistics in one pass; the backward recomputes the logits of rows that have an incoming gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, job: Job, ask: Ask, *params: Tensor | None) -> tuple[Tensor | None, ...]:
+        stats = job.forward_only(params, ask)
+        ctx.job, ctx.params = job, len(params)
+        ctx.save_for_backward(*params, *stats)
+        ctx.set_materialize_grads(False)
+        return stats.logprobs, stats.entropy, stream.target_logits(stats) if ask.target_logits else None
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Any, ...]:
+        _check_backward("linear_logprobs", *incoming)
+        job, saved = ctx.job, ctx.saved_tensors
+        params, stats = saved[: ctx.params], RowStats(*saved[ctx.params :])
+        live = torch.zeros_like(stats.logprobs, dtype=torch.bool)
+        for g in incoming:
+            live = live if g is None else live | (g != 0)
+        if job.kernel.shard is not None:
+            which = {"gradients": live, "trained parameters": (job.wants, [g is None for g in incoming])}
+            agreed("linear_logprobs", job.kernel.shard.group, live.device, which)
+        selection, kept = job.selection.narrow(live)
+        g_lp, g_entropy, g_logit = (None if g is None else selection.counting(kept.take(g)) for g in incoming)
+        stats, targets = selection.counting_stats(stats.map(kept.take)), kept.take(job.targets)
+        if g_logit is None and job.by_columns(params, selection):
+            hidden, weight, bias = in_one_dtype(params)
+            assert weight is not None
+            recompute = columns.Recompute(
+                job.kernel, job.head, selection.counting(selection.take(hidden)), weight, bias, targets, stats,
+                torch.zeros_like(stats.logprobs) if g_lp is None else g_lp, g_entropy,
+            )  # fmt: skip
+            d_hidden, *others = recompute.gradients(job.wants)
+            grads = (None if d_hidden is None else selection.spread(d_hidden), *others)
+            return None, None, *_finish(grads, params, None)
+        source = job.source(params, selection, job.wants)
+        stream.backward(
+            source, job.kernel, selection, targets, job.head, stats,
+            lambda at, _: (rows_of(g_lp, at), rows_of(g_entropy, at), rows_of(g_logit, at)),
+            by_logit=g_logit is not None,
+        )  # fmt: skip
+        return None, None, *_finish(source.gradients(), params, None)
+
+
+def run_loss(
+    job: Job, batch: Batch, params: Params
+) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...], Tensor | None]:
+    """(values of the tokens as `Batch.flat` has them, gradients of the sum of their losses, undivided; the share of
+    the gradients' mass that was left out, or None)."""
+    source = job.source(params, job.selection, job.wants)
+    extras = Collector(batch.statistics, job.selection.size, stats_dtype(source.dtype), source.device)
+    if not any(job.wants):
+        stats = job.forward_only(params, Ask(True, batch.objective.reads_logit, extras))
+        return batch.flat(stats, extras), source.gradients(), None
+    stats = stream.forward(
+        source, job.kernel, job.selection, job.targets, job.head, True,
+        lambda at, stats: batch.slopes(at, stats, extras), batch.fused(job.kernel), extras,
+        by_logit=batch.objective.reads_logit,
+    )  # fmt: skip
+    left_out = source.left_out if isinstance(source, LinearSource) else None
+    return batch.flat(stats, extras), source.gradients(), left_out
+
+
+class StreamedLoss(torch.autograd.Function):
+    """Loss and gradients in one pass over the logits; the backward hands the gradients over."""
+
+    @staticmethod
+    def forward(ctx: Any, job: Job, batch: Batch, *params: Tensor | None) -> tuple[Tensor | None, ...]:
+        values, ctx.grads, left_out = run_loss(job, batch, params)
+        loss = batch.loss(batch.values(*values))
+        ctx.job, ctx.batch = job, batch
+        ctx.save_for_backward(*params)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*values, *(() if left_out is None else (left_out,)))
+        return loss, left_out, *values
+
+    @staticmethod
+    def backward(ctx: Any, g_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        _check_backward("linear_policy_loss", g_loss)
+        params: Params = ctx.saved_tensors
+        if g_loss is None:
+            return (None,) * (2 + len(params))
+        # The first backward gives its gradients away (they are scaled in place, and become `.grad`); a second one
+        # through a retained graph makes its own.
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            _, grads, _ = run_loss(ctx.job, ctx.batch, params)
+        return None, None, *_finish(grads, params, g_loss / ctx.batch.normalizer)

@@ -1,0 +1,233 @@
+"""The tokens of a policy loss: which take part, what the objective reads of each, and what their sum is divided by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import stream, validate
+from .backends.base import RowInputs, RowKernel, RowStats
+from .head import Head
+from .metrics import policy_metrics
+from .objective import Objective
+from .reference import TokenValues
+from .scalars import filled
+from .selection import Selection
+from .statistics import Collector, check_statistics
+from .tokens import Sequences, Slopes, Tokens
+
+__all__ = ["Batch", "Dense", "PolicyLoss", "active_tokens", "make_batch"]
+
+
+class PolicyLoss(NamedTuple):
+    """A loss (scalar, fp32; fp64 for fp64 inputs), its metrics (METRICS has the names), and the detached
+    log-probabilities and entropies [...] it was computed from, zero at tokens that were left out."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    logprobs: Tensor
+    entropy: Tensor
+
+
+class Dense(NamedTuple):
+    """Under torch.compile all rows are computed, and these say which count [N] bool."""
+
+    own: Tensor
+    active: Tensor
+    live: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Everything of a policy loss but its head: per-token tensors are of the selected rows, compact [n]."""
+
+    objective: Objective
+    selection: Selection
+    targets: Tensor
+    expert: Tensor
+    inputs: dict[str, Tensor | None]  # advantages, old_logprobs, ref_logprobs, rollout_logprobs
+    sequences: Sequences | None
+    weights: Tensor | None  # of token losses; None: all 1
+    statistics: tuple[str, ...]
+    normalizer: Tensor
+    counts: dict[str, Tensor]
+    shape: torch.Size  # of the caller's tokens
+    dense: Dense | None = None
+
+    def tokens(self, values: TokenValues, at: slice = slice(None)) -> Tokens:
+        """Rows `at`, whose values these are."""
+        assert values.entropy is not None
+        inputs = {name: None if t is None else t[at] for name, t in self.inputs.items()}
+        expert, own = self.expert[at], None if self.dense is None else self.dense.own[at]
+        if self.selection.inside is not None:
+            inside = self.selection.inside[at]
+            expert, own = expert & inside, ~expert & inside
+        return Tokens(
+            values.logprobs,
+            values.entropy,
+            expert,
+            **inputs,
+            target_logits=values.target_logits,
+            statistics=values.statistics,
+            sequences=self.sequences,
+            own=own,
+        )
+
+    def values(self, logprobs: Tensor, entropy: Tensor, *others: Tensor) -> TokenValues:
+        """As `flat` gave them."""
+        target, found = (others[0], others[1:]) if self.objective.reads_logit else (None, others)
+        return TokenValues(logprobs, entropy, target, dict(zip(self.statistics, found, strict=True)))
+
+    def flat(self, stats: RowStats, extras: Collector) -> tuple[Tensor, ...]:
+        """The values of all rows, one after the other."""
+        assert stats.entropy is not None
+        target = [stream.target_logits(stats)] if self.objective.reads_logit else []
+        return (stats.logprobs, stats.entropy, *target, *extras.values.values())
+
+    def slopes(self, at: slice, stats: RowStats, extras: Collector) -> Slopes:
+        """The slopes of the loss of rows `at`, undivided."""
+        target = stream.target_logits(stats) if self.objective.reads_logit else None
+        values = TokenValues(stats.logprobs, stats.entropy, target, extras.at(at))
+        slopes = self.objective.all_slopes(self.tokens(values, at))
+        if self.weights is None:
+            return slopes
+        weights = self.weights[at]
+        return Slopes(*(None if slope is None else slope * weights for slope in slopes))
+
+    def fused(self, kernel: RowKernel) -> stream.Fused | None:
+        """For kernels that compute the slopes of these terms themselves."""
+        verb, terms = kernel.fused_, self.objective.fused()
+        if verb is None or terms is None or self.statistics:
+            return None
+        if self.normalizer.dtype == torch.float64 and not kernel.fused_float64:
+            return None
+        weights = self.weights
+        if self.selection.inside is not None:
+            inside = self.selection.inside.to(self.normalizer.dtype)
+            weights = inside if weights is None else inside * weights
+        return stream.Fused(verb, terms, RowInputs(self.expert, **self.inputs, weights=weights))
+
+    def parts(self, values: TokenValues) -> dict[str, Tensor]:
+        """The weighted parts of the loss per token [n]."""
+        parts = self.objective.losses(self.tokens(values))
+        return parts if self.weights is None else {name: part * self.weights for name, part in parts.items()}
+
+    def loss(self, values: TokenValues) -> Tensor:
+        """The sum of the tokens' losses over the normalizer."""
+        total = sum(self.parts(values).values(), torch.zeros_like(values.logprobs))
+        return total.sum() / self.normalizer
+
+    def result(self, loss: Tensor, values: TokenValues, left_out: Tensor | None = None) -> PolicyLoss:
+        """What the caller gets; `left_out`: the share of the gradients' mass that was, where some might be left out."""
+        counts = self.counts if left_out is None else {**self.counts, "grad_left_out": left_out}
+        with torch.no_grad():
+            logprobs, entropy, target, statistics = values
+            assert entropy is not None
+            logprobs, entropy = logprobs.detach(), entropy.detach()
+            values = TokenValues(logprobs, entropy, None if target is None else target.detach(), statistics)
+            metrics = policy_metrics(self.objective, self.tokens(values), self.parts(values), self.normalizer, counts)
+        spread = self.selection.spread
+        return PolicyLoss(loss, metrics, spread(logprobs).reshape(self.shape), spread(entropy).reshape(self.shape))
+
+
+def make_batch(
+    caller: str,
+    objective: Any,
+    targets: Tensor,
+    head: Head,
+    *,
+    vocab: int | None,
+    dtype: torch.dtype,
+    skip_inactive: bool,
+    normalizer: float | Tensor | None,
+    floats: dict[str, Tensor | None],
+    masks: dict[str, Tensor | None],
+    sequence_ids: Tensor | None,
+    statistics: Sequence[str],
+) -> Batch:
+    """The batch of these arguments of a public function, checked. `vocab` None: it is not known, targets may be any.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; one line names it.
+    """
+    if not isinstance(objective, Objective):
+        raise TypeError(f"{caller}: objective must be an Objective; got {type(objective).__name__}")
+    floats, masks = validate.check_token_inputs(caller, targets, floats, masks)
+    for name in objective.needed:
+        if floats[name] is None:
+            raise ValueError(f"{caller}: {name} must be a tensor, which {objective.needs[name]} needs; got None")
+    names = check_statistics(caller, (*objective.statistics, *check_statistics(caller, statistics)))
+    validate.check_flag(caller, "skip_inactive", skip_inactive)
+    validate.check_sequence_ids(caller, targets, sequence_ids)
+    flat, active = active_tokens(targets, head, masks["mask"])
+    if vocab is not None:
+        validate.check_range(caller, flat, active, vocab, head.ignore_index)
+    given, advantages = masks["expert_mask"], floats["advantages"]
+    expert = torch.full_like(active, objective.supervised) if given is None else given.reshape(-1)
+    live = objective.has_gradient(expert, None if advantages is None else advantages.reshape(-1))
+    selection, dense = _select(objective, active, live, expert, skip_inactive)
+    sequences = validate.sequences(caller, targets, sequence_ids) if objective.needs_sequences else None
+    weights, count = _weights(objective, active, sequences, dtype), active.sum()
+    if normalizer is None:
+        divisor = filled(_default_normalizer(objective, active, count, sequences), dtype, flat.device)
+    else:
+        divisor = validate.divisor(caller, normalizer, dtype, flat.device)
+    take = selection.take
+    return Batch(
+        objective=objective,
+        selection=selection,
+        targets=selection.counting(take(flat)),
+        expert=take(expert) if dense is None else dense.active & expert,
+        inputs={n: None if t is None else take(t.reshape(-1)).to(dtype) for n, t in floats.items()},
+        sequences=sequences.map(take) if sequences and objective.coupled else None,
+        weights=None if weights is None else take(weights),
+        statistics=names,
+        normalizer=divisor,
+        counts={"tokens": count, "zero_gradient_tokens": (active & ~live).sum()},
+        shape=targets.shape,
+        dense=dense,
+    )
+
+
+def active_tokens(targets: Tensor, head: Head, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(targets [N], which of them take part [N])."""
+    flat = targets.reshape(-1)
+    active = flat != head.ignore_index
+    return flat, active if mask is None else active & (mask.reshape(-1) != 0)
+
+
+def _select(
+    objective: Objective, active: Tensor, live: Tensor, expert: Tensor, skip_inactive: bool
+) -> tuple[Selection, Dense | None]:
+    """Of the tokens that are `active` those to compute, first the ones that have a gradient."""
+    if torch.compiler.is_compiling():
+        computed = active & live if skip_inactive and not objective.coupled else active
+        return Selection.every(active), Dense(computed & ~expert, computed, live)
+    if objective.coupled:  # its tokens stay together and in order: no others are known before all are
+        return Selection.choose(active), None
+    # The expert tokens of a reference head lie together, so that they need not be looked for again.
+    leading = expert if objective.reference_head else None
+    return Selection.choose(active, live, drop_others=skip_inactive, leading=leading), None
+
+
+def _weights(objective: Objective, active: Tensor, sequences: Sequences | None, dtype: torch.dtype) -> Tensor | None:
+    """By what the loss of each token is multiplied [N]."""
+    if objective.reduction != "sequence_mean":
+        return None
+    assert sequences is not None
+    return 1 / sequences.total(active.to(dtype)).clamp(min=1)
+
+
+def _default_normalizer(
+    objective: Objective, active: Tensor, count: Tensor, sequences: Sequences | None
+) -> float | Tensor:
+    if objective.reduction == "sum":
+        return 1.0
+    if objective.reduction == "token_mean":
+        return count.clamp(min=1)
+    assert sequences is not None
+    return sequences.with_any(active).clamp(min=1)

@@ -1,0 +1,148 @@
+"""A call's head and what it is applied to, checked: which kernel does it, and which parameters have a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import validate, vocab_parallel
+from .agreement import shards_of
+from .backends.base import RowKernel, stats_dtype
+from .backends.dispatch import backend_name, pick
+from .head import Head
+
+__all__ = ["Call", "Named", "Params", "call_of_linear", "call_of_logits", "in_one_dtype", "over_shards", "wanted"]
+
+# (hidden [N, D], weight [V, D], bias [V] or None), or (logits [N, V],)
+Params = tuple[Tensor | None, ...]
+
+Prepared = TypeVar("Prepared")
+
+
+@dataclass(frozen=True)
+class Named:
+    """A row kernel inside a compiled graph, which holds no Python object: the name of its backend."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """A head, its kernel and its parameters. `kernel` None: the logits are materialised."""
+
+    head: Head
+    backend: str  # its name
+    kernel: RowKernel | Named | None
+    params: Params
+
+    @property
+    def first(self) -> Tensor:
+        """Hidden states, or logits."""
+        assert self.params[0] is not None
+        return self.params[0]
+
+    @property
+    def stats_dtype(self) -> torch.dtype:
+        return stats_dtype(self.first.dtype)
+
+    @property
+    def columns(self) -> int:
+        """How many logits a token has here: of a sharded vocabulary those of this rank."""
+        weight = self.params[1] if len(self.params) > 1 else None
+        return self.first.shape[1] if weight is None else weight.shape[0]
+
+    @property
+    def vocab(self) -> int:
+        if isinstance(self.kernel, RowKernel) and self.kernel.shard is not None:
+            return self.kernel.shard.vocab
+        return self.columns
+
+    def facts(self, targets: Tensor, settings: Any, given: Any = None, **others: Any) -> dict[str, Any]:
+        """What the ranks of a group must have in common, by agreement.py's names."""
+        hidden, weight, bias = self.params
+        assert hidden is not None
+        assert weight is not None
+        return {
+            "the number of tokens": targets.numel(),
+            "shapes and dtypes": (targets.shape, hidden.shape, hidden.dtype, weight.shape[1], bias is None),
+            "head options": (self.head.options, self.head.ignore_index),
+            "backends": self.backend,
+            "trained parameters": wanted(self.params),
+            "given inputs": given,
+            "targets": targets,
+            "settings": settings,
+            **others,
+        }
+
+    def sharded(self, group: Any, sizes: list[int]) -> Call:
+        """The head of the group of whose weight this rank has a part."""
+        shard = vocab_parallel.shard_of(group, sizes)
+        if self.kernel is not None:
+            assert isinstance(self.kernel, RowKernel)
+            return replace(self, kernel=vocab_parallel.sharded(self.kernel, shard))
+        hidden, weight, bias = self.params
+        assert weight is not None
+        whole = vocab_parallel.gather(weight, shard)
+        return replace(self, params=(hidden, whole, None if bias is None else vocab_parallel.gather(bias, shard)))
+
+
+def call_of_linear(
+    caller: str, head: Head, hidden: Any, weight: Any, bias: Any, targets: Any, backend: str | None, group: Any = None
+) -> Call:
+    """A linear head on hidden states.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: an argument is wrong; one line names it.
+    """
+    hidden, weight, bias = validate.under_autocast(hidden, weight, bias)
+    validate.check_linear(caller, hidden, weight, bias, sharded=group is not None)
+    validate.check_targets(caller, targets, "hidden", hidden)
+    return Call(head, *_pick(backend, caller, hidden.device), (hidden.reshape(-1, hidden.shape[-1]), weight, bias))
+
+
+def call_of_logits(caller: str, head: Head, logits: Any, targets: Any, backend: str | None) -> Call:
+    """A head whose logits exist.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; one line names it.
+    """
+    validate.check_logits(caller, logits)
+    validate.check_targets(caller, targets, "logits", logits)
+    return Call(head, *_pick(backend, caller, logits.device), (logits.reshape(-1, logits.shape[-1]),))
+
+
+def over_shards(
+    caller: str, group: Any, weight: Any, prepare: Callable[[], tuple[Prepared, Mapping[str, Any]]]
+) -> tuple[Prepared, list[int]]:
+    """(what `prepare` made, the rows of the weight on each rank of `group`); without a group no rank is asked."""
+    if group is None:
+        return prepare()[0], []
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(f"{caller}: group must be None under torch.compile; got {type(group).__name__}")
+    made, sizes = shards_of(caller, group, weight, prepare)
+    return made, sizes
+
+
+def _pick(backend: str | None, caller: str, device: torch.device) -> tuple[str, RowKernel | Named | None]:
+    """The name of a call's backend, and its kernel."""
+    if not torch.compiler.is_compiling():
+        found = pick(backend, caller, device)
+        return found.name, found.kernel
+    name = backend_name(backend, caller, device)
+    return name, None if name == "reference" else Named(name)
+
+
+def in_one_dtype(params: Params) -> Params:
+    """Hidden states, weight and bias in the dtype of the products, that of the hidden states."""
+    hidden, *of_head = params
+    assert hidden is not None
+    return hidden, *(None if t is None else t.to(hidden.dtype) for t in of_head)
+
+
+def wanted(params: Params) -> tuple[bool, ...]:
+    """Which of them there is a gradient of."""
+    return tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in params)

@@ -1,0 +1,138 @@
+"""The ways in which values of tokens and policy losses are computed, and which of them a call takes.
+
+                     one pass                    two passes (tokens coupled, or logits given)
+    streamed         autograd.StreamedLoss       autograd.StreamedLogprobs, then terms.py by autograd
+    compiled         ops.policy_loss             ops.token_values, then the same
+    materialised     –                           reference.py, then the same
+
+A compiled graph has a path of its own because it costs memory outside of one: an operator's outputs are all rows and
+all gradients, which autograd keeps until the graph dies; the streamed loss gives the very gradients away.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import divergence, ops, reference
+from .autograd import Ask, Job, StreamedLogprobs, StreamedLoss, apply
+from .batch import Batch, PolicyLoss
+from .call import Call, Named, Params, in_one_dtype, wanted
+from .divergence import linear_divergence
+from .reference import TokenValues
+from .selection import Selection
+from .statistics import Collector
+
+__all__ = ["policy_loss", "select", "token_values", "two_passes"]
+
+
+def select(active: Tensor) -> tuple[Selection, Tensor | None]:
+    """(the `active` tokens [N]; None). For a compiler (every token; `active`)."""
+    if torch.compiler.is_compiling():
+        return Selection.every(active), active
+    return Selection.choose(active), None
+
+
+def token_values(
+    caller: str,
+    call: Call,
+    selection: Selection,
+    targets: Tensor,
+    *,
+    entropy: bool = False,
+    target_logits: bool = False,
+    statistics: tuple[str, ...] = (),
+    active: Tensor | None = None,
+) -> TokenValues:
+    """What is asked for of the compact rows [n]; all but the statistics differentiable. With `active`, for a compiler:
+    of all rows [N], zero where not active."""
+    if isinstance(call.kernel, Named):
+        assert active is not None
+        return ops.run_token_values(call, call.kernel, active, targets, entropy, statistics)
+    if active is not None:
+        return _materialise_dense(call, active, targets, entropy, statistics)
+    if call.kernel is None:
+        first = selection.counting(selection.take(call.first))
+        return reference.token_values(_logits(call, first), targets, call.head, statistics)
+    job = Job(call.kernel, call.head, selection, targets, wanted(call.params))
+    extras = Collector(statistics, selection.size, call.stats_dtype, call.first.device)
+    logprobs, entropies, target = apply(
+        StreamedLogprobs, caller, job, Ask(entropy, target_logits, extras), *call.params
+    )
+    return TokenValues(logprobs, entropies, target, extras.values)
+
+
+def _logits(call: Call, first: Tensor) -> Tensor:
+    """All logits of these hidden states; or these logits."""
+    if len(call.params) == 1:
+        return first
+    _, weight, bias = in_one_dtype(call.params)
+    assert weight is not None
+    return reference.linear_logits(first, weight, bias)
+
+
+def _materialise_dense(
+    call: Call, active: Tensor, targets: Tensor, entropy: bool, statistics: tuple[str, ...]
+) -> TokenValues:
+    logits = _logits(call, torch.where(active[:, None], call.first, 0))
+    values = reference.token_values(logits, torch.where(active, targets, 0), call.head, statistics)
+    logprobs, entropies, target = (torch.where(active, t, 0) for t in values[:3])  # type: ignore[arg-type]
+    found = {name: torch.where(active, values.statistics[name], 0) for name in statistics}
+    return TokenValues(logprobs, entropies if entropy else None, target, found)
+
+
+def policy_loss(caller: str, call: Call, batch: Batch, ref: Params, tolerance: float) -> PolicyLoss:
+    """The loss of a linear head; with the divergence from a reference head where the objective has one."""
+    left_out = torch.zeros((), dtype=torch.float32, device=call.first.device) if tolerance else None
+    if call.kernel is None or batch.objective.coupled:
+        out = two_passes(caller, call, batch, left_out)
+    elif isinstance(call.kernel, Named):
+        loss, values = ops.run_policy_loss(call, call.kernel, batch)
+        out = batch.result(loss, values, left_out)
+    else:
+        job = Job(call.kernel, call.head, batch.selection, batch.targets, wanted(call.params), tolerance)
+        loss, found, *flat = apply(StreamedLoss, caller, job, batch, *call.params)
+        out = batch.result(loss, batch.values(*flat), left_out if found is None else found)
+    return _add_anchor(out, call, batch, ref) if batch.objective.reference_head else out
+
+
+def two_passes(caller: str, call: Call, batch: Batch, left_out: Tensor | None = None) -> PolicyLoss:
+    """Log-probabilities first, then the objective on vectors, by autograd."""
+    values = token_values(
+        caller, call, batch.selection, batch.targets, entropy=True, target_logits=batch.objective.reads_logit,
+        statistics=batch.statistics, active=None if batch.dense is None else batch.dense.active,
+    )  # fmt: skip
+    loss = batch.loss(values)
+    if values.logprobs.requires_grad and not loss.requires_grad:  # no part has a weight: a gradient of zeros
+        loss = loss + torch.where(torch.ones_like(batch.expert), 0, values.logprobs).sum()
+    return batch.result(loss, values, left_out)
+
+
+def _add_anchor(out: PolicyLoss, call: Call, batch: Batch, ref: Params) -> PolicyLoss:
+    """The loss and the divergence of its expert tokens from a reference."""
+    o, head = batch.objective, call.head
+    weights = batch.expert.to(batch.normalizer.dtype) * (o.expert_coef * o.asft_kl)
+    weights = weights if batch.weights is None else weights * batch.weights
+    (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias) = call.params, ref
+    assert hidden is not None
+    assert weight is not None
+    assert ref_hidden is not None
+    assert ref_weight is not None
+    ref_hidden, selection = ref_hidden.reshape(-1, ref_hidden.shape[-1]), batch.selection.front()
+    if selection is not None:
+        weights = selection.counting(weights[: selection.size])
+        anchor = divergence.anchor(
+            "linear_policy_loss", selection, weights, batch.normalizer, head, call.params,
+            (ref_hidden, ref_weight, ref_bias), streamed=call.kernel is not None,
+        )  # fmt: skip
+    else:
+        weights = batch.selection.spread(weights)
+        anchor = linear_divergence(
+            hidden, weight, ref_hidden, ref_weight, mask=weights != 0, weights=weights, normalizer=batch.normalizer,
+            bias=bias, ref_bias=ref_bias, temperature=head.temperature, softcap=head.softcap,
+            logit_scale=head.logit_scale, backend="reference" if call.kernel is None else "torch",
+        ).loss  # fmt: skip
+    more: dict[str, Any] = {name: out.metrics[name] + anchor.detach() for name in ("loss", "loss_expert")}
+    return out._replace(loss=out.loss + anchor, metrics={**out.metrics, **more})
