@@ -77,7 +77,7 @@ def _one_shape(shape: Shape, rounds: int, providers: Sequence[Provider]) -> dict
 
 
 def _in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Run where its memory is given back."""
+    """Runs a function in a process of its own, whose end gives its memory back."""
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
@@ -94,7 +94,7 @@ def _case(shape: Shape) -> Case:
 
 
 def savings(rounds: int = 7) -> dict[str, Any]:
-    """Forward only against one GEMM; masked tokens; tokens with A = 0."""
+    """Times forward only against one GEMM, masked tokens, and tokens with A = 0."""
     return {str(shape): _savings_of(_case(shape), rounds) for shape in SHAPES[:2]}
 
 
@@ -135,7 +135,7 @@ def _savings_of(case: Case, rounds: int) -> dict[str, Any]:
 
 
 def budget(rounds: int = 3) -> list[dict[str, Any]]:
-    """Time and memory of one shape as the budget changes."""
+    """Measures time and memory of one shape as the budget changes."""
     shape = SHAPES[1]
     case = _case(shape)
     rows = []
@@ -154,7 +154,7 @@ def budget(rounds: int = 3) -> list[dict[str, Any]]:
 
 
 def sweep(rounds: int = 3) -> list[dict[str, Any]]:
-    """Time and memory against N and against V."""
+    """Measures time and memory against N and against V."""
     names = ("trapo_kernels cpu", "eager", "TRL chunked head", FLOOR)
     chosen = [p for p in PROVIDERS if p.name in names]
     shapes = [Shape(n, 576, 49152) for n in (512, 1024, 2048, 4096)]
@@ -235,7 +235,7 @@ def _table_row(row: dict[str, Any]) -> str:
 
 
 def plot() -> None:
-    """Time and memory against N and against V."""
+    """Draws time and memory against N and against V."""
     import matplotlib
 
     matplotlib.use("Agg")

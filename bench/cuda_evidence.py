@@ -73,7 +73,7 @@ int main() {
 
 
 def rows() -> list[dict[str, Any]]:
-    """A row for every verb, configuration and GPU."""
+    """Returns a row for every verb, configuration and GPU."""
     with tempfile.TemporaryDirectory() as folder:
         plans = _plans(Path(folder))
         built = {arch: _compiled(arch, Path(folder)) for arch in ARCHS}
@@ -133,7 +133,7 @@ def _plans(folder: Path) -> dict[Any, list[dict[str, int]]]:
 
 
 def _compiled(arch: Arch, folder: Path) -> dict[Any, dict[str, Any]]:
-    """(kernel, dtype) -> what the compiler says of the kernel without a soft-cap."""
+    """Returns (kernel, dtype) -> what the compiler says of the kernel without a soft-cap."""
     target = f"-gencode=arch=compute_{arch.code},code=sm_{arch.code}"
     ptx = folder / f"{arch.name}.ptx"
     report = _output("nvcc", *FLAGS, target, "-Xptxas=-v", "-cubin", str(SOURCE), "-o", str(folder / "cubin"))
@@ -154,7 +154,7 @@ def _compiled(arch: Arch, folder: Path) -> dict[Any, dict[str, Any]]:
 
 
 def _identity(mangled: str) -> tuple[str, str] | None:
-    """(kernel, dtype) of an instantiation without a soft-cap."""
+    """Returns (kernel, dtype) of an instantiation without a soft-cap."""
     found = re.search(
         r"(stats_kernel|grad_kernel|fused_on_chip|fused_streamed)I(13__nv_bfloat16|6__half|f|d)Lb0E", mangled
     )
@@ -165,7 +165,7 @@ def _identity(mangled: str) -> tuple[str, str] | None:
 
 
 def _accesses(ptx: str) -> dict[str, Any]:
-    """How many global accesses of which width (bits) the code has, and atomics."""
+    """Returns how many global accesses of which width (bits) the code has, and atomics."""
     loads, stores = Counter[int](), Counter[int]()
     for kind, vector, bits in re.findall(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[bsuf](\d+)", ptx):
         (loads if kind == "ld" else stores)[int(bits) * int(vector or 1)] += 1
@@ -185,7 +185,8 @@ def _output(*command: str) -> str:
 
 
 def broken(found: list[dict[str, Any]]) -> list[str]:
-    """What does not hold of the compiled kernels. fp64 is for tests of other parts, and may spill a few bytes."""
+    """Returns what does not hold of the compiled kernels. fp64 is for tests of other parts, and may spill a few
+    bytes."""
     faults = []
     for row in found:
         where = f"{row['kernel']} {row['arch']} {row['config']}"
@@ -212,7 +213,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def status_of(faults: list[str], kernels: list[dict[str, Any]], out: Path) -> int:
-    """The exit status of a command that left `kernels` in `out`, after it has shown the invariants that are broken."""
+    """Returns the exit status of a command that left `kernels` in `out`, after it has shown the invariants that are
+    broken."""
     print(f"{len(kernels)} compiled kernels, {len(faults)} broken invariants -> {out}")
     for fault in faults:
         print("  " + fault)

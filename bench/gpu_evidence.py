@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parent / "results" / "gpu_evidence.json"
 
 
 def kernel_rows(providers: list[str]) -> list[dict[str, Any]]:
-    """Everything compiled for everything."""
+    """Compiles every kernel for every GPU."""
     rows = []
     for config, launch in ours.row_launches():
         rows += [compile_for(launch, arch, ours.PROVIDER, config) for arch in ARCHS]
@@ -52,7 +52,7 @@ def kernel_rows(providers: list[str]) -> list[dict[str, Any]]:
 
 
 def counted_rows(providers: list[str]) -> dict[str, Any]:
-    """What needs the interpreter, from a process that has it."""
+    """Returns what needs the interpreter, counted in a process that has it."""
     done = subprocess.run(
         [sys.executable, "-m", "bench.evidence.counts", json.dumps(providers)],
         cwd=Path(__file__).parent.parent,
@@ -76,7 +76,7 @@ def roofline_rows() -> list[dict[str, Any]]:
 
 
 def arithmetic() -> dict[str, Any]:
-    """What needs no compiler and no run."""
+    """Returns what needs no compiler and no run."""
     return {
         "roofline": roofline_rows(),
         "rows_for_15_percent": {card.name: roofline.rows_for_share(card) for card in roofline.CARDS},
@@ -86,7 +86,7 @@ def arithmetic() -> dict[str, Any]:
 
 
 def broken(evidence: dict[str, Any]) -> list[str]:
-    """Invariants of our own kernels that do not hold."""
+    """Returns the invariants of our own kernels that do not hold."""
     faults = cuda_evidence.broken([row for row in evidence["kernels"] if row["provider"] == cuda_evidence.PROVIDER])
     for row in evidence["kernels"]:
         if row["provider"] != ours.PROVIDER:
@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write(evidence: dict[str, Any], out: Path) -> int:
-    """The JSON and the page; 1 if an invariant is broken."""
+    """Writes the JSON and the page; returns 1 if an invariant is broken."""
     from bench.evidence.tables import markdown
 
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ class Shape:
 
 
 def write_inputs(shape: Shape, folder: Path) -> Path:
-    """Random inputs of the scale of a trained head's: logits of about unit variance."""
+    """Writes random inputs of the scale of a trained head's: logits of about unit variance."""
     g = torch.Generator().manual_seed(SEED)
     n, d, v = shape.tokens, shape.width, shape.vocab
     inputs = {
@@ -59,7 +59,7 @@ def write_inputs(shape: Shape, folder: Path) -> Path:
 
 
 def load_case(path: Path) -> Case:
-    """The inputs, mapped and touched."""
+    """Returns the inputs, mapped and touched."""
     inputs = torch.load(path, mmap=True, weights_only=True)
     for t in inputs.values():
         t.sum()
@@ -67,13 +67,13 @@ def load_case(path: Path) -> Case:
 
 
 def compared_rows(case: Case) -> Tensor:
-    """The rows of d_weight in which gradients are compared."""
+    """Returns the rows of d_weight in which gradients are compared."""
     spread = torch.arange(0, case.weight.shape[0], max(1, case.weight.shape[0] // (COMPARED_ROWS // 2)))
     return torch.cat([spread, case.targets[: COMPARED_ROWS // 2]]).unique()
 
 
 def write_oracle(inputs: Path, gives: str) -> Path | None:
-    """float64 gradients of the loss that some providers give; None where they would not fit."""
+    """Writes the float64 gradients of the loss that some providers give; None where they would not fit."""
     case = load_case(inputs)
     if case.hidden.shape[0] * case.weight.shape[0] > LARGEST_ORACLE:
         return None
@@ -92,7 +92,7 @@ def free_gradients(case: Case) -> None:
 
 
 def step(provider: Provider, case: Case) -> float:
-    """Seconds of one forward and backward, gradients freed first."""
+    """Returns the seconds of one forward and backward, before which gradients are freed."""
     free_gradients(case)
     start = time.perf_counter()
     loss = provider.run(case)
@@ -102,7 +102,7 @@ def step(provider: Provider, case: Case) -> float:
 
 
 def interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """Best seconds of each, in turns."""
+    """Returns the best seconds of each, in turns."""
     best = {name: float("inf") for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
@@ -113,13 +113,13 @@ def interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, 
 
 
 def resident(key: str) -> int:
-    """VmRSS or VmHWM of this process, bytes."""
+    """Returns VmRSS or VmHWM of this process, bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
 
 
 def extra_memory(provider: Provider, case: Case) -> int:
-    """Bytes at the peak of a step beyond what was there before and the gradients."""
+    """Returns the bytes at the peak of a step beyond what was there before and the gradients."""
     free_gradients(case)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
@@ -128,7 +128,7 @@ def extra_memory(provider: Provider, case: Case) -> int:
 
 
 def gradient_error(case: Case, expected: Path) -> dict[str, float]:
-    """Largest error of each gradient relative to its largest entry."""
+    """Returns the largest error of each gradient relative to its largest entry."""
     want = torch.load(expected, weights_only=True)
     assert case.hidden.grad is not None
     assert case.weight.grad is not None
@@ -137,7 +137,8 @@ def gradient_error(case: Case, expected: Path) -> dict[str, float]:
 
 
 def work(connection: Connection, name: str, inputs: Path, expected: Path | None, threads: int) -> None:
-    """The process of a provider: reports memory and error once, then times a step for every message that comes."""
+    """Runs as the process of a provider: reports memory and error once, then times a step for every message that
+    comes."""
     torch.set_num_threads(threads)
     provider = next(p for p in PROVIDERS if p.name == name)
     try:
@@ -190,7 +191,7 @@ class Worker:
 
 
 def machine() -> dict[str, Any]:
-    """What a result depends on: the CPU, its threads and the versions of what was compared."""
+    """Returns what a result depends on: the CPU, its threads and the versions of what was compared."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     versions = {}

@@ -59,7 +59,7 @@ class Provider:
     backend: str | None = None  # of ours
 
     def absent(self) -> str | None:
-        """Why it cannot run here, in one line; None: nothing is known against it."""
+        """Returns why it cannot run here, in one line; None: nothing is known against it."""
         if self.backend is not None:
             return tk.backends()[self.backend].missing
         if self.package is not None and installed(self.package) is None:
@@ -77,7 +77,7 @@ MODULES = {
 
 
 def installed(package: str) -> str | None:
-    """The version of a package that is here, or None."""
+    """Returns the version of a package that is here, or None."""
     if importlib.util.find_spec(MODULES[package]) is None:
         return None
     try:
@@ -103,7 +103,8 @@ def ours(backend: str, **options: object) -> Callable[[Case], Tensor]:
 
 
 def ours_recomputing(backend: str) -> Callable[[Case], Tensor]:
-    """The recomputing backward: log-probabilities first, the objective on vectors, by autograd."""
+    """Returns the loss with the recomputing backward: log-probabilities first, the objective on vectors, by
+    autograd."""
 
     def run(case: Case) -> Tensor:
         found = tk.linear_logprobs(case.hidden, case.weight, case.targets, entropy=True, backend=backend)
@@ -113,7 +114,7 @@ def ours_recomputing(backend: str) -> Callable[[Case], Tensor]:
 
 
 def floor(case: Case) -> None:
-    """The three GEMMs of exact gradients, d_weight summed in fp32, and nothing else."""
+    """Computes the three GEMMs of exact gradients, d_weight summed in fp32, and nothing else."""
     hidden, weight = case.hidden.detach(), case.weight.detach()
     rows = min(CHUNK[hidden.device.type], hidden.shape[0])
     logits = hidden.new_empty(rows, weight.shape[0])
@@ -201,7 +202,7 @@ def liger(case: Case) -> Tensor:
 
 
 def liger_entropy(case: Case) -> Tensor:
-    """Negative log-likelihoods and entropies: on Hopper its CuTe kernels, elsewhere chunks of plain torch."""
+    """Computes negative log-likelihoods and entropies: on Hopper its CuTe kernels, elsewhere chunks of plain torch."""
     from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
 
     nll, entropy = LigerFusedLinearScaledCrossEntropyFunction.apply(
@@ -217,14 +218,14 @@ def liger_cross_entropy(case: Case) -> Tensor:
 
 
 def liger_hopper(case: Case) -> Tensor:
-    """Its CuTe kernels for sm_90: all logits at once, V a multiple of 256."""
+    """Runs Liger's CuTe kernels for sm_90: all logits at once, V a multiple of 256."""
     from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import liger_fused_linear_cross_entropy_sm90
 
     return liger_fused_linear_cross_entropy_sm90(case.hidden, case.weight, case.targets)
 
 
 def verl(case: Case) -> Tensor:
-    """Its Triton kernels, which recompute the logits in the backward."""
+    """Runs verl's Triton kernels, which recompute the logits in the backward."""
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
     logprobs, entropy = linear_cross_entropy(case.hidden, case.weight, case.targets, 1.0, "none", None)
@@ -241,7 +242,7 @@ def quack(scaled_exp: bool) -> Callable[[Case], Tensor]:
 
 
 def cce_exact(case: Case) -> Tensor:
-    """Its Triton kernels, with the gradient filter off: exact gradients, as everybody else's."""
+    """Runs CCE's Triton kernels with the gradient filter off: exact gradients, as everybody else's."""
     from cut_cross_entropy import linear_cross_entropy
 
     nll = linear_cross_entropy(case.hidden, case.weight, case.targets, reduction="none", impl="cce", filter_eps=None)
@@ -260,7 +261,7 @@ def torch_lce(case: Case) -> Tensor:
 
 
 def torch_lce_chunked(case: Case) -> Tensor:
-    """Plain cross-entropy: its chunked form gives no differentiable value per token."""
+    """Computes plain cross-entropy: torch's chunked form gives no differentiable value per token."""
     from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
 
     options = LinearCrossEntropyOptions()
@@ -306,7 +307,7 @@ EVERYBODY = [
 
 
 def on(device: str) -> list[Provider]:
-    """Who runs on a type of device; see `Provider.absent`."""
+    """Returns who runs on a type of device; see `Provider.absent`."""
     return [p for p in EVERYBODY if device in p.devices]
 
 
@@ -314,7 +315,7 @@ PROVIDERS = on("cpu")
 
 
 def oracle(case: Case, gives: str) -> Tensor:
-    """The loss that a provider gives, in the dtype of the case and with everything in memory."""
+    """Returns the loss that a provider gives, in the dtype of the case and with everything in memory."""
     if gives == "nll":
         return F.cross_entropy(F.linear(case.hidden, case.weight), case.targets)
     if gives == "grpo":

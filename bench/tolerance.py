@@ -32,7 +32,7 @@ OBJECTIVES = {
 
 @torch.no_grad()
 def sampled(model: Any, tokenizer: Any, tokens: int) -> list[Tensor]:
-    """Continuations of the model's own at temperature 1, prompts left out."""
+    """Returns continuations of the model's own at temperature 1, prompts left out."""
     prompts = ["Tell me about the sea.", "How do I bake bread?", "Write a short story.", "What is a prime number?"]
     out: list[Tensor] = []
     torch.manual_seed(0)
@@ -58,7 +58,7 @@ def solutions(path: Path, tokenizer: Any, tokens: int) -> list[Tensor]:
 
 @torch.no_grad()
 def case_of(model: Any, texts: list[Tensor], tokens: int) -> Case:
-    """Hidden states and next tokens of the texts, with random advantages."""
+    """Returns the hidden states and next tokens of the texts, with random advantages."""
     decoder = model.get_decoder()
     hidden = torch.cat([decoder(input_ids=t[None]).last_hidden_state[0, :-1] for t in texts])[:tokens]
     targets = torch.cat([t[1:] for t in texts])[:tokens]

@@ -72,7 +72,7 @@ def draw_rollouts(path: Path, prompts: int, max_tokens: int, data: Path) -> None
 
 
 def reward_of(index: int) -> float:
-    """Of a group's rollout: one in two is right, in an order that has nothing to do with lengths."""
+    """Returns the reward of a group's rollout: one in two is right, in an order that has nothing to do with lengths."""
     return float(index % 2)
 
 
@@ -103,7 +103,8 @@ class Meter:
 
 
 def run_trl(rows: list[dict[str, Any]], steps: int, batch: int) -> dict[str, Any]:
-    """Updates of TRL's own trainer, its generation replaced (by its `rollout_func`) with the given rollouts."""
+    """Measures updates of TRL's own trainer, its generation replaced (by its `rollout_func`) with the given
+    rollouts."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -161,7 +162,7 @@ def run_trl(rows: list[dict[str, Any]], steps: int, batch: int) -> dict[str, Any
 
 
 def run_trapo(rows: list[dict[str, Any]], steps: int, budget: int, profile: bool) -> dict[str, Any]:
-    """Updates of trapo's learner."""
+    """Measures updates of trapo's learner."""
     import trapo_kernels as tk
     from trapo.config import merge_config
     from trapo.learner import Learner
@@ -212,7 +213,7 @@ def profiled(function: Any) -> Any:
 
 
 def side(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One side in this process."""
+    """Runs one side in this process."""
     import torch
 
     torch.set_num_threads(args.threads)
@@ -235,7 +236,7 @@ def fresh_process(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(runs: dict[str, list[dict[str, Any]]], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Ratios, and the numbers that they come from."""
+    """Returns ratios, and the numbers that they come from."""
     tokens = sum(len(r["prompt_ids"]) + len(c) for r in rows for c in r["completion_ids"])
     found = {}
     for name, rounds in runs.items():

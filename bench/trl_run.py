@@ -34,13 +34,14 @@ FROZEN = r"embed_tokens|layers\.(\d|1\d|2[0-3])\."
 
 
 def overlap(text: str, trace: str) -> float:
-    """The share of the trace's numbers and signs that the text has: a reward that varies from the first step on."""
+    """Returns the share of the trace's numbers and signs that the text has: a reward that varies from the first step
+    on."""
     wanted, found = (set(re.findall(r"\d+|[-+*/=#]", t)) for t in (trace, text))
     return len(wanted & found) / len(wanted)
 
 
 def train(run: str, steps: int, seed: int, folder: Path) -> dict[str, Any]:
-    """One run in this process: what its log says of each step, and the peak memory."""
+    """Runs one training in this process; returns what its log says of each step, and the peak memory."""
     import torch
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -95,7 +96,7 @@ def versions() -> dict[str, str]:
 
 
 def difference(first: dict[str, Any], second: dict[str, Any]) -> str:
-    """How far two runs' logs are apart."""
+    """Returns how far two runs' logs are apart."""
     worst = {}
     for a, b in zip(first["steps"], second["steps"], strict=True):
         for name in a.keys() - {"step_time", "total_flos"}:
@@ -110,7 +111,7 @@ def difference(first: dict[str, Any], second: dict[str, Any]) -> str:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The report, in Markdown."""
+    """Returns the report, in Markdown."""
     lines = [
         "# 20 steps of TRL's GRPOTrainer and of TrapoGRPOTrainer",
         "",

@@ -30,7 +30,7 @@ ORDER = ("exact", "pretrain", "sweep", "arms", "ablations", "smollm", "plot")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Runs the command; returns the exit code."""
     options = _parser().parse_args(arguments)
     from study.jobs import Study
 
@@ -76,7 +76,7 @@ def _run(study, part: str, options: argparse.Namespace) -> None:
 
 
 def exact(study) -> None:
-    """Part 1; its pieces are rows."""
+    """Runs part 1, whose pieces are rows."""
     import torch
 
     from study.exact import exact_jobs
@@ -87,7 +87,7 @@ def exact(study) -> None:
 
 
 def pretrain(study) -> None:
-    """Both base models."""
+    """Makes both base models."""
     import torch
 
     from study.base import make_base
@@ -99,7 +99,7 @@ def pretrain(study) -> None:
 
 
 def _in_processes(study, part: str, workers: int, deadline: float | None, task: str | None) -> None:
-    """`workers` processes that share the part's jobs; each has a core, and torch one thread."""
+    """Starts `workers` processes that share the part's jobs; each has a core, and torch one thread."""
     from study.jobs import work
 
     os.environ["OMP_NUM_THREADS"] = "1"

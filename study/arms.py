@@ -34,7 +34,7 @@ class Arm:
 
 
 def grid(**axes: tuple[float, ...]) -> tuple[Knobs, ...]:
-    """Every combination of the axes' values, the last axis fastest."""
+    """Returns every combination of the axes' values, the last axis fastest."""
     return tuple(dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
 
 
@@ -46,7 +46,7 @@ SFT_GRID = grid(lr=(1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3), batch=(1, 4))  # batch:
 def _config(
     settings: Settings, seed: int, mode: str, lr: float, steps: int, overrides: Mapping[str, Any], **more: Any
 ) -> Config:
-    """A trapo configuration. `overrides` (dotted keys) come last: an ablation's."""
+    """Returns a trapo configuration. `overrides` (dotted keys) come last: an ablation's."""
     base: dict[str, Any] = {
         "mode": mode,
         "seed": seed,
@@ -63,7 +63,7 @@ def _config(
 
 
 def _guided(mode: str, *, random_prefix: bool = False, **more: Any) -> Callable[..., list[Stage]]:
-    """One stage of a mode; `expert_coef` from the knobs where the sweep has it."""
+    """Returns one stage of a mode; `expert_coef` from the knobs where the sweep has it."""
     fixed = {key.replace("__", "."): value for key, value in more.items()}
 
     def stages(settings: Settings, seed: int, knobs: Knobs, overrides: Mapping[str, Any]) -> list[Stage]:
@@ -86,7 +86,8 @@ def _sft(
 
 
 def _sft_then_rl(settings: Settings, seed: int, knobs: Knobs, overrides: Mapping[str, Any]) -> list[Stage]:
-    """`sft_lr`, `sft_batch`: the SFT sweep's winner; `split`: the share of the steps that is SFT."""
+    """Returns the two stages. `sft_lr`, `sft_batch`: the SFT sweep's winner; `split`: the share of the steps that is
+    SFT."""
     sft_steps = round(settings.steps * knobs["split"])
     sft = _sft(settings, seed, {"lr": knobs["sft_lr"], "batch": knobs["sft_batch"]}, overrides, sft_steps)
     return [*sft, Stage(_config(settings, seed, "grpo", knobs["lr"], settings.steps - sft_steps, overrides))]

@@ -41,7 +41,7 @@ def make_base(settings: Settings, results: Path, task: Task, table: Results) -> 
 
 
 def base_model(settings: Settings, results: Path, task: Task) -> LlamaForCausalLM:
-    """A fresh copy of a task's base model."""
+    """Returns a fresh copy of a task's base model."""
     path = base_path(results, task.name)
     if not path.exists():
         raise FileNotFoundError(f"base_model: {path} is missing; run `python -m study pretrain` first")
@@ -54,7 +54,7 @@ def base_model(settings: Settings, results: Path, task: Task) -> LlamaForCausalL
 
 
 def digest(model: nn.Module) -> str:
-    """What tells base models apart in the results: runs of different bases must not be compared."""
+    """Returns what tells base models apart in the results: runs of different bases must not be compared."""
     sha = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         sha.update(name.encode() + parameter.detach().numpy().tobytes())

@@ -24,7 +24,7 @@ KNOWN, NEW = "+-*", "@&"
 
 
 def _tables() -> dict[str, list[list[int]]]:
-    """new operator -> [operand][value] -> result."""
+    """Returns new operator -> [operand][value] -> result."""
     rng = random.Random("tables of the new operators")
     return {op: [rng.sample(range(P), P) for _ in range(P)] for op in NEW}
 
@@ -33,7 +33,7 @@ TABLES = _tables()
 
 
 def apply(op: str, value: int, operand: int) -> int:
-    """One operation, mod 11."""
+    """Applies one operation, mod 11."""
     if op in TABLES:
         return TABLES[op][operand][value]
     return {"+": value + operand, "-": value - operand, "*": value * operand}[op] % P
@@ -61,7 +61,7 @@ class Chain(Task):
         return response == self._trace(steps, values)
 
     def corpus(self, rng: random.Random) -> tuple[str, str]:
-        """A short problem with a trace of any kind; a long one is never worked out cleanly."""
+        """Returns a short problem with a trace of any kind; a long one is never worked out cleanly."""
         length = rng.choice((1, 1, 2, 2, 3, 3, 4, 4, 5, 6, 7, 8))
         start, steps = self._problem(rng, length, self.new_share_of_corpus)
         kind = rng.choices(("clean", "wrong", "skipped", "direct"), (5, 2, 2, 1) if length <= 4 else (0, 4, 3, 3))[0]

@@ -35,7 +35,7 @@ class Countdown(Task):
                 return Instance(_prompt(numbers, target), "".join(_written(*s) for s in steps), length, str(target))
 
     def key(self, prompt: str) -> str:
-        """The order of the numbers does not make a new problem."""
+        """Returns what is the same for all orders of the numbers, which do not make a new problem."""
         numbers, target = prompt.rstrip(":").split("=")
         return "".join(sorted(numbers)) + "=" + target
 
@@ -75,7 +75,7 @@ Step = tuple[int, str, int, int]  # a, operation, b, result
 
 
 def _combine(rng: random.Random, numbers: list[int], mistakes: float = 0.0) -> tuple[list[Step], int]:
-    """A random way to combine all numbers with results from 0 to LARGEST, and where it ends."""
+    """Returns a random way to combine all numbers with results from 0 to LARGEST, and where it ends."""
     left, steps = list(numbers), []
     while len(left) > 1:
         a, b = rng.sample(left, 2)

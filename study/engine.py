@@ -44,7 +44,7 @@ class Weights:
         self.inverse_frequencies = model.model.rotary_emb.inv_freq
 
     def rotation(self, length: int) -> Tensor:
-        """Complex [length, width / 2]."""
+        """Returns the rotary factors, complex [length, width / 2]."""
         angles = torch.arange(length)[:, None] * self.inverse_frequencies
         return torch.polar(torch.ones_like(angles), angles)
 
@@ -63,15 +63,15 @@ class StudyEngine:
         self.model, self.eos_id, self.pad_id, self.batch_size = model, eos_id, pad_id, batch_size
 
     def rest(self) -> None:
-        """Nothing to free: it has no memory of its own."""
+        """Does nothing: there is no memory of its own to free."""
 
     def sync(self, model: nn.Module) -> None:
-        """Nothing to copy: every call reads the weights anew."""
+        """Does nothing: every call reads the weights anew."""
         self.model = model
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], *, temperature: float, seed: int) -> list[Completion]:
-        """One completion per request, in their order; temperature 0 is greedy."""
+        """Returns one completion per request, in their order; temperature 0 is greedy."""
         weights, generator = Weights(self.model), torch.Generator().manual_seed(seed)
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].context), requests[i].context))
         completions: list[Completion] = [Completion((), False)] * len(requests)
@@ -125,7 +125,7 @@ class _Decoding:
         return w.normalised(x.unflatten(0, (rows, width))[:, -1]) @ w.head, filled
 
     def _qkv(self, x: Tensor, matrix: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """q [..., H, W], and k and v [..., 2 KV, W], of x [..., D]."""
+        """Returns q [..., H, W], and k and v [..., 2 KV, W], of x [..., D]."""
         w = self.w
         both = (w.normalised(x) @ matrix).unflatten(-1, (-1, w.width))
         q_k, v = both.split([w.heads + w.kv_heads, w.kv_heads], dim=-2)
@@ -133,13 +133,13 @@ class _Decoding:
         return q, torch.cat([k, v], dim=-2)
 
     def _rest(self, x: Tensor, seen: Tensor, layer: tuple[Tensor, ...]) -> Tensor:
-        """x and seen [tokens, D]."""
+        """Returns x and seen [tokens, D]."""
         x = torch.addmm(x, seen, layer[1])
         gate, up = (self.w.normalised(x) @ layer[2]).chunk(2, dim=-1)
         return torch.addmm(x, F.silu(gate).mul_(up), layer[3])
 
     def run(self, temperature: float, generator: torch.Generator, eos_id: int) -> Tensor:
-        """Tokens [B, budget]; after the end mark comes padding."""
+        """Generates tokens [B, budget]; after the end mark comes padding."""
         tokens = torch.full((len(self.logits), self.budget), self.pad_id)
         alive = torch.arange(len(self.logits))  # rows of `tokens` that are still going
         done = torch.zeros(len(alive), dtype=torch.bool)

@@ -27,7 +27,7 @@ class Samples:
         return float(self.right.mean())
 
     def pass_at(self, k: int) -> float:
-        """Mean over problems of the unbiased estimate of pass@k."""
+        """Returns mean over problems of the unbiased estimate of pass@k."""
         n = self.right.shape[1]
         return float(np.mean([pass_at_k(n, int(c), k) for c in self.right.sum(1)]))
 
@@ -36,14 +36,14 @@ class Samples:
 
 
 def is_right(task: Task, instance_prompt: str, answer: str, completion_ids: Sequence[int], finished: bool) -> bool:
-    """The reward of a response; one that did not end by itself earns none."""
+    """Returns the reward of a response; one that did not end by itself earns none."""
     return finished and task.is_right(instance_prompt, answer, decode(completion_ids))
 
 
 def sample_problems(
     model: nn.Module, task: Task, instances: Sequence[Instance], *, samples: int, temperature: float, seed: int
 ) -> Samples:
-    """`samples` responses to each problem."""
+    """Draws `samples` responses to each problem."""
     engine = StudyEngine(model, eos_id=EOS, pad_id=PAD)
     requests = [Request(encode(i.prompt), task.max_response) for i in instances for _ in range(samples)]
     completions: list[Completion] = engine.generate(requests, temperature=temperature, seed=seed)
@@ -59,10 +59,10 @@ def sample_problems(
 
 
 def packed(right: np.ndarray) -> str:
-    """A bool per problem as hexadecimal digits, for results files."""
+    """Returns a bool per problem as hexadecimal digits, for results files."""
     return np.packbits(np.asarray(right, dtype=bool)).tobytes().hex()
 
 
 def unpacked(text: str, count: int) -> np.ndarray:
-    """What `packed` was given."""
+    """Returns what `packed` was given."""
     return np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8))[:count].astype(bool)

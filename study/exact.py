@@ -35,7 +35,7 @@ OBJECTIVES: dict[str, tk.Objective] = {
 
 
 def exact_jobs(*, smoke: bool = False) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Part 1, piece by piece: what to call each and how to compute its rows."""
+    """Returns the pieces of part 1: what to call each and how to compute its rows."""
     shares = (0.5, 0.9) if smoke else (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
     checkpoints = (50, 100) if smoke else (100, 300, 1000)
     seeds = (1, 2) if smoke else (1, 2, 3, 4, 5)
@@ -59,14 +59,14 @@ def exact_jobs(*, smoke: bool = False) -> dict[str, Callable[[], dict[str, Any]]
 
 
 def expected_loss(logits: Tensor, objective: tk.Objective, expert: Tensor) -> Tensor:
-    """E over classes y ~ expert of the token loss, summed over contexts [C]; logits, expert [C, V], expert weighted by
-    how often each context comes up. LUFFY's advantage is 1: every string of the expert is right."""
+    """Returns E over classes y ~ expert of the token loss, summed over contexts [C]; logits, expert [C, V], expert
+    weighted by how often each context comes up. LUFFY's advantage is 1: every string of the expert is right."""
     logprobs = logits.log_softmax(-1).flatten()
     return (objective.losses(_tokens(logprobs))["expert"] * expert.flatten()).sum()
 
 
 def _tokens(logprobs: Tensor) -> Tokens:
-    """Expert tokens with these log-probabilities [n]."""
+    """Returns the expert tokens with these log-probabilities [n]."""
     return Tokens(
         logprobs=logprobs,
         entropy=torch.zeros_like(logprobs),
@@ -76,7 +76,7 @@ def _tokens(logprobs: Tensor) -> Tokens:
 
 
 def optimum(objective: tk.Objective, expert: Tensor, steps: int = DESCENT_STEPS) -> Tensor:
-    """π [C, V] in float64 after minimising the expected loss over free logits, from the uniform policy."""
+    """Returns π [C, V] in float64 after minimising the expected loss over free logits, from the uniform policy."""
     logits = torch.zeros_like(expert).requires_grad_()
     weighted = expert / expert.sum(-1, keepdim=True)  # how often a context comes up does not move its optimum
     optimizer = torch.optim.Adam([logits], lr=0.1)
@@ -99,8 +99,8 @@ EXPERTS: dict[str, np.ndarray] = {
 
 
 def predicted(expert: np.ndarray, alpha: float) -> np.ndarray:
-    """The minimiser over all policies, from the optimality conditions: with a multiplier μ a class has p_E/μ where that
-    is at least α (it is inside the trust region), and 0 where p_E < αμ.
+    """Returns the minimiser over all policies, from the optimality conditions: with a multiplier μ a class has p_E/μ
+    where that is at least α (it is inside the trust region), and 0 where p_E < αμ.
 
     Mostly Σ π = 1 has a solution of that form: Proposition 1's, μ = λ. Where it has none, μ lies between the λ of two
     neighbouring sets, μ = p_E(c)/α for the class c between them, and c gets what is left over, at most α.
@@ -121,7 +121,7 @@ def predicted(expert: np.ndarray, alpha: float) -> np.ndarray:
 
 
 def proposition(name: str, steps: int = DESCENT_STEPS) -> Iterator[dict[str, Any]]:
-    """TrSFT for every α, and SFT: predicted and found minimisers, and what is forgotten."""
+    """Yields, for TrSFT with every α and for SFT, predicted and found minimisers, and what is forgotten."""
     expert = EXPERTS[name] / EXPERTS[name].sum()
     objectives = {
         f"TrSFT {alpha:g}": (alpha, tk.Objective(expert="trsft", alpha=alpha, policy=None)) for alpha in ALPHAS
@@ -146,7 +146,8 @@ def proposition(name: str, steps: int = DESCENT_STEPS) -> Iterator[dict[str, Any
 
 
 def _loss_of(objective: tk.Objective, expert: np.ndarray, policy: np.ndarray) -> float:
-    """E over the expert's classes of the token loss. Classes that the policy never says have a finite TrSFT loss."""
+    """Returns E over the expert's classes of the token loss. Classes that the policy never says have a finite TrSFT
+    loss."""
     seen = torch.tensor(expert > 0)
     logprobs = torch.tensor(policy).log()[seen]
     value = objective.losses(_tokens(logprobs))["expert"]
@@ -161,19 +162,19 @@ STRINGS = torch.tensor(list(itertools.product(range(SIZE), repeat=LENGTH)))  # [
 
 
 def _in_style(name: str) -> Tensor:
-    """[4096] bool."""
+    """Returns which strings are of a style, [4096] bool."""
     moves = (STRINGS[:, 1:] - STRINGS[:, :-1]) % SIZE
     return (moves[..., None] == torch.tensor(STYLES[name])).any(-1).all(-1)
 
 
 def expert_strings(share: float) -> Tensor:
-    """p_E [4096]: style A for a `share` of the strings, B for the others, each uniform over its strings."""
+    """Returns p_E [4096]: style A for a `share` of the strings, B for the others, each uniform over its strings."""
     a, b = _in_style("A").double(), _in_style("B").double()
     return share * a / a.sum() + (1 - share) * b / b.sum()
 
 
 def masses(strings: Tensor) -> dict[str, float]:
-    """Where a distribution over strings [4096] puts its mass."""
+    """Returns where a distribution over strings [4096] puts its mass."""
     a, b = _in_style("A"), _in_style("B")
     return {
         "style_a": float(strings[a].sum()),
@@ -183,7 +184,7 @@ def masses(strings: Tensor) -> dict[str, float]:
 
 
 def _bigrams(strings: Tensor) -> Tensor:
-    """Expected number of times each token follows each [SIZE, SIZE]."""
+    """Returns the expected number of times each token follows each [SIZE, SIZE]."""
     counts = torch.zeros(SIZE, SIZE, dtype=torch.float64)
     for i in range(LENGTH - 1):
         counts.index_put_((STRINGS[:, i], STRINGS[:, i + 1]), strings, accumulate=True)
@@ -193,7 +194,8 @@ def _bigrams(strings: Tensor) -> Tensor:
 def void_of_tables(
     share: float, objectives: Mapping[str, tk.Objective] = OBJECTIVES, steps: int = DESCENT_STEPS
 ) -> Iterator[dict[str, Any]]:
-    """A table that remembers one token, at each objective's optimum. First tokens are the expert's own (uniform)."""
+    """Yields a table that remembers one token, at each objective's optimum. First tokens are the expert's own
+    (uniform)."""
     expert = expert_strings(share)
     counts = _bigrams(expert)
     for name, objective in objectives.items():
@@ -202,13 +204,13 @@ def void_of_tables(
 
 
 def _strings_of_table(table: Tensor) -> Tensor:
-    """The distribution over strings [4096] of a first-order chain."""
+    """Returns the distribution over strings [4096] of a first-order chain."""
     steps = table[STRINGS[:, :-1], STRINGS[:, 1:]]  # [4096, 5]
     return steps.prod(-1) / SIZE
 
 
 def void_of_transformers(share: float, seed: int, checkpoints: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    """A transformer of some 7,000 parameters, trained on the exact expectation; its 4096 strings enumerated."""
+    """Trains a transformer of some 7,000 parameters on the exact expectation, and enumerates its 4096 strings."""
     expert = expert_strings(share)
     seen = expert > 0
     for name, objective in OBJECTIVES.items():
@@ -227,7 +229,7 @@ def void_of_transformers(share: float, seed: int, checkpoints: tuple[int, ...]) 
 
 
 def _string_logprobs(model: torch.nn.Module, strings: Tensor) -> Tensor:
-    """log π of each token [n, LENGTH], after a start token; the softmax is over the alphabet alone."""
+    """Returns log π of each token [n, LENGTH], after a start token; the softmax is over the alphabet alone."""
     start = torch.full((len(strings), 1), SIZE)
     hidden = model.get_decoder()(
         input_ids=torch.cat([start, strings[:, :-1]], dim=1), use_cache=False

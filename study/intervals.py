@@ -19,7 +19,8 @@ class Estimate:
 
 
 def estimate(values: np.ndarray, *, resamples: int = 4000, seed: int = 0, confidence: float = 0.95) -> Estimate:
-    """Mean of values [seeds, problems] with a percentile interval; for a paired difference pass the differences.
+    """Returns the mean of values [seeds, problems] with a percentile interval; for a paired difference pass the
+    differences.
 
     Seeds are resampled and, independently, problems: the runs share the problems. With five seeds the interval of the
     seeds' part is on the narrow side, as every bootstrap of five values is; the standard deviation is given beside it.

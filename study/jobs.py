@@ -48,7 +48,7 @@ class Study:
         return Results(self.results, name, self.settings, self.scratch / "locks")
 
     def ready_tasks(self) -> list[str]:
-        """Tasks that have their base model."""
+        """Returns tasks that have their base model."""
         return [task for task in self.settings.tasks if base_path(self.results, task).exists()]
 
 
@@ -56,7 +56,7 @@ PARTS = ("sweep", "arms", "ablations")
 
 
 def jobs(study: Study, part: str) -> Iterator[Job]:
-    """All jobs of a part whose settings are known by now."""
+    """Returns all jobs of a part whose settings are known by now."""
     return {"sweep": sweep_jobs, "arms": arm_jobs, "ablations": ablation_jobs}[part](study)
 
 
@@ -76,8 +76,8 @@ class Sweep:
         return Job("sweep", task, arm, knobs, self.settings.sweep_seed, condition, variant)
 
     def grid(self, task: str, arm: str, condition: str = "") -> list[Knobs] | None:
-        """An arm's settings to try, with those beyond the grid that its results ask for; None while they depend on a
-        sweep that is not finished. `condition`: one of RETUNED."""
+        """Returns an arm's settings to try, with those beyond the grid that its results ask for; None while they depend
+        on a sweep that is not finished. `condition`: one of RETUNED."""
         whole = RETUNED[condition][arm] if condition else ARMS[arm].grid
         found: list[Knobs] = list(whole)[: self.settings.sweep_size]
         if arm == "sft_then_rl":
@@ -96,12 +96,12 @@ class Sweep:
         return found
 
     def chosen(self, task: str, arm: str, condition: str = "") -> Knobs | None:
-        """The winner of an arm's sweep; None while it is unfinished."""
+        """Returns the winner of an arm's sweep; None while it is unfinished."""
         settings = self.grid(task, arm, condition)
         return None if settings is None else self._best(task, arm, condition, settings)
 
     def _best(self, task: str, arm: str, condition: str, settings: Sequence[Knobs]) -> Knobs | None:
-        """The settings with the best validation score (the earlier on a tie); None while one has none."""
+        """Returns the settings with the best validation score (the earlier on a tie); None while one has none."""
         mine = [self.rows.get(self.job(task, arm, knobs, condition).key) for knobs in settings]
         if any(row is None or row["status"] == "running" for row in mine):
             return None
@@ -110,13 +110,14 @@ class Sweep:
 
 
 def _beyond(best: Knobs, bounds: Knobs) -> list[Knobs]:
-    """The settings next to the best ones on each axis where those are at the highest of the grid, or above it."""
+    """Returns the settings next to the best ones on each axis where those are at the highest of the grid, or above
+    it."""
     return [{**best, axis: BEYOND[axis] * best[axis]} for axis in bounds if best[axis] >= bounds[axis]]
 
 
 def sweep_jobs(study: Study) -> Iterator[Job]:
-    """The grid of every arm, one seed; then those of the conditions that are tuned anew. SFT comes first: SFT → GRPO
-    starts from its winner."""
+    """Yields the grid of every arm, one seed; then those of the conditions that are tuned anew. SFT comes first: SFT →
+    GRPO starts from its winner."""
     sweep, ready = Sweep(study), study.ready_tasks()
     wanted = [(task, arm, "") for task in ready for arm in ARMS]
     if ABLATION_TASK in ready:
@@ -127,7 +128,7 @@ def sweep_jobs(study: Study) -> Iterator[Job]:
 
 
 def arm_jobs(study: Study) -> Iterator[Job]:
-    """Every arm at its chosen settings, a seed after the other, so that an unfinished study has whole seeds."""
+    """Yields every arm at its chosen settings, a seed after the other, so that an unfinished study has whole seeds."""
     sweep = Sweep(study)
     for seed in study.settings.seeds:
         for task in study.settings.tasks:
@@ -138,7 +139,7 @@ def arm_jobs(study: Study) -> Iterator[Job]:
 
 
 def ablation_jobs(study: Study) -> Iterator[Job]:
-    """Variants of TRAPO, then conditions, with the settings that the sweeps chose."""
+    """Yields variants of TRAPO, then conditions, with the settings that the sweeps chose."""
     if ABLATION_TASK not in study.settings.tasks:
         return
     sweep = Sweep(study)
@@ -157,14 +158,14 @@ def _variants(sweep: Sweep, arm: str, variants: Mapping[str, Variant]) -> Iterat
 
 
 def changes_nothing(settings: Settings, arm: str, knobs: Knobs, variant: Variant) -> bool:
-    """Whether a variant is the arm itself at its settings, whose runs `arms` has already."""
+    """Returns whether a variant is the arm itself at its settings, whose runs `arms` has already."""
     same_problems = dataclasses.replace(variant, overrides={}) == Variant()
     stages = ARMS[arm].stages
     return same_problems and stages(settings, 0, knobs, variant.overrides) == stages(settings, 0, knobs, {})
 
 
 def missing_settings(study: Study) -> list[str]:
-    """Task and arm of every sweep that is not finished."""
+    """Returns the task and arm of every sweep that is not finished."""
     sweep = Sweep(study)
     return [f"{t}/{a}" for t in study.settings.tasks for a in ARMS if sweep.chosen(t, a) is None]
 

@@ -87,7 +87,7 @@ class Run:
         self.best = copy.deepcopy(model.state_dict())
 
     def train(self) -> None:
-        """All stages, validated every so often; the best weights are kept (the earliest on a tie)."""
+        """Trains all stages and validates every so often; the best weights are kept (the earliest on a tie)."""
         self._validate()
         for stage in self.stages:
             self._stage(stage)
@@ -149,7 +149,7 @@ class Run:
         self.validated.append((self.step, greedy.accuracy))
 
     def scores(self, *, with_passes: bool) -> dict[str, Any]:
-        """Test scores of the best validated weights, and of the last ones."""
+        """Returns the test scores of the best validated weights, and of the last ones."""
         test = self.task.problems("test", self.settings.test_problems)
         last = sample_problems(self.model, self.task, test, samples=1, temperature=0.0, seed=0)
         self.model.load_state_dict(self.best)
@@ -157,7 +157,8 @@ class Run:
 
 
 def score_model(model: LlamaForCausalLM, task: Task, settings: Settings, *, with_passes: bool) -> dict[str, Any]:
-    """Greedy and sampled accuracy on the test problems; `test_right`, a bit per problem, is for the intervals."""
+    """Returns the greedy and sampled accuracy on the test problems; `test_right`, a bit per problem, is for the
+    intervals."""
     test = task.problems("test", settings.test_problems)
     greedy = sample_problems(model, task, test, samples=1, temperature=0.0, seed=0)
     drawn = sample_problems(model, task, test, samples=settings.test_samples, temperature=1.0, seed=0)
@@ -177,7 +178,7 @@ def score_model(model: LlamaForCausalLM, task: Task, settings: Settings, *, with
 
 
 def passes(drawn: Samples) -> dict[str, float]:
-    """pass@k for powers of two up to the number of samples."""
+    """Returns pass@k for powers of two up to the number of samples."""
     count = drawn.right.shape[1]
     return {str(2**i): drawn.pass_at(2**i) for i in range(count.bit_length()) if 2**i <= count}
 
@@ -202,7 +203,7 @@ def execute(run: Run, *, with_test: bool = True, with_passes: bool = False) -> d
 
 
 def thinned(series: Sequence[Mapping[str, Any]], points: int = 20) -> list[dict[str, Any]]:
-    """At most `points` rows, each the mean over its stretch of steps; counts stay means per step."""
+    """Returns at most `points` rows, each the mean over its stretch of steps; counts stay means per step."""
     if not series:
         return []
     return [_mean_row([series[i] for i in block]) for block in np.array_split(range(len(series)), points) if len(block)]

@@ -9,7 +9,7 @@ from study.task import EOS, PAD, VOCABULARY
 
 
 def new_model(seed: int, *, hidden: int = 96, layers: int = 4) -> LlamaForCausalLM:
-    """Fresh weights. Heads are 24 wide, two queries share a key."""
+    """Returns fresh weights. Heads are 24 wide, two queries share a key."""
     heads = hidden // 24
     config = LlamaConfig(
         vocab_size=VOCABULARY,

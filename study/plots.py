@@ -27,7 +27,8 @@ COLOURS = dict(
 
 
 def draw_all(study: Study) -> None:
-    """Every picture that there is data for, and the tables. The smoke version writes beside its results."""
+    """Draws every picture that there is data for, and fills in the tables. The smoke version writes beside its
+    results."""
     smoke = study.settings.name == "smoke"
     pictures = study.results / "study" if smoke else ROOT / "docs/study"
     pictures.mkdir(parents=True, exist_ok=True)
@@ -38,7 +39,7 @@ def draw_all(study: Study) -> None:
 
 
 def regions(study: Study, drawn: Sequence[str]) -> dict[str, str]:
-    """What stands in each marked region of the page: tables, and the pictures that were drawn."""
+    """Returns what stands in each marked region of the page: tables, and the pictures that were drawn."""
     pictures = {
         f"picture-{name}": f"![{caption}](study/{name}.png)" if name in drawn else NOTHING
         for name, (_, caption) in PICTURES.items()
@@ -61,7 +62,7 @@ def fill(page: str, regions: dict[str, str]) -> str:
 
 
 def _save(study: Study, draw: Callable[[Study, Any], bool], path: Path) -> bool:
-    """Whether there was anything to draw."""
+    """Saves a picture; returns whether there was anything to draw."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -76,7 +77,7 @@ def _save(study: Study, draw: Callable[[Study, Any], bool], path: Path) -> bool:
 
 
 def draw_void(study: Study, figure: Any) -> bool:
-    """Void mass of the one-token tables over the mixture."""
+    """Draws the void mass of the one-token tables over the mixture."""
     found = exact_rows(study, "tables")
     if not found:
         return False
@@ -99,7 +100,7 @@ def draw_void(study: Study, figure: Any) -> bool:
 
 
 def draw_arms(study: Study, figure: Any) -> bool:
-    """Test accuracy of every arm: mean and interval, a dot per seed."""
+    """Draws the test accuracy of every arm: mean and interval, a dot per seed."""
     found, count = finished_by_arm(study, "arms"), study.settings.test_problems
     if not found:
         return False
@@ -124,7 +125,7 @@ def draw_arms(study: Study, figure: Any) -> bool:
 
 
 def draw_passes(study: Study, figure: Any) -> bool:
-    """pass@k before and after."""
+    """Draws pass@k before and after."""
     found = finished_by_arm(study, "arms")
     shown = ("sft", "grpo", "sft_then_rl", "luffy", "micro_groups_nll", "trapo_paper")
     if not found:
@@ -149,7 +150,7 @@ def draw_passes(study: Study, figure: Any) -> bool:
 
 
 def draw_guidance(study: Study, figure: Any) -> bool:
-    """How guidance falls as the model learns: the share of rollouts with a prefix, by ratio."""
+    """Draws how guidance falls as the model learns: the share of rollouts with a prefix, by ratio."""
     rows = finished_by_arm(study, "arms").get((ABLATION_TASK, "trapo_paper"), [])
     if not rows:
         return False

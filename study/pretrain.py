@@ -23,7 +23,7 @@ PEAK_LR = 3e-3
 
 
 def pretrain(task: Task, settings: Settings, log: Callable[[str], None] = print) -> LlamaForCausalLM:
-    """A model after `settings.pretrain_steps` on lines of the corpus; the loss is on responses alone."""
+    """Returns a model after `settings.pretrain_steps` on lines of the corpus; the loss is on responses alone."""
     steps, rng = settings.pretrain_steps[task.name], random.Random(f"corpus/{task.name}/{settings.base_seed}")
     model = new_model(settings.base_seed, hidden=settings.hidden, layers=settings.layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
@@ -44,7 +44,7 @@ def pretrain(task: Task, settings: Settings, log: Callable[[str], None] = print)
 
 
 def _batches(task: Task, rng: random.Random) -> Iterator[list[tuple[str, str]]]:
-    """Batches of lines of like length, so that little is padding."""
+    """Yields batches of lines of like length, so that little is padding."""
     while True:
         lines = sorted((task.corpus_line(rng) for _ in range(16 * BATCH)), key=lambda line: len(line[0] + line[1]))
         batches = [lines[i : i + BATCH] for i in range(0, len(lines), BATCH)]
@@ -71,7 +71,7 @@ def _loss(model: LlamaForCausalLM, lines: Sequence[tuple[str, str]]) -> torch.Te
 
 
 def measure_base(model: LlamaForCausalLM, task: Task, settings: Settings) -> dict[str, Any]:
-    """Greedy accuracy, and pass@1 and pass@8 at T = 1, on validation problems, all and by length."""
+    """Returns the greedy accuracy, and pass@1 and pass@8 at T = 1, on validation problems, all and by length."""
     instances = task.problems("validation", settings.validation_problems)
     greedy = sample_problems(model, task, instances, samples=1, temperature=0.0, seed=0)
     drawn = sample_problems(model, task, instances, samples=8, temperature=1.0, seed=0)

@@ -57,7 +57,7 @@ class Results:
             return True
 
     def taken(self, key: str) -> bool:
-        """Whether a run needs nobody any more: done, failed, or being worked on."""
+        """Returns whether a run needs nobody any more: done, failed, or being worked on."""
         if self._status(key) in ("finished", "failed"):
             return True
         with self._claimed(key) as mine:
@@ -96,7 +96,7 @@ class Results:
 
 
 def _document(part: str, settings: Any, rows: list[Row]) -> str:
-    """A line per run, so that a reader finds it and a diff shows it."""
+    """Returns a line per run, so that a reader finds it and a diff shows it."""
     head = json.dumps({"study": part, "settings": dataclasses.asdict(settings)}, allow_nan=False)
     lines = ",\n".join(json.dumps(row, allow_nan=False, ensure_ascii=False) for row in rows)
     return f'{head[:-1]}, "runs": [\n{lines}\n]}}\n'

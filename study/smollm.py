@@ -25,7 +25,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def overrides(name: str, run_dir: Path, *, smoke: bool) -> list[str]:
-    """Changes to the preset `demo` for an arm."""
+    """Returns the changes to the preset `demo` for an arm."""
     steps = SMOKE_STEPS if smoke else STEPS
     common = {
         "run_dir": run_dir,
@@ -46,7 +46,7 @@ def overrides(name: str, run_dir: Path, *, smoke: bool) -> list[str]:
 
 
 def run_all(study: Study) -> None:
-    """All arms, one after the other; an interrupted one goes on from its last checkpoint."""
+    """Runs all arms, one after the other; an interrupted one goes on from its last checkpoint."""
     table = study.part("smollm")
     smoke = study.settings.name == "smoke"
     for name in ["sft lr=5e-5", "trapo"] if smoke else ARMS:

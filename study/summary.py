@@ -29,7 +29,7 @@ BASELINES = ("sft_then_rl", "grpo", "sft")  # what each arm is compared with
 
 
 def right(row: Row, count: int) -> np.ndarray:
-    """[problems] bool of a run's greedy answers."""
+    """Returns [problems] bool of a run's greedy answers."""
     return unpacked(row["test_right"], count)
 
 
@@ -38,14 +38,14 @@ def by_seed(rows: Iterable[Row]) -> dict[int, Row]:
 
 
 def accuracy(rows: Sequence[Row], count: int) -> Estimate:
-    """Greedy test accuracy of several seeds."""
+    """Returns the greedy test accuracy of several seeds."""
     return estimate(np.array([right(row, count) for row in rows], dtype=float))
 
 
 def paired(
     rows: Sequence[Row], others: Sequence[Row], values: Callable[[Row], np.ndarray]
 ) -> tuple[Estimate, int] | None:
-    """`rows` − `others` by seed and problem, and over how many seeds; None where no seed is shared."""
+    """Returns `rows` − `others` by seed and problem, and over how many seeds; None where no seed is shared."""
     mine, theirs = by_seed(rows), by_seed(others)
     seeds = sorted(mine.keys() & theirs.keys())
     if not seeds:
@@ -57,13 +57,14 @@ def paired(
 def differences(
     rows: Sequence[Row], against: Iterable[Sequence[Row]], values: Callable[[Row], np.ndarray]
 ) -> list[str]:
-    """A cell for each of `against`: the paired difference; blank for the rows themselves and without a shared seed."""
+    """Returns a cell for each of `against`: the paired difference; blank for the rows themselves and without a shared
+    seed."""
     compared = [None if rows == others else paired(rows, others, values) for others in against]
     return [points(c[0]) if c else "" for c in compared]
 
 
 def finished_by_arm(study: Study, part: str) -> dict[tuple[str, ...], list[Row]]:
-    """(task, arm) or (task, arm, variant) -> finished rows."""
+    """Returns (task, arm) or (task, arm, variant) -> finished rows."""
     grouped: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in study.part(part).finished().values():
         name = (row["task"], row["arm"], row["variant"]) if "variant" in row else (row["task"], row["arm"])
@@ -72,7 +73,7 @@ def finished_by_arm(study: Study, part: str) -> dict[tuple[str, ...], list[Row]]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown."""
+    """Returns a table in Markdown."""
     lines = [f"| {' | '.join(header)} |", f"| {' | '.join('---' for _ in header)} |"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
@@ -86,7 +87,7 @@ def points(e: Estimate) -> str:
 
 
 def base_table(study: Study) -> str:
-    """The base models by length."""
+    """Returns the base models by length."""
     out = []
     for row in study.part("pretrain").finished().values():
         parts = {"all": row, **row["by_length"]}
@@ -99,7 +100,7 @@ NOTHING = "*Not run yet.*"
 
 
 def arms_table(study: Study, task: str) -> str:
-    """One row per arm: test accuracy, differences to the baselines, cost."""
+    """Returns one row per arm: test accuracy, differences to the baselines, cost."""
     found, count = finished_by_arm(study, "arms"), study.settings.test_problems
     out = [_base_cells(row, count) for row in base_scores(study, task)]
     for arm in ARMS:
@@ -133,7 +134,7 @@ def _base_cells(row: Row, count: int) -> list[str]:
 
 
 def parts_table(study: Study, task: str) -> str:
-    """What a part of TRAPO is worth: paired differences between TRAPO paper and the arms that lack the part."""
+    """Returns what a part of TRAPO is worth: paired differences between TRAPO paper and the arms that lack the part."""
     found, count = finished_by_arm(study, "arms"), study.settings.test_problems
     out = []
     for part, other in PARTS_OF_TRAPO.items():
@@ -145,7 +146,7 @@ def parts_table(study: Study, task: str) -> str:
 
 
 def lengths_table(study: Study, task: str) -> str:
-    """Greedy test accuracy by problem length, means over seeds."""
+    """Returns the greedy test accuracy by problem length, means over seeds."""
     found = finished_by_arm(study, "arms")
     out, lengths = [], []
     for arm in ARMS:
@@ -157,7 +158,8 @@ def lengths_table(study: Study, task: str) -> str:
 
 
 def passes_table(study: Study, task: str) -> str:
-    """pass@k at T = 1, before and after; at the largest k the paired differences from the base and from GRPO."""
+    """Returns pass@k at T = 1, before and after; at the largest k the paired differences from the base and from
+    GRPO."""
     found = finished_by_arm(study, "arms")
     # the one base model is every seed's start
     base = [{**row, "seed": seed} for row in base_scores(study, task) for seed in study.settings.seeds]
@@ -174,7 +176,7 @@ def passes_table(study: Study, task: str) -> str:
 
 
 def _ever_right(row: Row) -> np.ndarray:
-    """[problems]: whether one of all samples was right, which is pass@k for k = all of them."""
+    """Returns [problems]: whether one of all samples was right, which is pass@k for k = all of them."""
     return np.array(row["pass_right"]) > 0
 
 
@@ -183,7 +185,7 @@ def base_scores(study: Study, task: str) -> list[Row]:
 
 
 def sweep_table(study: Study, task: str) -> str:
-    """Every setting that was tried, arm by arm, with its validation score; the chosen one in bold."""
+    """Returns every setting that was tried, arm by arm, with its validation score; the chosen one in bold."""
     sweep, order = Sweep(study), list(ARMS)
     mine = [(row.get("variant", ""), row["arm"], row) for row in sweep.rows.values() if row["task"] == task]
     out = []
@@ -198,7 +200,7 @@ def sweep_table(study: Study, task: str) -> str:
 
 
 def ablations_table(study: Study) -> str:
-    """Variants of TRAPO paper, as differences from the arm itself and from others over the same seeds."""
+    """Returns variants of TRAPO paper, as differences from the arm itself and from others over the same seeds."""
     found, count = finished_by_arm(study, "ablations"), study.settings.test_problems
     arms = finished_by_arm(study, "arms")
     against = [arms.get((ABLATION_TASK, arm), []) for arm in VARIANTS_AGAINST]
@@ -226,7 +228,7 @@ def _variant_cells(rows: Sequence[Row], against: Iterable[Sequence[Row]], count:
 
 
 def conditions_table(study: Study) -> str:
-    """The arms again under other conditions, below part 2's; TRAPO against the others, paired."""
+    """Returns the arms again under other conditions, below part 2's; TRAPO against the others, paired."""
     count, seeds = study.settings.test_problems, study.settings.ablation_seeds
     wanted = {job.key for job in jobs(study, "ablations")}
     lines: dict[str, dict[str, list[Row]]] = defaultdict(lambda: {arm: [] for arm in CONDITION_ARMS})
@@ -252,13 +254,13 @@ def conditions_table(study: Study) -> str:
 
 
 def exact_rows(study: Study, kind: str) -> list[Row]:
-    """Rows of part 1: `proposition`, `tables` or `transformers`."""
+    """Returns the rows of part 1: `proposition`, `tables` or `transformers`."""
     pieces = study.part("exact").finished()
     return [row for key, piece in pieces.items() if key.startswith(kind + "/") for row in piece["rows"]]
 
 
 def proposition_table(study: Study) -> str:
-    """What TrSFT forgets."""
+    """Returns what TrSFT forgets."""
     found = exact_rows(study, "proposition")
     if not found:
         return NOTHING
@@ -278,7 +280,7 @@ def proposition_table(study: Study) -> str:
 
 
 def void_table(study: Study) -> str:
-    """Void mass of the one-token tables."""
+    """Returns the void mass of the one-token tables."""
     found = exact_rows(study, "tables")
     if not found:
         return NOTHING
@@ -294,7 +296,7 @@ def _two_masses(row: Row | None) -> str:
 
 
 def void_transformer_table(study: Study) -> str:
-    """Void mass of the small transformers, mean and range over seeds."""
+    """Returns the void mass of the small transformers, mean and range over seeds."""
     found = exact_rows(study, "transformers")
     if not found:
         return NOTHING
@@ -313,7 +315,8 @@ def _void_cell(rows: Sequence[Row]) -> str:
 
 
 def smollm_table(study: Study) -> str:
-    """Part 4: accuracy with its interval over the test problems, paired differences from the best SFT and GRPO."""
+    """Returns the table of part 4: accuracy with its interval over the test problems, paired differences from the best
+    SFT and GRPO."""
     rows = list(study.part("smollm").finished().values())
     if not rows:
         return NOTHING
@@ -342,7 +345,7 @@ def _hours(rows: Sequence[Row]) -> float:
 
 
 def status(study: Study, part: str) -> str:
-    """What is done of a part (of all of them for `status`), and what the rest will cost."""
+    """Returns what is done of a part (of all of them for `status`), and what the rest will cost."""
     lines = []
     for name in PARTS if part == "status" else [part]:
         if name not in PARTS:
@@ -369,7 +372,7 @@ def status(study: Study, part: str) -> str:
 
 
 def cost_table(study: Study) -> str:
-    """Processor time of the finished runs, by part and task; of smollm the time on one core."""
+    """Returns the processor time of the finished runs, by part and task; of smollm the time on one core."""
     grouped: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for part in (*PARTS, "smollm"):
         for row in study.part(part).finished().values():
@@ -379,7 +382,7 @@ def cost_table(study: Study) -> str:
 
 
 def all_tables(study: Study) -> dict[str, Any]:
-    """Every generated region of docs/study.md by its mark."""
+    """Returns every generated region of docs/study.md by its mark."""
     regions = {
         "proposition": proposition_table(study),
         "void": void_table(study),

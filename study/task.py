@@ -41,28 +41,28 @@ class Task:
         return sorted(set(self.turns))
 
     def sample(self, rng: random.Random, length: int) -> Instance:
-        """A random problem with its expert trace."""
+        """Returns a random problem with its expert trace."""
         raise NotImplementedError
 
     def is_right(self, prompt: str, answer: str, response: str) -> bool:
-        """Whether a response that ended by itself earns the reward."""
+        """Returns whether a response that ended by itself earns the reward."""
         raise NotImplementedError
 
     def corpus(self, rng: random.Random) -> tuple[str, str]:
-        """(prompt, response) of the noisy mixture that the base model is trained on."""
+        """Returns (prompt, response) of the noisy mixture that the base model is trained on."""
         raise NotImplementedError
 
     def key(self, prompt: str) -> str:
-        """What makes two prompts the same problem."""
+        """Returns what makes two prompts the same problem."""
         return prompt
 
     def split(self, prompt: str) -> str:
-        """The one split that a problem belongs to."""
+        """Returns the one split that a problem belongs to."""
         bucket = hashlib.sha256(f"{self.name}/{self.key(prompt)}".encode()).digest()[0] % 8
         return next(name for name, buckets in SPLITS.items() if bucket in buckets)
 
     def problems(self, split: str, count: int, lengths: Sequence[int] | None = None) -> list[Instance]:
-        """`count` different problems of a split, the lengths taking turns; always the same ones."""
+        """Returns `count` different problems of a split, the lengths taking turns; always the same ones."""
         rng = random.Random(f"{self.name}/{split}")
         lengths = self.turns if lengths is None else lengths
         found: dict[str, Instance] = {}
@@ -77,7 +77,7 @@ class Task:
         return list(found.values())
 
     def corpus_line(self, rng: random.Random) -> tuple[str, str]:
-        """A line of the corpus whose problem is in no other split."""
+        """Returns a line of the corpus whose problem is in no other split."""
         while True:
             prompt, response = self.corpus(rng)
             if self.split(prompt) == "corpus":
@@ -86,7 +86,7 @@ class Task:
 
 @functools.cache
 def tasks() -> dict[str, Task]:
-    """All tasks by name."""
+    """Returns all tasks by name."""
     from study.chain import Chain
     from study.countdown import Countdown
 
@@ -98,12 +98,12 @@ def encode(text: str) -> tuple[int, ...]:
 
 
 def decode(ids: Iterable[int]) -> str:
-    """The text of token ids, without end marks; padding, which no answer should hold, shows as `_`."""
+    """Returns the text of token ids, without end marks; padding, which no answer should hold, shows as `_`."""
     return "".join("_" if i == PAD else CHARACTERS[i - 2] for i in ids if i != EOS)
 
 
 def encoded(task: Task, instances: Sequence[Instance], traces: int | None = None) -> list[EncodedProblem]:
-    """What the trainer works on; only the first `traces` problems (None: all) have their expert trace."""
+    """Returns what the trainer works on; only the first `traces` problems (None: all) have their expert trace."""
     return [_encoded(task, instance, with_trace=traces is None or i < traces) for i, instance in enumerate(instances)]
 
 

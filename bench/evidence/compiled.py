@@ -24,7 +24,7 @@ _TENSOR_CORE = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 
 
 def compile_for(launch: Launch, arch: int, provider: str, config: str) -> dict[str, Any]:
-    """A row of the table of evidence. `error` where the compiler refuses (too much shared memory, for one)."""
+    """Returns a row of the table of evidence. `error` where the compiler refuses (too much shared memory, for one)."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -74,7 +74,7 @@ def _output(*command: str) -> str:
 
 
 def _instructions(ptx: str) -> dict[str, Any]:
-    """The tensor-core instruction, and how many global accesses of which width (bits) the code has."""
+    """Returns the tensor-core instruction, and how many global accesses of which width (bits) the code has."""
     loads, stores = Counter[int](), Counter[int]()
     for kind, vector, bits in re.findall(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[bsuf](\d+)", ptx):
         (loads if kind == "ld" else stores)[int(bits) * int(vector or 1)] += 1

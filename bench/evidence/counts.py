@@ -93,14 +93,16 @@ def _rows(provider: str, path: str, step: Any, shape: tuple[int, int, int]) -> l
 
 
 def _log1p(x: Any) -> Any:
-    """libdevice's, which CCE calls, for an interpreter that has none: counts do not depend on its last digits."""
+    """Stands in for libdevice's, which CCE calls, for an interpreter that has none: counts do not depend on its last
+    digits."""
     import triton.language as tl
 
     return tl.log(1.0 + x)
 
 
 def traffic_rows(providers: list[str]) -> list[dict[str, Any]]:
-    """Rows of everybody who is installed, at one shape (CCE's fixed tiles need a larger one: ours are there too)."""
+    """Returns the rows of everybody who is installed, at one shape (CCE's fixed tiles need a larger one: ours are there
+    too)."""
     from triton.language.extra import libdevice
 
     shape = (ROWS, WIDTH, VOCAB)

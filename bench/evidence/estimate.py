@@ -41,7 +41,7 @@ def milliseconds(approach: str, shape: tuple[int, int, int]) -> float:
 
 
 def floor(shape: tuple[int, int, int]) -> float:
-    """Three GEMMs."""
+    """Returns the time of three GEMMs."""
     n, d, v = shape
     return 1e3 * 6.0 * n * d * v / FLOPS
 
@@ -56,7 +56,7 @@ def table() -> list[dict[str, object]]:
 
 
 def checked() -> list[dict[str, object]]:
-    """The arithmetic beside what others measured."""
+    """Returns the arithmetic beside what others measured."""
     return [
         {"approach": name, "shape": dict(zip("NDV", shape, strict=True)), "measured_ms": ms,
          "estimated_ms": milliseconds(name, shape)}

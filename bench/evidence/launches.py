@@ -27,7 +27,7 @@ class Launch:
         return str(self.fn.__name__)
 
     def source(self) -> Any:
-        """What Triton would compile: types of the arguments, constants, and which are divisible by 16."""
+        """Returns what Triton would compile: types of the arguments, constants, and which are divisible by 16."""
         from triton.compiler import ASTSource
 
         signature, constants, attributes = {}, {}, {}
@@ -43,7 +43,8 @@ class Launch:
 
 
 def _kind(value: Any, parameter: Any) -> str:
-    """Triton's name of an argument's type; "constexpr" for what it specialises away (None, and the integer 1)."""
+    """Returns Triton's name of an argument's type; "constexpr" for what it specialises away (None, and the integer
+    1)."""
     import torch
     from triton.runtime.jit import mangle_type
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -67,7 +68,7 @@ def _divisible(value: Any) -> bool:
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Launches caught inside the block; none of them runs. Needs a process without TRITON_INTERPRET."""
+    """Catches the launches inside the block; none of them runs. Needs a process without TRITON_INTERPRET."""
     from triton.runtime.jit import JITFunction
 
     caught: list[Launch] = []

@@ -91,7 +91,7 @@ def eager_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
 
 
 def steps(providers: list[str]) -> dict[str, Callable[[Tensor, Tensor, Tensor], None]]:
-    """Name -> step: ours, eager torch, and the peers asked for."""
+    """Returns the steps by name: ours, eager torch, and the peers asked for."""
     found: dict[str, Any] = {
         "trapo_kernels": ours,
         "trapo_kernels, recomputing": ours_recomputing,
@@ -110,7 +110,8 @@ def steps(providers: list[str]) -> dict[str, Callable[[Tensor, Tensor, Tensor], 
 
 
 def liger_bytes(shape: tuple[int, int, int]) -> int:
-    """Fused linear cross-entropy with d_weight summed in fp32: that, both gradients, and a chunk of logits."""
+    """Returns what fused linear cross-entropy holds with d_weight summed in fp32: that, both gradients, and a chunk of
+    logits."""
     n, d, v = shape
     rows = min(n, 2 ** math.ceil(math.log2(math.ceil(n / math.ceil(v / d)))))
     return 4 * v * d + 2 * v * d + 2 * n * d + 2 * rows * v
@@ -118,7 +119,7 @@ def liger_bytes(shape: tuple[int, int, int]) -> int:
 
 @contextmanager
 def _without_values() -> Iterator[None]:
-    """What reads values answers as if every token counted: fake tensors have none."""
+    """Lets whatever reads values answer as if every token counted, since fake tensors have none."""
     from triton.runtime.interpreter import InterpretedFunction
 
     def choose(
@@ -141,7 +142,7 @@ def _without_values() -> Iterator[None]:
 
 
 def peak(step: Callable[[Tensor, Tensor, Tensor], None], shape: tuple[int, int, int]) -> int:
-    """Bytes live at once beyond the inputs, in bf16."""
+    """Returns the bytes live at once beyond the inputs, in bf16."""
     n, d, v = shape
     with FakeTensorMode(), _without_values():
         hidden = torch.empty(n, d, dtype=torch.bfloat16, requires_grad=True)

@@ -31,7 +31,7 @@ _EVERYTHING = Objective(
 
 
 def row_launches() -> Iterator[tuple[str, Launch]]:
-    """(config, launch) of stats, grad_ and fused_ with every term."""
+    """Yields (config, launch) of stats, grad_ and fused_ with every term."""
     for vocab, dtype, cap in _ROWS:
         logits = logits_buffer(16, vocab, dtype, torch.device("cpu"))
         targets, vector = torch.zeros(16, dtype=torch.int64), torch.zeros(16)
@@ -51,7 +51,8 @@ def row_launches() -> Iterator[tuple[str, Launch]]:
 
 
 def tile_launches(arch: int) -> Iterator[tuple[str, Launch]]:
-    """(config, launch) of the tile kernel for one architecture, by descriptors and by pointers, and of the merge."""
+    """Yields (config, launch) of the tile kernel for one architecture, by descriptors and by pointers, and of the
+    merge."""
     shapes = ((152_064, 3_584, torch.bfloat16, None), (262_144, 2_304, torch.bfloat16, 30.0),
               (152_064, 3_584, torch.float32, None), (50_257, 1_001, torch.float16, 30.0))  # fmt: skip
     for vocab, width, dtype, cap in shapes:

@@ -27,12 +27,12 @@ Step = Callable[[Tensor, Tensor, Tensor], Any]
 
 
 def installed(provider: str) -> str | None:
-    """The version of a peer that is here, or None."""
+    """Returns the version of a peer that is here, or None."""
     return providers.installed(PEERS[provider])
 
 
 def liger_step(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
-    """Fused linear cross-entropy at its defaults: the logits become their gradient in one kernel."""
+    """Runs fused linear cross-entropy at its defaults: the logits become their gradient in one kernel."""
     from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward
 
     fused_linear_cross_entropy_forward(
@@ -41,7 +41,7 @@ def liger_step(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
 
 
 def liger_grpo_step(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
-    """GRPO from logits that exist: forward and backward kernels."""
+    """Runs GRPO from logits that exist: forward and backward kernels."""
     from liger_kernel.ops.grpo_loss import GrpoLossFunction
 
     n = hidden.shape[0]
@@ -55,7 +55,7 @@ def liger_grpo_step(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
 
 
 def cce_step(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
-    """Cut cross-entropy: log-sum-exp without logits; the backward computes blocks of logits again."""
+    """Runs cut cross-entropy: log-sum-exp without logits; the backward computes blocks of logits again."""
     from cut_cross_entropy.cce_backward import cce_backward_kernel
     from cut_cross_entropy.cce_lse_forward import cce_lse_forward_kernel
     from cut_cross_entropy.indexed_dot import indexed_neg_dot_forward_kernel
@@ -73,7 +73,7 @@ def cce_step(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
 
 
 def trl_step(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 8192) -> None:
-    """Chunked logprobs and entropy, both differentiated."""
+    """Runs chunked logprobs and entropy, and differentiates both."""
     from trl.kernels import chunked_logprob
 
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
@@ -86,7 +86,7 @@ def trl_step(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 8192)
 
 
 def _gather_nothing() -> Any:
-    """A stand-in for trl.trainer.utils, which the backward asks for a context that gathers sharded heads."""
+    """Returns a stand-in for trl.trainer.utils, which the backward asks for a context that gathers sharded heads."""
     import types
     from contextlib import nullcontext
 
@@ -96,7 +96,7 @@ def _gather_nothing() -> Any:
 
 
 def trl_logits_step(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
-    """Logprobs and entropy from logits that exist, both differentiated."""
+    """Runs logprobs and entropy from logits that exist, and differentiates both."""
     from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
 
     logits = torch.mm(hidden, weight.t()).requires_grad_()
@@ -105,7 +105,7 @@ def trl_logits_step(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
 
 
 def steps(provider: str) -> dict[str, Step]:
-    """Name of a path -> step."""
+    """Returns the steps by the name of their path."""
     return {
         "liger_kernel": {"fused linear CE": liger_step, "GRPO from logits": liger_grpo_step},
         "cut_cross_entropy": {"linear CE, exact": cce_step},
@@ -115,7 +115,7 @@ def steps(provider: str) -> dict[str, Step]:
 
 @contextmanager
 def _cheap_gemms() -> Iterator[None]:
-    """Matrix products that only have shapes: the launches that follow do not depend on values."""
+    """Makes matrix products that only have shapes: the launches that follow do not depend on values."""
     mm, addmm = torch.mm, torch.addmm
 
     def fake_mm(a: Tensor, b: Tensor, *, out: Tensor | None = None, **_: Any) -> Tensor:
@@ -127,7 +127,7 @@ def _cheap_gemms() -> Iterator[None]:
 
 
 def launches(provider: str) -> Iterator[tuple[str, Launch]]:
-    """(config, launch) of the provider's kernels at V = 152064, D = 3584, bf16: each specialisation once."""
+    """Yields (config, launch) of the provider's kernels at V = 152064, D = 3584, bf16: each specialisation once."""
     rows, vocab, width = 256, 152_064, 3_584
     for path, step in steps(provider).items():
         n = rows if provider == "cut_cross_entropy" else 16

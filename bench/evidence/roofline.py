@@ -55,7 +55,7 @@ class Phase:
 
 
 def _gemm(name: str, m: int, n: int, k: int, out_bytes: float = 2, reads_out: bool = False) -> Phase:
-    """[m, k] × [k, n] of bf16 operands; `reads_out`: adds to what is there."""
+    """Returns the phase of a product [m, k] × [k, n] of bf16 operands; `reads_out`: adds to what is there."""
     return Phase(name, 2.0 * m * n * k, 2.0 * (m * k + k * n) + out_bytes * m * n * (2 if reads_out else 1))
 
 
@@ -64,7 +64,7 @@ def _chunks(total: int, size: int) -> list[int]:
 
 
 def _row_chunks(n: int, d: int, v: int, rows: int, d_weight_bytes: float) -> list[Phase]:
-    """Three GEMMs per chunk of rows, d_weight accumulated over chunks."""
+    """Returns three GEMMs per chunk of rows, d_weight accumulated over chunks."""
     phases = []
     for i, c in enumerate(_chunks(n, rows)):
         phases += [
@@ -77,13 +77,14 @@ def _row_chunks(n: int, d: int, v: int, rows: int, d_weight_bytes: float) -> lis
 
 
 def ours(n: int, d: int, v: int) -> list[Phase]:
-    """Chunks of the budget, fused row kernel, d_weight in fp32, one pass at the end that scales and converts it."""
+    """Returns chunks of the budget, fused row kernel, d_weight in fp32, one pass at the end that scales and converts
+    it."""
     rows = chunk_rows(n, 2 * v, 0, "cuda")
     return [*_row_chunks(n, d, v, rows, 4), Phase("d_weight to bf16", 0, 6.0 * v * d)]
 
 
 def ours_recomputing(n: int, d: int, v: int) -> list[Phase]:
-    """linear_logprobs: the tile kernel forward, blocks of columns backward: a fourth GEMM."""
+    """Returns linear_logprobs: the tile kernel forward, blocks of columns backward: a fourth GEMM."""
     columns = block_columns(n, v, 2, "cuda")
     phases = [Phase("tile kernel", 2.0 * n * d * v, 2.0 * (n * d + d * v))]
     for i, c in enumerate(_chunks(v, columns)):
@@ -97,7 +98,7 @@ def ours_recomputing(n: int, d: int, v: int) -> list[Phase]:
 
 
 def eager(n: int, d: int, v: int) -> list[Phase]:
-    """F.linear, .float(), log_softmax, gather, and their backwards: no entropy."""
+    """Returns F.linear, .float(), log_softmax, gather, and their backwards: no entropy."""
     return [
         _gemm("logits", n, v, d),
         Phase("float, log_softmax", 0, (2 + 4 + 4 + 4) * n * v),
@@ -108,7 +109,8 @@ def eager(n: int, d: int, v: int) -> list[Phase]:
 
 
 def trl(n: int, d: int, v: int, columns: int = 32_768) -> list[Phase]:
-    """Tiles of 4096 tokens by `columns` (TRL 1.16's), which the backward computes again; both gradients in fp32."""
+    """Returns tiles of 4096 tokens by `columns` (TRL 1.16's), which the backward computes again; both gradients in
+    fp32."""
     phases = []
     for rows in _chunks(n, 4096):
         for c in _chunks(v, columns):
@@ -124,14 +126,14 @@ def trl(n: int, d: int, v: int, columns: int = 32_768) -> list[Phase]:
 
 
 def liger(n: int, d: int, v: int) -> list[Phase]:
-    """Fused linear cross-entropy at its defaults: chunks of about N·D / V rows, d_weight summed in bf16."""
+    """Returns fused linear cross-entropy at its defaults: chunks of about N·D / V rows, d_weight summed in bf16."""
     rows = min(n, 2 ** math.ceil(math.log2(math.ceil(n / math.ceil(v / d)))))
     return _row_chunks(n, d, v, rows, 2)
 
 
 def liger_hopper(n: int, d: int, v: int) -> list[Phase]:
-    """Its CuTe kernels for sm_90, plain cross-entropy (Liger 0.8.5): all [N, V] logits at once, each GEMM once; the
-    scale of the gradient is in the epilogue of d_weight's."""
+    """Returns Liger's CuTe kernels for sm_90, plain cross-entropy (Liger 0.8.5): all [N, V] logits at once, each GEMM
+    once; the scale of the gradient is in the epilogue of d_weight's."""
     return [
         _gemm("logits", n, v, d),
         Phase("row kernel", 0, 4.0 * n * v),
@@ -142,8 +144,8 @@ def liger_hopper(n: int, d: int, v: int) -> list[Phase]:
 
 
 def liger_hopper_entropy(n: int, d: int, v: int) -> list[Phase]:
-    """Its Hopper head with entropy: a forward that writes no logits, a backward that computes them again in waves of
-    1024 tokens and adds each wave's d_weight in memory. Four GEMMs."""
+    """Returns Liger's Hopper head with entropy: a forward that writes no logits, a backward that computes them again in
+    waves of 1024 tokens and adds each wave's d_weight in memory. Four GEMMs."""
     phases = [Phase("forward", 2.0 * n * d * v, 2.0 * (n * d + d * v))]
     for i, c in enumerate(_chunks(n, 1024)):
         phases += [
@@ -155,8 +157,8 @@ def liger_hopper_entropy(n: int, d: int, v: int) -> list[Phase]:
 
 
 def cce(n: int, d: int, v: int, kept: float = 1.0) -> list[Phase]:
-    """Forward without logits; the backward computes them again in registers. `kept`: share of blocks that the gradient
-    filter leaves (1: exact gradients). Its sums of dE and dC through locks are left out: this is a bound."""
+    """Returns a forward without logits; the backward computes them again in registers. `kept`: share of blocks that the
+    gradient filter leaves (1: exact gradients). Its sums of dE and dC through locks are left out: this is a bound."""
     flops = 2.0 * n * d * v
     operands = 2.0 * (n * d + v * d)
     return [
@@ -166,13 +168,14 @@ def cce(n: int, d: int, v: int, kept: float = 1.0) -> list[Phase]:
 
 
 def cce_filtered(n: int, d: int, v: int) -> list[Phase]:
-    """The same where the filter drops every block: gradients are no longer exact, and it depends on the data."""
+    """Returns the phases of `cce` where the filter drops every block: gradients are no longer exact, and it depends on
+    the data."""
     return cce(n, d, v, kept=0.0)
 
 
 def quack(n: int, d: int, v: int) -> list[Phase]:
-    """Its base pipeline (quack 0.6.5): chunks of 4096 rows, the row on chip; d_weight in fp32, and the last chunk's
-    GEMM, put off to the backward, adds, scales and converts."""
+    """Returns quack's base pipeline (quack 0.6.5): chunks of 4096 rows, the row on chip; d_weight in fp32, and the last
+    chunk's GEMM, put off to the backward, adds, scales and converts."""
     phases = _row_chunks(n, d, v, 4096, 4)
     last = phases.pop()
     several = n > 4096
@@ -183,9 +186,9 @@ def quack(n: int, d: int, v: int) -> list[Phase]:
 
 
 def quack_scaled_exp(n: int, d: int, v: int) -> list[Phase]:
-    """Its pipeline for sm_90, bf16, V a multiple of 128, plain cross-entropy: GEMM 1 writes E = 2^(z·log2 e − k) and
-    partial sums instead of logits, a small kernel makes scales [C, V / 64] of them, and the other two GEMMs scale E as
-    they read it. No pass over the logits."""
+    """Returns quack's pipeline for sm_90, bf16, V a multiple of 128, plain cross-entropy: GEMM 1 writes E = 2^(z·log2 e
+    − k) and partial sums instead of logits, a small kernel makes scales [C, V / 64] of them, and the other two GEMMs
+    scale E as they read it. No pass over the logits."""
     phases = []
     for i, c in enumerate(_chunks(n, 4096)):
         strips = 2.0 * c * v / 64
@@ -221,7 +224,7 @@ def phases_on(approach: str, shape: tuple[int, int, int], card: Card) -> list[Ph
 
 
 def bound(approach: str, shape: tuple[int, int, int], card: Card) -> dict[str, float]:
-    """FLOPs, bytes and the least seconds of an approach; ours with its default budget on the card."""
+    """Returns FLOPs, bytes and the least seconds of an approach; ours with its default budget on the card."""
     phases = phases_on(approach, shape, card)
     return {
         "flops": sum(p.flops for p in phases),
@@ -231,5 +234,6 @@ def bound(approach: str, shape: tuple[int, int, int], card: Card) -> dict[str, f
 
 
 def rows_for_share(card: Card, share: float = 0.15) -> int:
-    """Rows of a chunk at which d_weight's 8·V·D bytes are this share of the time of its 6·rows·V·D FLOPs."""
+    """Returns the rows of a chunk at which d_weight's 8·V·D bytes are this share of the time of its 6·rows·V·D
+    FLOPs."""
     return math.ceil(8 / card.bandwidth / (share * 6 / card.flops))

@@ -25,7 +25,7 @@ class Traffic:
     bytes: dict[tuple[str, str, str], int] = field(default_factory=lambda: defaultdict(int))
 
     def of(self, kind: str, **only: str) -> int:
-        """Sum over everything of this kind; `kernel` and `argument` narrow it down."""
+        """Returns the sum over everything of this kind; `kernel` and `argument` narrow it down."""
         return sum(
             count
             for (kernel, argument, what), count in self.bytes.items()
@@ -38,7 +38,7 @@ class Traffic:
 
 
 def _ranges(arguments: dict[str, Any]) -> list[tuple[int, int, str]]:
-    """(first byte, end, name) of every tensor among a kernel's arguments."""
+    """Returns (first byte, end, name) of every tensor among a kernel's arguments."""
     found = []
     for name, value in arguments.items():
         tensor = getattr(value, "base", None) if type(value).__name__ == "TensorDescriptor" else value

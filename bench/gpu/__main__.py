@@ -96,7 +96,7 @@ class Run:
         return self._path(stage.name)
 
     def publish(self) -> None:
-        """Everything but the JSON, which is always there."""
+        """Writes everything but the JSON, which is always there."""
         base = self.results.path
         base.with_suffix(".md").write_text(page.markdown(self.results))
         with tarfile.open(base.with_suffix(".logs.tgz"), "w:gz") as archive:
@@ -105,7 +105,7 @@ class Run:
 
 
 def groups(chosen: Sequence[Stage], device: str) -> list[list[Stage]]:
-    """Neighbours that measure no time together, on a GPU, whose machine has the cores; everybody else alone."""
+    """Returns neighbours that measure no time together, on a GPU, whose machine has the cores; everybody else alone."""
     if device == "cpu":
         return [[stage] for stage in chosen]
     found: list[list[Stage]] = []

@@ -20,8 +20,8 @@ __all__ = ["for_capability", "main"]
 
 
 def for_capability(command: list[str], capability: tuple[int, int]) -> list[str]:
-    """An nvcc command that makes code for one GPU instead of all: for its own code where the command has it, else from
-    the PTX."""
+    """Returns an nvcc command that makes code for one GPU instead of all: for its own code where the command has it,
+    else from the PTX."""
     number = "{}{}".format(*capability)
     all_code = [part for part in command if part.startswith("-gencode=")]
     fitting = [part for part in all_code if part.rpartition("sm_")[2].rstrip("a") == number]

@@ -50,7 +50,8 @@ def copy(rows: Rows, device: str) -> None:
 
 
 def gemms(rows: Rows, device: str, chunk: int, width: int, vocab: int) -> None:
-    """TFLOP/s of the three products as the stream calls them: rows of logits side by side, and begun at 128 bytes."""
+    """Measures TFLOP/s of the three products as the stream calls them: rows of logits side by side, and begun at 128
+    bytes."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     hidden = torch.randn(chunk, width, device=device).to(dtype)
     weight = (torch.randn(vocab, width, device=device) / width**0.5).to(dtype)
@@ -91,7 +92,7 @@ def _add(d_weight: Tensor, logits: Tensor, hidden: Tensor, beta: float) -> Tenso
 
 
 def row_kernels(rows: Rows, device: str, vocab: int) -> None:
-    """Each verb of each backend on a chunk of logits that lies in memory."""
+    """Times each verb of each backend on a chunk of logits that lies in memory."""
     n = 16 if device == "cpu" else 4096 if vocab < 200_000 else 2048
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for name, backend in tk.backends().items():
@@ -112,7 +113,7 @@ def row_kernels(rows: Rows, device: str, vocab: int) -> None:
 
 
 def _verbs(kernel: Any, logits: Tensor) -> list[tuple[str, Any, int]]:
-    """(verb, call, bytes moved at least, in units of the logits' own)"""
+    """Yields (verb, call, bytes moved at least, in units of the logits' own)"""
     n, vocab = logits.shape
     device = logits.device
     targets, ones = torch.randint(0, vocab, (n,), device=device), torch.ones(n, device=device)

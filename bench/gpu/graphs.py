@@ -38,7 +38,8 @@ def step_of(case: Case, ids: Tensor, mask: Tensor, objective: tk.Objective, back
 
 
 def captured(step: Step, device: str) -> Step:
-    """The step as a graph: three calls on a side stream, then the capture. Each replay writes its outputs anew."""
+    """Returns the step as a graph: three calls on a side stream, then the capture. Each replay writes its outputs
+    anew."""
     if device == "cpu":
         return step
     side = torch.cuda.Stream()
@@ -59,7 +60,7 @@ def captured(step: Step, device: str) -> Step:
 
 
 def refill(case: Case, mask: Tensor) -> None:
-    """Other values in the same memory, and other tokens that do not count."""
+    """Puts other values into the same memory, and lets other tokens not count."""
     g = torch.Generator(case.hidden.device).manual_seed(1)
     with torch.no_grad():
         case.hidden.normal_(generator=g)

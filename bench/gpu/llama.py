@@ -15,6 +15,7 @@ _ON_A_CPU = {
 
 
 def random_llama(device: str, on_a_gpu: dict[str, int], **options: Any) -> LlamaForCausalLM:
-    """A Llama with a tied head, of the given sizes on a GPU and of tiny ones elsewhere, made on the current device."""
+    """Returns a Llama with a tied head, of the given sizes on a GPU and of tiny ones elsewhere, made on the current
+    device."""
     sizes = on_a_gpu if device == "cuda" else _ON_A_CPU
     return LlamaForCausalLM(LlamaConfig(**sizes, **options, tie_word_embeddings=True))

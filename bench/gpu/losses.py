@@ -61,14 +61,14 @@ def make_case(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> Case:
 
 
 def rows_of(case: Case, n: int) -> Case:
-    """The first n tokens, with parameters of their own."""
+    """Returns the first n tokens, with parameters of their own."""
     hidden = case.hidden.detach()[:n].clone().requires_grad_()
     weight = case.weight.detach().clone().requires_grad_()
     return Case(hidden, weight, case.targets[:n], case.advantages[:n], case.expert_mask[:n])
 
 
 def error_of(provider: Provider, case: Case) -> float:
-    """Largest error of loss and gradients on a few tokens, relative to the largest magnitude in float64."""
+    """Returns the largest error of loss and gradients on a few tokens, relative to the largest magnitude in float64."""
     if provider.gives == "gemms":
         return 0.0
     small, exact = rows_of(case, CHECKED_ROWS), rows_of(case, CHECKED_ROWS).double()
@@ -112,7 +112,7 @@ def _forward(name: str, logprobs: Callable[[Case], Any], absent: str | None) -> 
 
 
 def jobs(device: str) -> Iterator[Job]:
-    """Everybody: fast to start first, then forward only."""
+    """Yields a job for everybody: those that start fast, then forward only, then those that compile for long."""
     everybody = sorted(on(device), key=lambda p: p.name in SLOW_TO_START)
     yield from (_both(p) for p in everybody if p.name not in SLOW_TO_START)
     for name, backend in tk.backends().items():
@@ -129,7 +129,7 @@ def jobs(device: str) -> Iterator[Job]:
 
 
 def measured(job: Job, case: Case, device: str) -> dict[str, Any]:
-    """The fields of a row: error, and, if that is small enough, time and memory; or why not."""
+    """Returns the fields of a row: error, and, if that is small enough, time and memory; or why not."""
     if job.absent is not None:
         return {"left_out": job.absent}
     try:
@@ -146,7 +146,7 @@ def measured(job: Job, case: Case, device: str) -> dict[str, Any]:
 
 
 def worker(chosen: Any, shape: tuple[int, ...]) -> int:
-    """Rows of everybody whose row is not there yet."""
+    """Adds the rows of everybody whose row is not there yet."""
     known = {(r["part"], r["provider"]) for r in _of_shape(chosen, shape) if r["what"] == "loss"}
     rows = Rows(chosen.rows)
     case = make_case(*shape, getattr(torch, chosen.dtype or DTYPES[chosen.device]), chosen.device)

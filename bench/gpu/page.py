@@ -19,8 +19,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
 
 
 def cells(results: Results, part: str) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
-    """(shapes, rows of provider, what it gives, and a cell a shape): milliseconds, × the bare GEMMs, peak memory; or
-    why not."""
+    """Returns (shapes, rows of provider, what it gives, and a cell a shape): milliseconds, × the bare GEMMs, peak
+    memory; or why not."""
     rows = [r for r in results.rows("loss") if r["part"] == part]
     shapes = list(dict.fromkeys(tuple(r["shape"]) for r in rows))
     floors = {tuple(r["shape"]): r["ms"] for r in rows if r["provider"] == FLOOR and "ms" in r}
@@ -39,7 +39,7 @@ def cells(results: Results, part: str) -> tuple[list[str], list[tuple[str, str, 
 
 
 def summary(results: Results) -> str:
-    """What the command ends with: the losses by shape, then each stage."""
+    """Returns what the command ends with: the losses by shape, then each stage."""
     shapes, rows = cells(results, BOTH)
     rows = [r for r in rows if any(text[:1].isdigit() for text in r[2])]
     lines = [f"{results.data['card']}: forward and both gradients, ms (× the bare GEMMs), peak beyond the inputs"]
@@ -85,7 +85,7 @@ def _ceilings(results: Results) -> list[str]:
 
 
 def _plain(results: Results, title: str, *kinds: str) -> list[str]:
-    """Rows of some kinds with all their fields."""
+    """Returns the rows of some kinds with all their fields."""
     rows = [row for kind in kinds for row in results.rows(kind)]
     if not rows:
         return []

@@ -15,7 +15,7 @@ __all__ = ["Results", "slug"]
 
 
 def slug(device: str) -> str:
-    """A device's name as a file's: "NVIDIA H200" -> "nvidia-h200"."""
+    """Returns a device's name as a file's: "NVIDIA H200" -> "nvidia-h200"."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") or "device"
 
 
@@ -37,7 +37,7 @@ class Results:
         return self.data["stages"].get(stage, {}).get("status") == "done"
 
     def note(self, stage: str, rows: Path, outcome: dict[str, Any]) -> None:
-        """How a stage is doing, with the rows that it has so far; on disk if there is anything new."""
+        """Notes how a stage is doing, with the rows that it has so far; on disk if there is anything new."""
         size = rows.stat().st_size if rows.exists() else 0
         if outcome["status"] == "running" and self._seen.get(stage) == size:
             return
@@ -53,5 +53,5 @@ class Results:
         os.replace(beside, self.path)
 
     def rows(self, what: str) -> list[dict[str, Any]]:
-        """All rows of a kind."""
+        """Returns all rows of a kind."""
         return [row for stage in self.data["stages"].values() for row in stage["rows"] if row.get("what") == what]

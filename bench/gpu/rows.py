@@ -34,7 +34,7 @@ class Rows:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file; a last line that was torn is left out."""
+    """Returns the rows of a file; a last line that was torn is left out."""
     found = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -45,7 +45,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def options(doc: str | None, arguments: list[str] | None = None, **more: dict[str, Any]) -> argparse.Namespace:
-    """The options of a stage: --device, --rows, and `more` of its own."""
+    """Returns the options of a stage: --device, --rows, and `more` of its own."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--rows", type=Path, required=True, help="file to which rows are appended")
@@ -65,7 +65,8 @@ def settle(device: str) -> None:
 
 
 def seconds_of(step: Callable[[], Any], device: str, budget: float = 0.4, least: int = 3) -> float:
-    """The median of as many runs as fit into `budget` seconds, by CUDA events with a cold L2, or by a CPU's clock."""
+    """Returns the median of as many runs as fit into `budget` seconds, by CUDA events with a cold L2, or by a CPU's
+    clock."""
     step()
     settle(device)
     start = time.perf_counter()
@@ -98,7 +99,8 @@ def _on_gpu(step: Callable[[], Any], count: int) -> list[float]:
 
 
 def peak_bytes(step: Callable[[], Any], device: str) -> int | None:
-    """Allocated at the peak beyond what was there before; None on a CPU, whose allocator does not count."""
+    """Returns the bytes allocated at the peak beyond what was there before; None on a CPU, whose allocator does not
+    count."""
     if device != "cuda":
         return None
     torch.cuda.synchronize()

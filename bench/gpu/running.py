@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def how_it_ended(code: int | None) -> str:
-    """An exit status in words."""
+    """Returns an exit status in words."""
     if code is None:
         return "still running"
     if code < 0:
@@ -50,7 +50,7 @@ class Running:
         )  # fmt: skip
 
     def ended(self) -> bool:
-        """Whether it has ended; past its limit it is ended here."""
+        """Returns whether it has ended; past its limit it is ended here."""
         if self.process.poll() is None and time.monotonic() - self.started > self.limit:
             self.late = True
             self.end()
@@ -67,7 +67,7 @@ class Running:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def outcome(self) -> dict[str, Any]:
-        """Status, seconds and, where it failed, the last telling line of its log."""
+        """Returns status, seconds and, where it failed, the last telling line of its log."""
         self._file.close()
         seconds = round(time.monotonic() - self.started, 1)
         code = self.process.poll()

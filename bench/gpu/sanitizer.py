@@ -19,7 +19,7 @@ _FOUND = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
 
 
 def summary(text: str) -> int | None:
-    """How many errors a tool found; None where it says nothing of it."""
+    """Returns how many errors a tool found; None where it says nothing of it."""
     found = _FOUND.findall(text)
     return int(found[-1]) if found else None
 

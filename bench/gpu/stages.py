@@ -41,7 +41,7 @@ STAGES = (
 
 
 def stages(device: str) -> list[Stage]:
-    """All of them; the losses, a stage a shape, follow the ceilings."""
+    """Returns all of them; the losses, a stage a shape, follow the ceilings."""
     after = [s.name for s in STAGES].index("ceilings") + 1
     losses = [Stage(f"losses {shape}", "losses", (50, 120), arguments=("--shape", shape)) for shape in SHAPES[device]]
     return [*STAGES[:after], *losses, *STAGES[after:]]

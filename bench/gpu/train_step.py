@@ -25,7 +25,8 @@ APART = 2e-2
 
 
 def train(backend: str | None, device: str) -> dict[str, Any]:
-    """Milliseconds, tokens per second, peak memory and losses of some steps; backend None: transformers' own loss."""
+    """Returns the milliseconds, tokens per second, peak memory and losses of some steps; backend None: transformers'
+    own loss."""
     from bench.gpu.llama import random_llama
     from trapo_kernels.integrations.transformers import patch_causal_lm_loss
 

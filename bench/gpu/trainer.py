@@ -26,7 +26,7 @@ SHOWN = ("loss", "grad_norm", "reward", "entropy", "step_seconds", "seconds", "t
 
 
 def write_model(folder: Path, device: str) -> None:
-    """A Llama of random weights, and byte-level BPE without a merge: 256 tokens and four names."""
+    """Writes a Llama of random weights, and byte-level BPE without a merge: 256 tokens and four names."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -29,12 +29,12 @@ class EncodedProblem:
     traces: tuple[Trace, ...]
 
     def prefix(self, schedule: Schedule, micro_group: int, rng: random.Random) -> tuple[int, ...]:
-        """The expert prefix that a guided micro-group (counted from 0) continues; () without traces."""
+        """Returns the expert prefix that a guided micro-group (counted from 0) continues; () without traces."""
         return prefix_of(self.traces, schedule, micro_group, rng)
 
 
 def prefix_of(traces: Sequence[Trace], schedule: Schedule, micro_group: int, rng: random.Random) -> tuple[int, ...]:
-    """The prefix of a trace that a guided micro-group (counted from 0) continues; () without traces."""
+    """Returns the prefix of a trace that a guided micro-group (counted from 0) continues; () without traces."""
     if not traces:
         return ()
     group: MicroGroup = schedule.micro_groups[micro_group]
@@ -56,7 +56,7 @@ class LeftOut:
     notes: tuple[str, ...] = ()  # a line each
 
     def describe(self, max_prompt_tokens: int, max_trace_tokens: int, max_response_tokens: int | None = None) -> str:
-        """What was left out, how many and which first; "" for nothing."""
+        """Returns what was left out, how many and which first; "" for nothing."""
         parts = []
         if self.long_prompts:
             parts.append(f"{self.long_prompts} prompts over {max_prompt_tokens} tokens (first: {self.first_prompt})")
@@ -80,7 +80,7 @@ def encode_problems(
     whole_traces: bool = False,
     trace_part: str = "full",
 ) -> tuple[list[EncodedProblem], LeftOut]:
-    """Token ids of all problems. Prompts over the limit are left out whole, traces over theirs singly.
+    """Returns the token ids of all problems. Prompts over the limit are left out whole, traces over theirs singly.
 
     max_response_tokens: what a response can hold. A longer trace is never given whole, since one that was cut would
     teach the model never to stop: with `whole_traces` (nothing but whole ones is used) it is left out too.
@@ -160,7 +160,7 @@ class PromptEncoder:
             return False
 
     def encode(self, problem: Problem) -> tuple[int, ...]:
-        """Ids [n] of the prompt up to where the assistant answers."""
+        """Returns the ids [n] of the prompt up to where the assistant answers."""
         messages = list(problem.prompt)
         if any(m["role"] == "system" for m in messages) and not self._takes_system:
             messages = _without_system(messages)
@@ -172,7 +172,7 @@ class PromptEncoder:
         return tuple(cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"]))
 
     def note(self) -> str:
-        """What users should know of the prompts encoded so far; "" for nothing."""
+        """Returns what users should know of the prompts encoded so far; "" for nothing."""
         notes = []
         if self._folded:
             notes.append(
@@ -196,7 +196,7 @@ class PromptEncoder:
 
 
 def _without_system(messages: Sequence[Message]) -> list[Message]:
-    """The messages with the system's text in front of the first user message."""
+    """Returns the messages with the system's text in front of the first user message."""
     system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
     others = [m for m in messages if m["role"] != "system"]
     first = next(i for i, m in enumerate(others) if m["role"] == "user")
@@ -205,7 +205,7 @@ def _without_system(messages: Sequence[Message]) -> list[Message]:
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    """What a reader sees of a response: its text without special tokens."""
+    """Returns what a reader sees of a response: its text without special tokens."""
     return str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
@@ -238,7 +238,7 @@ class TraceEncoder:
         return Trace(tuple(ids), tuple(i for i in range(len(ids)) if _ends_blank_line(texts, i)))
 
     def note(self) -> str:
-        """What users should know of the traces encoded so far; "" for nothing."""
+        """Returns what users should know of the traces encoded so far; "" for nothing."""
         if not self._reopened:
             return ""
         return f"{self._reopened} traces began with {self._tag}, which the prompt ends in already: it is there once"
@@ -257,5 +257,6 @@ class TraceEncoder:
 
 
 def _ends_blank_line(texts: Sequence[str], i: int) -> bool:
-    """Whether token i holds a blank line, or the second half of one: some vocabularies have no token for both."""
+    """Returns whether token i holds a blank line, or the second half of one: some vocabularies have no token for
+    both."""
     return "\n\n" in texts[i] or (i > 0 and texts[i].startswith("\n") and texts[i - 1].endswith("\n"))

@@ -76,7 +76,8 @@ def load_problems(
 
 
 def _told_apart(problems: list[Problem], contents: list[str]) -> list[Problem]:
-    """Problems whose ids differ wherever their contents do: an id may be no more than a category in its file."""
+    """Returns the problems with ids that differ wherever their contents do: an id may be no more than a category in its
+    file."""
     by_id: dict[str, set[str]] = {}
     for problem, content in zip(problems, contents, strict=True):
         by_id.setdefault(problem.id, set()).add(content)
@@ -100,7 +101,8 @@ def _with_prompt(problem: Problem, system_prompt: str | None, suffix: str) -> Pr
 
 
 def _generated(address: str) -> list[Problem]:
-    """task://NAME?split=train&n=2000&seed=1&..., the options being those of the task's `generate`."""
+    """Returns the problems of a source task://NAME?split=train&n=2000&seed=1&..., the options being those of the task's
+    `generate`."""
     from trapo.data.tasks import word_problems
 
     form = "task://word_problems?split=train&n=2000&seed=1&difficulty=mixed"
@@ -156,7 +158,7 @@ def _read(path: Path, *, skip: bool) -> Iterator[Problem]:
 
 
 def _writable(problem: Problem) -> Problem:
-    """The problem, if UTF-8 can spell it: JSON may hold half of a surrogate pair, as a cut emoji leaves one."""
+    """Returns the problem, if UTF-8 can spell it: JSON may hold half of a surrogate pair, as a cut emoji leaves one."""
     texts = [("id", problem.id), ("source", problem.source), ("answer", problem.answer)]
     texts += [("prompt", m["role"] + m["content"]) for m in problem.prompt] + [
         ("traces", trace) for trace in problem.traces
@@ -315,7 +317,7 @@ def _answer(value: Any, column: str) -> str:
 
 
 def _messages(value: Any) -> tuple[Message, ...]:
-    """A prompt as chat messages: a text is one user message."""
+    """Returns a prompt as chat messages: a text is one user message."""
     if isinstance(value, str):
         return ({"role": "user", "content": _text(value, "prompt")},)
     if not isinstance(value, list) or not value or not all(_is_message(m) for m in value):
@@ -335,7 +337,7 @@ def _holds_chat(value: Any) -> bool:
 
 
 def _traces(value: Any, column: str) -> tuple[str, ...]:
-    """Expert traces: a text, a list of texts, a chat (its assistant's messages), or a list of chats."""
+    """Returns the expert traces: a text, a list of texts, a chat (its assistant's messages), or a list of chats."""
     if value is None:
         return ()
     items = value if isinstance(value, list) else [value]
@@ -357,12 +359,12 @@ def _content_id(source: str, messages: tuple[Message, ...], answer: str) -> str:
 
 
 def _content(messages: tuple[Message, ...], answer: str) -> str:
-    """A digest of question and answer, whatever the system prompt."""
+    """Returns a digest of question and answer, whatever the system prompt."""
     return digest("\0".join(m["content"] for m in messages if m["role"] != "system"), answer)
 
 
 def _kind(value: Any) -> str:
-    """What a value is, in one line that any terminal can show."""
+    """Returns what a value is, in one line that any terminal can show."""
     names = {list: "a list", dict: "a record", str: "text", type(None): "nothing", bool: "true or false"}
     shown = repr(value).encode(errors="replace").decode()
     return f"{names.get(type(value), type(value).__name__)} {shown[:60]}{'…' if len(shown) > 60 else ''}"

@@ -26,7 +26,8 @@ class DataError(TrapoError):
 
 
 def problem_id(source: str, question: str, answer: str) -> str:
-    """An id by content, SOURCE/DIGEST: a problem has the same digest in every file and under every system prompt."""
+    """Returns an id by content, SOURCE/DIGEST: a problem has the same digest in every file and under every system
+    prompt."""
     return f"{source}/{digest(question, answer)}"
 
 

@@ -18,13 +18,14 @@ from trapo.modes import Phase
 
 
 def derive_seed(*parts: object) -> int:
-    """A 62-bit seed from anything printable; near-by parts give unrelated seeds."""
+    """Returns a 62-bit seed from anything printable; near-by parts give unrelated seeds."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 2
 
 
 def problems_at(step: int, problems: Sequence[EncodedProblem], config: Config) -> list[EncodedProblem]:
-    """The problems of a step (counted from 0): consecutive ones of an order that is shuffled anew each epoch."""
+    """Returns the problems of a step (counted from 0): consecutive ones of an order that is shuffled anew each
+    epoch."""
     first = step * config.train.prompts_per_step
     return [
         problems[_place(position, len(problems), config)]
@@ -47,7 +48,7 @@ def _epoch_order(seed: int, epoch: int, count: int) -> list[int]:
 def load_train_set(
     config: Config, plan: Sequence[Phase], tokenizer: PreTrainedTokenizerBase, log: Callable[[str], None]
 ) -> list[EncodedProblem]:
-    """data.train as token ids. A plan that only imitates leaves problems without an expert trace out."""
+    """Returns data.train as token ids. A plan that only imitates leaves problems without an expert trace out."""
     if config.data.train is None:
         raise TrapoError("data.train: missing; give a JSONL or parquet file or a task:// name")
     trace_part = plan[0].schedule.trace_part
@@ -71,7 +72,7 @@ def load_train_set(
 def load_eval_set(
     config: Config, tokenizer: PreTrainedTokenizerBase, log: Callable[[str], None]
 ) -> list[EncodedProblem] | None:
-    """data.eval as token ids; None when there is none."""
+    """Returns data.eval as token ids; None when there is none."""
     if config.data.eval is None:
         return None
     return _load(config, config.data.eval, config.data.eval_limit, tokenizer, log)

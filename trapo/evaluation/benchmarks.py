@@ -57,7 +57,7 @@ SUITES: dict[str, tuple[str, ...]] = {"math": tuple(KNOWN)}
 
 
 def chosen(config: Config) -> list[Benchmark]:
-    """The benchmarks that eval.suite or eval.benchmarks names. Raises TrapoError for what is not there."""
+    """Returns the benchmarks that eval.suite or eval.benchmarks names. Raises TrapoError for what is not there."""
     suite, listed = config.eval.suite, config.eval.benchmarks
     if suite and listed:
         raise TrapoError("eval.suite and eval.benchmarks: give one of them")
@@ -103,7 +103,7 @@ def evaluate_benchmarks(config: Config, log: Callable[[str], None]) -> dict[str,
 
 
 def table(results: dict[str, EvalResult]) -> Table:
-    """One row a benchmark, and their average."""
+    """Returns one row a benchmark, and their average."""
     shown = Table(box=None, padding=(0, 1), header_style="bold")
     shown.add_column("benchmark")
     for column in ("problems", "metric", "accuracy", "95% interval", "pass@k", "95% interval", "ended", "tokens"):
@@ -180,7 +180,7 @@ def _result_path(benchmark: Benchmark, config: Config) -> Path:
 
 
 def _settings(benchmark: Benchmark, config: Config, weights: str | None) -> dict[str, Any]:
-    """Everything that a result depends on, as far as a user chooses it."""
+    """Returns everything that a result depends on, as far as a user chooses it."""
     return {
         "model": config.model.path,
         "weights": weights,
@@ -201,7 +201,7 @@ def _settings(benchmark: Benchmark, config: Config, weights: str | None) -> dict
 
 
 def _weights_digest(path: str) -> str | None:
-    """SHA-256 of a local model's weights; None for a hub id, whose name must do."""
+    """Returns the SHA-256 of a local model's weights; None for a hub id, whose name must do."""
     source = find_weights(path)
     files = [source] if source.is_file() else sorted(p for e in ("safetensors", "bin") for p in source.glob(f"*.{e}"))
     digest = hashlib.sha256()
@@ -213,7 +213,7 @@ def _weights_digest(path: str) -> str | None:
 
 
 def _finished(benchmark: Benchmark, config: Config, settings: dict[str, Any]) -> EvalResult | None:
-    """An earlier result with these settings. Raises TrapoError for one with others."""
+    """Returns an earlier result with these settings. Raises TrapoError for one with others."""
     path = _result_path(benchmark, config)
     if not path.exists():
         return None
@@ -225,7 +225,7 @@ def _finished(benchmark: Benchmark, config: Config, settings: dict[str, Any]) ->
 
 
 def _write_summary(config: Config, results: dict[str, EvalResult], settings: dict[str, dict[str, Any]]) -> None:
-    """What is in the table, and what was asked."""
+    """Writes what is in the table, and what was asked."""
     entries = {name: dataclasses.asdict(r) | {"settings": settings[name]} for name, r in results.items()}
     summary = {"model": config.model.path, "benchmarks": entries, "average": _average(results)}
     write_json(Path(config.run_dir) / "benchmarks.json", summary)

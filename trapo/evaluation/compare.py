@@ -42,7 +42,8 @@ class Comparison:
 
 
 def compare(first: Path, second: Path) -> list[Comparison]:
-    """Comparisons of all evaluations that both have. Raises TrapoError when there are none or their problems differ."""
+    """Returns the comparisons of all evaluations that both have. Raises TrapoError when there are none or their
+    problems differ."""
     a, b = _evaluations(first), _evaluations(second)
     if len(a) == len(b) == 1:  # two files, whatever their names
         (name_a, path_a), (name_b, path_b) = *a.items(), *b.items()
@@ -54,7 +55,7 @@ def compare(first: Path, second: Path) -> list[Comparison]:
 
 
 def table(found: list[Comparison], first: str, second: str) -> Table:
-    """One row a problem set."""
+    """Returns one row a problem set."""
     shown = Table(
         box=None, padding=(0, 1), header_style="bold", title=Text(f"A: {first}\nB: {second}"), title_justify="left"
     )
@@ -79,7 +80,7 @@ def as_json(found: list[Comparison], first: str, second: str) -> dict[str, Any]:
 
 
 def _evaluations(path: Path) -> dict[str, Path]:
-    """Files of responses by evaluation: of `trapo eval`, or a run's last evaluation as "held-out"."""
+    """Returns the files of responses by evaluation: of `trapo eval`, or a run's last evaluation as "held-out"."""
     if path.is_file():
         return {path.stem: path}
     # NAME.json is written when the benchmark is finished.
@@ -127,7 +128,7 @@ def _compare(name: str, first: Path, second: Path) -> Comparison:
 
 
 def _all_failed(path: Path) -> bool:
-    """Whether no row holds a reward that the function gave."""
+    """Returns whether no row holds a reward that the function gave."""
     lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
     return all(json.loads(line).get("status", "ok") != "ok" for line in lines)
 
@@ -139,7 +140,8 @@ def _finite(value: Any) -> float:
 
 
 def _by_content(rewards: Rewards) -> Rewards:
-    """The rewards by the digest that an id by content ends in (SOURCE/DIGEST): a copy of a file has another source."""
+    """Returns the rewards by the digest that an id by content ends in (SOURCE/DIGEST): a copy of a file has another
+    source."""
     digests = [match[1] if (match := re.fullmatch(r".+/([0-9a-f]{16})", name)) else name for name in rewards]
     return dict(zip(digests, rewards.values(), strict=True)) if len({*digests}) == len(digests) else rewards
 

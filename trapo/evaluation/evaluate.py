@@ -54,7 +54,7 @@ class EvalResult:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> EvalResult:
-        """From `dataclasses.asdict` of one, whose pairs JSON has turned into lists."""
+        """Makes a result of what `dataclasses.asdict` gave, whose pairs JSON has turned into lists."""
         pairs = {key: tuple(raw[key]) for key in ("interval", "bootstrap") if raw.get(key) is not None}
         at = {k: tuple(pair) for k, pair in raw.get("pass_at_interval", {}).items()}
         return cls(**{**raw, **pairs, "pass_at_interval": at})
@@ -71,8 +71,8 @@ class EvalResult:
 
 
 def evaluate_model(config: Config, log: Callable[[str], None]) -> EvalResult:
-    """`trapo eval`: model.path on data.eval. Raises TrapoError when data.eval is missing or cannot be read, or run_dir
-    cannot be written."""
+    """Runs `trapo eval`: model.path on data.eval. Raises TrapoError when data.eval is missing or cannot be read, or
+    run_dir cannot be written."""
     refuse_unwritable(Path(config.run_dir))
     if config.train.threads:
         torch.set_num_threads(config.train.threads)

@@ -30,7 +30,7 @@ class PairedDifference(NamedTuple):
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
-    """Wilson score interval of a success rate: `successes` of `n` independent trials.
+    """Returns the Wilson score interval of a success rate: `successes` of `n` independent trials.
 
     Unlike the mean ± 1.96 standard errors it stays inside [0, 1] and is honest at 0 and n successes.
     Raises ValueError unless 0 <= successes <= n, n >= 1 and 0 < confidence < 1.
@@ -51,7 +51,7 @@ def _wilson(rate: float, n: int, z: float) -> Interval:
 
 
 def mean_interval(values: Values, confidence: float = 0.95) -> Interval:
-    """An interval of the mean of `values`, one value per problem: the bootstrap's, unless all values are equal.
+    """Returns an interval of the mean of `values`, one value per problem: the bootstrap's, unless all values are equal.
 
     A bootstrap of equal values claims certainty: resampling them can give nothing else. Where they lie in [0, 1] the
     interval is then Wilson's for that rate over as many problems, which no set of values in [0, 1] makes too narrow.
@@ -64,7 +64,7 @@ def mean_interval(values: Values, confidence: float = 0.95) -> Interval:
 
 
 def bootstrap_interval(values: Values, confidence: float = 0.95, *, resamples: int = 10_000, seed: int = 0) -> Interval:
-    """Percentile bootstrap interval of the mean of `values`, one value per problem.
+    """Returns the percentile bootstrap interval of the mean of `values`, one value per problem.
 
     With several samples per problem pass the problem's mean (avg@k): the problems are the independent units,
     the samples are not. Raises ValueError for no values or values that are not finite.
@@ -95,7 +95,7 @@ def paired_bootstrap(
 
 
 def paired_interval(first: Values, second: Values, confidence: float = 0.95) -> Interval:
-    """An interval of the mean of `second - first`: the paired bootstrap's, unless all differences are equal.
+    """Returns an interval of the mean of `second - first`: the paired bootstrap's, unless all differences are equal.
 
     Of equal differences the bootstrap claims certainty. Then it is Agresti and Min's for matched pairs ("Simple
     improved confidence intervals for comparing matched proportions", 2005): half a problem is added to each of the four
@@ -114,7 +114,8 @@ def paired_interval(first: Values, second: Values, confidence: float = 0.95) -> 
 
 
 def mcnemar_exact(first_only: int, second_only: int) -> float:
-    """Two-sided exact p-value for "both runs are right equally often", from the problems that one run alone got right.
+    """Returns the two-sided exact p-value for "both runs are right equally often", from the problems that one run alone
+    got right.
 
     Under it each such problem is a fair coin, so the tail is a binomial's. Raises ValueError for negative counts.
     """
@@ -126,7 +127,8 @@ def mcnemar_exact(first_only: int, second_only: int) -> float:
 
 
 def sign_flip_test(differences: Values, *, resamples: int = 20_000, seed: int = 0) -> float:
-    """Two-sided p-value for "differences are symmetric around 0": how often random signs give as large a sum.
+    """Returns the two-sided p-value for "differences are symmetric around 0": how often random signs give as large a
+    sum.
 
     Exact (all signs) for up to 16 differences that are not 0, else from `resamples` random ones.
     Raises ValueError for no values or values that are not finite.
@@ -149,7 +151,7 @@ def sign_flip_test(differences: Values, *, resamples: int = 20_000, seed: int = 
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased estimate of pass@k from `n` samples of a problem, `c` of them right (Chen et al. 2021).
+    """Returns the unbiased estimate of pass@k from `n` samples of a problem, `c` of them right (Chen et al. 2021).
 
     1 - C(n - c, k) / C(n, k): the chance that k samples drawn without replacement hold a right one.
     Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
@@ -160,7 +162,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def _z(confidence: float, who: str) -> float:
-    """Normal quantile of a two-sided interval."""
+    """Returns the normal quantile of a two-sided interval."""
     if not 0 < confidence < 1:
         raise ValueError(f"{who}: confidence must be between 0 and 1; got {confidence}")
     return NormalDist().inv_cdf(0.5 + confidence / 2)

@@ -67,7 +67,7 @@ class Display:
         self.progress.update(self.task, description=message)
 
     def note(self, message: str) -> None:
-        """A line that stays above the table."""
+        """Prints a line that stays above the table."""
         with contextlib.suppress(OSError):  # a terminal that was closed, a pipe that nobody reads: the run goes on
             self.console.print(message, highlight=False, markup=False)
 
@@ -102,7 +102,7 @@ class Display:
 
 
 def table_columns(ratios: Sequence[float]) -> list[Column]:
-    """What is shown of a step. ratios: the guidance levels that the run can have."""
+    """Returns what is shown of a step. ratios: the guidance levels that the run can have."""
 
     def column(name: str, cell: Callable[[Row], str], dispensable: int = 0, suffix: str = "") -> Column:
         words = QUANTITIES[name]
@@ -126,7 +126,7 @@ def table_columns(ratios: Sequence[float]) -> list[Column]:
 
 
 def fitting(columns: Sequence[Column], rows: Sequence[Row], width: int) -> tuple[list[Column], bool]:
-    """The columns that fit into `width`, and whether their titles have to be the short ones."""
+    """Returns the columns that fit into `width`, and whether their titles have to be the short ones."""
 
     def needed(shown: Sequence[Column], short: bool) -> int:
         titles = [len(column.short if short else column.title) for column in shown]

@@ -43,7 +43,7 @@ class Section:
 
 
 def sections(runs: Sequence[RunData]) -> list[Section]:
-    """All figures that these runs have numbers for."""
+    """Returns all figures that these runs have numbers for."""
     found = [
         Section("Learning", [_accuracy(runs), _curve(runs, "reward")]),
         Section("Guidance", [*_each(runs, _rollouts_by_level), *_each(runs, _reward_by_level), _guided(runs)]),
@@ -82,7 +82,7 @@ def sections(runs: Sequence[RunData]) -> list[Section]:
 
 
 def _each(runs: Sequence[RunData], draw: Callable[[RunData], Figure]) -> list[Figure]:
-    """A figure for each run, named after it when there are several."""
+    """Returns a figure for each run, named after it when there are several."""
     figures = [draw(run) for run in runs]
     if len(runs) == 1:
         return figures
@@ -90,7 +90,7 @@ def _each(runs: Sequence[RunData], draw: Callable[[RunData], Figure]) -> list[Fi
 
 
 def _figure(metric: str, traces: list[Trace], note: str = "", x: str = "step", layout: Any = None) -> Figure:
-    """A figure of a quantity, under its own title and with its own unit."""
+    """Returns a figure of a quantity, under its own title and with its own unit."""
     words = QUANTITIES[metric]
     return Figure(words.title, traces, words.unit, note, x, layout or {})
 
@@ -104,7 +104,7 @@ def _curve(
     unit_range: bool = False,
     smooth: bool = True,
 ) -> Figure:
-    """One metric over the steps, a line a run; zero: the axis starts there; unit_range: it is [0, 1]."""
+    """Returns one metric over the steps, a line a run; zero: the axis starts there; unit_range: it is [0, 1]."""
     traces: list[Trace] = []
     for index, run in enumerate(runs):
         values = run.series(metric)
@@ -122,7 +122,7 @@ def _curve(
 def _line(
     name: str, steps: list[int], values: list[float | None], style: dict[str, Any], *, smooth: bool = True
 ) -> list[Trace]:
-    """A line; a long one is thin, with a moving average over it."""
+    """Returns a line; a long one is thin, with a moving average over it."""
     base: Trace = {"type": "scatter", "name": name, "x": steps, "legendgroup": name}
     if not smooth or len(steps) < SMOOTH_FROM:
         mode = "lines+markers" if len(steps) < SMOOTH_FROM else "lines"
@@ -133,7 +133,7 @@ def _line(
 
 
 def _moving_average(values: Sequence[float | None], weight: float = 0.9) -> list[float | None]:
-    """Exponential, started without bias towards the first value; None stays None."""
+    """Returns the exponential moving average, started without bias towards the first value; None stays None."""
     total = mass = 0.0
     out: list[float | None] = []
     for value in values:
@@ -230,7 +230,7 @@ def _clipped(runs: Sequence[RunData]) -> Figure:
 
 
 def _counts(run: RunData) -> list[tuple[int, list[int]]]:
-    """(step, expert tokens by probability) of the steps that had any."""
+    """Returns (step, expert tokens by probability) of the steps that had any."""
     found = [(row["step"], row.get("expert_prob_histogram")) for row in run.rows]
     return [(step, counts) for step, counts in found if counts]
 
@@ -245,7 +245,7 @@ def _middles(bins: int) -> list[float]:
 
 
 def _at_alpha(alphas: Sequence[float], axis: str) -> dict[str, Any]:
-    """Lines at α across a figure whose `axis` (x or y) is probability."""
+    """Returns the lines at α across a figure whose `axis` (x or y) is probability."""
     other = "y" if axis == "x" else "x"
     shapes, labels = [], []
     for alpha in alphas:
@@ -266,7 +266,7 @@ def _at_alpha(alphas: Sequence[float], axis: str) -> dict[str, Any]:
 
 
 def _early_and_late(run: RunData) -> Figure:
-    """The histogram of the first third of the steps against that of the last."""
+    """Returns the histogram of the first third of the steps against that of the last."""
     found = [counts for _, counts in _counts(run)]
     if not found:
         return Figure("", [], "")

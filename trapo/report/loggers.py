@@ -145,7 +145,7 @@ class Loggers:
             logger.close()
 
     def update(self, row: dict[str, Any]) -> None:
-        """A row of metrics.jsonl."""
+        """Takes a row of metrics.jsonl."""
         for logger in self.loggers:
             logger.numbers(row["step"], flat_numbers(row))
             if row.get(HISTOGRAM):
@@ -159,7 +159,8 @@ class Loggers:
 
 
 def flat_numbers(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of a row by name, those of a mapping as name/key; words, lists and missing values are left out."""
+    """Returns the numbers of a row by name, those of a mapping as name/key; words, lists and missing values are left
+    out."""
     flat: dict[str, float] = {}
     for name, value in row.items():
         if isinstance(value, dict):

@@ -15,7 +15,8 @@ HISTOGRAM_BINS = 20  # of probability, equally wide: the usual alpha of 0.1 is a
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], *, scored: bool) -> dict[str, object]:
-    """Rewards (overall and by prefix ratio; none where rollouts were not scored), lengths and guidance of a step."""
+    """Returns the rewards (overall and by prefix ratio; none where rollouts were not scored), lengths and guidance of a
+    step."""
     own = [r for r in rollouts if r.own_ids]
     ratios = sorted({r.ratio for r in rollouts})
     failed = [r.status for r in rollouts if r.status != "ok"]
@@ -47,27 +48,28 @@ class ProbabilityHistogram:
         self.counts.scatter_add_(0, bins.flatten(), mask.flatten().long())
 
     def take(self) -> list[int]:
-        """The counts since the last `take`; [] when nothing was counted."""
+        """Returns the counts since the last `take`; [] when nothing was counted."""
         counts, self.counts = self.counts, None
         return [int(count) for count in counts] if counts is not None and counts.any() else []
 
 
 def peak_memory_gb() -> float:
-    """Highest resident memory of this process so far, in GB (1e9 bytes); reward workers, 0.1 GB each, not included."""
+    """Returns the highest resident memory of this process so far, in GB (1e9 bytes); reward workers, 0.1 GB each, not
+    included."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)
 
 
 def peak_gpu_memory_gb() -> dict[str, float]:
-    """Highest memory of tensors on this process's GPU so far, in GB (1e9 bytes), by its name in metrics.jsonl; {}
-    without one."""
+    """Returns the highest memory of tensors on this process's GPU so far, in GB (1e9 bytes), by its name in
+    metrics.jsonl; {} without one."""
     if not torch.cuda.is_initialized():
         return {}
     return {"peak_gpu_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3)}
 
 
 def _mean(values: Iterable[float]) -> float | None:
-    """None where there are no values, and where their sum is too large for a float."""
+    """Returns the mean; None where there are no values, and where their sum is too large for a float."""
     numbers = [float(v) for v in values]
     mean = sum(numbers) / len(numbers) if numbers else math.inf
     return mean if math.isfinite(mean) else None

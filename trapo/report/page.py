@@ -55,7 +55,7 @@ def write_page(runs: Sequence[RunData], path: Path) -> Path:
 
 
 def _head(index: int, run: RunData) -> dict[str, Any]:
-    """What the top of the page says of a run."""
+    """Returns what the top of the page says of a run."""
     summary, evaluations = run.summary, run.evaluations
     last = run.rows[-1]
     before = evaluations[0] if evaluations and evaluations[0]["step"] == 0 else None
@@ -83,7 +83,7 @@ def _head(index: int, run: RunData) -> dict[str, Any]:
 
 
 def _card(run: RunData, row: dict[str, Any]) -> dict[str, Any]:
-    """A sample rollout as the page shows it."""
+    """Returns a sample rollout as the page shows it."""
     ratio = f"{row['ratio']:g}"
     levels = sorted({*run.levels("rollouts_by_ratio"), ratio}, key=float)
     texts = {key: _shortened(row[key]) for key in ("prompt", "prefix", "own")}
@@ -91,7 +91,8 @@ def _card(run: RunData, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _spread(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Rows of whole steps, spread evenly over the run, the first and the last among them; about `count` rows."""
+    """Returns the rows of whole steps, spread evenly over the run, the first and the last among them; about `count`
+    rows."""
     steps = sorted({row["step"] for row in rows})
     wanted = max(count * len(steps) // max(len(rows), 1), 1)
     if len(steps) > wanted:
@@ -106,7 +107,7 @@ def _shortened(text: str) -> str:
 
 
 def _settings(runs: Sequence[RunData]) -> list[dict[str, Any]]:
-    """All configuration keys with each run's value; those in which runs differ come first."""
+    """Returns all configuration keys with each run's value; those in which runs differ come first."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
     rows = []
     for key in keys:

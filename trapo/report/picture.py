@@ -21,7 +21,7 @@ def write_picture(run: RunData) -> Path:
 
 
 def report_data(run: RunData) -> dict[str, Any]:
-    """Series by name, each a list over steps with None where a step has no such value."""
+    """Returns the series by name, each a list over steps with None where a step has no such value."""
     names = [
         "reward",
         "trsft_clipped",

@@ -14,7 +14,8 @@ from trapo.rollouts import Rollout
 
 
 def sample_rollouts(rollouts: Sequence[Rollout], count: int, seed: int) -> list[Rollout]:
-    """At most `count` of a step's rollouts, in turns from each guidance ratio, so that rare ones are seen too."""
+    """Returns at most `count` of a step's rollouts, in turns from each guidance ratio, so that rare ones are seen
+    too."""
     by_ratio: dict[float, list[Rollout]] = {}
     for rollout in random.Random(seed).sample(list(rollouts), len(rollouts)):
         by_ratio.setdefault(rollout.ratio, []).append(rollout)
@@ -23,7 +24,7 @@ def sample_rollouts(rollouts: Sequence[Rollout], count: int, seed: int) -> list[
 
 
 def rollout_row(step: int, rollout: Rollout, tokenizer: PreTrainedTokenizerBase, *, scored: bool) -> dict[str, Any]:
-    """A line of rollouts.jsonl. step: as in metrics.jsonl, counted from 1."""
+    """Returns a line of rollouts.jsonl. step: as in metrics.jsonl, counted from 1."""
     problem = rollout.problem.problem
     prefix, own = _split_text(rollout, tokenizer)
     return {
@@ -47,7 +48,8 @@ def rollout_row(step: int, rollout: Rollout, tokenizer: PreTrainedTokenizerBase,
 
 
 def _prompt_text(problem: Problem) -> str:
-    """The chat but for its system prompt; who says what is told where there are examples before the question."""
+    """Returns the chat but for its system prompt; who says what is told where there are examples before the
+    question."""
     messages = [m for m in problem.prompt if m["role"] != "system"]
     if len(messages) == 1:
         return messages[0]["content"]
@@ -55,8 +57,8 @@ def _prompt_text(problem: Problem) -> str:
 
 
 def _split_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Texts of prefix and own tokens. Own text is what the whole has beyond the prefix: decoders may drop a blank at
-    the start of a text."""
+    """Returns the texts of prefix and own tokens. Own text is what the whole has beyond the prefix: decoders may drop a
+    blank at the start of a text."""
     whole, prefix = decode_text(tokenizer, rollout.response_ids), decode_text(tokenizer, rollout.prefix_ids)
     if whole.startswith(prefix):
         return prefix, whole[len(prefix) :]

@@ -32,23 +32,24 @@ class RunData:
         return [row["step"] for row in self.rows]
 
     def series(self, name: str) -> list[float | None]:
-        """A metric over the steps."""
+        """Returns a metric over the steps."""
         return [row.get(name) for row in self.rows]
 
     def levels(self, name: str) -> list[str]:
-        """Prefix ratios that a by-ratio metric has, ascending."""
+        """Returns the prefix ratios that a by-ratio metric has, ascending."""
         return sorted({ratio for row in self.rows for ratio in row.get(name) or {}}, key=float)
 
     def by_ratio(self, name: str, ratio: str) -> list[float | None]:
         return [(row.get(name) or {}).get(ratio) for row in self.rows]
 
     def rollouts_at(self, ratio: str) -> list[int]:
-        """How many rollouts had such a prefix, over the steps."""
+        """Returns how many rollouts had such a prefix, over the steps."""
         return [int(count or 0) for count in self.by_ratio("rollouts_by_ratio", ratio)]
 
 
 def read_run(path: Path, summary: dict[str, Any] | None = None) -> RunData:
-    """The run in `path`; summary: of one that is about to be finished. Raises TrapoError when there are no steps."""
+    """Returns the run in `path`; summary: of one that is about to be finished. Raises TrapoError when there are no
+    steps."""
     run_dir = RunDir(path)
     rows = run_dir.rows()
     if not rows:
@@ -68,7 +69,7 @@ def read_run(path: Path, summary: dict[str, Any] | None = None) -> RunData:
 
 
 def with_distinct_names(runs: Sequence[RunData]) -> list[RunData]:
-    """Runs named by as much of the end of their path as tells them apart."""
+    """Returns the runs, named by as much of the end of their path as tells them apart."""
     parts = [run.path.resolve().parts for run in runs]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-length:]) for p in parts]

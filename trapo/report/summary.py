@@ -16,7 +16,7 @@ from trapo.tools.timing import PARTS
 
 
 def summarise(run_dir: RunDir, config: Config, steps: int, seconds: float) -> dict[str, Any]:
-    """Of a run that is at its end, `seconds` after its start."""
+    """Returns the summary of a run that is at its end, `seconds` after its start."""
     rows = run_dir.rows()
     before, after = (_evaluation(run_dir, step) for step in (0, config.train.steps))
     return {

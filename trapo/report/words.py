@@ -58,17 +58,17 @@ PARTS = {"generate": "#1f86d1", "reward": "#c99700", "logprobs": "#c774a4", "col
 
 
 def run_colour(index: int) -> str:
-    """The colour of the index-th run; of a single run, that of its lines."""
+    """Returns the colour of the index-th run; of a single run, that of its lines."""
     return RUN_COLOURS[index % len(RUN_COLOURS)]
 
 
 def level_name(ratio: str) -> str:
-    """What a guidance level is called, by the share of the trace that it gives."""
+    """Returns what a guidance level is called, by the share of the trace that it gives."""
     return "no prefix" if float(ratio) == 0 else f"prefix {float(ratio):.0%}"
 
 
 def level_colours(ratios: Sequence[str]) -> dict[str, str]:
-    """A colour for each of a run's guidance levels, in ascending order."""
+    """Returns a colour for each of a run's guidance levels, in ascending order."""
     guided = [ratio for ratio in ratios if float(ratio) > 0]
     last = len(_GUIDED) - 1
     places = [round(i * last / max(len(guided) - 1, 1)) for i in range(len(guided))]

@@ -12,7 +12,7 @@ from trapo.report.run_data import read_run, with_distinct_names
 
 
 def write_report(path: Path, summary: dict[str, Any] | None = None) -> Path:
-    """report.png, report.json and report.html of the run in `path`, into it; returns the page's path.
+    """Writes report.png, report.json and report.html of the run in `path`, into it; returns the page's path.
 
     summary: of a run that is about to be finished. Raises TrapoError when the folder holds no steps.
     """
@@ -22,5 +22,5 @@ def write_report(path: Path, summary: dict[str, Any] | None = None) -> Path:
 
 
 def write_comparison(paths: Sequence[Path], out: Path) -> Path:
-    """One page on all runs, overlaid; nothing is written into their folders."""
+    """Writes one page on all runs, overlaid; nothing is written into their folders."""
     return write_page(with_distinct_names([read_run(path) for path in paths]), out)

@@ -14,7 +14,7 @@ from trapo.rewards.worker import Reward, Status
 
 
 def math_reward(text: str, answer: str) -> float:
-    r"""1.0 when the final answer of `text` (rewards/extract.py) equals `answer`, else 0.0 (rewards/rules.py).
+    r"""Returns 1.0 when the final answer of `text` (rewards/extract.py) equals `answer`, else 0.0 (rewards/rules.py).
 
     1/2 and 0.5, 1,234 and 1234, money, units, lists in any order and so on are equal. For a numeric `answer` the sum
     must have been done: "12 * 2" does not earn the reward of "24", "12 * 2 = 24" does.

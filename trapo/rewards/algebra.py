@@ -39,7 +39,7 @@ _FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
 
 
 def same_expression(gold: str, given: str) -> bool:
-    """Whether two expressions are one; False for what cannot be read."""
+    """Returns whether two expressions are one; False for what cannot be read."""
     if max(len(gold), len(given)) > _LONGEST:
         return False
     if "\\ln" in gold and "\\log" not in gold:  # what others write log
@@ -58,7 +58,7 @@ _LETTER = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
 
 
 def _one_case(text: str) -> bool:
-    """Whether no letter stands in both cases, which would be two variables."""
+    """Returns whether no letter stands in both cases, which would be two variables."""
     letters = {m for m in _LETTER.findall(text) if len(m) == 1}
     return len({letter.lower() for letter in letters}) == len(letters)
 
@@ -68,7 +68,7 @@ def _lowered(text: str) -> str:
 
 
 def same_equation(gold: tuple[str, str], given: tuple[str, str]) -> bool:
-    """Whether two equations say the same: the difference of the sides is the same, but for a factor."""
+    """Returns whether two equations say the same: the difference of the sides is the same, but for a factor."""
     differences = []
     for left, right in (gold, given):
         a, b = _parsed(left), _parsed(right)
@@ -82,7 +82,7 @@ def same_equation(gold: tuple[str, str], given: tuple[str, str]) -> bool:
 
 
 def close_to_decimal(formula: str, decimal: Number) -> bool:
-    """Whether a decimal with six places and seven digits is the value of `formula`, rounded or cut."""
+    """Returns whether a decimal with six places and seven digits is the value of `formula`, rounded or cut."""
     if decimal.places is None or decimal.places < 6 or decimal.digits < 7 or len(formula) > _LONGEST:
         return False
     expression = _parsed(formula)
@@ -96,7 +96,7 @@ def close_to_decimal(formula: str, decimal: Number) -> bool:
 
 
 def _symbol(text: str) -> str:
-    """A name that the parser takes as one symbol."""
+    """Returns a name that the parser takes as one symbol."""
     return f" w_{{{zlib.crc32(re.sub(r'[ {}]', '', text).encode()) % 10**7}}} "
 
 
@@ -125,7 +125,8 @@ def _for_parser(text: str) -> str:
 
 @functools.lru_cache(maxsize=512)
 def _parsed(text: str) -> Any:
-    """A sympy object, or None. math-verify's own clean-up of units is off: it drops letters that may be variables."""
+    """Returns a sympy object, or None. math-verify's own clean-up of units is off: it drops letters that may be
+    variables."""
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy  # 0.3 s: only those who grade pay
     from math_verify.grader import should_treat_as_complex
 
@@ -162,7 +163,7 @@ def _whole_points(names: list[str]) -> list[dict[str, Any]]:
 
 
 def _agree(a: Any, b: Any) -> bool | None:
-    """Whether two expressions agree at all points; None: not for points to decide."""
+    """Returns whether two expressions agree at all points; None: not for points to decide."""
     import sympy
 
     if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr)):
@@ -206,7 +207,7 @@ def _near(x: Any, y: Any) -> bool:
 
 
 def _vanishes(value: Any) -> bool:
-    """Whether a value is zero, or what exact cancellation leaves: a float without a single digit of its own."""
+    """Returns whether a value is zero, or what exact cancellation leaves: a float without a single digit of its own."""
     return value == 0 or all(getattr(part, "_prec", 53) == 1 for part in value.as_real_imag())
 
 
@@ -214,7 +215,7 @@ _DIGITS = 80
 
 
 def _evaluated(expression: Any, point: dict[str, Any]) -> Any:
-    """The value at a point exactly or to 80 digits; None where it has none."""
+    """Returns the value at a point exactly or to 80 digits; None where it has none."""
     import sympy
 
     floats = {f: sympy.Rational(str(f)) for f in expression.atoms(sympy.Float)}
@@ -238,7 +239,7 @@ def _sympy_fraction(value: Fraction) -> Any:
 
 
 def _proportional(a: Any, b: Any) -> bool:
-    """Whether a / b is one constant at all points, and neither vanishes throughout."""
+    """Returns whether a / b is one constant at all points, and neither vanishes throughout."""
     import sympy
 
     if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr)):
@@ -256,7 +257,7 @@ def _proportional(a: Any, b: Any) -> bool:
 
 
 def _verified(a: Any, b: Any) -> bool:
-    """math-verify's verdict on what is no plain expression."""
+    """Returns math-verify's verdict on what is no plain expression."""
     from math_verify import verify
 
     # It warns once that its timeouts are off. They are off on purpose: they need SIGALRM and the main thread.
@@ -268,7 +269,7 @@ def _verified(a: Any, b: Any) -> bool:
 
 
 def is_numeric(text: str) -> bool:
-    """Whether a formula holds no variable."""
+    """Returns whether a formula holds no variable."""
     macros = set(re.findall(r"\\([A-Za-z]+)", text))
     letters = re.sub(r"\\[A-Za-z]+", "", text)
     return macros <= _FUNCTIONS and not re.search(r"[A-Za-df-z]", letters) and read_number(text) is None

@@ -58,7 +58,7 @@ _PLAIN_POWER = re.compile(r"\^\s*(?:\(([^()]*)\)|([+-]\s*(?:\d+(?:\.\d+)?|[A-Za-
 
 
 def _words(match: re.Match[str]) -> str:
-    """The content of a text macro: words stand apart from the rest, a single letter or number does not."""
+    """Returns the content of a text macro: words stand apart from the rest, a single letter or number does not."""
     content = match.group(1)
     return f" {content} " if re.search(r"[A-Za-z]{2}|\s", content) else content
 
@@ -147,7 +147,7 @@ _CONNECTIVE = re.compile(
 
 @functools.lru_cache(maxsize=4096)
 def undress(text: str) -> str:
-    r"""`text` as LaTeX-like math in one spelling, words set apart by blanks.
+    r"""Returns `text` as LaTeX-like math in one spelling, words set apart by blanks.
 
     >>> undress(r"\boxed{\$10{,}080}."), undress("11√2"), undress(r"4.5 x 10^33 \text{ erg/s}")
     ('10,080', '11\\sqrt{2}', '4.5 \\times 10^{33} erg/s')
@@ -198,7 +198,8 @@ _OPENING, _CLOSING = "([{", ")]}"
 
 
 def matching(text: str, start: int) -> int:
-    """The index of the bracket that closes the one at `start`, of whatever kind (intervals mix them); -1: none."""
+    """Returns the index of the bracket that closes the one at `start`, of whatever kind (intervals mix them); -1:
+    none."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] in _OPENING) - (text[i] in _CLOSING)
@@ -213,7 +214,7 @@ _ROOT_BARE = re.compile(r"\s*(\d+(?:\.\d+)?|\\[A-Za-z]+|[A-Za-z])")
 
 
 def _brace_arguments(text: str) -> str:
-    r"""`\frac34`, `\frac{270}7`, `\sqrt2`, `\sqrt(2)` with their arguments in braces."""
+    r"""Returns `\frac34`, `\frac{270}7`, `\sqrt2`, `\sqrt(2)` with their arguments in braces."""
     out, position = [], 0
     while (match := _ARGUMENT.search(text, position)) is not None:
         out.append(text[position : match.start()] + "\\" + match.group(1) + (match.group(2) or ""))

@@ -48,7 +48,7 @@ _I_HOPE = re.compile(r"(?i)[.,]?\s*I hope (?:it|this) is correct.*$")
 
 
 def final_answer(text: str) -> str | None:
-    """The final answer as written in `text`, or None when there is none (see the module's docstring)."""
+    """Returns the final answer as written in `text`, or None when there is none (see the module's docstring)."""
     # A chat model's end mark may stand in the text when it was decoded with its special tokens.
     text = re.sub(r"<\|[^|<>\n]*\|>\s*$", "", _BLANKS.sub(lambda m: m.group()[:9], text).rstrip())
     boxes = list(_BOX.finditer(text))
@@ -59,7 +59,8 @@ def final_answer(text: str) -> str | None:
 
 
 def joined_boxes(text: str) -> str | None:
-    r"""The last boxes as one list, where a text gives its values in boxes of their own (`\boxed{1} and \boxed{2}`)."""
+    r"""Returns the last boxes as one list, where a text gives its values in boxes of their own (`\boxed{1} and
+    \boxed{2}`)."""
     boxes = list(_BOX.finditer(text))
     values: list[str] = []
     end_of_earlier = None
@@ -78,7 +79,7 @@ def joined_boxes(text: str) -> str | None:
 
 
 def _marked(text: str, after: int) -> str | None:
-    """The answer at the last mark past `after`; marks that are headings are passed over."""
+    """Returns the answer at the last mark past `after`; marks that are headings are passed over."""
     for mark in reversed([m.start() for m in re.finditer(r"####(?!#)", text)][-_MARKS:]):
         if mark < after:
             return None
@@ -100,12 +101,12 @@ def _plain(line: str) -> str:
 
 
 def _is_bare_value(line: str) -> bool:
-    """Whether a marked line is a value without words, which no heading is."""
+    """Returns whether a marked line is a value without words, which no heading is."""
     return not _WORD.search(_TEXT_MACRO.sub("", line)) and bool(re.search(r"[\d\\]", line))
 
 
 def _boxed(text: str, start: int) -> str | None:
-    """What is in the box whose command ends at `start`; None when it is empty or never closes."""
+    """Returns what is in the box whose command ends at `start`; None when it is empty or never closes."""
     end = _end_of_braces(text, start)
     if end is not None:
         return text[text.index("{", start) + 1 : end - 1].strip() or None

@@ -57,7 +57,7 @@ async def _awaited(value: Any) -> Any:
 
 
 def as_number(value: Any, name: str) -> float:
-    """`value` as a float: Python's numbers, and scalars of NumPy, torch and their kin."""
+    """Returns `value` as a float: Python's numbers, and scalars of NumPy, torch and their kin."""
     plain = value
     if not isinstance(value, numbers.Real) and callable(getattr(value, "item", None)) and not getattr(value, "ndim", 0):
         plain = value.item()
@@ -75,7 +75,8 @@ def _shown(value: Any) -> str:
 
 @functools.lru_cache(maxsize=16)
 def resolve(name: str) -> RewardFunction:
-    """The function that `name` stands for. Raises TrapoError, in one line, for none and for a wrong signature."""
+    """Returns the function that `name` stands for. Raises TrapoError, in one line, for none and for a wrong
+    signature."""
     if name in ("math", "math_verify"):
         if importlib.util.find_spec("math_verify") is None:
             raise TrapoError(f"reward {name!r} needs math-verify: pip install 'trapo-kernels[train]'")
@@ -101,7 +102,7 @@ def _math() -> RewardFunction:
 
 
 def math_verify(text: str, answer: str) -> float:
-    """math-verify alone, in its own configuration: the whole text against the gold between dollars."""
+    """Scores by math-verify alone, in its own configuration: the whole text against the gold between dollars."""
     from math_verify import parse, verify
 
     # It warns once that its timeouts are off; they need SIGALRM and the main thread.
@@ -111,7 +112,7 @@ def math_verify(text: str, answer: str) -> float:
 
 
 def _adapted(name: str, function: Callable[..., Any]) -> RewardFunction:
-    """The function behind one way to call it, by its signature."""
+    """Returns the function behind one way to call it, by its signature."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # of C: nothing is known

@@ -51,7 +51,7 @@ def grade_file(
     timeout: float = 10.0,
     workers: int = 2,
 ) -> list[Graded]:
-    """Each row's grade. Raises TrapoError, in one line, for an unreadable file or missing columns."""
+    """Returns each row's grade. Raises TrapoError, in one line, for an unreadable file or missing columns."""
     rows = list(_rows(path))
     texts = [_text(path, number, row, text) for number, row in rows]
     golds = [_column(path, number, row, answer, ANSWER_COLUMNS, "--answer") for number, row in rows]
@@ -65,7 +65,7 @@ def grade_file(
 
 
 def table(graded: list[Graded]) -> Table:
-    """How often each rule decided, for and against, and how that compares with the rewards in the file."""
+    """Returns how often each rule decided, for and against, and how that compares with the rewards in the file."""
     count = len(graded)
     right = sum(g.reward.value for g in graded)
     shown = Table(box=None, padding=(0, 1), header_style="bold", title_justify="left")
@@ -84,7 +84,7 @@ def table(graded: list[Graded]) -> Table:
 
 
 def lines(graded: list[Graded], each: int) -> Iterator[str]:
-    """At most `each` answers of every rule and verdict, and the first reason of each kind of failure."""
+    """Yields at most `each` answers of every rule and verdict, and the first reason of each kind of failure."""
     shown: Counter[tuple[str, bool]] = Counter()
     for g in graded:
         key = (g.rule, g.reward.value > 0)
@@ -96,7 +96,7 @@ def lines(graded: list[Graded], each: int) -> Iterator[str]:
 
 
 def write(graded: list[Graded], path: Path) -> None:
-    """The rows, each with its grade: reward, status, detail, rule, given."""
+    """Writes the rows, each with its grade: reward, status, detail, rule, given."""
     out = []
     for g in graded:
         grade = {"reward": g.reward.value, "status": g.reward.status, "detail": g.reward.detail}

@@ -42,7 +42,7 @@ class Number:
 
 @functools.lru_cache(maxsize=4096)
 def read_number(text: str) -> Number | None:
-    """The number that the whole of `text` is; None for anything else."""
+    """Returns the number that the whole of `text` is; None for anything else."""
     text, percent = _without_percent(text.strip())
     negative = False
     while text[:1] in ("+", "-"):
@@ -116,7 +116,7 @@ def _repeating(text: str) -> Number | None:
 
 
 def same_number(gold: Number, given: Number) -> bool:
-    """Whether two numbers, percent signs aside, are one (see the module's docstring)."""
+    """Returns whether two numbers, percent signs aside, are one (see the module's docstring)."""
     if gold.value == given.value:
         return True
     if is_close(gold.value, given.value):
@@ -129,7 +129,7 @@ def is_close(a: Fraction, b: Fraction) -> bool:
 
 
 def _rounds_to(decimal: Number, value: Fraction) -> bool:
-    """Whether `decimal` is `value` rounded or cut, and `value` has no end in decimals."""
+    """Returns whether `decimal` is `value` rounded or cut, and `value` has no end in decimals."""
     if decimal.places is None or decimal.places < 6 or decimal.digits < 6 or _ends(value.denominator):
         return False
     return abs(decimal.value - value) < Fraction(1, 10**decimal.places)
@@ -143,7 +143,7 @@ def _ends(denominator: int) -> bool:
 
 
 def percent_agrees(gold: Number, given: Number, gold_text: str) -> bool:
-    """Whether the two mean one value although one of them alone has a percent sign.
+    """Returns whether the two mean one value although one of them alone has a percent sign.
 
     "17.5%" is also 0.175, and 17.5 where a unit is dropped. A gold without the sign may have dropped it (GSM8K's do),
     unless it is a number of another kind: a fraction of 1, or a float ("36.0").

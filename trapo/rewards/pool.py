@@ -87,7 +87,7 @@ class RewardPool:
             worker.end()
 
     def score(self, items: Sequence[Item]) -> list[Reward]:
-        """A reward for each (text, answer), in the order given."""
+        """Returns a reward for each (text, answer), in the order given."""
         if not items:
             return []
         try:
@@ -147,7 +147,7 @@ class _Worker:
         self.resumed = False  # once an item: a function may stop itself
 
     def is_ready(self) -> bool:
-        """Whether its imports are done. Raises RuntimeError for a worker that could not start."""
+        """Returns whether the worker's imports are done. Raises RuntimeError for a worker that could not start."""
         if not self.ready and self.pipe.poll():
             try:
                 word, reason = self.pipe.recv()
@@ -160,7 +160,7 @@ class _Worker:
         return self.ready
 
     def begin(self, item: int, request: tuple[str, str, Mapping[str, Any]]) -> bool:
-        """Hand it an item; False where it is gone."""
+        """Hands the worker an item; returns False where it is gone."""
         try:
             self.pipe.send(request)
         except OSError:
@@ -169,7 +169,7 @@ class _Worker:
         return True
 
     def result(self) -> Reward | None:
-        """What it answered; None while it works. Raises EOFError when it is gone."""
+        """Returns what the worker answered; None while it works. Raises EOFError when it is gone."""
         if not self.pipe.poll():
             return None
         try:
@@ -181,7 +181,7 @@ class _Worker:
         return Reward(value, status, detail, rule)
 
     def end(self) -> None:
-        """End it and all that it started."""
+        """Ends the worker and all that it started."""
         if self.process.pid is not None:
             end_family(self.process.pid)
         self.process.join(timeout=10)

@@ -73,7 +73,7 @@ _BEGINS_AS_VALUE = re.compile(r"[-+(]?\s*[\d\\.]")
 
 
 def _key(text: str) -> str:
-    """A spelling for comparison as text: no case, articles, or blanks (but between digits); `{x}` as `x`."""
+    """Returns a spelling for comparison as text: no case, articles, or blanks (but between digits); `{x}` as `x`."""
     text = re.sub(r"(?i)(?<![A-Za-z\\])(?:the|an?)\s+(?=[A-Za-z]{2})", "", text)
     text = re.sub(r"(?<!\\)\{\s*([A-Za-z0-9])\s*\}", r"\1", text)
     text = re.sub(r"(?<=\d)\s+(?=\d)", "\x00", text)
@@ -86,7 +86,7 @@ def _gold(answer: str) -> Answer:
 
 
 def grade(text: str, answer: str) -> Grade:
-    """The verdict on a whole text: its final answer against `answer`."""
+    """Returns the verdict on a whole text: its final answer against `answer`."""
     given = final_answer(text)
     if given is None:
         return Grade(0.0, "no final answer", None)
@@ -99,7 +99,7 @@ def grade(text: str, answer: str) -> Grade:
 
 
 def decide(gold: Answer, given: Answer) -> tuple[bool, str]:
-    """(Whether they are one answer, the rule that said so)."""
+    """Returns (whether they are one answer, the rule that said so)."""
     if not given.text:
         return False, "no final answer"
     for rule in RULES:
@@ -180,7 +180,7 @@ def _regrouped(answer: Answer, own: list[list[str]], other: list[list[str]]) -> 
 
 
 def _members(answer: Answer) -> list[list[str]]:
-    """The members of a list or of a set in braces, in each way of reading both signs."""
+    """Returns the members of a list or of a set in braces, in each way of reading both signs."""
     text, name = answer.text, ""
     if len(answer.items) == 1 and len(answer.sides) == 2 and structure.is_name(answer.sides[0]):
         name, text = answer.sides
@@ -199,7 +199,7 @@ def _members(answer: Answer) -> list[list[str]]:
 
 
 def _names_disagree(gold: list[str], given: list[str]) -> bool:
-    """Whether x = 1, y = 2 is answered with x = 2, y = 1, or in another order without names."""
+    """Returns whether x = 1, y = 2 is answered with x = 2, y = 1, or in another order without names."""
     a, b = [structure.sides(part) for part in gold], [structure.sides(part) for part in given]
     named = [side[0] for side in a if len(side) == 2]
     if len(set(map(_key, named))) < 2 or len(named) != len(gold):
@@ -214,7 +214,7 @@ def _in_order(gold: list[str], given: list[str]) -> bool:
 
 
 def _membership(gold: Answer, given: Answer) -> bool | None:
-    r"""`x \in [-2,7]` says what `[-2,7]` says."""
+    r"""Returns the interval of a membership: `x \in [-2,7]` says what `[-2,7]` says."""
     pattern = re.compile(r"([^,=]{1,20}?)\\in(?![A-Za-z])(.+)", re.S)
     a, b = pattern.fullmatch(gold.text), pattern.fullmatch(given.text)
     if a is None and b is None:
@@ -256,7 +256,7 @@ def _ends_open(text: str) -> bool:
 
 
 def _renamed(text: str, name: str, wanted: str) -> str:
-    """`text`, the function of one letter, in the letter that the gold uses: f(n) = 2n is f(x) = 2x."""
+    """Returns `text`, the function of one letter, in the letter that the gold uses: f(n) = 2n is f(x) = 2x."""
     old, new = structure.argument(name), structure.argument(wanted)
     if old is None or new is None or old == new:
         return text
@@ -305,7 +305,7 @@ def _bracketed(gold: Answer, given: Answer) -> bool | None:
 
 
 def _closings(pair: tuple[str, str, str], inside: list[str]) -> tuple[str, str]:
-    """The kinds of the two brackets; an end at infinity is open however it is written."""
+    """Returns the kinds of the two brackets; an end at infinity is open however it is written."""
     opening = "(" if inside and "\\infty" in inside[0] else pair[0]
     return opening, ")" if inside and "\\infty" in inside[-1] else pair[2]
 
@@ -347,7 +347,7 @@ def _words_around(gold: Answer, given: Answer) -> bool | None:
 
 
 def _foreign_words(gold: Answer, given: Answer) -> list[str]:
-    """Words of the given answer that are no products of the gold's letters."""
+    """Returns the words of the given answer that are no products of the gold's letters."""
     letters = set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", gold.text))) if gold.number is None else set()
     letters |= {letter.swapcase() for letter in letters}  # constants may change their case
     return [word for word in given.words if word not in gold.words and not set(word) <= letters]

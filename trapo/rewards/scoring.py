@@ -14,14 +14,16 @@ from trapo.runs.ranks import Scorer
 
 
 def make_pool(config: Config) -> RewardPool:
-    """The pool of `reward.*`. Raises TrapoError, in one line, for a function that cannot be imported or called."""
+    """Returns the pool of `reward.*`. Raises TrapoError, in one line, for a function that cannot be imported or
+    called."""
     reward = config.reward
     bounds = (reward.range[0], reward.range[1]) if reward.range else None
     return RewardPool(reward.function, workers=reward.workers, timeout=reward.timeout, bounds=bounds)
 
 
 def score_texts(pool: Scorer, texts: Sequence[str], problems: Sequence[Problem]) -> list[Reward]:
-    """A reward for each text; functions that look at more than text and answer get the problem's other columns."""
+    """Returns a reward for each text; functions that look at more than text and answer get the problem's other
+    columns."""
     if not getattr(pool, "wants_row", False):
         return pool.score([(text, problem.answer) for text, problem in zip(texts, problems, strict=True)])
     return pool.score([(text, problem.answer, _row(problem)) for text, problem in zip(texts, problems, strict=True)])
@@ -40,7 +42,8 @@ class FailureNotes:
         self.worked = False  # whether any reward has been had
 
     def check(self, rewards: Sequence[Reward], where: str) -> None:
-        """Of a whole step or evaluation. Raises TrapoError when all failed and none has worked before."""
+        """Takes the rewards of a whole step or evaluation. Raises TrapoError when all failed and none has worked
+        before."""
         failed = [r for r in rewards if r.status != "ok"]
         for reward in failed:
             if reward.status not in self.seen:

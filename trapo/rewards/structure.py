@@ -21,7 +21,7 @@ _DERIVATIVE = re.compile(r"\\frac\{d.{0,20}\}\{d.{0,20}\}|\\d?dot\s*\{[^{}]*\}(?
 
 
 def split_at(text: str, separator: re.Pattern[str]) -> list[str]:
-    """`text` cut at the separators that stand in no bracket."""
+    """Returns `text` cut at the separators that stand in no bracket."""
     parts, depth, start, position = [], 0, 0, 0
     while position < len(text):
         char = text[position]
@@ -40,7 +40,7 @@ _GROUPED = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 
 
 def items(text: str, *, grouped: bool = True) -> list[str]:
-    """The members of a list that commas, semicolons, "and" or "or" make; one item when there is no list.
+    """Returns the members of a list that commas, semicolons, "and" or "or" make; one item when there is no list.
 
     grouped: 58,500 is one number.
     """
@@ -52,7 +52,7 @@ def items(text: str, *, grouped: bool = True) -> list[str]:
 
 
 def sides(text: str) -> list[str]:
-    """What the equals signs of `text` part."""
+    """Returns what the equals signs of `text` part."""
     return [part for part in split_at(text, _EQUALS) if part]
 
 
@@ -61,7 +61,7 @@ def approximations(text: str) -> list[str]:
 
 
 def brackets(text: str) -> tuple[str, str, str] | None:
-    r"""(opening, inside, closing) of a text that is one pair of brackets: `(a, b]`, `\{a, b\}`."""
+    r"""Returns (opening, inside, closing) of a text that is one pair of brackets: `(a, b]`, `\{a, b\}`."""
     if text.startswith("\\{") and text.endswith("\\}") and matching(text, 1) == len(text) - 1:
         return "{", text[2:-2].strip(), "}"
     if text[:1] in ("(", "[") and text[-1:] in (")", "]") and matching(text, 0) == len(text) - 1:
@@ -74,7 +74,7 @@ def union(text: str) -> list[str]:
 
 
 def matrix(text: str) -> list[list[str]] | None:
-    """Rows of cells, where the whole text is one matrix."""
+    """Returns the rows of cells, where the whole text is one matrix."""
     match = _MATRIX.fullmatch(text)
     if match is None or "\\begin" in match.group(1):
         return None
@@ -83,7 +83,8 @@ def matrix(text: str) -> list[list[str]] | None:
 
 
 def is_name(text: str) -> bool:
-    r"""Whether `text` names what follows: `x`, `f(x)`, `X_{d}`, `(x, y)`, `\angle ABC`, `\frac{dx}{dt}`, words."""
+    r"""Returns whether `text` names what follows: `x`, `f(x)`, `X_{d}`, `(x, y)`, `\angle ABC`, `\frac{dx}{dt}`,
+    words."""
     text = text.strip()
     compact = text.replace(" ", "")
     if _NAME.fullmatch(compact) or _DERIVATIVE.fullmatch(compact):
@@ -107,13 +108,14 @@ def same_name(gold: str, given: str) -> bool:
 
 
 def argument(name: str) -> str | None:
-    """The letter that a function is written of: x in f(x)."""
+    """Returns the letter that a function is written of: x in f(x)."""
     match = re.fullmatch(r".*\(\s*([A-Za-z])\s*\)", name.strip())
     return match.group(1) if match else None
 
 
 def interval_of(text: str) -> str | None:
-    r"""The interval that an inequality in one name means, or the union of several: `-2 \le x < 7` is `[-2,7)`."""
+    r"""Returns the interval that an inequality in one name means, or the union of several: `-2 \le x < 7` is
+    `[-2,7)`."""
     parts = items(text)
     if len(parts) > 1:  # x < 2 or x > 3
         intervals = [interval_of(part) for part in parts]
@@ -143,7 +145,8 @@ _SIGNS = re.compile(r"\\(pm|mp)(?![A-Za-z])")
 
 
 def both_signs(text: str) -> list[list[str]]:
-    r"""What `\pm` may stand for: with all signs turned together, and, where there are several, each on its own."""
+    r"""Returns what `\pm` may stand for: with all signs turned together, and, where there are several, each on its
+    own."""
     signs = _SIGNS.findall(text)
     if not signs:
         return [[text]]
@@ -165,7 +168,7 @@ def _signed(text: str, upper: list[bool]) -> str:
 
 
 def same_members(gold: list[str], given: list[str], equal: Callable[[str, str], bool]) -> bool:
-    """Whether two lists hold the same, in any order, each as often."""
+    """Returns whether two lists hold the same, in any order, each as often."""
     if len(gold) != len(given):
         return False
     rest = list(given)

@@ -78,7 +78,7 @@ def has_words(text: str) -> bool:
 
 
 def unit_of(text: str) -> str | None:
-    """The unit that `text` names, in one spelling; None where there is none that is known."""
+    """Returns the unit that `text` names, in one spelling; None where there is none that is known."""
     found = {_UNITS[w] for w in (m.group().lower() for m in WORD.finditer(text)) if w in _UNITS}
     if (letter := LETTER_UNIT.search(text)) is not None:
         found.add(LETTER_UNITS[letter.group("letter")])
@@ -91,14 +91,15 @@ def units_differ(gold: str, given: str) -> bool:
 
 
 def refuses_value(text: str) -> bool:
-    """Whether a word in `text` says that its number is not the answer."""
+    """Returns whether a word in `text` says that its number is not the answer."""
     if _LESS_OR_MORE_NOUN.match(text):  # "24 more apples": a count, not a comparison
         return False
     return bool(_NO_VALUE_PHRASES.search(text)) or any(m.group().lower() in _NO_VALUE for m in WORD.finditer(text))
 
 
 def without_words(text: str) -> tuple[str, Fraction] | None:
-    """The one value that words stand around, and what a multiplier among them makes of it; None: several, or none."""
+    """Returns the one value that words stand around, and what a multiplier among them makes of it; None: several, or
+    none."""
     times = Fraction(1)
     for match in WORD.finditer(text):
         times *= MULTIPLIERS.get(match.group().lower(), 1)

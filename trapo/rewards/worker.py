@@ -38,7 +38,7 @@ class Reward:
 
 
 def serve(pipe: connection.Connection, fn: str, memory_gib: float | None, bounds: Bounds | None) -> None:
-    """A worker's life: prepare, say "ready" (or why not), then answer items with a Reward's fields."""
+    """Lives a worker's life: prepare, say "ready" (or why not), then answer items with a Reward's fields."""
     _lead_own_session()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
@@ -64,7 +64,8 @@ def serve(pipe: connection.Connection, fn: str, memory_gib: float | None, bounds
 
 
 def score(function: RewardFunction, text: str, answer: str, row: Any, bounds: Bounds | None) -> Reward:
-    """One item. Only plain data leaves the worker: an exception of the function may not unpickle in the trainer."""
+    """Scores one item. Only plain data leaves the worker: an exception of the function may not unpickle in the
+    trainer."""
     try:
         if function.graded is not None:
             value, rule = function.graded(text, answer)
@@ -84,7 +85,7 @@ def score(function: RewardFunction, text: str, answer: str, row: Any, bounds: Bo
 
 
 def _lead_own_session() -> None:
-    """A process group to be ended as one; no share in the trainer's terminal and standard output."""
+    """Makes a process group that is ended as one, without a share in the trainer's terminal and standard output."""
     with contextlib.suppress(OSError):  # it leads one already
         os.setsid()
     if sys.platform == "linux":
@@ -123,7 +124,7 @@ def _end_with_parent() -> None:
 
 
 def end_family(pid: int) -> None:
-    """SIGKILL a worker and all that it started. Stopped first, so that none is started meanwhile."""
+    """Kills a worker and all that it started, by SIGKILL. They are stopped first, so that none is started meanwhile."""
     _signal(pid, signal.SIGSTOP)
     end_descendants(pid)
     _signal(pid, signal.SIGKILL)
@@ -142,12 +143,12 @@ def resume_family(pid: int) -> None:
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether somebody suspended the process (SIGSTOP, Ctrl-Z, a debugger)."""
+    """Returns whether somebody suspended the process (SIGSTOP, Ctrl-Z, a debugger)."""
     return _stat(pid)[:1] in (["T"], ["t"])
 
 
 def _descendants(pid: int) -> Iterator[int]:
-    """Children and theirs, by /proc; none where there is no /proc."""
+    """Yields the children and theirs, by /proc; none where there is no /proc."""
     children: dict[int, list[int]] = {}
     with contextlib.suppress(OSError):
         for name in os.listdir("/proc"):
@@ -161,7 +162,7 @@ def _descendants(pid: int) -> Iterator[int]:
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the state on: state, parent, ..."""
+    """Returns the fields of /proc/PID/stat from the state on: state, parent, ..."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as f:
             return f.read().rpartition(b")")[2].decode().split()

@@ -15,7 +15,7 @@ from trapo.errors import TrapoError
 
 
 def temporary(path: Path) -> Path:
-    """A neighbour to write first; of a long name it has the digest, so that its own is not too long."""
+    """Returns a neighbour to write first; of a long name it has the digest, so that its own is not too long."""
     name = path.name if len(os.fsencode(path.name)) <= 200 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
     return path.with_name(f".tmp-{name}")
 
@@ -63,13 +63,13 @@ def check_writable(folder: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Returns the SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises TrapoError in one line for one that is damaged."""
+    """Returns what a JSON file holds. Raises TrapoError in one line for one that is damaged."""
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -77,7 +77,8 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_atomic` of indented JSON; NaN and infinities are refused, since most readers refuse them too."""
+    """Writes indented JSON as `write_atomic` does; NaN and infinities are refused, since most readers refuse them
+    too."""
     write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
@@ -99,7 +100,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def write_folder_atomic(path: Path, fill: Callable[[Path], None]) -> None:
-    """`fill` a temporary folder, fsync all that is in it, then give it its name (replacing an older one).
+    """Lets `fill` fill a temporary folder, fsync all that is in it, then give it its name (replacing an older one).
 
     A failure removes what was written (its space may be what the disk lacks) and leaves the older one.
     """

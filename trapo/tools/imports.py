@@ -16,7 +16,7 @@ from trapo.errors import TrapoError
 
 
 def import_function(name: str, what: str) -> Callable[..., Any]:
-    """The function that `name` stands for. Raises TrapoError, in a line that begins with `what`, for none."""
+    """Returns the function that `name` stands for. Raises TrapoError, in a line that begins with `what`, for none."""
     place, _, function_name = name.rpartition(":")
     try:
         function = getattr(_module(place), function_name)
@@ -30,8 +30,8 @@ def import_function(name: str, what: str) -> Callable[..., Any]:
 
 
 def source_file(name: str) -> Path | None:
-    """The file that such a function is written in, without importing it; None for a name that is no such function, and
-    where there is no such file."""
+    """Returns the file that such a function is written in, without importing it; None for a name that is no such
+    function, and where there is no such file."""
     module, mark, _ = name.rpartition(":")
     if not mark:
         return None
@@ -48,7 +48,7 @@ def source_file(name: str) -> Path | None:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's type and words in one line, also where its own `__str__` fails."""
+    """Returns an exception's type and words in one line, also where its own `__str__` fails."""
     try:
         words = str(error)
     except BaseException:

@@ -23,7 +23,7 @@ class StepTimer:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Time spent inside counts as `name`."""
+        """Counts the time spent inside as `name`."""
         self._close_stretch()
         self._open.append(name)
         try:
@@ -33,7 +33,7 @@ class StepTimer:
             self._open.pop()
 
     def take(self) -> dict[str, float]:
-        """`seconds_<part>` of everything since the last call; those of PARTS are always there."""
+        """Returns `seconds_<part>` of everything since the last call; those of PARTS are always there."""
         taken = {f"seconds_{name}": self._seconds[name] for name in (*PARTS, *self._seconds)}
         self._seconds.clear()
         return taken

@@ -69,7 +69,7 @@ class Template:
 
 
 def templates(split: str) -> list[Template]:
-    """Every template of a split, one-step and two-step."""
+    """Returns every template of a split, one-step and two-step."""
     if split not in SPLITS:
         raise ValueError(f"word_problems: split must be one of {', '.join(SPLITS)}; got {split!r}")
     out = [Template(key, tuple(steps.split("; ")), text) for key, steps, text in situations.STORIES[split]]
@@ -89,7 +89,7 @@ def generate(
     difficulty: str = DEFAULT_DIFFICULTY,
     example: bool = True,
 ) -> list[Problem]:
-    """`n` different problems, the same for the same arguments on every machine.
+    """Returns `n` different problems, the same for the same arguments on every machine.
 
     example: show one solved example in the conversation, before the question.
     Raises ValueError for an unknown split or difficulty, or when `n` different problems cannot be found.
@@ -123,7 +123,7 @@ def _problem(split: str, question: str, trace: str, answer: str, example: bool) 
 
 
 def _stream(pool: list[Template], level: Difficulty, rng: random.Random) -> Iterator[tuple[str, str, str]]:
-    """Endless (question, trace, answer)."""
+    """Yields (question, trace, answer) without end."""
     by_steps = {k: [t for t in pool if len(t.steps) == k] for k in (1, 2)}
     while True:
         template = rng.choice(by_steps[2 if rng.random() < level.two_step else 1])
@@ -136,7 +136,7 @@ def _stream(pool: list[Template], level: Difficulty, rng: random.Random) -> Iter
 
 
 def _draw_numbers(template: Template, level: Difficulty, rng: random.Random) -> tuple[dict[str, int], list[int]]:
-    """Numbers for the slots, redrawn until every step gives a whole number in [2, limit]."""
+    """Returns the numbers for the slots, redrawn until every step gives a whole number in [2, limit]."""
     slots = sorted(set(re.findall(r"[a-d]", " ".join(template.steps))))
     factors = set(re.findall(r"[*/] ([a-d])", " ".join(template.steps)))
     factors |= set(re.findall(r"([a-d]) \*", " ".join(template.steps)))
@@ -149,7 +149,7 @@ def _draw_numbers(template: Template, level: Difficulty, rng: random.Random) -> 
 
 
 def _evaluate(template: Template, numbers: dict[str, int]) -> list[int] | None:
-    """The result of each step; None when a division leaves a rest."""
+    """Returns the result of each step; None when a division leaves a rest."""
     results: list[int] = []
     for step in template.steps:
         left, op, right = _operands(step, numbers, results)
