@@ -59,7 +59,8 @@ def draw_rollouts(path: Path, prompts: int, max_tokens: int, data: Path) -> None
     model, tokenizer = load_model(config.model)
     encoded, _ = encode_problems(problems, tokenizer, max_prompt_tokens=1024, max_trace_tokens=1024)
     requests = [Request(p.prompt_ids, max_tokens) for p in encoded for _ in range(GROUP)]
-    found = make_engine(config, model, tokenizer).generate(requests, temperature=1.0, seed=0)
+    limits = {"max_tokens": 8192, "precision": config.train.precision, "run_dir": Path(config.run_dir)}
+    found = make_engine(config.rollout, model, tokenizer, **limits).generate(requests, temperature=1.0, seed=0)
     rows = [
         {
             "prompt": list(p.problem.prompt),
@@ -165,16 +166,16 @@ def run_trapo(rows: list[dict[str, Any]], steps: int, budget: int, profile: bool
     """Measures updates of trapo's learner."""
     import trapo_kernels as tk
     from trapo.config import merge_config
-    from trapo.learner import Learner
     from trapo.models.loading import SMOLLM2, load_model
     from trapo.rollouts import assign_advantages
+    from trapo.trainer import make_learner
 
     settings = {"micro_batch_tokens": budget, "steps": steps + 1}
     config = merge_config({"mode": "grpo", "model": {"path": SMOLLM2}, "optim": {"lr": LR}, "train": settings})
     model, tokenizer = load_model(config.model)
     rollouts = as_rollouts(rows)
     assign_advantages(rollouts, "all", True)
-    learner = Learner(model, config, pad_id=tokenizer.pad_token_id)
+    learner = make_learner(config, model, pad_id=tokenizer.pad_token_id)
     objective = tk.Objective.grpo(clip_low=EPSILON, clip_high=EPSILON)
     meter, norms = Meter(), []
     for step in range(steps + 1):

@@ -30,7 +30,7 @@ from trapo.modes import Phase, phases
 from trapo.report.metrics import rollout_metrics
 from trapo.rewards import Reward
 from trapo.rollouts import Rollout
-from trapo.trainer import train_step
+from trapo.trainer import make_learner, train_step
 
 
 class RandomPrefixProblem(EncodedProblem):
@@ -96,7 +96,7 @@ class Run:
 
     def _stage(self, stage: Stage) -> None:
         (phase,) = phases(stage.config)
-        learner = Learner(self.model, stage.config, pad_id=PAD)
+        learner = make_learner(stage.config, self.model, pad_id=PAD)
         problems = self.train_set
         if not phase.schedule.generates:  # as trapo's own load_train_set does: imitation needs traces
             problems = [p for p in problems if p.traces]
@@ -117,7 +117,9 @@ class Run:
                     rollout.supervised = False
 
         rollouts, update = train_step(
-            problems_at(self.step, problems, config),
+            problems_at(
+                self.step, problems, config.train.prompts_per_step, seed=config.seed, shuffle=config.data.shuffle
+            ),
             phase,
             self.engine,
             self._score,

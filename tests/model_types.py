@@ -26,6 +26,7 @@ from trapo.learner import Learner
 from trapo.models import lora, weights
 from trapo.models.checkpointing import enable_checkpointing
 from trapo.rollouts import Rollout
+from trapo.trainer import make_learner
 
 VOCABULARY = 128
 # Every size that configurations know; each takes those that it has.
@@ -227,7 +228,7 @@ def number(error: Exception) -> str:
 
 
 def learner(model: Any, *overrides: str) -> Learner:
-    return Learner(model, merge_config({}, ["rollout.temperature=1.0", *overrides]), pad_id=1)
+    return make_learner(merge_config({}, ["rollout.temperature=1.0", *overrides]), model, pad_id=1)
 
 
 def texts(*lengths: int) -> list[list[int]]:

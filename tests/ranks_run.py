@@ -32,11 +32,11 @@ def _update(model: str, ranks: Ranks, overrides: list[str]) -> dict:
 
     import trapo_kernels as tk
     from trapo.config import merge_config
-    from trapo.learner import Learner
     from trapo.models.loading import load_model
     from trapo.models.precision import resolve
     from trapo.models.sharding import shard_over
     from trapo.models.weights import full_weights
+    from trapo.trainer import make_learner
 
     # Adam divides by |gradient|: without this eps an entry that is nothing but rounding would move by lr.
     config = merge_config({"optim": {"lr": 1e-3, "eps": 1e-3}, "model": {"path": model}}, overrides)
@@ -45,7 +45,7 @@ def _update(model: str, ranks: Ranks, overrides: list[str]) -> dict:
     loaded.get_decoder().norm.register_forward_hook(lambda *args: seen.add(str(args[-1].dtype)))
     lora.attach(loaded, config.lora, base=model, seed=0)
     shard_over(loaded, ranks, resolve(config.train.precision, loaded.device))
-    learner = Learner(loaded, config, pad_id=2, ranks=ranks)
+    learner = make_learner(config, loaded, pad_id=2, ranks=ranks)
     reports = [learner.update(rollouts(), tk.Objective.trapo(entropy_coef=0.01), seed=s) for s in range(3)]
     weights = {name: value.clone() for name, value in full_weights(loaded)}
     own = sum(p.to_local().numel() if ranks.world > 1 else p.numel() for p in loaded.parameters())

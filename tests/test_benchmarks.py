@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from trapo.cli import eval_job
 from trapo.config import merge_config
 from trapo.errors import TrapoError
 from trapo.evaluation import benchmarks
@@ -24,9 +25,13 @@ def data_dir():
     return DATA
 
 
+def job(base, overrides):
+    return eval_job(merge_config(base, overrides))
+
+
 def settings(model, run_dir, *overrides):
     small = ["rollout.max_response_tokens=8", "rollout.batch_size=16", "data.eval_limit=2"]
-    return merge_config({"model": {"path": str(model)}, "run_dir": str(run_dir)}, [*small, *overrides])
+    return job({"model": {"path": str(model)}, "run_dir": str(run_dir)}, [*small, *overrides])
 
 
 def problems(path, count, answer="4"):
@@ -36,7 +41,7 @@ def problems(path, count, answer="4"):
 
 
 def test_the_math_suite_follows_the_papers_protocol(data_dir):
-    config = merge_config({}, ["eval.suite=math", f"data.dir={data_dir}"])
+    config = job({}, ["eval.suite=math", f"data.dir={data_dir}"])
     assert {b.name: b.samples for b in chosen(config)} == {
         "aime24": 32,
         "aime25": 32,
@@ -50,7 +55,7 @@ def test_the_math_suite_follows_the_papers_protocol(data_dir):
 def test_samples_of_a_benchmark_can_be_said_with_its_name_and_any_file_will_do(tmp_path):
     file = problems(tmp_path / "mine.jsonl", 2)
     (tmp_path / "aime.parquet").write_bytes(b"")
-    config = merge_config({}, [f"eval.benchmarks=[aime24@8,{file}@3]", f"data.dir={tmp_path}"])
+    config = job({}, [f"eval.benchmarks=[aime24@8,{file}@3]", f"data.dir={tmp_path}"])
     assert [(b.name, b.title, b.samples) for b in chosen(config)] == [("aime24", "AIME 2024", 8), ("mine", "mine", 3)]
 
 
@@ -69,13 +74,13 @@ def test_what_cannot_be_evaluated_is_refused_before_a_model_is_loaded(overrides,
     monkeypatch.setattr(benchmarks, "load_model", None)
     monkeypatch.chdir(Path(__file__).parent.parent)
     with pytest.raises(TrapoError, match=message):
-        evaluate_benchmarks(merge_config({}, overrides), log=print)
+        evaluate_benchmarks(job({}, overrides), log=print)
 
 
 def test_greedy_decoding_of_several_samples_is_refused(tmp_path):
     file = problems(tmp_path / "mine.jsonl", 2)
     with pytest.raises(TrapoError, match=r"eval\.temperature: got 0 with 2 samples of mine"):
-        evaluate_benchmarks(merge_config({}, [f"eval.benchmarks=[{file}@2]", "eval.temperature=0"]), log=print)
+        evaluate_benchmarks(job({}, [f"eval.benchmarks=[{file}@2]", "eval.temperature=0"]), log=print)
 
 
 def test_every_benchmark_of_the_suite_runs_on_its_real_file(data_dir, tiny_model_path, tmp_path):

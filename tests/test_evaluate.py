@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from trapo.cli import eval_job
 from trapo.config import merge_config
 from trapo.data.encode import EncodedProblem
 from trapo.data.problem import Problem
@@ -37,7 +38,10 @@ def problems(n):
 
 def run(n, *overrides, **options):
     script = Script()
-    return evaluate(problems(n), script, script, script, merge_config({}, overrides), seed=0, **options), script
+    job = eval_job(merge_config({}, overrides))
+    asked = {"temperature": job.eval.temperature, "samples": job.eval.samples, **options}
+    limit = job.max_response_tokens
+    return evaluate(problems(n), script, script, script, max_response_tokens=limit, seed=0, **asked), script
 
 
 def test_one_greedy_answer_a_problem_gives_accuracy_with_wilsons_interval():

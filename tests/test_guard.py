@@ -13,8 +13,8 @@ from trapo.engines.guard import AgreementGuard, plain_scorer, unanswered
 from trapo.engines.hf import HFEngine
 from trapo.engines.protocol import Completion, Request
 from trapo.errors import TrapoError
-from trapo.learner import Learner
 from trapo.rollouts import Rollout
+from trapo.trainer import make_learner
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def guard(**settings):
 
 
 def scorer(model):
-    return Learner(copy.deepcopy(model), merge_config({}), pad_id=2).own_logprobs
+    return make_learner(merge_config({}), copy.deepcopy(model), pad_id=2).own_logprobs
 
 
 def test_an_engine_with_the_learners_weights_passes_and_its_difference_is_reported(model):

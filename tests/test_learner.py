@@ -13,10 +13,11 @@ from trapo.config import merge_config
 from trapo.data.encode import EncodedProblem
 from trapo.data.problem import Problem
 from trapo.errors import TrapoError
-from trapo.learner import Learner, lr_factor
+from trapo.learner import lr_factor
 from trapo.models.checkpointing import enable_checkpointing
 from trapo.report.metrics import ProbabilityHistogram
 from trapo.rollouts import Rollout
+from trapo.trainer import make_learner
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def rollouts():
 def updated(model, *overrides, objective=None, sample=None, steps=1):
     """(parameters after the update, what the update reported) on a copy of the model."""
     fresh = copy.deepcopy(model)
-    learner = Learner(fresh, merge_config({"optim": {"lr": 1e-3}}, overrides), pad_id=2)
+    learner = make_learner(merge_config({"optim": {"lr": 1e-3}}, overrides), fresh, pad_id=2)
     for _ in range(steps):
         report = learner.update(sample or rollouts(), objective or tk.Objective.trapo(), seed=0)
     return {name: p.detach().clone() for name, p in fresh.named_parameters()}, report
@@ -148,7 +149,7 @@ def test_a_kl_term_pulls_towards_the_reference(model):
     with torch.no_grad():
         for p in moved.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2)))
-    learner = Learner(moved, merge_config({"optim": {"lr": 1e-3}}), pad_id=2, reference=reference)
+    learner = make_learner(merge_config({"optim": {"lr": 1e-3}}), moved, pad_id=2, reference=reference)
     sample = [r for r in rollouts() if r.group == 1]  # A = 0: the KL term is all there is
     first = learner.update(sample, tk.Objective.grpo(kl_coef=1.0), seed=0).metrics
     for _ in range(20):
@@ -160,7 +161,9 @@ def test_a_frozen_head_is_left_alone(tiny_model_path, model):
     fresh = copy.deepcopy(model)
     fresh.get_output_embeddings().weight.requires_grad_(False)
     before = fresh.get_output_embeddings().weight.clone()
-    Learner(fresh, merge_config({"optim": {"lr": 1e-3}}), pad_id=2).update(rollouts(), tk.Objective.trapo(), seed=0)
+    make_learner(merge_config({"optim": {"lr": 1e-3}}), fresh, pad_id=2).update(
+        rollouts(), tk.Objective.trapo(), seed=0
+    )
     assert fresh.get_output_embeddings().weight.equal(before)
 
 
@@ -175,7 +178,7 @@ def test_a_frozen_head_is_left_alone(tiny_model_path, model):
 def test_the_learning_rate_warms_up_from_above_zero_and_then_follows_its_schedule(schedule, expected, model):
     config = merge_config({}, [f"optim.schedule={schedule}", "optim.warmup_steps=2", "optim.lr=1", "train.steps=6"])
     assert [lr_factor(step, config.optim, 6) for step in range(6)] == pytest.approx(expected, abs=1e-4)
-    learner = Learner(copy.deepcopy(model), config, pad_id=2)
+    learner = make_learner(config, copy.deepcopy(model), pad_id=2)
     assert learner.lr == pytest.approx(1 / 3)
     learner.update([], tk.Objective.trapo(), seed=0)
     assert learner.lr == pytest.approx(2 / 3)
@@ -183,7 +186,7 @@ def test_the_learning_rate_warms_up_from_above_zero_and_then_follows_its_schedul
 
 def test_training_16_bit_weights_is_refused(model):
     with pytest.raises(TrapoError, match=r"model\.dtype: training needs float32"):
-        Learner(copy.deepcopy(model).bfloat16(), merge_config({}), pad_id=2)
+        make_learner(merge_config({}), copy.deepcopy(model).bfloat16(), pad_id=2)
 
 
 def test_gradient_checkpointing_recomputes_and_gives_the_same_update(model):
@@ -192,7 +195,7 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_update(model):
     fresh.config.attention_dropout = 0.5
     enable_checkpointing(fresh)
     config = merge_config({"optim": {"lr": 1e-3}}, ["model.gradient_checkpointing=true"])
-    learner = Learner(fresh, config, pad_id=2)
+    learner = make_learner(config, fresh, pad_id=2)
     calls = []
     layer = fresh.get_decoder().layers[0].mlp
     layer.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -205,7 +208,7 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_update(model):
 def with_logprobs(model, shift):
     """The rollouts as an engine samples them whose log-probabilities are the model's own + shift."""
     sample = rollouts()
-    learner = Learner(copy.deepcopy(model), merge_config({}), pad_id=2)
+    learner = make_learner(merge_config({}), copy.deepcopy(model), pad_id=2)
     for rollout, logprobs in zip(sample, learner.own_logprobs(sample), strict=True):
         rollout.rollout_logprobs = tuple((logprobs + shift).tolist())
     return sample

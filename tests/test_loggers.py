@@ -17,6 +17,7 @@ from trapo.evaluation.evaluate import EvalResult
 from trapo.report import loggers
 from trapo.report.loggers import Loggers, check_loggers, flat_numbers
 from trapo.runs.run_dir import RunDir
+from trapo.settings.text import tree_of
 
 needs_tensorboard = pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="needs tensorboard")
 needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs wandb")
@@ -55,14 +56,14 @@ def test_rows_become_flat_numbers_by_name():
 def test_a_logger_that_is_asked_for_and_missing_is_refused_in_one_line(name, monkeypatch):
     monkeypatch.setitem(loggers.LOGGERS, name, ("no_such_package", loggers.LOGGERS[name][1]))
     with pytest.raises(TrapoError, match=rf"log\.{name}: got true, but no_such_package is not installed"):
-        check_loggers(merge_config({}, [f"log.{name}=true"]))
-    check_loggers(merge_config({}))
+        check_loggers(merge_config({}, [f"log.{name}=true"]).log)
+    check_loggers(merge_config({}).log)
 
 
 @needs_wandb
 def test_wandb_without_a_key_is_refused_before_anything_is_computed(tmp_path):
     imports = "from trapo import config; from trapo.report import loggers; "
-    asked = imports + "loggers.check_loggers(config.merge_config({}, ['log.wandb=true']))"
+    asked = imports + "loggers.check_loggers(config.merge_config({}, ['log.wandb=true']).log)"
     # In a process of its own: W&B remembers what it was asked.
     variables = {k: v for k, v in os.environ.items() if not k.startswith("WANDB") and k != "NETRC"}
     variables |= {"HOME": str(tmp_path), "WANDB_DIR": str(tmp_path)}
@@ -76,7 +77,7 @@ def test_wandb_without_a_key_is_refused_before_anything_is_computed(tmp_path):
 def test_tensorboard_gets_numbers_histograms_and_evaluations(tmp_path):
     config = merge_config({}, ["log.tensorboard=true"])
     result = EvalResult(0.25, (0.2, 0.3), 100, 1, {"1": 0.25}, 1.0, 10.0, {})
-    with Loggers(config, RunDir(tmp_path), 0) as opened:
+    with Loggers(config.log, RunDir(tmp_path), 0, tree_of(config)) as opened:
         opened.evaluation(0, result)
         for step in (1, 2):
             opened.update(full_row(step))
@@ -113,7 +114,7 @@ def test_wandb_gets_the_rows_and_the_configuration(tmp_path, monkeypatch):
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = merge_config({}, ["log.wandb=true", "optim.lr=0.25"])
-    with Loggers(config, RunDir(tmp_path), 0) as opened:
+    with Loggers(config.log, RunDir(tmp_path), 0, tree_of(config)) as opened:
         for step in (1, 2):
             opened.update(full_row(step))
     wandb.teardown()  # its service process holds the last records until it ends

@@ -14,10 +14,10 @@ from trapo.config import LoraConfig, ModelConfig, merge_config
 from trapo.engines.hf import HFEngine
 from trapo.engines.protocol import Request
 from trapo.errors import TrapoError
-from trapo.learner import Learner
 from trapo.models import lora
 from trapo.models.loading import load_model
 from trapo.models.weights import full_weights, writer
+from trapo.trainer import make_learner
 
 peft = pytest.importorskip("peft", reason="pip install 'trapo-kernels[lora]'")
 CONFIG = LoraConfig(rank=4, alpha=8.0)
@@ -31,8 +31,12 @@ def loaded(tiny_model_path):
 
 
 def trained(model):
-    Learner(model, merge_config({"optim": {"lr": 1e-2}}), pad_id=2).update(rollouts(), tk.Objective.trapo(), seed=0)
-    Learner(model, merge_config({"optim": {"lr": 1e-2}}), pad_id=2).update(rollouts(), tk.Objective.trapo(), seed=0)
+    make_learner(merge_config({"optim": {"lr": 1e-2}}), model, pad_id=2).update(
+        rollouts(), tk.Objective.trapo(), seed=0
+    )
+    make_learner(merge_config({"optim": {"lr": 1e-2}}), model, pad_id=2).update(
+        rollouts(), tk.Objective.trapo(), seed=0
+    )
     return model
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import trapo_kernels as tk
 from trapo.batching import collate, filler, pack, packs
-from trapo.config import ModelConfig, merge_config
+from trapo.config import ModelConfig
 from trapo.learner import is_packed
 from trapo.models.loading import load_model
 
@@ -118,10 +118,10 @@ def test_a_filler_is_in_no_loss():
 
 
 def test_auto_packs_where_attention_is_varlen(model):
-    assert not is_packed(model, merge_config({}))
+    assert not is_packed(model, "auto")
     model.config._attn_implementation, before = "flash_attention_2", model.config._attn_implementation
     try:
-        assert is_packed(model, merge_config({}))
-        assert not is_packed(model, merge_config({}, ["train.packing=never"]))
+        assert is_packed(model, "auto")
+        assert not is_packed(model, "never")
     finally:
         model.config._attn_implementation = before

@@ -8,15 +8,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import trapo_kernels as tk
-from trapo.cli import app
+from trapo.cli import app, plan_of
 from trapo.config import load_config, merge_config
 from trapo.data.encode import EncodedProblem
 from trapo.data.problem import Problem
 from trapo.errors import TrapoError
-from trapo.learner import Learner
 from trapo.models.loading import load_model
-from trapo.models.plan import OURS, _saved_by, make_plan, meta_model, saved_bytes, tables
+from trapo.models.plan import OURS, _saved_by, meta_model, saved_bytes, tables
 from trapo.rollouts import Rollout
+from trapo.trainer import make_learner
 
 PROMPT, RESPONSE = 5, 11
 
@@ -49,13 +49,13 @@ def test_bytes_of_weights_gradients_and_optimizer_are_those_of_a_real_run(name, 
     if overrides:
         pytest.importorskip("peft")
     settings = config("smollm2-135m-instruct" if name == "smollm2" else tiny_model_path, *overrides)
-    plan = make_plan(settings, 1)
+    plan = plan_of(settings, 1)
     model, _ = load_model(settings.model)
     if overrides:
         from trapo.models import lora
 
         lora.attach(model, settings.lora, base="", seed=0)
-    learner = Learner(model, settings, pad_id=2)
+    learner = make_learner(settings, model, pad_id=2)
     for p in learner.parameters:
         p.grad = torch.zeros_like(p)
     measured = {"weights": list(model.parameters()), "gradients": [p.grad for p in learner.parameters]}
@@ -71,7 +71,7 @@ def test_bytes_of_weights_gradients_and_optimizer_are_those_of_a_real_run(name, 
 def test_flops_are_those_that_torch_counts_in_a_real_update(overrides, tiny_model_path):
     settings = config(tiny_model_path, "model.attention=eager", *overrides)
     model, _ = load_model(settings.model)
-    learner = Learner(model, settings, pad_id=2)
+    learner = make_learner(settings, model, pad_id=2)
     tk.set_backend("reference")  # whose products are torch's; the streamed ones do as many
     try:
         with FlopCounterMode(display=False) as counter:
@@ -80,7 +80,7 @@ def test_flops_are_those_that_torch_counts_in_a_real_update(overrides, tiny_mode
         tk.set_backend(None)
     # Rotary embeddings multiply a few matrices too, of the size of positions × half a head.
     rotary = counter.get_total_flops() * 0.005
-    assert make_plan(settings, 1).flops.total == pytest.approx(counter.get_total_flops(), abs=rotary)
+    assert plan_of(settings, 1).flops.total == pytest.approx(counter.get_total_flops(), abs=rotary)
 
 
 def test_saved_activations_are_those_of_a_real_forward():
@@ -97,7 +97,7 @@ def test_saved_activations_are_those_of_a_real_forward():
 
 @pytest.fixture(scope="module")
 def official():
-    return make_plan(load_config("presets/qwen2.5-math-7b.yaml"), 8)
+    return plan_of(load_config("presets/qwen2.5-math-7b.yaml"), 8)
 
 
 def test_the_official_recipe_passes_a_dry_run_on_8_ranks(official):
@@ -130,7 +130,7 @@ def test_no_process_group_is_left_behind(official):
 
 
 def test_shorter_responses_cost_less(official):
-    plan = make_plan(load_config("qwen2.5-math-7b"), 8, response_tokens=1024)
+    plan = plan_of(load_config("qwen2.5-math-7b"), 8, response_tokens=1024)
     assert plan.tokens["tokens in the loss"] == 64 * 1024
     assert plan.flops.total < official.flops.total / 4
 
@@ -152,5 +152,6 @@ def test_the_command_prints_them(tiny_model_path):
 
 
 def test_a_model_that_nobody_knows_is_refused():
+    unknown = config("/no/such/model")
     with pytest.raises(TrapoError, match=r"model\.path: no architecture"):
-        meta_model(config("/no/such/model"))
+        meta_model(unknown.model, unknown.lora)

@@ -29,6 +29,7 @@ from trapo.runs.manifest import find_damage
 from trapo.runs.ranks import Ranks, lost_rank
 from trapo.runs.run_dir import RunDir
 from trapo.runs.stopping import Stopped, StopSignal
+from trapo.trainer import make_learner
 
 PROMPT = "data.system_prompt=Write ${x} #1: \\${y}"  # which has to survive config.yaml and the report
 SHORT = ("train.steps=4", "eval.every=2", "train.updates_per_step=1", "train.prompts_per_step=1", PROMPT)
@@ -138,9 +139,9 @@ def test_a_lengthened_run_equals_the_one_that_was_long_from_the_start(finished, 
 def test_the_schedule_of_a_lengthened_run_is_the_longer_one_s(tiny_model_path):
     model, tokenizer = load_model(merge_config({}, [f"model.path={tiny_model_path}"]).model)
     short, long = (
-        Learner(
-            model,
+        make_learner(
             merge_config({}, ["optim.schedule=cosine", "optim.lr=1", f"train.steps={steps}"]),
+            model,
             pad_id=tokenizer.pad_token_id,
         )
         for steps in (4, 8)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_run_dir import evaluate, make_checkpoint, open_run, row
+from test_run_dir import evaluate, make_checkpoint, open_run, row, settings
 
 from trapo.config import merge_config
 from trapo.errors import TrapoError
@@ -22,7 +22,7 @@ from trapo.runs.run_dir import RunDir, append_rows, refuse_unwritable
 from trapo.runs.run_lock import RunLock, refuse_busy
 from trapo.tools.files import append_line, remove, write_atomic, write_folder_atomic
 
-CONFIG = merge_config({})
+CONFIG = settings({})
 
 
 def a_run(path, config=CONFIG):
@@ -232,7 +232,7 @@ def test_a_file_that_was_dropped_into_a_checkpoint_is_seen(run):
 
 
 def test_a_checkpoint_of_other_settings_is_not_used_even_where_config_yaml_agrees(run):
-    other = merge_config({}, ["optim.lr=0.5"])
+    other = settings({}, ["optim.lr=0.5"])
     text = run.config.read_text().replace("lr: 1.0e-06", "lr: 0.5")
     run.config.write_text(text)
     with pytest.raises(TrapoError, match="every checkpoint"):
@@ -334,27 +334,27 @@ def test_a_restart_that_is_killed_leaves_a_run_that_can_be_restarted(run, monkey
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_a_run_can_be_lengthened_and_not_shortened(finished, tmp_path):
-    config = merge_config({}, ["train.steps=5"])
+    config = settings({}, ["train.steps=5"])
     run = a_run(tmp_path / "run", config)
     if finished:
         finish(run, 5)
         with pytest.raises(TrapoError, match=r"holds a finished run; .* more train\.steps"):
             run.look(config)
     with pytest.raises(TrapoError, match=r"train\.steps: got 3; .* holds a run of 5 steps, which can be lengthened"):
-        run.look(merge_config({}, ["train.steps=3"]))
+        run.look(settings({}, ["train.steps=3"]))
     with pytest.raises(TrapoError, match=r"other settings \(seed\)"):
-        run.look(merge_config({}, ["train.steps=9", "seed=3"]))
-    said, step = resume(run, merge_config({}, ["train.steps=9"]))
+        run.look(settings({}, ["train.steps=9", "seed=3"]))
+    said, step = resume(run, settings({}, ["train.steps=9"]))
     assert step == 4
     assert said == ["train.steps: 5 before, now 9; the run goes on"]
     assert not run.summary.exists()
-    said, _ = resume(run, merge_config({}, ["train.steps=9"]))
+    said, _ = resume(run, settings({}, ["train.steps=9"]))
     assert said == []
 
 
 def test_what_becomes_of_the_learning_rate_of_a_lengthened_run_is_said(tmp_path):
-    run = a_run(tmp_path / "run", merge_config({}, ["train.steps=5", "optim.schedule=cosine"]))
-    said, _ = resume(run, merge_config({}, ["train.steps=9", "optim.schedule=cosine"]))
+    run = a_run(tmp_path / "run", settings({}, ["train.steps=5", "optim.schedule=cosine"]))
+    said, _ = resume(run, settings({}, ["train.steps=9", "optim.schedule=cosine"]))
     assert "optim.schedule=cosine is from now on that of 9 steps: the learning rate may jump" in said[0]
 
 
@@ -362,11 +362,11 @@ def test_a_finished_run_without_checkpoints_cannot_be_lengthened(run):
     shutil.rmtree(run.checkpoints)
     finish(run)
     with pytest.raises(TrapoError, match="holds a finished run without checkpoints, which cannot go on to"):
-        run.look(merge_config({}, ["train.steps=200"]))
+        run.look(settings({}, ["train.steps=200"]))
 
 
 def test_another_number_of_threads_is_allowed_and_said(run):
-    said, step = resume(run, merge_config({}, ["train.threads=3"]))
+    said, step = resume(run, settings({}, ["train.threads=3"]))
     assert step == 4
     assert said[0].startswith("train.threads: None before, now 3;")
     assert "last bits may differ" in said[0]
@@ -523,9 +523,10 @@ def test_data_and_reward_code_that_changed_are_named(tmp_path, monkeypatch):
     Path("model/model.safetensors").write_text("old")
     overrides = ["data.train=train.jsonl", "data.eval=eval.jsonl", "reward.function=my_reward_of_this_test:f"]
     config = merge_config({}, [*overrides, "model.path=model"])
-    before = fingerprints(config, model=True)
+    code = {"reward.function": config.reward.function}
+    before = fingerprints(config.data, code, config.model.path)
     assert sorted(before) == ["data.eval", "data.train", "model.path", "reward.function"]
-    refuse_changed(before, fingerprints(config, model=True), tmp_path)
+    refuse_changed(before, fingerprints(config.data, code, config.model.path), tmp_path)
     for key, name in [
         ("data.eval", "eval.jsonl"),
         ("reward.function", "my_reward_of_this_test.py"),
@@ -533,7 +534,8 @@ def test_data_and_reward_code_that_changed_are_named(tmp_path, monkeypatch):
     ]:
         Path(name).write_text("new")
         with pytest.raises(TrapoError, match=f"{key}: the contents has changed .* --if-changed continue") as error:
-            refuse_changed(before, fingerprints(config, model=True), tmp_path)
+            refuse_changed(before, fingerprints(config.data, code, config.model.path), tmp_path)
         assert "\n" not in str(error.value)
         Path(name).write_text("old")
-    assert fingerprints(merge_config({}, ["data.train=task://word_problems?n=1"]), model=False) == {}
+    generated = merge_config({}, ["data.train=task://word_problems?n=1"])
+    assert fingerprints(generated.data, {"reward.function": "math"}) == {}

@@ -14,7 +14,7 @@ PROBLEMS = [
 
 def ids(step, *overrides):
     config = merge_config({}, ["train.prompts_per_step=3", *overrides])
-    return [p.problem.id for p in problems_at(step, PROBLEMS, config)]
+    return [p.problem.id for p in problems_at(step, PROBLEMS, 3, seed=config.seed, shuffle=config.data.shuffle)]
 
 
 def test_an_epoch_shows_every_problem_once_and_the_next_in_another_order():
@@ -47,10 +47,15 @@ def write(tmp_path, *rows):
     return path
 
 
+def train_set(config, tokenizer, log):
+    limit = config.rollout.max_response_tokens
+    return load_train_set(config.data, phases(config), tokenizer, log, mode=config.mode, max_response_tokens=limit)
+
+
 def load(tokenizer, path, *overrides):
     config = merge_config({}, [f"data.train={path}", *overrides])
     lines = []
-    return load_train_set(config, phases(config), tokenizer, lines.append), lines
+    return train_set(config, tokenizer, lines.append), lines
 
 
 def test_imitation_leaves_problems_without_a_trace_out_and_says_so(tmp_path, tokenizer):
@@ -99,6 +104,6 @@ def test_a_trace_that_no_response_can_hold_is_left_out_and_not_cut(tmp_path, tok
 
 
 def test_no_evaluation_set_is_fine_and_no_training_set_is_not(tokenizer):
-    assert load_eval_set(merge_config({}), tokenizer, print) is None
+    assert load_eval_set(merge_config({}).data, tokenizer, print) is None
     with pytest.raises(TrapoError, match=r"data\.train: missing"):
-        load_train_set(merge_config({}), phases(merge_config({})), tokenizer, print)
+        train_set(merge_config({}), tokenizer, print)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import io
 import math
@@ -21,6 +22,7 @@ from trapo.settings import table
 from trapo.settings.keys import keys_of
 from trapo.settings.words import NOTES, WORDS
 
+ROOT = Path(__file__).parents[1]
 KEYS = {key.name: key for key in keys_of(Config)}
 FIELDS = [field.name for field in dataclasses.fields(tk.Objective)]
 # A value of each field that no mode and no default has, and the fields that must change with it.
@@ -214,6 +216,25 @@ def test_a_slip_is_answered_with_the_nearest_key_in_its_group_or_elsewhere(given
         merge_config({}, [f"{given}=1"])
 
 
+# Who may be handed the whole configuration: the two commands' roots, and the resolver of modes. config.py makes it, and
+# the table of its keys and the report of a run on disk read it.
+WHOLE = {"trapo/config.py", "trapo/cli.py", "trapo/trainer.py", "trapo/modes.py"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "trapo").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_part_takes_the_whole_configuration(path):
+    if path.relative_to(ROOT).as_posix() in WHOLE:
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            hints = [a.annotation for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        else:
+            hints = [node.annotation] if isinstance(node, ast.AnnAssign) else []
+        named = {n.id for hint in hints if hint for n in ast.walk(hint) if isinstance(n, ast.Name)}
+        texts = {n.value for hint in hints if hint for n in ast.walk(hint) if isinstance(n, ast.Constant)}
+        assert "Config" not in named | texts, f"{path}:{node.lineno} takes the whole configuration"
+
+
 def printed(word=None) -> str:
     out = io.StringIO()
     console = Console(file=out, width=400)
@@ -239,9 +260,9 @@ def test_a_word_picks_keys():
 
 
 def test_the_page_of_the_documentation_has_every_key_mode_and_preset():
-    hooks: dict = {"__file__": str(Path(__file__).parents[1] / "docs" / "hooks.py")}
+    hooks: dict = {"__file__": str(ROOT / "docs" / "hooks.py")}
     exec(Path(hooks["__file__"]).read_text(), hooks)
-    source = (Path(__file__).parents[1] / "docs" / "config.md").read_text()
+    source = (ROOT / "docs" / "config.md").read_text()
     page = hooks["on_page_markdown"](source)
     assert not re.search("<!-- (config|modes|presets) -->", page)
     for name in (*KEYS, *MODES, *preset_names()):

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 import trapo_kernels as tk
 from trapo.batching import groups
 from trapo.config import merge_config
-from trapo.learner import Learner
 from trapo.models.loading import enable_checkpointing
 from trapo.models.prefix_tree import Costs
+from trapo.trainer import make_learner
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def both(model, *overrides, **options):
 def ran(model, *overrides):
     """Tokens that went through the model in one update."""
     fresh, seen = copy.deepcopy(model), []
-    learner = Learner(fresh, merge_config({"optim": {"lr": 1e-3}}, list(overrides)), pad_id=2)
+    learner = make_learner(merge_config({"optim": {"lr": 1e-3}}, list(overrides)), fresh, pad_id=2)
     fresh.get_decoder().register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
@@ -116,7 +116,7 @@ def test_a_kl_reference_gets_the_same_logprobs(model):
             for p in moved.parameters():
                 p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2)))
         config = merge_config({"optim": {"lr": 1e-3}}, [f"train.share_prefixes={sharing}"])
-        learner = Learner(moved, config, pad_id=2, reference=reference)
+        learner = make_learner(config, moved, pad_id=2, reference=reference)
         found.append(learner.update(sample(), tk.Objective.grpo(kl_coef=0.5), seed=0).metrics)
     assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-6)
     assert found[0]["loss_kl"] > 0
@@ -126,14 +126,14 @@ def test_a_kl_reference_gets_the_same_logprobs(model):
 def test_sliding_layers_see_as_far_back_as_in_a_row(kind):
     windowed = tiny_model(kind, sliding_window=8)
     shared, apart = (
-        Learner(windowed, merge_config({}, [f"train.share_prefixes={sharing}"]), pad_id=2).own_logprobs(
+        make_learner(merge_config({}, [f"train.share_prefixes={sharing}"]), windowed, pad_id=2).own_logprobs(
             small_ids(sample())
         )
         for sharing in ("auto", "never")
     )
     for found, expected in zip(shared, apart, strict=True):
         torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
-    made = Learner(windowed, merge_config({}), pad_id=2)
+    made = make_learner(merge_config({}), windowed, pad_id=2)
     assert any(group.trees for group in made._micro_batches(small_ids(sample())))
 
 
@@ -150,15 +150,15 @@ def small_ids(rollouts):
 def test_rollouts_longer_than_a_layers_window_of_columns_are_not_shared():
     short = small_ids(sample())
     long = [dataclasses.replace(r, own_ids=r.own_ids * 9) for r in short]
-    learner = Learner(tiny_model("gpt_neo", window_size=24), merge_config({}), pad_id=2)
+    learner = make_learner(merge_config({}), tiny_model("gpt_neo", window_size=24), pad_id=2)
     assert any(group.trees for group in learner._micro_batches(short))
     assert not any(group.trees for group in learner._micro_batches(long))
 
 
 def test_a_family_that_takes_no_mask_says_so_and_computes_prompts_anew(caplog):
-    learner = Learner(tiny_model("mamba"), merge_config({}), pad_id=2)
+    learner = make_learner(merge_config({}), tiny_model("mamba"), pad_id=2)
     assert learner.costs is None
-    learner = Learner(tiny_model("bloom"), merge_config({}), pad_id=2)  # its distances are columns
+    learner = make_learner(merge_config({}), tiny_model("bloom"), pad_id=2)  # its distances are columns
     assert learner.costs is None
     (line,) = [r.message for r in caplog.records if "bloom" in r.message]
     assert "train.share_prefixes" in line

@@ -10,13 +10,18 @@ import signal
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from trapo.errors import TrapoError
 from trapo.tools.terminal import print_table, replace_what_cannot_be_shown
+
+if TYPE_CHECKING:
+    from trapo.config import Config
+    from trapo.evaluation.evaluate import EvalJob
+    from trapo.models.plan import Plan
 
 app = typer.Typer(
     add_completion=False,
@@ -107,18 +112,36 @@ def evaluate(config: ConfigArgument, overrides: Overrides = None) -> None:
     _quiet_transformers()
     console = _console()
     log = functools.partial(console.print, markup=False, highlight=False)
+    job = eval_job(settings)
     if settings.eval.suite or settings.eval.benchmarks:
         from trapo.evaluation import benchmarks
 
-        results = benchmarks.evaluate_benchmarks(settings, log=log)
+        results = benchmarks.evaluate_benchmarks(job, log=log)
         print_table(console, benchmarks.table(results))
         return
     from trapo.evaluation import evaluate as evaluation
 
-    result = evaluation.evaluate_model(settings, log=log)
+    result = evaluation.evaluate_model(job, log=log)
     log(f"{settings.data.eval}: accuracy {result}")
     if settings.eval.samples > 1:
         console.print("  ".join(f"pass@{k} {value:.1%}" for k, value in result.pass_at.items()), highlight=False)
+
+
+def eval_job(settings: Config) -> EvalJob:
+    """What an evaluation needs of a configuration."""
+    from trapo.evaluation.evaluate import EvalJob
+
+    return EvalJob(
+        model=settings.model,
+        data=settings.data,
+        rollout=settings.rollout,
+        reward=settings.reward,
+        eval=settings.eval,
+        precision=settings.train.precision,
+        threads=settings.train.threads,
+        seed=settings.seed,
+        run_dir=Path(settings.run_dir),
+    )
 
 
 @app.command()
@@ -176,10 +199,24 @@ def plan(
 
     settings = load_config(config, overrides or [])
     _quiet_transformers()
-    from trapo.models.plan import make_plan, tables
+    from trapo.models.plan import tables
 
-    for table in tables(make_plan(settings, ranks, response_tokens)):
+    for table in tables(plan_of(settings, ranks, response_tokens)):
         print_table(_console(), table)
+
+
+def plan_of(settings: Config, ranks: int, response_tokens: int | None = None) -> Plan:
+    """What a configuration needs. response_tokens: of every rollout, in place of the limit."""
+    from trapo.models.plan import StepTokens, make_plan
+    from trapo.modes import phases
+
+    rollouts = max(phase.schedule.rollouts_per_prompt for phase in phases(settings))
+    step = StepTokens(
+        settings.train.prompts_per_step * rollouts,
+        settings.data.max_prompt_tokens,
+        response_tokens or settings.rollout.max_response_tokens,
+    )
+    return make_plan(settings.model, settings.lora, settings.train, step, ranks)
 
 
 @app.command()
@@ -245,6 +282,9 @@ def options(
 def main() -> None:
     """Entry point: errors of the user's are one line on stderr and exit code 2."""
     replace_what_cannot_be_shown()
+    # Progress bars would break the live display. Both are read when torch or transformers is imported.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app()
     except TrapoError as error:
@@ -264,8 +304,6 @@ def _console() -> Console:
 
 def _quiet_transformers() -> None:
     """Its progress bars would break the live display; its warnings stay."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers.utils import logging
 
     logging.disable_progress_bar()

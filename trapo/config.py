@@ -25,7 +25,18 @@ from trapo.errors import TrapoError
 from trapo.modes import MODES, check_mode
 from trapo.settings.keys import Rule, check_values, key
 from trapo.settings.objective import ObjectiveConfig
-from trapo.settings.text import check_keys, mark_expressions, merge_trees, one_line, override_tree, read_yaml, to_yaml
+from trapo.settings.text import (
+    Tree,
+    check_keys,
+    flat,
+    mark_expressions,
+    merge_trees,
+    one_line,
+    override_tree,
+    read_yaml,
+    to_yaml,
+    tree_of,
+)
 from trapo.tools.files import write_atomic
 
 PRESETS = Path(__file__).parent / "presets"
@@ -348,9 +359,19 @@ def save_config(config: Config, path: Path) -> None:
     write_atomic(path, to_yaml(config))
 
 
-def changed_keys(old: Config, new: Config) -> list[str]:
-    """Dotted names of the fields in which two configurations differ."""
-    a, b = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+def load_tree(path: Path) -> Tree:
+    """A saved configuration, checked, as nested dicts: what a run's folder compares and writes."""
+    return tree_of(load_config(path))
+
+
+def default_tree() -> Tree:
+    """Every key's default, as nested dicts."""
+    return tree_of(Config())
+
+
+def changed_keys(old: Config | Tree, new: Config | Tree) -> list[str]:
+    """Dotted names of the keys in which two configurations, or their trees, differ."""
+    a, b = flat(tree_of(old)), flat(tree_of(new))
     return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
 
 
@@ -371,13 +392,3 @@ def _check_together(config: Config) -> None:
         raise TrapoError(
             f"eval.samples: got {config.eval.samples} with eval.temperature=0, the default: greedy samples are equal"
         )
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat

@@ -32,7 +32,7 @@ from trapo.batching import (
     share,
     target_logprobs,
 )
-from trapo.config import Config, OptimConfig
+from trapo.config import OptimConfig, TrainConfig
 from trapo.errors import TrapoError
 from trapo.models import agreement, prefix_tree
 from trapo.models.checkpointing import prepare_checkpointing
@@ -61,36 +61,50 @@ class Update:
 class Learner:
     """Owns the optimizer and its schedule. `reference` gives ref_logprobs when the objective has a KL term.
 
-    With several ranks all of them call the same methods with the same rollouts, and their models are sharded.
+    temperature: that of the rollouts. max_response_tokens: their limit, by which train.normalizer=constant divides
+    unless it has a constant of its own. checkpointing: as model.gradient_checkpointing. With several ranks all of them
+    call the same methods with the same rollouts, and their models are sharded.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        config: Config,
+        train: TrainConfig,
+        optim: OptimConfig,
         *,
+        temperature: float,
+        max_response_tokens: int,
         pad_id: int,
+        checkpointing: bool = False,
         reference: PreTrainedModel | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         self.model = model
         self.reference = reference
-        self.config = config
-        self.precision = resolve(config.train.precision, model.device)
+        self.train, self.optim = train, optim
+        self.temperature, self.max_response_tokens = temperature, max_response_tokens
+        self.checkpointing = checkpointing
+        self.precision = resolve(train.precision, model.device)
         self.pad_id = pad_id
         self.ranks = ranks
         self.costs: prefix_tree.Costs | None = None  # of sharing what rollouts begin with; None: it is not shared
         self.layout = self._agreed()  # of packed rows; None: padded
         self.expert_histogram = ProbabilityHistogram()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        if any(p.dtype != torch.float32 for p in self.parameters):
+        if others := [p.dtype for p in self.parameters if p.dtype != torch.float32]:
             # An AdamW step is about lr in size: added to a 16-bit weight it is rounded away.
-            raise TrapoError(f"model.dtype: training needs float32 weights; got {config.model.dtype}")
-        o = config.optim
+            raise TrapoError(
+                f"model.dtype: training needs float32 weights; got {str(others[0]).removeprefix('torch.')}"
+            )
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=has_fused(model)
+            self.parameters,
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            fused=has_fused(model),
         )
-        self.scheduler = LambdaLR(self.optimizer, lambda step: lr_factor(step, o, config.train.steps))
+        self.scheduler = LambdaLR(self.optimizer, lambda step: lr_factor(step, optim, train.steps))
 
     def _agreed(self) -> frozenset[str] | None:
         """Check that the model does what the learner takes for granted; how to tell it of packed rows, None to pad."""
@@ -98,13 +112,13 @@ class Learner:
         def check() -> frozenset[str] | None:
             with agreement.computing(model, self.precision):
                 found = agreement.probe(model, self.pad_id)
-                packed = is_packed(model, self.config)
+                packed = is_packed(model, self.train.packing)
                 row = layout(agreement.LENGTHS, model.device)
                 names = agreement.packed_names(model, found, row) if packed else None
-                wanted = not packed and self.config.train.share_prefixes == "auto"
+                wanted = not packed and self.train.share_prefixes == "auto"
                 if wanted and agreement.shares_beginnings(model, found, self.pad_id):
                     self.costs = prefix_tree.costs_of(model)
-                if self.config.model.gradient_checkpointing:
+                if self.checkpointing:
                     prepare_checkpointing(model)
                     agreement.check_checkpointing(model, found)
             return names
@@ -199,13 +213,13 @@ class Learner:
             self.optimizer.load_state_dict(optimizer)
         self.scheduler.load_state_dict(state["scheduler"])
         # What it was, unless train.steps has grown: then the next step's rate is that of the longer schedule.
-        factor = lr_factor(self.scheduler.last_epoch, self.config.optim, self.config.train.steps)
+        factor = lr_factor(self.scheduler.last_epoch, self.optim, self.train.steps)
         self.scheduler._last_lr = [base * factor for base in self.scheduler.base_lrs]
         for group, lr in zip(self.optimizer.param_groups, self.scheduler._last_lr, strict=True):
             group["lr"] = lr
 
     def _minibatches(self, rollouts: Sequence[Rollout], seed: int) -> list[list[Rollout]]:
-        count = min(self.config.train.updates_per_step, len(rollouts))
+        count = min(self.train.updates_per_step, len(rollouts))
         shuffled = list(rollouts)
         if count > 1:
             random.Random(seed).shuffle(shuffled)
@@ -213,7 +227,7 @@ class Learner:
 
     def _has_gradient(self, rollout: Rollout, objective: tk.Objective) -> bool:
         """False for a rollout whose every token has a zero gradient: A = 0, no expert term, no entropy or KL term."""
-        if not self.config.train.skip_inactive:
+        if not self.train.skip_inactive:
             return loss_tokens(rollout) > 0
         if rollout.supervised and objective.expert is not None and objective.expert_coef > 0:
             return True
@@ -223,16 +237,16 @@ class Learner:
 
     def _denominator(self, rollouts: Sequence[Rollout], minibatches: int) -> float:
         """Of the whole minibatch, rollouts that are skipped included: skipping changes cost, not the update."""
-        train = self.config.train
+        train = self.train
         if train.normalizer == "tokens":
             return float(max(sum(loss_tokens(r) for r in rollouts), 1))
         if train.normalizer_constant is not None:
             return train.normalizer_constant / minibatches
-        return float(len(rollouts) * self.config.rollout.max_response_tokens)
+        return float(len(rollouts) * self.max_response_tokens)
 
     def _micro_batches(self, rollouts: Sequence[Rollout]) -> list[Group]:
         """This rank's."""
-        made = groups(rollouts, self.config.train.micro_batch_tokens, self.packed, self._costs(rollouts))
+        made = groups(rollouts, self.train.micro_batch_tokens, self.packed, self._costs(rollouts))
         return self.ranks.deal(made, Group())
 
     def _costs(self, rollouts: Sequence[Rollout]) -> prefix_tree.Costs | None:
@@ -279,7 +293,7 @@ class Learner:
                 mask=batch.mask,
                 normalizer=denominator,
                 sequence_ids=batch.sequence_ids if objective.needs_sequences else None,
-                temperature=self.config.rollout.temperature,
+                temperature=self.temperature,
                 **others,
                 **head.options,
             )
@@ -307,7 +321,7 @@ class Learner:
         """[B, T]; 0 outside the loss."""
         hidden, head = self._hidden_and_head(model, batch)
         targets = batch.targets.masked_fill(~batch.mask, -100)
-        temperature = self.config.rollout.temperature
+        temperature = self.temperature
         return tk.linear_logprobs(hidden, head.weight, targets, temperature=temperature, **head.options).logprobs
 
     def _hidden_and_head(self, model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, LinearHead]:
@@ -318,7 +332,7 @@ class Learner:
     def _step(self, loss: float) -> float:
         """Clip and step; a loss or gradient that is not finite changes nothing. Returns the norm before clipping, NaN
         where the loss is not finite."""
-        limit = self.config.optim.grad_clip or math.inf
+        limit = self.optim.grad_clip or math.inf
         if self.ranks.any(not math.isfinite(loss)):
             norm = math.nan
         else:
@@ -338,10 +352,10 @@ def lr_factor(step: int, optim: OptimConfig, steps: int) -> float:
     return warmup * decay[optim.schedule]
 
 
-def is_packed(model: PreTrainedModel, config: Config) -> bool:
+def is_packed(model: PreTrainedModel, packing: str) -> bool:
     """train.packing; `auto` packs where attention is varlen: a block mask's squares cost more than padding does."""
     varlen = "flash" in (model.config._attn_implementation or "")
-    return {"always": True, "never": False, "auto": varlen}[config.train.packing]
+    return {"always": True, "never": False, "auto": varlen}[packing]
 
 
 def has_fused(model: PreTrainedModel) -> bool:

@@ -52,6 +52,8 @@ from trapo.runs.run_dir import RunDir, append_rows
 from trapo.runs.run_lock import RunLock
 from trapo.runs.skips import SkipLimit
 from trapo.runs.stopping import Stopped, StopSignal
+from trapo.settings.objective import own_terms
+from trapo.settings.text import tree_of
 from trapo.tools.timing import StepTimer
 
 
@@ -130,14 +132,15 @@ def _train(
 ) -> dict[str, Any]:
     run_dir = RunDir(Path(config.run_dir))
     plan = phases(config)
-    check_loggers(config)
+    check_loggers(config.log)
+    settings = tree_of(config)
     log = functools.partial(console.print, markup=False, highlight=False)
     for line in dict.fromkeys(line for phase in plan for line in phase.overruled):
         log(line)
-    resume_from = ranks.once(lambda: run_dir.look(config, restart_finished=restart_finished, log=log))
+    resume_from = ranks.once(lambda: run_dir.look(settings, restart_finished=restart_finished, log=log))
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    pool = make_pool(config)
+    pool = make_pool(config.reward)
     with pool, StopSignal(ranks) as stop, ExitStack() as held:
         files = ranks.once(lambda: _inputs(config, plan, run_dir, resume_from, accept_changed, log))
         scorer = pool if ranks.world == 1 else SharedRewards(pool, ranks)
@@ -145,15 +148,37 @@ def _train(
 
         def claim() -> None:
             held.enter_context(RunLock(run_dir.path, log))
-            run_dir.claim(config, resume_from, files, log)
+            run_dir.claim(settings, resume_from, files, log)
 
         ranks.once(claim)
         with (
-            Loggers(config, run_dir, trainer.step, enabled=ranks.first) as loggers,
+            Loggers(config.log, run_dir, trainer.step, settings, enabled=ranks.first) as loggers,
             Display(console, config.train.steps, trainer.step, trainer.ratios) as display,
         ):
             trainer.run(display, loggers)
         return trainer.finish()
+
+
+def make_learner(
+    config: Config,
+    model: PreTrainedModel,
+    *,
+    pad_id: int,
+    reference: PreTrainedModel | None = None,
+    ranks: Ranks = ALONE,
+) -> Learner:
+    """The learner of a configuration."""
+    return Learner(
+        model,
+        config.train,
+        config.optim,
+        temperature=config.rollout.temperature,
+        max_response_tokens=config.rollout.max_response_tokens,
+        pad_id=pad_id,
+        checkpointing=config.model.gradient_checkpointing,
+        reference=reference,
+        ranks=ranks,
+    )
 
 
 def _inputs(
@@ -166,7 +191,8 @@ def _inputs(
 ) -> dict[str, str]:
     """SHA-256 of the files that the run reads. Raises TrapoError where a run that goes on would read others."""
     again = resume_from is None or config.lora.rank > 0 or any(phase.objective.kl_coef for phase in plan)
-    now = fingerprints(config, model=again)
+    code = {"reward.function": config.reward.function, **own_terms(config.objective)}
+    now = fingerprints(config.data, code, config.model.path if again else None)
     if run_dir.inputs is not None and run_dir.has_results():
         if not accept_changed:
             refuse_changed(run_dir.inputs.files, now, run_dir.path)
@@ -199,12 +225,23 @@ class Trainer:
         self.model, self.tokenizer = load_model(source, check=resume_from is None)  # `look` has checked it
         lora.attach(self.model, config.lora, base=config.model.path, seed=derive_seed(config.seed, "lora"))
         shard_over(self.model, ranks, resolve(config.train.precision, self.model.device))
-        self.train_set = load_train_set(config, plan, self.tokenizer, log)
-        self.eval_set = load_eval_set(config, self.tokenizer, log)
+        longest = config.rollout.max_response_tokens
+        self.train_set = load_train_set(
+            config.data, plan, self.tokenizer, log, mode=config.mode, max_response_tokens=longest
+        )
+        self.eval_set = load_eval_set(config.data, self.tokenizer, log)
         check_positions(self.model, self._longest_sequence())
-        self.engine = make_engine(config, self.model, self.tokenizer, ranks)
-        self.learner = Learner(
-            self.model, config, pad_id=self.tokenizer.pad_token_id, reference=self._reference_model(), ranks=ranks
+        self.engine = make_engine(
+            config.rollout,
+            self.model,
+            self.tokenizer,
+            max_tokens=config.data.max_prompt_tokens + max(longest, config.eval.max_response_tokens or 0),
+            precision=config.train.precision,
+            run_dir=run_dir.path,
+            ranks=ranks,
+        )
+        self.learner = make_learner(
+            config, self.model, pad_id=self.tokenizer.pad_token_id, reference=self._reference_model(), ranks=ranks
         )
         self.guard = AgreementGuard(config.rollout, config.model.dtype)
         self.step, self.saved_step, self.seconds_before = 0, 0, 0.0
@@ -257,7 +294,7 @@ class Trainer:
             self._evaluate(display, loggers)
         while self.step < self.config.train.steps:
             display.status("training")
-            row = self._train_step(self._phase(), problems_at(self.step, self.train_set, self.config))
+            row = self._train_step(self._phase(), self._problems())
             self.step += 1
             if self.ranks.first:
                 self.run_dir.log(row)
@@ -357,7 +394,7 @@ class Trainer:
         if self.eval_set is None or path.exists():
             return
         display.status(f"evaluating {len(self.eval_set)} problems")
-        seed = derive_seed(self.config.seed, "eval", self.step)
+        asked, seed = self.config.eval, derive_seed(self.config.seed, "eval", self.step)
         rows = path.with_suffix(".jsonl") if self.ranks.first else None
         with self.stop.abandonable():
             result = evaluate(
@@ -365,7 +402,9 @@ class Trainer:
                 self.engine,
                 self.pool,
                 self.tokenizer,
-                self.config,
+                max_response_tokens=asked.max_response_tokens or self.config.rollout.max_response_tokens,
+                temperature=asked.temperature,
+                samples=asked.samples,
                 seed=seed,
                 rows_path=rows,
                 failures=self.failures,
@@ -392,7 +431,7 @@ class Trainer:
         write = writer(self.model, self.tokenizer, final=False, keep=self.ranks.first)
 
         def save(shards: Path | None) -> None:
-            record = self.run_dir.record(self.config, self.step)
+            record = self.run_dir.record(tree_of(self.config), self.step)
             checkpoint.save(folder, self.step, write, state, shards, record)
 
         try:
@@ -436,7 +475,7 @@ class Trainer:
         if not self.ranks.first:
             return {}
         checkpoint.write_or_explain(self.run_dir.final, lambda path: _with_manifest(path, write))
-        summary = summarise(self.run_dir, self.config, self.step, self.seconds)
+        summary = summarise(self.run_dir, self.config.mode, self.config.model, self.step, self.seconds)
         write_report(self.run_dir.path, summary)
         self.run_dir.finish(summary)
         return summary
@@ -449,6 +488,11 @@ class Trainer:
             if self.step < end:
                 return phase
         raise AssertionError(f"step {self.step} is past the last phase's end {end}")
+
+    def _problems(self) -> list[EncodedProblem]:
+        """Those of the next step."""
+        count, config = self.config.train.prompts_per_step, self.config
+        return problems_at(self.step, self.train_set, count, seed=config.seed, shuffle=config.data.shuffle)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

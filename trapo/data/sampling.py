@@ -10,7 +10,7 @@ from typing import Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from trapo.config import Config
+from trapo.config import DataConfig
 from trapo.data.encode import EncodedProblem, encode_problems
 from trapo.data.loading import load_problems
 from trapo.errors import TrapoError
@@ -23,19 +23,18 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(digest[:8], "big") >> 2
 
 
-def problems_at(step: int, problems: Sequence[EncodedProblem], config: Config) -> list[EncodedProblem]:
+def problems_at(
+    step: int, problems: Sequence[EncodedProblem], count: int, *, seed: int, shuffle: bool
+) -> list[EncodedProblem]:
     """Returns the problems of a step (counted from 0): consecutive ones of an order that is shuffled anew each
     epoch."""
-    first = step * config.train.prompts_per_step
-    return [
-        problems[_place(position, len(problems), config)]
-        for position in range(first, first + config.train.prompts_per_step)
-    ]
+    places = range(step * count, (step + 1) * count)
+    return [problems[_place(place, len(problems), seed if shuffle else None)] for place in places]
 
 
-def _place(position: int, count: int, config: Config) -> int:
+def _place(position: int, count: int, seed: int | None) -> int:
     epoch, place = divmod(position, count)
-    return _epoch_order(config.seed, epoch, count)[place] if config.data.shuffle else place
+    return place if seed is None else _epoch_order(seed, epoch, count)[place]
 
 
 @functools.lru_cache(maxsize=2)
@@ -46,22 +45,27 @@ def _epoch_order(seed: int, epoch: int, count: int) -> list[int]:
 
 
 def load_train_set(
-    config: Config, plan: Sequence[Phase], tokenizer: PreTrainedTokenizerBase, log: Callable[[str], None]
+    data: DataConfig,
+    plan: Sequence[Phase],
+    tokenizer: PreTrainedTokenizerBase,
+    log: Callable[[str], None],
+    *,
+    mode: str,
+    max_response_tokens: int,
 ) -> list[EncodedProblem]:
     """Returns data.train as token ids. A plan that only imitates leaves problems without an expert trace out."""
-    if config.data.train is None:
+    if data.train is None:
         raise TrapoError("data.train: missing; give a JSONL or parquet file or a task:// name")
     trace_part = plan[0].schedule.trace_part
     imitates = any(not phase.schedule.generates for phase in plan)
-    problems = _load(config, config.data.train, config.data.train_limit, tokenizer, log, trace_part, imitates)
+    problems = _load(data, data.train, data.train_limit, tokenizer, log, max_response_tokens, trace_part, imitates)
     with_traces = [p for p in problems if p.traces]
-    limit = config.data.max_trace_tokens
+    limit = data.max_trace_tokens
     if imitates:
-        limit = min(limit, config.rollout.max_response_tokens)
+        limit = min(limit, max_response_tokens)
     if not with_traces and any(phase.schedule.guides for phase in plan):
         raise TrapoError(
-            f"data.train: {config.data.train} has no expert trace (of at most {limit} tokens); "
-            f"mode {config.mode} needs some"
+            f"data.train: {data.train} has no expert trace (of at most {limit} tokens); mode {mode} needs some"
         )
     if imitates and len(with_traces) < len(problems):
         log(f"data.train: {len(problems) - len(with_traces)} problems without an expert trace left out")
@@ -70,24 +74,24 @@ def load_train_set(
 
 
 def load_eval_set(
-    config: Config, tokenizer: PreTrainedTokenizerBase, log: Callable[[str], None]
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, log: Callable[[str], None]
 ) -> list[EncodedProblem] | None:
     """Returns data.eval as token ids; None when there is none."""
-    if config.data.eval is None:
+    if data.eval is None:
         return None
-    return _load(config, config.data.eval, config.data.eval_limit, tokenizer, log)
+    return _load(data, data.eval, data.eval_limit, tokenizer, log)
 
 
 def _load(
-    config: Config,
+    data: DataConfig,
     path: str,
     limit: int | None,
     tokenizer: PreTrainedTokenizerBase,
     log: Callable[[str], None],
+    max_response_tokens: int | None = None,
     trace_part: str = "full",
     whole_traces: bool = False,
 ) -> list[EncodedProblem]:
-    data = config.data
     problems = load_problems(
         path,
         system_prompt=data.system_prompt,
@@ -96,7 +100,6 @@ def _load(
         dedup=data.dedup,
         on_bad_row=cast(Literal["raise", "skip"], data.on_bad_row),  # config.py has checked it
     )
-    max_response_tokens = config.rollout.max_response_tokens if path == data.train else None
     encoded, left_out = encode_problems(
         problems,
         tokenizer,

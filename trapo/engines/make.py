@@ -6,36 +6,53 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trapo.config import Config
+from trapo.config import RolloutConfig
 from trapo.engines.protocol import Engine
 from trapo.models.precision import resolve
 from trapo.runs.ranks import ALONE, Ranks
 
 
 def make_engine(
-    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ranks: Ranks = ALONE
+    rollout: RolloutConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int,
+    precision: str,
+    run_dir: Path,
+    ranks: Ranks = ALONE,
 ) -> Engine:
-    """The engine that `rollout.engine` names (config.py has checked it), on the model; ranks share it."""
-    engine = _make_engine(config, model, tokenizer)
-    if ranks.world == 1 and config.rollout.seeding == "call":
+    """The engine that `rollout.engine` names (config.py has checked it), on the model; ranks share it.
+
+    max_tokens: of a prompt and its response together. precision: as train.precision. run_dir: where weights go that a
+    server reads, unless rollout.sync_folder says.
+    """
+    engine = _make_engine(rollout, model, tokenizer, max_tokens, precision, run_dir)
+    if ranks.world == 1 and rollout.seeding == "call":
         return engine
     from trapo.engines.shared import SharedEngine
 
     return SharedEngine(engine, ranks)
 
 
-def _make_engine(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Engine:
+def _make_engine(
+    rollout: RolloutConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    precision: str,
+    run_dir: Path,
+) -> Engine:
     from trapo.models.loading import eos_ids
 
-    rollout, ends = config.rollout, eos_ids(model, tokenizer)
+    ends = eos_ids(model, tokenizer)
     if rollout.engine == "vllm":
         from trapo.engines.vllm import VLLMEngine
 
-        longest = max(rollout.max_response_tokens, config.eval.max_response_tokens or 0)
         return VLLMEngine(
             model,
             eos_ids=ends,
-            max_tokens=config.data.max_prompt_tokens + longest,
+            max_tokens=max_tokens,
             batch_size=rollout.batch_size,
             dtype=rollout.dtype,
             engine_args=rollout.engine_args,
@@ -44,7 +61,7 @@ def _make_engine(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTo
         from trapo.engines.vllm_server import VLLMServerEngine
 
         assert rollout.server_url is not None  # config.py asks for it with this engine
-        folder = Path(rollout.sync_folder or Path(config.run_dir) / ".tmp-server-weights")
+        folder = Path(rollout.sync_folder or run_dir / ".tmp-server-weights")
         return VLLMServerEngine(
             rollout.server_url,
             model,
@@ -60,5 +77,5 @@ def _make_engine(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTo
         eos_ids=ends,
         pad_id=tokenizer.pad_token_id,
         batch_size=rollout.batch_size,
-        precision=resolve(config.train.precision, model.device),
+        precision=resolve(precision, model.device),
     )

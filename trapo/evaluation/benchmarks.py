@@ -17,15 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 from rich.text import Text
 
-from trapo.config import Config
 from trapo.data.sampling import derive_seed, load_eval_set
-from trapo.engines.make import make_engine
 from trapo.errors import TrapoError
-from trapo.evaluation.evaluate import EvalResult, check_engine, evaluate
+from trapo.evaluation.evaluate import EvalJob, EvalResult, evaluate
 from trapo.models.loading import find_weights, load_model
 from trapo.rewards.scoring import FailureNotes, make_pool
 from trapo.runs.run_dir import refuse_unwritable
@@ -56,49 +53,48 @@ KNOWN: dict[str, tuple[str, str, int]] = {
 SUITES: dict[str, tuple[str, ...]] = {"math": tuple(KNOWN)}
 
 
-def chosen(config: Config) -> list[Benchmark]:
+def chosen(job: EvalJob) -> list[Benchmark]:
     """Returns the benchmarks that eval.suite or eval.benchmarks names. Raises TrapoError for what is not there."""
-    suite, listed = config.eval.suite, config.eval.benchmarks
+    suite, listed = job.eval.suite, job.eval.benchmarks
     if suite and listed:
         raise TrapoError("eval.suite and eval.benchmarks: give one of them")
     if suite and suite not in SUITES:
         raise TrapoError(f"eval.suite: got {suite!r}; accepted: {', '.join(SUITES)}")
-    found = [_find(entry, config) for entry in (SUITES[suite] if suite else listed or ())]
+    found = [_find(entry, job) for entry in (SUITES[suite] if suite else listed or ())]
     names = [b.name for b in found]
     if repeated := next((n for n in names if names.count(n) > 1), None):
         raise TrapoError(f"eval.benchmarks: {repeated!r} is there twice")
     return found
 
 
-def evaluate_benchmarks(config: Config, log: Callable[[str], None]) -> dict[str, EvalResult]:
+def evaluate_benchmarks(job: EvalJob, log: Callable[[str], None]) -> dict[str, EvalResult]:
     """Evaluate model.path on the chosen benchmarks; results by name. Finished ones are read, not done again.
 
     Raises TrapoError, before the model is loaded, for a missing file or for results of other settings in run_dir.
     """
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
-    temperature = TEMPERATURE if config.eval.temperature is None else config.eval.temperature
-    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, temperature=temperature))
-    benchmarks = chosen(config)
+    job.set_threads()
+    temperature = TEMPERATURE if job.eval.temperature is None else job.eval.temperature
+    job = dataclasses.replace(job, eval=dataclasses.replace(job.eval, temperature=temperature))
+    benchmarks = chosen(job)
     if temperature == 0 and (several := next((b for b in benchmarks if b.samples > 1), None)):
         raise TrapoError(
             f"eval.temperature: got 0 with {several.samples} samples of {several.name}; all would be equal"
         )
-    refuse_unwritable(Path(config.run_dir))
-    weights = _weights_digest(config.model.path)
-    settings = {b.name: _settings(b, config, weights) for b in benchmarks}
-    found = {b.name: _finished(b, config, settings[b.name]) for b in benchmarks}
+    refuse_unwritable(job.run_dir)
+    weights = _weights_digest(job.model.path)
+    settings = {b.name: _settings(b, job, weights) for b in benchmarks}
+    found = {b.name: _finished(b, job, settings[b.name]) for b in benchmarks}
     for b in benchmarks:
         if (earlier := found[b.name]) is not None:
             log(f"{b.title}: {earlier}; finished earlier, not done again")
     missing = [b for b in benchmarks if found[b.name] is None]
-    for b, result in _run(missing, config, log):
+    for b, result in _run(missing, job, log):
         record = {"benchmark": b.name, "title": b.title, "settings": settings[b.name]}
-        write_json(_result_path(b, config), record | {"result": dataclasses.asdict(result)})
+        write_json(_result_path(b, job), record | {"result": dataclasses.asdict(result)})
         found[b.name] = result
         log(f"{b.title}: {result}")
     results = {name: result for name, result in found.items() if result is not None}
-    _write_summary(config, results, settings)
+    _write_summary(job, results, settings)
     return results
 
 
@@ -120,17 +116,17 @@ def table(results: dict[str, EvalResult]) -> Table:
     return shown
 
 
-def _find(entry: str, config: Config) -> Benchmark:
+def _find(entry: str, job: EvalJob) -> Benchmark:
     name, mark, times = entry.rpartition("@")
     if not (mark and times.isdigit() and int(times) > 0):
         name, times = entry, ""
     if name in KNOWN:
         title, file, samples = KNOWN[name]
-        if config.data.dir is None:
+        if job.data.dir is None:
             raise TrapoError(f"data.dir: missing; give the folder that holds {file}")
-        path = Path(config.data.dir) / file
+        path = Path(job.data.dir) / file
     else:
-        path, samples = Path(name), config.eval.samples
+        path, samples = Path(name), job.eval.samples
         title = name = path.stem
         if not path.suffix:
             near = difflib.get_close_matches(name, KNOWN, n=1)
@@ -141,24 +137,23 @@ def _find(entry: str, config: Config) -> Benchmark:
     return Benchmark(name, title, path, int(times) if times else samples)
 
 
-def _run(benchmarks: list[Benchmark], config: Config, log: Callable[[str], None]) -> Any:
+def _run(benchmarks: list[Benchmark], job: EvalJob, log: Callable[[str], None]) -> Any:
     """Yields (benchmark, result) as they finish; loads the model only if there is something to do."""
     if not benchmarks:
         return
-    model, tokenizer = load_model(config.model)
-    engine = make_engine(config, model, tokenizer)
+    model, tokenizer = load_model(job.model)
+    engine = job.make_engine(model, tokenizer)
     failures = FailureNotes(log)
-    with make_pool(config) as pool:
+    with make_pool(job.reward) as pool:
         for i, b in enumerate(benchmarks):
             # Files may repeat a problem once per sample.
-            data = dataclasses.replace(config.data, eval=str(b.file), dedup=True)
-            problems = load_eval_set(dataclasses.replace(config, data=data), tokenizer, log)
+            data = dataclasses.replace(job.data, eval=str(b.file), dedup=True)
+            problems = load_eval_set(data, tokenizer, log)
             assert problems is not None
             if i == 0:
-                check_engine(engine, model, problems, config)
-            log(f"{b.title}: {len(problems)} problems, {b.samples} samples each, T = {config.eval.temperature:g}")
-            seed = derive_seed(config.seed, "benchmark", b.name)
-            rows = _result_path(b, config).with_suffix(".jsonl")
+                job.check_engine(engine, model, problems)
+            log(f"{b.title}: {len(problems)} problems, {b.samples} samples each, T = {job.eval.temperature:g}")
+            seed = derive_seed(job.seed, "benchmark", b.name)
             yield (
                 b,
                 evaluate(
@@ -166,37 +161,38 @@ def _run(benchmarks: list[Benchmark], config: Config, log: Callable[[str], None]
                     engine,
                     pool,
                     tokenizer,
-                    config,
-                    seed=seed,
-                    rows_path=rows,
+                    max_response_tokens=job.max_response_tokens,
+                    temperature=job.eval.temperature,
                     samples=b.samples,
+                    seed=seed,
+                    rows_path=_result_path(b, job).with_suffix(".jsonl"),
                     failures=failures,
                 ),
             )
 
 
-def _result_path(benchmark: Benchmark, config: Config) -> Path:
-    return Path(config.run_dir) / "benchmarks" / f"{benchmark.name}.json"
+def _result_path(benchmark: Benchmark, job: EvalJob) -> Path:
+    return job.run_dir / "benchmarks" / f"{benchmark.name}.json"
 
 
-def _settings(benchmark: Benchmark, config: Config, weights: str | None) -> dict[str, Any]:
+def _settings(benchmark: Benchmark, job: EvalJob, weights: str | None) -> dict[str, Any]:
     """Returns everything that a result depends on, as far as a user chooses it."""
     return {
-        "model": config.model.path,
+        "model": job.model.path,
         "weights": weights,
-        "dtype": config.model.dtype,
-        "engine": config.rollout.engine,
+        "dtype": job.model.dtype,
+        "engine": job.rollout.engine,
         "file": hashlib.sha256(benchmark.file.read_bytes()).hexdigest(),
-        "limit": config.data.eval_limit,
+        "limit": job.data.eval_limit,
         "samples": benchmark.samples,
-        "temperature": config.eval.temperature,
-        "max_response_tokens": config.eval.max_response_tokens or config.rollout.max_response_tokens,
-        "max_prompt_tokens": config.data.max_prompt_tokens,
-        "system_prompt": config.data.system_prompt,
-        "prompt_suffix": config.data.prompt_suffix,
-        "reward": config.reward.function,
-        "reward_range": config.reward.range,
-        "seed": config.seed,
+        "temperature": job.eval.temperature,
+        "max_response_tokens": job.max_response_tokens,
+        "max_prompt_tokens": job.data.max_prompt_tokens,
+        "system_prompt": job.data.system_prompt,
+        "prompt_suffix": job.data.prompt_suffix,
+        "reward": job.reward.function,
+        "reward_range": job.reward.range,
+        "seed": job.seed,
     }
 
 
@@ -212,9 +208,9 @@ def _weights_digest(path: str) -> str | None:
     return digest.hexdigest() if files else None
 
 
-def _finished(benchmark: Benchmark, config: Config, settings: dict[str, Any]) -> EvalResult | None:
-    """Returns an earlier result with these settings. Raises TrapoError for one with others."""
-    path = _result_path(benchmark, config)
+def _finished(benchmark: Benchmark, job: EvalJob, settings: dict[str, Any]) -> EvalResult | None:
+    """An earlier result with these settings. Raises TrapoError for one with others."""
+    path = _result_path(benchmark, job)
     if not path.exists():
         return None
     record = json.loads(path.read_text())
@@ -224,11 +220,11 @@ def _finished(benchmark: Benchmark, config: Config, settings: dict[str, Any]) ->
     return EvalResult.from_dict(record["result"])
 
 
-def _write_summary(config: Config, results: dict[str, EvalResult], settings: dict[str, dict[str, Any]]) -> None:
-    """Writes what is in the table, and what was asked."""
+def _write_summary(job: EvalJob, results: dict[str, EvalResult], settings: dict[str, dict[str, Any]]) -> None:
+    """What is in the table, and what was asked."""
     entries = {name: dataclasses.asdict(r) | {"settings": settings[name]} for name, r in results.items()}
-    summary = {"model": config.model.path, "benchmarks": entries, "average": _average(results)}
-    write_json(Path(config.run_dir) / "benchmarks.json", summary)
+    summary = {"model": job.model.path, "benchmarks": entries, "average": _average(results)}
+    write_json(job.run_dir / "benchmarks.json", summary)
 
 
 def _average(results: dict[str, EvalResult]) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trapo.config import Config
+from trapo.config import DataConfig, EvalConfig, ModelConfig, RewardConfig, RolloutConfig
 from trapo.data.encode import EncodedProblem, decode_text
 from trapo.data.sampling import load_eval_set
 from trapo.engines.guard import AgreementGuard, plain_scorer, unanswered
@@ -70,37 +70,76 @@ class EvalResult:
         return f"{self.accuracy:.1%} [{low:.1%}, {high:.1%}] of {self.problems} problems{several}"
 
 
-def evaluate_model(config: Config, log: Callable[[str], None]) -> EvalResult:
+@dataclasses.dataclass(frozen=True)
+class EvalJob:
+    """What `trapo eval` is given: an evaluation without a training run around it."""
+
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig
+    reward: RewardConfig
+    eval: EvalConfig
+    precision: str  # as train.precision
+    threads: int | None  # of torch on CPUs; None: torch's default
+    seed: int
+    run_dir: Path
+
+    @property
+    def max_response_tokens(self) -> int:
+        return self.eval.max_response_tokens or self.rollout.max_response_tokens
+
+    def set_threads(self) -> None:
+        if self.threads:
+            torch.set_num_threads(self.threads)
+
+    def make_engine(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Engine:
+        longest = max(self.rollout.max_response_tokens, self.eval.max_response_tokens or 0)
+        return make_engine(
+            self.rollout,
+            model,
+            tokenizer,
+            max_tokens=self.data.max_prompt_tokens + longest,
+            precision=self.precision,
+            run_dir=self.run_dir,
+        )
+
+    def check_engine(self, engine: Engine, model: PreTrainedModel, problems: Sequence[EncodedProblem]) -> None:
+        """Raises TrapoError when the fused head's logits are not the model's, or the engine's weights are not."""
+        check_positions(model, max(len(p.prompt_ids) for p in problems) + self.max_response_tokens)
+        agreement.check_model(model, self.precision)
+        guard = AgreementGuard(self.rollout, self.model.dtype)
+        guard.check(engine, unanswered(problems[:4]), plain_scorer(model, self.rollout.temperature), seed=self.seed)
+
+
+def evaluate_model(job: EvalJob, log: Callable[[str], None]) -> EvalResult:
     """Runs `trapo eval`: model.path on data.eval. Raises TrapoError when data.eval is missing or cannot be read, or
     run_dir cannot be written."""
-    refuse_unwritable(Path(config.run_dir))
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
-    model, tokenizer = load_model(config.model)
-    problems = load_eval_set(config, tokenizer, log)
+    refuse_unwritable(job.run_dir)
+    job.set_threads()
+    model, tokenizer = load_model(job.model)
+    problems = load_eval_set(job.data, tokenizer, log)
     if problems is None:
         raise TrapoError(
             "data.eval: missing; give a JSONL or parquet file or a task:// name, or benchmarks as eval.suite=math"
         )
-    engine = make_engine(config, model, tokenizer)
-    check_engine(engine, model, problems, config)
-    path = Path(config.run_dir) / "eval.json"
-    with make_pool(config) as pool:
-        rows, failures = path.with_suffix(".jsonl"), FailureNotes(log)
+    engine = job.make_engine(model, tokenizer)
+    job.check_engine(engine, model, problems)
+    path = job.run_dir / "eval.json"
+    with make_pool(job.reward) as pool:
         result = evaluate(
-            problems, engine, pool, tokenizer, config, seed=config.seed, rows_path=rows, failures=failures
+            problems,
+            engine,
+            pool,
+            tokenizer,
+            max_response_tokens=job.max_response_tokens,
+            temperature=job.eval.temperature,
+            samples=job.eval.samples,
+            seed=job.seed,
+            rows_path=path.with_suffix(".jsonl"),
+            failures=FailureNotes(log),
         )
     result.save(path)
     return result
-
-
-def check_engine(engine: Engine, model: PreTrainedModel, problems: Sequence[EncodedProblem], config: Config) -> None:
-    """Raises TrapoError when the fused head's logits are not the model's, or the engine's weights are not."""
-    longest = max(len(p.prompt_ids) for p in problems)
-    check_positions(model, longest + (config.eval.max_response_tokens or config.rollout.max_response_tokens))
-    agreement.check_model(model, config.train.precision)
-    guard = AgreementGuard(config.rollout, config.model.dtype)
-    guard.check(engine, unanswered(problems[:4]), plain_scorer(model, config.rollout.temperature), seed=config.seed)
 
 
 def evaluate(
@@ -108,24 +147,23 @@ def evaluate(
     engine: Engine,
     pool: Scorer,
     tokenizer: PreTrainedTokenizerBase,
-    config: Config,
     *,
+    max_response_tokens: int,
+    temperature: float | None = None,
+    samples: int = 1,
     seed: int,
     rows_path: Path | None = None,
-    samples: int | None = None,
     failures: FailureNotes | None = None,
 ) -> EvalResult:
-    """Generate responses to each problem (`samples`, else `eval.samples` of them) and score them.
+    """Generate `samples` responses to each problem and score them. temperature: 0 or None is greedy.
 
     rows_path: where to write one JSON row per response (id, answer, text, reward, status, detail).
     failures: told of the rewards; raises TrapoError, after the rows are written, where none can be had.
     """
-    samples = samples or config.eval.samples
-    limit = config.eval.max_response_tokens or config.rollout.max_response_tokens
     asked = [problem for problem in problems for _ in range(samples)]
     completions = engine.generate(
-        [Request(problem.prompt_ids, limit) for problem in asked],
-        temperature=config.eval.temperature or 0.0,
+        [Request(problem.prompt_ids, max_response_tokens) for problem in asked],
+        temperature=temperature or 0.0,
         seed=seed,
     )
     texts = [decode_text(tokenizer, c.token_ids) for c in completions]

@@ -22,13 +22,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import trapo_kernels as tk
-from trapo.config import PRESETS, Config
+from trapo.config import PRESETS, LoraConfig, ModelConfig, TrainConfig
 from trapo.errors import TrapoError
-from trapo.models import lora
+from trapo.models import lora as adapters
 from trapo.models.loading import freeze
 from trapo.models.precision import resolve
 from trapo.models.sharding import decoder_layers, shard
-from trapo.modes import phases
 
 OURS = "ours: the loss's buffer"
 ATTENTION = "trapo_plan"  # registered with transformers, for meta tensors alone
@@ -60,6 +59,37 @@ class Flops:
 
 
 @dataclasses.dataclass(frozen=True)
+class StepTokens:
+    """Sequences and tokens of one step, at most: every prompt and response at its limit, or as long as asked."""
+
+    sequences: int
+    prompt: int
+    response: int
+
+    @property
+    def longest(self) -> int:
+        return self.prompt + self.response
+
+    @property
+    def through_model(self) -> int:
+        return self.sequences * self.longest
+
+    @property
+    def in_loss(self) -> int:
+        return self.sequences * self.response
+
+    @property
+    def named(self) -> dict[str, int]:
+        """The numbers with their names, for people."""
+        return {
+            "sequences": self.sequences,
+            "longest sequence": self.longest,
+            "tokens through the model": self.through_model,
+            "tokens in the loss": self.in_loss,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What `trapo plan` prints. Bytes are per rank."""
 
@@ -70,52 +100,59 @@ class Plan:
     weights: list[Weight]
     memory: dict[str, int]
     logits: dict[str, int]  # of one micro-batch: as ours, and as those hold them who materialise
-    tokens: dict[str, int]  # of one step, at most
+    step: StepTokens
     flops: Flops
 
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Of one step, at most, by name."""
+        return self.step.named
 
-def make_plan(config: Config, ranks: int, response_tokens: int | None = None) -> Plan:
-    """response_tokens: of every rollout, in place of the limit.
+
+def make_plan(model: ModelConfig, lora: LoraConfig, train: TrainConfig, step: StepTokens, ranks: int) -> Plan:
+    """What steps of so many tokens need.
 
     Raises TrapoError when the model's architecture cannot be found or the configuration cannot be used.
     """
-    tokens = step_tokens(config, response_tokens)
-    model = meta_model(config)
-    flops = update_flops(model, config, tokens)
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    head = model.get_output_embeddings().weight
+    precision = _precision(train)
+    built = meta_model(model, lora)
+    flops = update_flops(built, step, checkpointing=model.gradient_checkpointing)
+    total = sum(p.numel() for p in built.parameters())
+    trained = sum(p.numel() for p in built.parameters() if p.requires_grad)
+    head = built.get_output_embeddings().weight
     head_trained, head_size = head.requires_grad, head.numel()
-    logits = loss_memory(config, model.config.get_text_config().vocab_size)
+    logits = loss_memory(train, built.config.get_text_config().vocab_size)
     with fake_ranks(ranks) as mesh:
         if mesh is not None:
-            shard(model, mesh, _precision(config))
-        weights = _weights(model)
-        memory = state_memory(model) | (_unit_memory(model, config) if mesh is not None else {})
-    memory |= _activations(config, tokens["longest sequence"]) | {"logits buffer of the loss": logits[OURS]}
-    if head_trained and _precision(config) != "float32":
+            shard(built, mesh, precision)
+        weights = _weights(built)
+        memory = state_memory(built) | (_unit_memory(built, precision) if mesh is not None else {})
+    memory |= _activations(model, lora, train, step.longest) | {"logits buffer of the loss": logits[OURS]}
+    if head_trained and precision != "float32":
         memory["fp32 sum of the head's gradient"] = 4 * head_size
-    return Plan(config.model.path, ranks, total, trained, weights, memory, logits, tokens, flops)
+    return Plan(model.path, ranks, total, trained, weights, memory, logits, step, flops)
 
 
-def _precision(config: Config) -> str:
+def _precision(train: TrainConfig) -> str:
     """The plan is for GPUs, wherever it is made."""
-    return resolve(config.train.precision, torch.device("cuda"))
+    return resolve(train.precision, torch.device("cuda"))
 
 
-def meta_model(config: Config, dtype: torch.dtype | None = None, layers: int | None = None) -> PreTrainedModel:
+def meta_model(
+    model: ModelConfig, lora: LoraConfig, dtype: torch.dtype | None = None, layers: int | None = None
+) -> PreTrainedModel:
     """The model with shapes and without memory, frozen and adapted as the configuration says."""
-    architecture = _architecture(config.model.path)
+    architecture = _architecture(model.path)
     if layers is not None:
         text = architecture.get_text_config()
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:layers]
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture, dtype=dtype or getattr(torch, config.model.dtype))
-        freeze(model, config.model.freeze)
-        lora.attach(model, config.lora, base=config.model.path, seed=0)
-    return model
+        built = AutoModelForCausalLM.from_config(architecture, dtype=dtype or getattr(torch, model.dtype))
+        freeze(built, model.freeze)
+        adapters.attach(built, lora, base=model.path, seed=0)
+    return built
 
 
 def _architecture(path: str) -> Any:
@@ -174,10 +211,10 @@ def state_memory(model: nn.Module) -> dict[str, int]:
     return {"weights": weights, "gradients": gradients, "optimizer": 2 * gradients + counts}
 
 
-def _unit_memory(model: PreTrainedModel, config: Config) -> dict[str, int]:
+def _unit_memory(model: PreTrainedModel, precision: str) -> dict[str, int]:
     """What FSDP2 holds beside the shards: the root's weights and two layers' (one computes, the next is on its way),
     and gradients of the root and of one layer that are not reduced yet."""
-    width = getattr(torch, _precision(config)).itemsize
+    width = getattr(torch, precision).itemsize
     layers = decoder_layers(model)
     in_layers = {id(p) for layer in layers for p in layer.parameters()}
     root = [p for p in model.parameters() if id(p) not in in_layers]
@@ -190,14 +227,14 @@ def _unit_memory(model: PreTrainedModel, config: Config) -> dict[str, int]:
     }
 
 
-def _activations(config: Config, longest: int) -> dict[str, int]:
+def _activations(model: ModelConfig, lora: LoraConfig, train: TrainConfig, longest: int) -> dict[str, int]:
     """Bytes that the forward of one micro-batch leaves for its backward; varlen attention, no padding."""
-    dtype = getattr(torch, _precision(config))
-    tokens = max(config.train.micro_batch_tokens, longest)
-    one, two = (_saved_by(meta_model(config, dtype, layers), tokens) for layers in (1, 2))
-    text = _architecture(config.model.path).get_text_config()
+    dtype = getattr(torch, _precision(train))
+    tokens = max(train.micro_batch_tokens, longest)
+    one, two = (_saved_by(meta_model(model, lora, dtype, layers), tokens) for layers in (1, 2))
+    text = _architecture(model.path).get_text_config()
     layer, rest = two - one, one - (two - one)
-    if not config.model.gradient_checkpointing:
+    if not model.gradient_checkpointing:
         return {"activations": rest + text.num_hidden_layers * layer}
     kept = text.num_hidden_layers * tokens * text.hidden_size * dtype.itemsize
     return {"activations: a layer's input each": kept, "activations: of one layer, recomputed": layer + rest}
@@ -245,10 +282,10 @@ def _varlen_attention(
     return _VarlenAttention.apply(query, key, value).transpose(1, 2), None
 
 
-def loss_memory(config: Config, vocab: int) -> dict[str, int]:
+def loss_memory(train: TrainConfig, vocab: int) -> dict[str, int]:
     """What grows with tokens × vocabulary in one micro-batch, in bytes."""
-    tokens = config.train.micro_batch_tokens
-    width = getattr(torch, _precision(config)).itemsize
+    tokens = train.micro_batch_tokens
+    width = getattr(torch, _precision(train)).itemsize
     budget = int(tk.get_budget_mb("cuda") * 2**20)
     return {
         OURS: max(min(tokens * vocab * width, budget), vocab * width),
@@ -256,21 +293,7 @@ def loss_memory(config: Config, vocab: int) -> dict[str, int]:
     }
 
 
-def step_tokens(config: Config, response_tokens: int | None = None) -> dict[str, int]:
-    """Sequences and tokens of one step, at most: every prompt and response at its limit, or as long as asked."""
-    rollouts = max(phase.schedule.rollouts_per_prompt for phase in phases(config))
-    sequences = config.train.prompts_per_step * rollouts
-    response = response_tokens or config.rollout.max_response_tokens
-    longest = config.data.max_prompt_tokens + response
-    return {
-        "sequences": sequences,
-        "longest sequence": longest,
-        "tokens through the model": sequences * longest,
-        "tokens in the loss": sequences * response,
-    }
-
-
-def update_flops(model: PreTrainedModel, config: Config, tokens: dict[str, int]) -> Flops:
+def update_flops(model: PreTrainedModel, step: StepTokens, *, checkpointing: bool) -> Flops:
     """Of the forward and backward of one step's update."""
     text = model.config.get_text_config()
     head = model.get_output_embeddings()
@@ -279,11 +302,11 @@ def update_flops(model: PreTrainedModel, config: Config, tokens: dict[str, int])
     to_weights = sum(2 * m.weight.numel() for m in linears if m.weight.requires_grad)
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     # Q Kᵀ and P V, of the whole square: no causal half taken off.
-    square = 4 * text.num_hidden_layers * text.num_attention_heads * width * tokens["longest sequence"]
-    fed = tokens["tokens through the model"]
-    again = fed * (forward + square) if config.model.gradient_checkpointing else 0
+    square = 4 * text.num_hidden_layers * text.num_attention_heads * width * step.longest
+    again = step.through_model * (forward + square) if checkpointing else 0
     of_head = 2 * head.weight.numel() * (3 if head.weight.requires_grad else 2)
-    return Flops(fed * (2 * forward + to_weights), fed * 3 * square, tokens["tokens in the loss"] * of_head, again)
+    through = step.through_model
+    return Flops(through * (2 * forward + to_weights), through * 3 * square, step.in_loss * of_head, again)
 
 
 def tables(plan: Plan) -> list[Table]:

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from trapo.config import Config
+from trapo.config import LogConfig
 from trapo.errors import TrapoError, words_of
 from trapo.evaluation.evaluate import EvalResult
 from trapo.runs.run_dir import RunDir
-from trapo.settings.text import plain_tree
+from trapo.settings.text import Tree, plain_tree
 from trapo.tools.files import write_atomic
 
 HISTOGRAM = "expert_prob_histogram"
@@ -31,7 +31,7 @@ class Logger(Protocol):
 class TensorBoardLogger:
     """Events in run_dir/tensorboard. A continued run writes on there; what it had after the checkpoint is purged."""
 
-    def __init__(self, config: Config, run_dir: RunDir, step: int) -> None:
+    def __init__(self, run_dir: RunDir, step: int, settings: Tree) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(run_dir.path / "tensorboard"), purge_step=step + 1 if step else None)
@@ -64,7 +64,7 @@ class WandbLogger:
     """A W&B run; its id is kept in run_dir/wandb_id, so that a continued run is the same one there. Rows that it
     computes again are the ones that W&B has, which keeps the first."""
 
-    def __init__(self, config: Config, run_dir: RunDir, step: int) -> None:
+    def __init__(self, run_dir: RunDir, step: int, settings: Tree) -> None:
         import wandb
 
         id_file = run_dir.path / "wandb_id"
@@ -78,7 +78,7 @@ class WandbLogger:
                 resume="allow",
                 name=run_dir.path.resolve().name,
                 dir=str(run_dir.path),
-                config=plain_tree(config),
+                config=plain_tree(settings),
             )
         except wandb.Error as error:
             raise TrapoError(f"log.wandb: {words_of(error)}; {WANDB_HINT}") from error
@@ -117,9 +117,9 @@ LOGGERS: dict[str, tuple[str, type]] = {
 }
 
 
-def check_loggers(config: Config) -> None:
+def check_loggers(log: LogConfig) -> None:
     """Raises TrapoError for a logger that is asked for and cannot run here, before anything is computed."""
-    for name in _wanted(config):
+    for name in _wanted(log):
         module, _ = LOGGERS[name]
         if importlib.util.find_spec(module) is None:
             raise TrapoError(f"log.{name}: got true, but {module} is not installed (pip install {module})")
@@ -128,12 +128,12 @@ def check_loggers(config: Config) -> None:
 
 
 class Loggers:
-    """All loggers that a run asked for; a context manager. step: the run is continued after it. Of several ranks one
-    has them enabled."""
+    """All loggers that a run asked for; a context manager. step: the run is continued after it. settings: the run's
+    configuration as nested dicts, to be shown. Of several ranks one has them enabled."""
 
-    def __init__(self, config: Config, run_dir: RunDir, step: int, *, enabled: bool = True) -> None:
-        wanted = _wanted(config) if enabled else []
-        self.loggers: list[Logger] = [LOGGERS[name][1](config, run_dir, step) for name in wanted]
+    def __init__(self, log: LogConfig, run_dir: RunDir, step: int, settings: Tree, *, enabled: bool = True) -> None:
+        wanted = _wanted(log) if enabled else []
+        self.loggers: list[Logger] = [LOGGERS[name][1](run_dir, step, settings) for name in wanted]
 
     def __enter__(self) -> Loggers:
         return self
@@ -170,5 +170,5 @@ def flat_numbers(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return flat
 
 
-def _wanted(config: Config) -> list[str]:
-    return [name for name in LOGGERS if getattr(config.log, name)]
+def _wanted(log: LogConfig) -> list[str]:
+    return [name for name in LOGGERS if getattr(log, name)]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import trapo_kernels as tk
-from trapo.config import Config
+from trapo.config import ModelConfig
 from trapo.evaluation.evaluate import EvalResult
 from trapo.models.loading import device_of
 from trapo.report.metrics import peak_gpu_memory_gb, peak_memory_gb
@@ -15,14 +15,14 @@ from trapo.runs.run_dir import RunDir
 from trapo.tools.timing import PARTS
 
 
-def summarise(run_dir: RunDir, config: Config, steps: int, seconds: float) -> dict[str, Any]:
-    """Returns the summary of a run that is at its end, `seconds` after its start."""
+def summarise(run_dir: RunDir, mode: str, model: ModelConfig, steps: int, seconds: float) -> dict[str, Any]:
+    """Returns the summary of a run that is at its end after so many steps, `seconds` after its start."""
     rows = run_dir.rows()
-    before, after = (_evaluation(run_dir, step) for step in (0, config.train.steps))
+    before, after = (_evaluation(run_dir, step) for step in (0, steps))
     return {
-        "mode": config.mode,
-        "model": config.model.path,
-        "backend": tk.default_backend(device_of(config.model.device)),
+        "mode": mode,
+        "model": model.path,
+        "backend": tk.default_backend(device_of(model.device)),
         "steps": steps,
         "seconds": round(seconds, 1),
         # Of the steps; what is missing to `seconds` are evaluations, saves and starts.

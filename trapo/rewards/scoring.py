@@ -6,17 +6,16 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trapo.config import Config
+from trapo.config import RewardConfig
 from trapo.data.problem import Problem
 from trapo.errors import TrapoError
 from trapo.rewards import Reward, RewardPool
 from trapo.runs.ranks import Scorer
 
 
-def make_pool(config: Config) -> RewardPool:
+def make_pool(reward: RewardConfig) -> RewardPool:
     """Returns the pool of `reward.*`. Raises TrapoError, in one line, for a function that cannot be imported or
     called."""
-    reward = config.reward
     bounds = (reward.range[0], reward.range[1]) if reward.range else None
     return RewardPool(reward.function, workers=reward.workers, timeout=reward.timeout, bounds=bounds)
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from trapo.config import Config
+from trapo.config import default_tree
 from trapo.errors import TrapoError
-from trapo.settings.text import plain_tree
+from trapo.settings.text import Tree, flat, plain_tree
 from trapo.tools.files import read_json, write_atomic, write_json
 
 Log = Callable[[str], None]
@@ -22,10 +22,10 @@ Row = dict[str, Any]
 EMPTY = hashlib.sha256(b"").hexdigest()
 
 
-def config_digest(config: Config, free: tuple[str, ...]) -> str:
+def config_digest(settings: Tree, free: tuple[str, ...]) -> str:
     """Of the settings that decide what is computed; those at their default do not count, so that new keys may come."""
-    flat, default = _flat(plain_tree(config)), _flat(plain_tree(Config()))
-    kept = {key: value for key, value in flat.items() if value != default.get(key) and not key.startswith(free)}
+    values, default = flat(plain_tree(settings)), flat(plain_tree(default_tree()))
+    kept = {key: value for key, value in values.items() if value != default.get(key) and not key.startswith(free)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
@@ -129,10 +129,3 @@ def _has_rows(path: Path, result: Row) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return len(rows) == result.get("problems", -1) * result.get("samples", 1)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
-import os
 import secrets
-import sys
-from importlib.machinery import PathFinder
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from trapo.config import Config
+from trapo.config import DataConfig
 from trapo.errors import TrapoError
 from trapo.tools.files import file_digest, write_json
+from trapo.tools.imports import source_file
 
 _MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
 
@@ -52,17 +49,20 @@ class Inputs:
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
 
 
-def fingerprints(config: Config, *, model: bool) -> dict[str, str]:
-    """SHA-256 by key of the local files that a run reads. model: of those of model.path too, which a run that goes on
-    reads again only for adapters or a reference."""
+def fingerprints(data: DataConfig, code: Mapping[str, str], model_path: str | None = None) -> dict[str, str]:
+    """SHA-256 by key of the local files that a run reads.
+
+    code: the functions that keys name, the user's and others. model_path: of its files too, which a run that goes on
+    reads again only for adapters or a reference.
+    """
     found: dict[str, str] = {}
-    for key, name in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+    for key, name in (("data.train", data.train), ("data.eval", data.eval)):
         if name is not None and "://" not in name and Path(name).is_file():
             found[key] = file_digest(Path(name))
-    source = _reward_source(config.reward.function)
-    if source is not None:
-        found["reward.function"] = file_digest(source)
-    if model and (files := _model_files(config.model.path)):
+    for key, name in code.items():
+        if (source := source_file(name)) is not None:
+            found[key] = file_digest(source)
+    if model_path is not None and (files := _model_files(model_path)):
         found["model.path"] = hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()
     return found
 
@@ -79,23 +79,6 @@ def refuse_changed(kept: dict[str, str], now: dict[str, str], where: Path) -> No
 
 def changed_inputs(kept: dict[str, str], now: dict[str, str]) -> list[str]:
     return [key for key in kept if key in now and kept[key] != now[key]]
-
-
-def _reward_source(function: str) -> Path | None:
-    """The file of a user's reward function; None for the built-in ones."""
-    module, mark, _ = function.rpartition(":")
-    if not mark:
-        return None
-    if module.endswith(".py") or "/" in module:
-        path = Path(module)
-        return path if path.is_file() else None
-    loaded: Any = sys.modules.get(module)
-    try:
-        spec = getattr(loaded, "__spec__", None) or importlib.util.find_spec(module)
-    except Exception:  # of a package on the way: rewards.py will name it
-        spec = None
-    spec = spec or PathFinder.find_spec(module, [os.getcwd()])
-    return Path(spec.origin) if spec and spec.origin and Path(spec.origin).is_file() else None
 
 
 def _model_files(name: str) -> list[Path]:

@@ -17,13 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trapo.config import Config, changed_keys, load_config, save_config
+from trapo.config import changed_keys, load_tree
 from trapo.errors import TrapoError
 from trapo.runs import checkpoint, history, run_lock
 from trapo.runs.checkpoint import Checkpoint
 from trapo.runs.history import read_rows
 from trapo.runs.inputs import Inputs
-from trapo.tools.files import append_line, check_writable, read_json, remove, write_json
+from trapo.settings.text import Tree, to_yaml
+from trapo.tools.files import append_line, check_writable, read_json, remove, write_atomic, write_json
 
 # Keys that may differ between an interrupted run and its continuation: they do not change what was computed so far.
 FREE_KEYS = (
@@ -57,7 +58,7 @@ def quiet(_: str) -> None:
 
 
 class RunDir:
-    """Paths of a run and its append-only metrics."""
+    """Paths of a run and its append-only metrics. `settings` is the run's configuration as nested dicts."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -84,7 +85,7 @@ class RunDir:
         accuracy = {step: read_json(path)["accuracy"] for step, path in self.evaluations().items() if step}
         return sorted(accuracy, key=lambda step: (accuracy[step], step), reverse=True)[:count]
 
-    def look(self, config: Config, *, restart_finished: bool = False, log: Log = print) -> Checkpoint | None:
+    def look(self, settings: Tree, *, restart_finished: bool = False, log: Log = print) -> Checkpoint | None:
         """The checkpoint that a run of this configuration continues from, None to start at step 0. Changes nothing.
 
         Damaged checkpoints are told to `log` and passed over. Raises TrapoError when the folder is in use or cannot be
@@ -104,13 +105,13 @@ class RunDir:
         if finished is not None and restart_finished:
             return None
         if finished is not None or self.has_results():
-            self._compare(config, finished, log)
+            self._compare(settings, finished, log)
         self.inputs = Inputs.load(self.inputs_file)
-        found = checkpoint.newest_sound(self.checkpoints, log, lambda c: self._stranger(c, config))
+        found = checkpoint.newest_sound(self.checkpoints, log, lambda c: self._stranger(c, settings))
         if finished is not None and found is None:
             raise TrapoError(
                 f"run_dir: {self.path} holds a finished run without checkpoints, which cannot go on to train.steps="
-                f"{config.train.steps}; choose another run_dir or pass --if-finished restart"
+                f"{settings['train']['steps']}; choose another run_dir or pass --if-finished restart"
             )
         if self.inputs is None and found is not None:
             record = found.record()
@@ -119,7 +120,7 @@ class RunDir:
         return found
 
     def claim(
-        self, config: Config, resume_from: Checkpoint | None, files: dict[str, str] | None = None, log: Log = quiet
+        self, settings: Tree, resume_from: Checkpoint | None, files: dict[str, str] | None = None, log: Log = quiet
     ) -> None:
         """Make the folder ready for the run that `look` found possible: what came after the checkpoint goes, logs that
         are damaged are put right. files: `inputs.fingerprints` of now."""
@@ -127,8 +128,8 @@ class RunDir:
             raise TrapoError(f"run_dir: {self.path} was changed by another process meanwhile; repeat the command")
         if self.summary.exists() and resume_from is None:
             self._delete_run(log)
-        if self._saved_config() != config:
-            save_config(config, self.config)
+        if self._saved_settings() != settings:
+            write_atomic(self.config, to_yaml(settings))
         self.summary.unlink(missing_ok=True)  # of a run that is lengthened
         if resume_from is None or self.inputs is None:
             self.inputs = Inputs.new(files or {})
@@ -140,7 +141,7 @@ class RunDir:
         step = resume_from.step if resume_from else 0
         for other in checkpoint.find(self.checkpoints):
             if other.step > step:
-                self._put_away(other, config, log)
+                self._put_away(other, settings, log)
         self._restore_logs(resume_from, step, log)
         self._seen = None
 
@@ -149,15 +150,15 @@ class RunDir:
         rows, damaged = history.read_what_can_be(self.metrics)
         return bool(checkpoint.find(self.checkpoints) or rows or damaged or self.evaluations())
 
-    def record(self, config: Config, step: int) -> dict[str, Any]:
+    def record(self, settings: Tree, step: int) -> dict[str, Any]:
         """What a checkpoint after `step` should know of the run."""
         assert self.inputs is not None  # claimed
         return {
             "run": self.inputs.run,
             "inputs": self.inputs.files,
-            "config": history.config_digest(config, (*FREE_KEYS, STEPS)),
+            "config": history.config_digest(settings, (*FREE_KEYS, STEPS)),
             "step": step,
-            "steps": config.train.steps,
+            "steps": settings["train"]["steps"],
             "metrics": self.rows(),
             "rollouts": history.rollouts_mark(self.rollouts),
             "evaluations": {str(s): read_json(path) for s, path in self.evaluations().items()},
@@ -178,10 +179,10 @@ class RunDir:
         config = self.config.read_bytes() if self.config.exists() else None
         return self.summary.exists(), [c.step for c in checkpoint.find(self.checkpoints)], config
 
-    def _saved_config(self) -> Config | None:
+    def _saved_settings(self) -> Tree | None:
         """None where there is none or it cannot be read."""
         try:
-            return load_config(self.config) if self.config.exists() else None
+            return load_tree(self.config) if self.config.exists() else None
         except TrapoError:
             return None
 
@@ -193,45 +194,47 @@ class RunDir:
             raise TrapoError(f"{self.summary}: damaged: it has no steps")
         return steps
 
-    def _compare(self, new: Config, finished: int | None, log: Log) -> None:
+    def _compare(self, settings: Tree, finished: int | None, log: Log) -> None:
         """Raises TrapoError for settings with which the run here cannot go on."""
-        if finished is not None and new.train.steps == finished:
+        steps, schedule = settings["train"]["steps"], settings["optim"]["schedule"]
+        if finished is not None and steps == finished:
             raise TrapoError(
                 f"run_dir: {self.path} holds a finished run; choose another run_dir, give it more train.steps or pass "
                 "--if-finished restart"
             )
-        old = self._saved_config()
+        old = self._saved_settings()
         if old is None:
             if not checkpoint.find(self.checkpoints):
-                load_config(self.config)  # raises
+                load_tree(self.config)  # raises
             log(f"{self.config} is damaged; the checkpoints say whether the settings are the same")
             return
-        changed = [k for k in changed_keys(old, new) if not k.startswith(FREE_KEYS) and k != STEPS]
+        changed = [k for k in changed_keys(old, settings) if not k.startswith(FREE_KEYS) and k != STEPS]
         if changed:
             kind = "an unfinished" if finished is None else "a finished"
             raise TrapoError(
                 f"run_dir: {self.path} holds {kind} run with other settings ({', '.join(changed)}); "
                 "repeat its command to continue it, or choose another run_dir"
             )
-        before = old.train.steps if finished is None else finished
-        if new.train.steps < before:
+        before = old["train"]["steps"] if finished is None else finished
+        if steps < before:
             raise TrapoError(
-                f"train.steps: got {new.train.steps}; {self.path} holds a run of {before} steps, which can be "
+                f"train.steps: got {steps}; {self.path} holds a run of {before} steps, which can be "
                 "lengthened and not shortened"
             )
-        if new.train.steps > before:
-            decay = f"optim.schedule={new.optim.schedule} is from now on that of {new.train.steps} steps"
+        if steps > before:
+            decay = f"optim.schedule={schedule} is from now on that of {steps} steps"
             log(
-                f"train.steps: {before} before, now {new.train.steps}; the run goes on"
-                + ("" if new.optim.schedule == "constant" else f", and {decay}: the learning rate may jump")
+                f"train.steps: {before} before, now {steps}; the run goes on"
+                + ("" if schedule == "constant" else f", and {decay}: the learning rate may jump")
             )
-        if old.train.threads != new.train.threads:
+        threads, now = old["train"]["threads"], settings["train"]["threads"]
+        if threads != now:
             log(
-                f"train.threads: {old.train.threads} before, now {new.train.threads}; sums are added up in another "
+                f"train.threads: {threads} before, now {now}; sums are added up in another "
                 "order, so last bits may differ"
             )
 
-    def _stranger(self, found: Checkpoint, config: Config) -> str | None:
+    def _stranger(self, found: Checkpoint, settings: Tree) -> str | None:
         """Why a whole checkpoint is not one of this run with this configuration."""
         record = found.record()
         if missing := [key for key in ("run", "config", "step", "metrics", "rollouts") if key not in record]:
@@ -240,15 +243,15 @@ class RunDir:
             return f"it was saved after step {record['step']}"
         if self.inputs is not None and record["run"] != self.inputs.run:
             return f"but of run {record['run']}"
-        if record["config"] != history.config_digest(config, (*FREE_KEYS, STEPS)):
+        if record["config"] != history.config_digest(settings, (*FREE_KEYS, STEPS)):
             return "its settings were others"
-        if found.step > config.train.steps:
-            return f"train.steps is {config.train.steps}"
+        if found.step > settings["train"]["steps"]:
+            return f"train.steps is {settings['train']['steps']}"
         return None
 
-    def _put_away(self, other: Checkpoint, config: Config, log: Log) -> None:
+    def _put_away(self, other: Checkpoint, settings: Tree, log: Log) -> None:
         """A checkpoint after the one that is continued: what will be computed again goes, a stranger is kept."""
-        if other.record() and self._stranger(other, config) is not None:
+        if other.record() and self._stranger(other, settings) is not None:
             log(f"checkpoint {other.path} is kept as {checkpoint.set_aside(other).name}")
         else:
             checkpoint.discard(other)

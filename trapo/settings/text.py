@@ -124,14 +124,27 @@ def mark_expressions(config: Any, unresolved: Tree) -> Any:
     return marked(config, unresolved)
 
 
+def tree_of(config: Any) -> Tree:
+    """A configuration as nested dicts, which say all that it says; a tree is one already."""
+    return dataclasses.asdict(config) if dataclasses.is_dataclass(config) else typing.cast(Tree, config)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a tree by their dotted names; an empty mapping has none."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found.update(flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value})
+    return found
+
+
 def plain_tree(config: Any) -> Tree:
-    """A configuration as nested dicts for people and services: expressions that reach outside stay as they are."""
-    return typing.cast(Tree, _map_texts(_shown, dataclasses.asdict(config)))
+    """A configuration, or its tree, for people and services: expressions that reach outside stay as they are."""
+    return typing.cast(Tree, _map_texts(_shown, tree_of(config)))
 
 
 def to_yaml(config: Any) -> str:
-    """YAML that `read_yaml` and OmegaConf's resolving turn into an equal configuration."""
-    tree = _map_texts(lambda s: s.source if isinstance(s, Expression) else escape(s), dataclasses.asdict(config))
+    """YAML that `read_yaml` and OmegaConf's resolving turn into an equal configuration; config: it, or its tree."""
+    tree = _map_texts(lambda s: s.source if isinstance(s, Expression) else escape(s), tree_of(config))
     return OmegaConf.to_yaml(OmegaConf.create(tree))
 
 
