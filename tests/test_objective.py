@@ -70,7 +70,7 @@ def test_slopes_and_values_at_probability_zero_are_finite_or_honestly_infinite(n
         given_old = replace(t, old_logprobs=old)
         total = sum(o.losses(given_old).values())
         slope, _ = o.slopes(given_old)
-        infinite = (t.expert & (o.expert in ("sft", "sed", "eaft", "pear"))) | (~t.expert & (o.kl_coef != 0))
+        infinite = (t.expert & (o.expert in ("sft", "sed", "eaft", "pear", "lco_kld"))) | (~t.expert & (o.kl_coef != 0))
         if o.tis_cap is None or old is t.old_logprobs:
             assert torch.isfinite(total[~infinite]).all()
             assert torch.isfinite(slope[~(~t.expert & (o.kl_coef != 0))]).all()
@@ -105,7 +105,7 @@ def test_nan_in_a_token_stays_in_that_token():
         (
             {"expert": "trfst"},
             "Objective: expert must be one of 'sft', 'trsft', 'dft', 'luffy', 'chord', 'sed', 'eaft', 'asft', 'pear', "
-            "'lco_mse', 'lco_logcosh', a function or None; got 'trfst'",
+            "'lco_mse', 'lco_logcosh', 'lco_kld', a function or None; got 'trfst'",
         ),
         (
             {"policy": "ppo"},

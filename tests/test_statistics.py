@@ -100,3 +100,17 @@ def test_an_unknown_name_is_refused():
         tk.linear_statistics(case.hidden, case.weight, case.targets, ["top0_mass"])
     with pytest.raises(ValueError, match=r"^linear_policy_loss: statistics must be among"):
         policy_loss(case, tk.Objective.trapo(), "torch", statistics=["perplexity"])
+
+
+@pytest.mark.parametrize("n", [1, 7, 100])
+@pytest.mark.parametrize("share", [0.3, 0.7, 1.0])
+def test_the_threshold_of_sed_leaves_its_share_of_the_tokens_at_or_above_it(n, share):
+    masses = torch.rand(n)
+    found = tk.sed_threshold(masses, share)
+    assert abs(float((masses >= found).float().mean()) - share) <= max(1 / n, 0.5 / n + 1e-6)
+
+
+@pytest.mark.parametrize(("masses", "share"), [(torch.empty(0), 0.7), (torch.rand(3), 0.0), (torch.rand(3), 1.5)])
+def test_the_threshold_of_sed_refuses_nothing_and_no_share(masses, share):
+    with pytest.raises(ValueError, match=r"^sed_threshold: needs tokens and a share in"):
+        tk.sed_threshold(masses, share)

@@ -38,7 +38,8 @@ NEW = {
     "eaft": Objective.eaft(eaft_power=1.3),
     "pear": Objective.pear(pear_gamma=0.9),
     "lco_mse": Objective.lco("mse", lco_beta=0.7),
-    "lco_logcosh": Objective.lco("logcosh", lco_beta=0.7),
+    "lco_logcosh": Objective.lco("logcosh", lco_beta=0.7, lco_neg=100.0),
+    "lco_kld": Objective.lco("kld", lco_beta=0.7, lco_neg=2.0),
     "gspo": Objective.gspo(clip_low=0.1, clip_high=0.2),
     "cispo": Objective.cispo(clip_low=0.3),
     "sapo": Objective.sapo(tis_cap=2.0),
@@ -106,8 +107,12 @@ def expert_loss(o, x, held, sequence, at):
     if o.expert == "pear":
         later = sequence[at + 1 :]
         total = sum(min(max(t.lp - t.old, -0.08), 0.3) for t in later)
-        return -(o.pear_gamma ** len(later)) * math.exp(total) * x.lp
-    beta = o.lco_beta if x.advantage > 0 else 100 * o.lco_beta
+        return -math.exp(min(max(len(later) * math.log(o.pear_gamma) + total, -10), 5)) * x.lp
+    beta = o.lco_beta if x.advantage > 0 else o.lco_neg * o.lco_beta
+    if o.expert == "lco_kld":
+        grown = math.exp(x.old) * math.exp(x.advantage / beta)
+        q = grown / (1 - math.exp(x.old) + grown)
+        return -(q - hp) / (1 - hp) * x.lp
     miss = x.z - (held.z + x.advantage / beta)
     return miss * miss if o.expert == "lco_mse" else math.log(math.cosh(miss))
 
@@ -361,11 +366,57 @@ def lco_gradient(case, backend):
 def test_lco_moves_the_logit_of_the_target_and_no_other(backend):
     case = sequence_case(seed=5)
     grad, a = lco_gradient(case, backend), case.inputs["advantages"]
-    beta = torch.where(a > 0, torch.full_like(a, 2.0), torch.full_like(a, 200.0))
     expected = torch.zeros_like(grad)
-    expected.scatter_(-1, case.targets.clamp(min=0)[..., None], (-2 * a / beta)[..., None])
+    expected.scatter_(-1, case.targets.clamp(min=0)[..., None], (-2 * a / 2.0)[..., None])
     expected[case.targets == -100] = 0
     assert_close(grad, expected, 1e-12, "d_logits")
+
+
+@backends
+@pytest.mark.parametrize("beta", [0.05, 1.0])
+def test_lco_kld_has_the_gradient_of_a_divergence_from_the_moved_distribution(beta, backend):
+    """Of the authors' form: F.kl_div to softmax(log π_old + A/β e_y), where the old policy is the policy."""
+    logits = (2 * torch.randn(12, 33, dtype=torch.float64)).requires_grad_()
+    targets, advantages = torch.randint(0, 33, (12,)), torch.randn(12, dtype=torch.float64)
+    advantages[0] = 0
+    o = Objective.lco("kld", lco_beta=beta, lco_neg=1.0, reduction="sum")
+    loss = tk.policy_loss_from_logits(logits, targets, o, advantages=advantages, backend=backend).loss
+    (found,) = torch.autograd.grad(loss, logits)
+    moved = logits.detach().clone()
+    moved[torch.arange(12), targets] += advantages / beta
+    log_q = moved.log_softmax(-1)
+    expected = torch.nn.functional.kl_div(logits.log_softmax(-1), log_q, reduction="sum", log_target=True)
+    assert_close(found, torch.autograd.grad(expected, logits)[0], 1e-12, "d_logits")
+    assert (found[0] == 0).all()
+
+
+def test_lco_kld_moves_less_the_nearer_the_target_is():
+    """Over several updates on one batch the old policy stays: at p = q nothing is left to learn."""
+    o, old = Objective.lco("kld", lco_beta=1.0, lco_neg=1.0), torch.tensor(0.2, dtype=torch.float64)
+    q = 0.2 * math.e / (0.8 + 0.2 * math.e)
+    p = torch.tensor([0.2, 0.3, q], dtype=torch.float64)
+    tokens = tk.Tokens(
+        p.log(), p, torch.ones(3, dtype=torch.bool), advantages=torch.ones(3).double(), old_logprobs=old.log().expand(3)
+    )
+    slope = o.all_slopes(tokens).logprobs * (1 - p)
+    assert slope[0] < slope[1] < 0
+    assert abs(slope[2]) < 1e-12
+
+
+@pytest.mark.parametrize("ratio", [-0.3, 0.3, 0.05])
+def test_pear_is_finite_on_long_sequences(ratio):
+    n = 8192
+    logprobs = torch.full((n,), -1.0, requires_grad=True)
+    tokens = tk.Tokens(
+        logprobs, torch.zeros(n), torch.ones(n, dtype=torch.bool), old_logprobs=torch.full((n,), -1.0 - ratio),
+        sequences=tk.Sequences.of_rows(1, n),
+    )  # fmt: skip
+    loss = Objective.pear().losses(tokens)["expert"]
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    weight = -logprobs.grad
+    assert weight.min() >= math.exp(-10) * (1 - 1e-6)
+    assert weight.max() <= math.exp(5) * (1 + 1e-6)
 
 
 @backends
@@ -496,5 +547,8 @@ def test_presets_of_new_terms_are_the_published_ones():
         1.0,
         1.05,
     )
+    assert (Objective().pear_gamma, Objective().pear_floor, Objective().pear_ceil) == (0.999, -10, 5)
+    assert Objective.sapo().reduction == "sequence_mean"
+    assert (Objective.lco().lco_neg, Objective.lco("kld").lco_beta, Objective.lco("kld").lco_neg) == (1.0, 0.1, 100.0)
     with pytest.raises(ValueError, match=r"^Objective.chord: mu must be a number in \[0, 1\]; got 2"):
         Objective.chord(2)

@@ -24,6 +24,7 @@ from .functional import (
 )
 from .metrics import METRICS, Metric, merge_metrics
 from .objective import Objective
+from .statistics import sed_threshold
 from .terms import EXPERT_TERMS, POLICY_TERMS, Term
 from .tokens import Sequences, Tokens
 from .verify import verify
@@ -54,6 +55,7 @@ __all__ = [
     "logprobs_from_logits",
     "merge_metrics",
     "policy_loss_from_logits",
+    "sed_threshold",
     "set_backend",
     "set_budget_mb",
     "verify",

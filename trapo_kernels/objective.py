@@ -57,11 +57,14 @@ class Objective:
         tis_cap: cap of the weight π_old / π_rollout on the policy term, or None for no weight.
         reduction: "token_mean", "sequence_mean" or "sum": weights of tokens and the default normalizer.
         luffy_gamma: γ of LUFFY's p/(p + γ).
-        sed_coef, sed_k, sed_tau: λ, k and τ of SED-SFT. no published values are known here; these are ours.
+        sed_coef, sed_k, sed_tau: λ, k and τ of SED-SFT. The authors' code has λ = 1, k = 2 in the loss (10 where it
+            computes τ), and for τ a quantile of the data: see `sed_threshold`. k = 20 and τ = 0.9 are ours.
         eaft_power: a of EAFT.
         asft_kl: λ of ASFT, the weight of KL(reference ‖ policy) over the whole vocabulary, on expert tokens.
-        pear_gamma, pear_low, pear_high: γ of PEAR (no published value on record), and its clip of log ratios.
-        lco_beta: β of LCO for A > 0; 100 times that for the others (no published value on record).
+        pear_gamma, pear_low, pear_high, pear_floor, pear_ceil: γ of PEAR, its clip of log ratios and that of their
+            discounted sum.
+        lco_beta, lco_neg: β of LCO for A > 0, and the factor on it for the others: 1 in the authors' code for rewards
+            by rule, 100 in their older variant of the KLD form.
         sapo_tau_pos, sapo_tau_neg: τ of SAPO for A > 0 and for the others.
 
     Raises:
@@ -86,10 +89,13 @@ class Objective:
     sed_tau: float = 0.9
     eaft_power: float = 1.0
     asft_kl: float = 0.05
-    pear_gamma: float = 1.0
+    pear_gamma: float = 0.999
     pear_low: float = -0.08
     pear_high: float = 0.3
+    pear_floor: float = -10.0
+    pear_ceil: float = 5.0
     lco_beta: float = 1.0
+    lco_neg: float = 1.0
     sapo_tau_pos: float = 1.0
     sapo_tau_neg: float = 1.05
 
@@ -101,11 +107,11 @@ class Objective:
         self._number("clip_high", "at least 0 or None", lambda x: x >= 0, optional=True)
         self._number("dual_clip", "above 1 or None", lambda x: x > 1, optional=True)
         self._number("tis_cap", "above 0 or None", lambda x: x > 0, optional=True)
-        for name in ("entropy_coef", "pear_low", "pear_high"):
+        for name in ("entropy_coef", "pear_low", "pear_high", "pear_floor", "pear_ceil"):
             self._number(name, "that is finite", lambda x: True)
         for name in ("expert_coef", "policy_coef", "kl_coef", "sed_coef", "eaft_power", "asft_kl"):
             self._number(name, "at least 0", lambda x: x >= 0)
-        for name in ("luffy_gamma", "sed_tau", "pear_gamma", "lco_beta", "sapo_tau_pos", "sapo_tau_neg"):
+        for name in ("luffy_gamma", "sed_tau", "pear_gamma", "lco_beta", "lco_neg", "sapo_tau_pos", "sapo_tau_neg"):
             self._number(name, "above 0", lambda x: x > 0)
         self._number("sed_k", "that is whole and above 0", lambda x: x > 0 and x == int(x))
         object.__setattr__(self, "sed_k", int(self.sed_k))
@@ -392,10 +398,12 @@ class Objective:
 
     @classmethod
     def lco(cls, loss: str = "mse", **overrides: Any) -> Objective:
-        """LCO: a regression of the target's logit alone onto z_y + A/β'; loss "mse" or "logcosh"."""
-        if loss not in ("mse", "logcosh"):
-            raise ValueError(f"Objective.lco: loss must be 'mse' or 'logcosh'; got {shown(loss)}")
-        return cls(**{"expert": f"lco_{loss}", "policy": None, **overrides})
+        """LCO (arXiv 2603.00963): the target's logit is moved towards z_y + A/β', by a regression on it ("mse",
+        "logcosh") or by the KL divergence from the distribution it would have ("kld", with β = 0.1 and 10)."""
+        if loss not in ("mse", "logcosh", "kld"):
+            raise ValueError(f"Objective.lco: loss must be 'mse', 'logcosh' or 'kld'; got {shown(loss)}")
+        defaults = {"lco_beta": 0.1, "lco_neg": 100.0} if loss == "kld" else {}
+        return cls(**{"expert": f"lco_{loss}", "policy": None, **defaults, **overrides})
 
     @classmethod
     def gspo(cls, **overrides: Any) -> Objective:
@@ -412,8 +420,9 @@ class Objective:
 
     @classmethod
     def sapo(cls, **overrides: Any) -> Objective:
-        """SAPO: a soft gate instead of the clip, τ = 1 for A > 0 and 1.05 for the others."""
-        return cls(**{"expert": None, "policy": "sapo", **overrides})
+        """SAPO: a soft gate instead of the clip, τ = 1 for A > 0 and 1.05 for the others; mean over sequences of token
+        means."""
+        return cls(**{"expert": None, "policy": "sapo", "reduction": "sequence_mean", **overrides})
 
 
 FIELDS = tuple(field.name for field in fields(Objective))

@@ -21,7 +21,7 @@ from torch import Tensor
 from .backends.base import RowStats, stats_dtype
 from .scalars import shown
 
-__all__ = ["Collector", "check_statistics", "is_statistic", "row_statistics"]
+__all__ = ["Collector", "check_statistics", "is_statistic", "row_statistics", "sed_threshold"]
 
 _TOP = re.compile(r"top([1-9]\d{0,5})_(mass|entropy)")
 _FIXED = ("sum_sq", "argmax_match", "mean_logit")
@@ -42,6 +42,18 @@ def check_statistics(caller: str, names: Iterable[str]) -> tuple[str, ...]:
         if not isinstance(name, str) or not is_statistic(name):
             raise ValueError(f"{caller}: statistics must be among {accepted}; got {shown(name)}")
     return tuple(dict.fromkeys(names))
+
+
+def sed_threshold(masses: Tensor, share: float = 0.7) -> float:
+    """τ of SED-SFT read off data: this share of the tokens has at least that mass on its k likeliest classes.
+
+    masses [...]: "top{k}_mass" of held-out expert tokens, by `linear_statistics`. The authors' script takes a share of
+    0.7. Raises ValueError where there is no token, or share is not in (0, 1].
+    """
+    if masses.numel() == 0 or not 0 < share <= 1:
+        raise ValueError(f"sed_threshold: needs tokens and a share in (0, 1]; got {masses.numel()} and {shown(share)}")
+    ordered = masses.flatten().sort(descending=True).values
+    return float(ordered[max(1, round(share * ordered.numel())) - 1])
 
 
 def row_statistics(

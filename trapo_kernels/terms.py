@@ -149,12 +149,14 @@ def _eaft_slope(o: Objective, t: Tokens) -> Tensor:
 
 
 def _pear_weight(o: Objective, t: Tokens) -> Tensor:
-    """G_t = γ^(T−t) · exp Σ_(j>t) clip(logp_j − logπ_β,j) over the later expert tokens of the sequence [n]."""
+    """G_t = γ^(T−t) · exp Σ_(j>t) clip(logp_j − logπ_β,j) over the later expert tokens of the sequence [n]; log G_t
+    is clipped once more."""
     assert t.sequences is not None
     inside = t.expert.to(t.logprobs.dtype)
     steps = log_ratio(t).detach().clamp(o.pear_low, o.pear_high) * inside
     # One exponential: of two factors one may underflow where the other overflows.
-    return (t.sequences.later(inside) * math.log(o.pear_gamma) + t.sequences.later(steps)).exp()
+    exponent = t.sequences.later(inside) * math.log(o.pear_gamma) + t.sequences.later(steps)
+    return exponent.clamp(o.pear_floor, o.pear_ceil).exp()
 
 
 def _pear_value(o: Objective, t: Tokens) -> Tensor:
@@ -165,11 +167,17 @@ def _pear_slope(o: Objective, t: Tokens) -> Tensor:
     return -_pear_weight(o, t)
 
 
+def _lco_step(o: Objective, t: Tokens) -> Tensor:
+    """A/β' [n], by which LCO wants the target's logit to move; β' = β for A > 0, else lco_neg · β."""
+    advantages = given(t.advantages)
+    return torch.where(advantages > 0, advantages / o.lco_beta, advantages / (o.lco_neg * o.lco_beta))
+
+
 def _lco_miss(o: Objective, t: Tokens) -> Tensor:
-    """z_y − sg(z_y + A/β') = −A/β', with the gradient of z_y; β' = β for A > 0, else 100 β."""
-    z, advantages = given(t.target_logits), given(t.advantages)
+    """z_y − sg(z_y + A/β') = −A/β', with the gradient of z_y."""
+    z = given(t.target_logits)
     z = z.masked_fill(z == -torch.inf, 0)  # ∞ − ∞
-    return (z - z.detach()) - torch.where(advantages > 0, advantages / o.lco_beta, advantages / (100 * o.lco_beta))
+    return (z - z.detach()) - _lco_step(o, t)
 
 
 def _lco_mse_value(o: Objective, t: Tokens) -> Tensor:
@@ -192,6 +200,27 @@ def _lco_logcosh_value(o: Objective, t: Tokens) -> Tensor:
 
 def _lco_logcosh_slope(o: Objective, t: Tokens) -> Tensor:
     return _where_possible(torch.tanh(_lco_miss(o, t).detach()), t)
+
+
+def _lco_kld_weight(o: Objective, t: Tokens) -> Tensor:
+    """(q − p)/(1 − p) [n], where q is the probability of the target once its logit under π_old has moved by A/β'."""
+    step, logprobs = _lco_step(o, t), t.logprobs.detach()
+    old = logprobs if t.old_logprobs is None else t.old_logprobs.clamp(max=0)
+    # (1 − q)/(1 − p) = (1 − p_old)/(1 − p) / (1 + p_old (e^step − 1)); of a step that overflows it is 0.
+    left = torch.expm1(old) / torch.expm1(logprobs)
+    left = torch.where(old == logprobs, 1, left).clamp(max=_MOST)  # p = 1 has no gradient, whatever its slope
+    return 1 - left / (1 + old.exp() * torch.expm1(step.clamp(max=math.log(_MOST))))
+
+
+_MOST = 1e30
+
+
+def _lco_kld_value(o: Objective, t: Tokens) -> Tensor:
+    return -_weighted(_lco_kld_weight(o, t), t.logprobs)
+
+
+def _lco_kld_slope(o: Objective, t: Tokens) -> Tensor:
+    return -_lco_kld_weight(o, t)
 
 
 EXPERT_TERMS: dict[str, Term] = {
@@ -248,6 +277,13 @@ EXPERT_TERMS: dict[str, Term] = {
         needs=("advantages",),
         scales_with_advantage=True,
         logit_slope=_lco_logcosh_slope,
+    ),
+    "lco_kld": Term(
+        _lco_kld_value,
+        _lco_kld_slope,
+        source="LCO-KLD, second-hand: KL(q ‖ π) for q = softmax(log π_old + A/β' at y), as −sg((q − p)/(1 − p)) log p",
+        needs=("advantages",),
+        reads=("old_logprobs",),
     ),
 }
 
