@@ -63,13 +63,13 @@ class Batch:
         }
 
     def rows(self, values: torch.Tensor) -> list[torch.Tensor]:
-        """Values [B, T] as one [n] per rollout."""
+        """Returns values [B, T] as one [n] per rollout."""
         if self.sequence_ids is not None:
             return list(values[0].split(self.lengths))
         return [row[:n] for row, n in zip(values, self.lengths, strict=True)]
 
     def spread(self, rows: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        """The inverse of `rows`, as fp32 [B, T]; zeros where there is None, and in padding."""
+        """Returns the inverse of `rows`, as fp32 [B, T]; zeros where there is None, and in padding."""
         device = self.targets.device
         there = any(row is not None and row.device.type != "cpu" for row in rows)  # else one copy for all of them
         values = torch.zeros(self.targets.shape, dtype=torch.float32, device=device if there else "cpu")
@@ -90,8 +90,8 @@ class Group:
 def groups(
     rollouts: Sequence[Rollout], token_budget: int, packed: bool, costs: prefix_tree.Costs | None
 ) -> list[Group]:
-    """Micro-batches of at most so many tokens, padding included; a longer sequence goes alone. costs: of trees; None:
-    nothing is shared."""
+    """Returns micro-batches of at most so many tokens, padding included; a longer sequence goes alone. costs: of trees;
+    None: nothing is shared."""
     trees, single = shared(rollouts, token_budget, costs) if costs is not None else ([], rollouts)
     made = []
     for chosen in micro_batches([size for size, _ in trees], token_budget):
@@ -104,7 +104,7 @@ def groups(
 def shared(
     rollouts: Sequence[Rollout], token_budget: int, costs: prefix_tree.Costs
 ) -> tuple[list[tuple[int, list[Rollout]]], list[Rollout]]:
-    """(trees of several rollouts with their tokens, rollouts that are cheaper alone, in their order)."""
+    """Returns (trees of several rollouts with their tokens, rollouts that are cheaper alone, in their order)."""
     sequences = [(r.problem.prompt_ids + r.response_ids)[:-1] for r in rollouts]
     grown = prefix_tree.grow(sequences, token_budget, costs)
     trees = [(prefix_tree.size([sequences[i] for i in tree]), tree) for tree in grown if len(tree) > 1]
@@ -115,7 +115,7 @@ def shared(
 
 
 def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Indices grouped so that (longest length × count) stays within the budget; a longer one goes alone.
+    """Returns the indices grouped so that (longest length × count) stays within the budget; a longer one goes alone.
 
     Sorted by length, so that little is padding; longest first, so that a memory limit shows at once.
     """
@@ -130,7 +130,7 @@ def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
 
 
 def packs(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Indices grouped so that the lengths of a group add up to at most the budget; a longer one goes alone.
+    """Returns the indices grouped so that the lengths of a group add up to at most the budget; a longer one goes alone.
 
     First fit, longest first.
     """
@@ -148,7 +148,7 @@ def packs(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
 
 
 def collate(rollouts: Sequence[Rollout], pad_id: int, device: torch.device) -> Batch:
-    """Pad and stack rollouts."""
+    """Pads and stacks rollouts."""
     lengths = tuple(len(r) - 1 for r in rollouts)
     shape = (len(rollouts), max(lengths))
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
@@ -164,7 +164,7 @@ def collate(rollouts: Sequence[Rollout], pad_id: int, device: torch.device) -> B
 
 
 def layout(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
-    """`Batch.layout` of a packed row of sequences of these lengths."""
+    """Returns `Batch.layout` of a packed row of sequences of these lengths."""
     places = _places(lengths)
     empty = torch.empty(0)
     batch = Batch(empty, places[0], empty, empty, empty, empty, places[1], tuple(lengths), places[2])
@@ -172,7 +172,7 @@ def layout(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
 
 
 def _places(lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(position ids [1, T], sequence ids [1, T], starts [rollouts + 1]) of a packed row."""
+    """Returns (position ids [1, T], sequence ids [1, T], starts [rollouts + 1]) of a packed row."""
     counts = torch.tensor(lengths)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
@@ -199,7 +199,7 @@ def pack(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
 
 
 def share(rollouts: Sequence[Rollout], trees: Sequence[int], pad_id: int, device: torch.device) -> Batch:
-    """Rollouts in the order of prefix_tree.grow, as trees of so many rollouts each."""
+    """Returns the rollouts in the order of prefix_tree.grow, as trees of so many rollouts each."""
     tokens = [_tokens(r) for r in rollouts]
     sequences = iter([ids[:-1].tolist() for ids, _, _ in tokens])
     forest = prefix_tree.plant([[next(sequences) for _ in range(count)] for count in trees], pad_id)
@@ -215,19 +215,19 @@ def share(rollouts: Sequence[Rollout], trees: Sequence[int], pad_id: int, device
 
 
 def filler(pad_id: int, device: torch.device) -> Batch:
-    """A token that is in no loss: for a rank that has no rollout left while others still have some."""
+    """Returns a token that is in no loss: for a rank that has no rollout left while others still have some."""
     token = torch.full((1, 1), pad_id, dtype=torch.int64)
     none = torch.zeros(1, 1, dtype=torch.bool)
     return _to(Batch(token, None, token, none, none, torch.zeros(1), None, (1,)), device)
 
 
 def loss_tokens(rollout: Rollout) -> int:
-    """How many of a rollout's tokens are in the loss: the share it adds to the token normaliser."""
+    """Returns how many of a rollout's tokens are in the loss: the share it adds to the token normaliser."""
     return len(rollout.own_ids) + (len(rollout.prefix_ids) if rollout.supervised else 0)
 
 
 def target_logprobs(rollout: Rollout, name: str) -> torch.Tensor | None:
-    """A rollout's field of log-probabilities, one of each target, [len − 1] fp32; None where it has none.
+    """Returns a rollout's field of log-probabilities, one of each target, [len − 1] fp32; None where it has none.
 
     name: old_logprobs, ref_logprobs or rollout_logprobs, which are of its own tokens: 0 before them.
     """
@@ -249,7 +249,7 @@ def refuse_unsampled(rollouts: Sequence[Rollout]) -> None:
 
 
 def _tokens(rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(all ids [n + 1], mask [n], expert mask [n])."""
+    """Returns (all ids [n + 1], mask [n], expert mask [n])."""
     ids = torch.tensor(rollout.problem.prompt_ids + rollout.response_ids)
     mask, expert_mask = torch.zeros(2, len(ids) - 1, dtype=torch.bool)
     # The first response token is the target of the prompt's last column.
@@ -268,7 +268,7 @@ def _to(batch: Batch, device: torch.device) -> Batch:
 
 
 def one_copy(tensors: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """CPU tensors on a device, all in one copy, which nothing waits for: from pinned memory, as bytes."""
+    """Returns CPU tensors on a device, all in one copy, which nothing waits for: from pinned memory, as bytes."""
     widest_first = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # so that each is aligned
     parts = [value.contiguous().flatten().view(torch.uint8) for _, value in widest_first]
     host = torch.empty(sum(map(len, parts)), dtype=torch.uint8, pin_memory=device.type == "cuda")

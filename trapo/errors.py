@@ -6,5 +6,5 @@ class TrapoError(ValueError):
 
 
 def words_of(error: BaseException, longest: int | None = None) -> str:
-    """All of an error's text in one line, cut to so many characters; its type where it says nothing."""
+    """Returns all of an error's text in one line, cut to so many characters; its type where it says nothing."""
     return " ".join(str(error).split())[:longest] or type(error).__name__

@@ -61,7 +61,7 @@ class Schedule:
 
 
 def schedule(sizes: Sequence[int], ratios: Sequence[float], thresholds: Sequence[float], **options: Any) -> Schedule:
-    """A Schedule from its columns; all three must have one entry per micro-group."""
+    """Makes a Schedule from its columns; all three must have one entry per micro-group."""
     if not len(sizes) == len(ratios) == len(thresholds):
         raise TrapoError(
             f"guidance: sizes, ratios and thresholds need one entry per micro-group each; "
@@ -97,7 +97,7 @@ class Prompt(Protocol):
         ...
 
     def prefix(self, schedule: Schedule, micro_group: int, rng: random.Random) -> tuple[int, ...]:
-        """The prefix that a guided micro-group (counted from 0) continues; () without traces."""
+        """Returns the prefix that a guided micro-group (counted from 0) continues; () without traces."""
         ...
 
 
@@ -120,7 +120,8 @@ def open_micro_group(
     max_tokens: int,
     rng: random.Random,
 ) -> list[Opening]:
-    """The rollouts of micro-group `level` (counted from 0) of all prompts that still want rollouts, prompt by prompt.
+    """Returns the rollouts of micro-group `level` (counted from 0) of all prompts that still want rollouts, prompt by
+    prompt.
 
     Those of one prompt share their prefix. `rewards`: of each prompt's earlier rollouts. A prefix has at most
     `max_tokens`; a whole trace that is longer is not given.
@@ -141,14 +142,15 @@ def open_micro_group(
 
 
 def is_guided(group: MicroGroup, rewards_so_far: Sequence[float]) -> bool:
-    """Whether this micro-group's rollouts get a prefix, given the rewards of all earlier rollouts of the prompt."""
+    """Returns whether this micro-group's rollouts get a prefix, given the rewards of all earlier rollouts of the
+    prompt."""
     mean = sum(rewards_so_far) / len(rewards_so_far) if rewards_so_far else 0.0
     return group.ratio > 0 and mean < group.threshold
 
 
 def is_decided(remaining: Sequence[MicroGroup], rewards_so_far: Sequence[float]) -> bool:
-    """Whether a prompt needs no more rollouts: those so far got the full reward, 1, and no micro-group that remains
-    would be guided after them.
+    """Returns whether a prompt needs no more rollouts: those so far got the full reward, 1, and no micro-group that
+    remains would be guided after them.
 
     Such a prompt has no advantage to learn from, unless one of the remaining rollouts failed: with k right ones so far
     that is the rarer the larger k is. Leaving them out saves their generation and gives up that chance, which is why it
@@ -159,7 +161,7 @@ def is_decided(remaining: Sequence[MicroGroup], rewards_so_far: Sequence[float])
 
 
 def prefix_length(trace_length: int, ratio: float, cut: str, blank_lines: Sequence[int] = ()) -> int:
-    """How many tokens of a trace become the prefix.
+    """Returns how many tokens of a trace become the prefix.
 
     `blank_lines` are the positions of the trace's tokens that hold a blank line. With cut="blank_line" the prefix ends
     with the first of them strictly after position int(n * ratio), if that one comes before n * (ratio + 0.3); else, and
@@ -177,7 +179,7 @@ def prefix_length(trace_length: int, ratio: float, cut: str, blank_lines: Sequen
 
 
 def trace_index(rule: str, n_traces: int, micro_group: int, rng: random.Random) -> int:
-    """Which of a prompt's traces a micro-group (counted from 0) uses.
+    """Returns which of a prompt's traces a micro-group (counted from 0) uses.
 
     in_order: the first one, and the second one (where there is one) for the fourth micro-group and later.
     """
@@ -187,11 +189,11 @@ def trace_index(rule: str, n_traces: int, micro_group: int, rng: random.Random) 
 
 
 def carries_expert_term(supervise: str, index_in_group: int) -> bool:
-    """Whether the prefix of a micro-group's rollout (counted from 0) is trained on."""
+    """Returns whether the prefix of a micro-group's rollout (counted from 0) is trained on."""
     return supervise == "every" or index_in_group == 0
 
 
 def thinking_part(trace: str) -> str:
-    """The trace up to and including its `</think>`; all of it where there is none."""
+    """Returns the trace up to and including its `</think>`; all of it where there is none."""
     head, mark, _ = trace.partition("</think>")
     return head + mark

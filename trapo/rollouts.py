@@ -69,8 +69,8 @@ def collect(
     seed: int,
     timer: StepTimer | None = None,
 ) -> list[Rollout]:
-    """All rollouts of a step, ordered by prompt and then by micro-group. A micro-group is one call of the engine for
-    all prompts that still want rollouts.
+    """Draws all rollouts of a step, ordered by prompt and then by micro-group. A micro-group is one call of the engine
+    for all prompts that still want rollouts.
 
     score=None leaves rewards at 0 (objectives without advantages), so no later micro-group can depend on them.
     """
@@ -125,7 +125,7 @@ def group_advantages(
     baseline: str = "all",
     std: bool = False,
 ) -> list[float]:
-    """A_i = R_i − mean(R over the baseline's rollouts), divided by the group's std + 1e-6 if asked.
+    """Returns A_i = R_i − mean(R over the baseline's rollouts), divided by the group's std + 1e-6 if asked.
 
     The std is the sample's (n − 1), as in verl and TRL. Equal rewards give exactly 0, so their tokens can be skipped.
 

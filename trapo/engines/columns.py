@@ -63,7 +63,7 @@ class ColumnLayer(DynamicLayer):
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(columns that the next `update` returns, how many there are before them)."""
+        """Returns (columns that the next `update` returns, how many there are before them)."""
         first = 0 if self.window is None else max(self.length - self.window + 1, 0)
         return self.length + query_length - first, first
 
@@ -116,7 +116,7 @@ class ColumnCache:
                     buffer[row, :, end - tensor.shape[1] : end] = tensor
 
     def taken(self, row: int, tokens: int) -> Filled:
-        """Views of the last `tokens` columns of a row."""
+        """Returns the views of the last `tokens` columns of a row."""
         columns = slice(self.length - tokens, self.length)
         buffers = [layer.buffers if isinstance(layer, ColumnLayer) else None for layer in self.cache.layers]
         return [None if pair is None else (pair[0][row, :, columns], pair[1][row, :, columns]) for pair in buffers]
@@ -131,7 +131,8 @@ class ColumnCache:
                     buffer[target, :, : layer.length] = buffer[source, :, : layer.length]
 
     def move_columns(self, start: int, end: int, rows: int) -> None:
-        """The columns from `start` on, of the first rows, become those that end before column `end`."""
+        """Moves the columns from `start` on, of the first rows, so that they become those that end before column
+        `end`."""
         for layer in self.layers:
             for buffer in layer.buffers or ():
                 kept = buffer[:rows, :, start : layer.length].clone()
@@ -144,7 +145,7 @@ def tokens_in(filled: Filled) -> int:
 
 
 def first_tokens(filled: Filled, count: int) -> Filled:
-    """Views of a sequence's beginning."""
+    """Returns the views of a sequence's beginning."""
     return [None if states is None else (states[0][:, :count], states[1][:, :count]) for states in filled]
 
 
@@ -153,5 +154,5 @@ def copied(filled: Filled) -> Filled:
 
 
 def size(filled: Filled) -> int:
-    """Bytes."""
+    """Returns Bytes."""
     return sum(t.numel() * t.element_size() for states in filled if states is not None for t in states)

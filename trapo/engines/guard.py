@@ -43,8 +43,8 @@ class AgreementGuard:
         self.tolerance = config.guard_tolerance or max(TOLERANCE[dtype], TOLERANCE[config.dtype or dtype])
 
     def check(self, engine: Engine, rollouts: Sequence[Rollout], score: Scorer, *, seed: int) -> float | None:
-        """Mean |engine − learner| in nats a token, None when nothing was compared. Raises TrapoError above the
-        tolerance."""
+        """Returns the mean |engine − learner| in nats a token, None when nothing was compared. Raises TrapoError above
+        the tolerance."""
         probes = self._begin_again(engine, rollouts, seed) if self.tokens else []
         if not probes:
             return None
@@ -61,7 +61,7 @@ class AgreementGuard:
         return mean
 
     def _begin_again(self, engine: Engine, rollouts: Sequence[Rollout], seed: int) -> list[Rollout]:
-        """The rollouts with the longest contexts (they fill blocks of a prefix cache), with new own tokens."""
+        """Returns the rollouts with the longest contexts (they fill blocks of a prefix cache), with new own tokens."""
         contexts = {r.problem.prompt_ids + r.prefix_ids: r for r in rollouts if r.own_ids or not r.finished}
         longest = sorted(contexts, key=len)[-SEQUENCES:]
         each = math.ceil(self.tokens / max(len(longest), 1))
@@ -74,12 +74,12 @@ class AgreementGuard:
 
 
 def unanswered(problems: Sequence[EncodedProblem]) -> list[Rollout]:
-    """Rollouts that are not begun yet: what the guard asks before anything was generated."""
+    """Returns the rollouts that are not begun yet: what the guard asks before anything was generated."""
     return [Rollout(problem, i, 0, 0.0, (), (), False, False) for i, problem in enumerate(problems)]
 
 
 def plain_scorer(model: PreTrainedModel, temperature: float) -> Scorer:
-    """A Scorer where there is no learner: one forward of the model per rollout."""
+    """Returns a Scorer where there is no learner: one forward of the model per rollout."""
 
     @torch.no_grad()
     def score(rollouts: Sequence[Rollout]) -> list[torch.Tensor]:

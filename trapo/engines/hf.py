@@ -47,11 +47,11 @@ class HFEngine:
         self.transformers = TransformersLoop(model, eos_ids=eos_ids, pad_id=pad_id, batch_size=batch_size)
 
     def rest(self) -> None:
-        """Packed weights and kept prompts go; the weights are the learner's."""
+        """Gives up packed weights and kept prompts; the weights are the learner's."""
         self.own.forget()
 
     def sync(self, model: nn.Module) -> None:
-        """Nothing to copy: the engine generates with the learner's module."""
+        """Copies nothing: the engine generates with the learner's module."""
         if model is not self.model:
             raise ValueError("HFEngine.sync: model must be the module that the engine was made with")
         self.own.forget()
@@ -75,7 +75,8 @@ class HFEngine:
         return completions
 
     def _choose(self) -> Way:
-        """The first of WAYS whose logits are those of forwards without a cache. Raises TrapoError if there is none."""
+        """Returns the first of WAYS whose logits are those of forwards without a cache. Raises TrapoError if there is
+        none."""
         reasons = []
         state = torch.get_rng_state()
         for way in WAYS:
@@ -96,7 +97,7 @@ class HFEngine:
         )
 
     def _error(self, way: Way) -> tuple[float, float]:
-        """(difference of the logits of a few greedy tokens from those without a cache, what is accepted)."""
+        """Returns (difference of the logits of a few greedy tokens from those without a cache, what is accepted)."""
         contexts = [tuple(ids[0].tolist()) for ids in agreement.probe_ids(self.model)]
         worst, low = 0.0, False
         done: dict[tuple[int, ...], torch.Tensor] = {}
@@ -112,7 +113,7 @@ class HFEngine:
     def _probed(
         self, contexts: Sequence[tuple[int, ...]], way: Way
     ) -> list[tuple[tuple[int, ...], list[int], torch.Tensor]]:
-        """(context, a few greedy tokens, the logits that they were chosen by), of each context twice."""
+        """Returns (context, a few greedy tokens, the logits that they were chosen by), of each context twice."""
         asked = [context for context in contexts for _ in range(2)]
         if way.own:
             return self.own.probe(asked, PROBED)
@@ -125,7 +126,7 @@ PROBED = 3  # tokens that are generated before the first call
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards each module is in the mode that it was in."""
+    """Puts the model into evaluation mode; afterwards each module is in the mode that it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -44,11 +44,11 @@ class Server:
         self._prefix = parts.path
 
     def get(self, path: str) -> Any:
-        """The answer to GET."""
+        """Returns the answer to GET."""
         return self._call("GET", path, None)
 
     def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The answer to POST with this JSON; None for an empty one."""
+        """Returns the answer to POST with this JSON; None for an empty one."""
         return self._call("POST", path, json.dumps(body or {}).encode())
 
     def _call(self, method: str, path: str, data: bytes | None) -> Any:
@@ -79,7 +79,7 @@ class Server:
 
     @contextmanager
     def _connection(self) -> Iterator[HTTPConnection]:
-        """A connection that is cut when the time is over. (A socket's own timeout is one per read.)"""
+        """Opens a connection that is cut when the time is over. (A socket's own timeout is one per read.)"""
         assert self._host is not None
         connection = self._kind(self._host, self._port, timeout=self.timeout)
         over = threading.Event()
@@ -105,7 +105,7 @@ class Server:
             raise TimeoutError(f"no whole answer within {self.timeout:g} s")
 
     def wrong(self, path: str, what: str) -> TrapoError:
-        """The error for an answer that is not what was asked for."""
+        """Returns the error for an answer that is not what was asked for."""
         return TrapoError(f"rollout.server_url: {self.url}{path} answered what no vLLM server would: {what}")
 
 

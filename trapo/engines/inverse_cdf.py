@@ -30,14 +30,14 @@ class Draws:
 
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:
-    """The likeliest token of each row: [B, V] -> [B]. Raises TrapoError for a row without one."""
+    """Returns the likeliest token of each row: [B, V] -> [B]. Raises TrapoError for a row without one."""
     best, tokens = logits.max(-1)
     _refuse_not_finite(best)
     return tokens
 
 
 def sample(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> torch.Tensor:
-    """One token a row from softmax(logits / temperature): logits [B, V], uniform [B] float64 in [0, 1) -> [B].
+    """Returns one token a row from softmax(logits / temperature): logits [B, V], uniform [B] float64 in [0, 1) -> [B].
 
     Raises TrapoError for a row that is no distribution.
     """

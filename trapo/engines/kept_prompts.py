@@ -31,7 +31,7 @@ class KeptPrompts:
         self.kept.clear()
 
     def find(self, context: Context) -> Filled | None:
-        """Keys and values of the longest beginning that is known, None where not one token is."""
+        """Returns the keys and values of the longest beginning that is known, None where not one token is."""
         place = bisect.bisect_left(self.order, context)
         near = self.order[max(place - 1, 0) : place + 1]
         best = max(near, key=lambda other: shared_beginning(context, other), default=())
@@ -63,5 +63,5 @@ class KeptPrompts:
 
 
 def shared_beginning(a: Context, b: Context) -> int:
-    """How many tokens two contexts begin with alike."""
+    """Returns how many tokens two contexts begin with alike."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -33,7 +33,7 @@ LAID_OUT_FOR = 16  # rows: what oneDNN is told; the layout serves all
 
 
 def pays(rows: int, elements: int) -> bool:
-    """Whether a product of so many rows is faster with a packed weight of so many elements."""
+    """Returns whether a product of so many rows is faster with a packed weight of so many elements."""
     return elements >= SMALL and FEWEST <= rows <= (MOST_OF_LARGE if elements >= LARGE else MOST)
 
 
@@ -72,8 +72,8 @@ class PackedLinears:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The linears compute with packed weights. A forward in a module's own __dict__ hides its class's: parameters,
-        state_dict and what looks at the modules see nothing of it."""
+        """Lets the linears compute with packed weights. A forward in a module's own __dict__ hides its class's:
+        parameters, state_dict and what looks at the modules see nothing of it."""
         if self.stand_ins is None:
             self.stand_ins = self._made()
         for stand_in in self.stand_ins:
@@ -85,7 +85,7 @@ class PackedLinears:
                 del stand_in.linear.__dict__["forward"]
 
     def _made(self) -> list[PackedLinear]:
-        """Of all linears that can be packed, the largest first, within the bound of memory."""
+        """Packs the linears that can be packed, the largest first, within the bound of memory."""
         left, made = _memory() * MEMORY, []
         linears = {m for m in self.model.modules() if packable(m)} if can_pack(self.model) else set()
         for linear in sorted(linears, key=lambda m: -m.weight.numel()):
@@ -98,7 +98,8 @@ class PackedLinears:
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether this machine has the packed products, and nobody compiled the model or watches every module's calls."""
+    """Returns whether this machine has the packed products, and nobody compiled the model or watches every module's
+    calls."""
     return (
         platform.machine().lower() in ("x86_64", "amd64")  # where it was measured
         and torch.backends.mkldnn.is_available()
@@ -109,8 +110,8 @@ def can_pack(model: nn.Module) -> bool:
 
 
 def packable(module: nn.Module) -> bool:
-    """Whether this is a linear that nothing else has its hands on: no subclass (adapters, quantised, parametrised), no
-    tensor of another kind, no hook, no forward of its own, on the CPU."""
+    """Returns whether this is a linear that nothing else has its hands on: no subclass (adapters, quantised,
+    parametrised), no tensor of another kind, no hook, no forward of its own, on the CPU."""
     return (
         type(module) is nn.Linear
         and type(module.weight) is nn.Parameter
@@ -131,5 +132,5 @@ def _computed_in(dtype: torch.dtype) -> torch.dtype:
 
 
 def _memory() -> int:
-    """Bytes of the machine."""
+    """Returns the bytes of the machine."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -23,7 +23,8 @@ PADDING = 1.25  # computed tokens for one that is needed
 def prefill(
     model: PreTrainedModel, cache_name: str, contexts: Sequence[Context], known: Sequence[Filled | None], pad_id: int
 ) -> list[Filled]:
-    """Keys and values of each context, whole. known: those of a beginning; cache_name: the forward's argument."""
+    """Returns the keys and values of each context, whole. known: those of a beginning; cache_name: the forward's
+    argument."""
     lengths = [0 if k is None else tokens_in(k) for k in known]
     needed = [len(context) - length for context, length in zip(contexts, lengths, strict=True)]
     limit = TOKENS.get(model.device.type, TOKENS_OF_OTHERS)
@@ -36,7 +37,7 @@ def prefill(
 
 
 def _groups(needed: Sequence[int], limit: int) -> Iterator[list[int]]:
-    """Indices of contexts that are computed together: those that need the most first."""
+    """Yields the indices of contexts that are computed together: those that need the most first."""
     group: list[int] = []
     for i in sorted((i for i, n in enumerate(needed) if n), key=lambda i: -needed[i]):
         computed = (len(group) + 1) * needed[(group or [i])[0]]

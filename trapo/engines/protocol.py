@@ -26,14 +26,15 @@ class Completion:
 
 class Engine(Protocol):
     def generate(self, requests: Sequence[Request], *, temperature: float, seed: int) -> list[Completion]:
-        """One completion per request, in their order; temperature 0 is greedy. The same seed gives the same tokens.
+        """Returns one completion per request, in their order; temperature 0 is greedy. The same seed gives the same
+        tokens.
 
         Either every request has a seed of its own, or none.
         """
         ...
 
     def rest(self) -> None:
-        """Nothing will be generated before the next sync: the learner needs the device's memory."""
+        """Is told that nothing will be generated before the next sync: the learner needs the device's memory."""
         ...
 
     def sync(self, model: nn.Module) -> None:
@@ -42,5 +43,6 @@ class Engine(Protocol):
 
 
 def sequence_seed(request: Request, seed: int, index: int) -> int:
-    """A seed for each sequence of a call: rollouts of one context must differ. One that the request has wins."""
+    """Returns a seed for each sequence of a call: rollouts of one context must differ. One that the request has
+    wins."""
     return (seed * 1_000_003 + index) % 2**62 if request.seed is None else request.seed

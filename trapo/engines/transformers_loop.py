@@ -31,7 +31,7 @@ class TransformersLoop:
         self.cache_name = cache_name(model)
 
     def decode(self, requests: Sequence[Request], temperature: float, way: Way) -> list[Completion]:
-        """One completion per request, in their order."""
+        """Returns one completion per request, in their order."""
         completions: list[Completion | None] = [None] * len(requests)
         for indices in self._batches(requests, way):
             batch = [requests[i] for i in indices]
@@ -40,7 +40,7 @@ class TransformersLoop:
         return [c for c in completions if c is not None]
 
     def seen(self, contexts: Sequence[tuple[int, ...]], count: int, way: Way) -> list[tuple[list[int], torch.Tensor]]:
-        """(`count` greedy tokens, the logits [count, V] that they were chosen by) of each context."""
+        """Returns (`count` greedy tokens, the logits [count, V] that they were chosen by) of each context."""
         settings = self._generation_config(0.0, count)
         settings.eos_token_id = None
         lengths = [0] if way.pad else sorted({len(c) for c in contexts})
@@ -54,7 +54,7 @@ class TransformersLoop:
         return found
 
     def _batches(self, requests: Sequence[Request], way: Way) -> Iterator[list[int]]:
-        """Indices by length, so that little is padding, equal contexts side by side."""
+        """Yields the indices by length, so that little is padding, equal contexts side by side."""
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].context), requests[i].context))
         start = 0
         while start < len(order):
@@ -75,7 +75,7 @@ class TransformersLoop:
     def _generate(
         self, contexts: Sequence[tuple[int, ...]], way: Way, settings: GenerationConfig, noise: LogitsProcessorList
     ) -> torch.Tensor:
-        """New tokens [contexts, at most max_new_tokens]."""
+        """Returns the new tokens [contexts, at most max_new_tokens]."""
         unique = list(dict.fromkeys(contexts)) if way.share else list(contexts)
         rows = {context: row for row, context in enumerate(unique)}
         ids, mask = self._left_pad(unique)
@@ -100,7 +100,7 @@ class TransformersLoop:
         return found[:, ids.shape[1] :]
 
     def _left_pad(self, contexts: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids, mask: [unique contexts, longest], padded on the left so that all end in the same column."""
+        """Returns ids, mask: [unique contexts, longest], padded on the left so that all end in the same column."""
         width = max(len(c) for c in contexts)
         ids = [[self.pad_id] * (width - len(c)) + list(c) for c in contexts]
         mask = [[0] * (width - len(c)) + [1] * len(c) for c in contexts]
@@ -108,7 +108,8 @@ class TransformersLoop:
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
     def _prefill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> DynamicCache:
-        """Keys and values of all but the last column, which `generate` runs itself to get the first logits."""
+        """Returns the keys and values of all but the last column, which `generate` runs itself to get the first
+        logits."""
         cache = DynamicCache(config=self.model.config)
         if input_ids.shape[1] > 1:
             positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
@@ -123,8 +124,8 @@ class TransformersLoop:
 
     @contextmanager
     def _own_settings(self, settings: GenerationConfig) -> Iterator[None]:
-        """These settings in place of the checkpoint's. `generate` fills what a config leaves open from the model's own,
-        and a repetition penalty there would sample from something other than the policy."""
+        """Puts these settings in place of the checkpoint's. `generate` fills what a config leaves open from the model's
+        own, and a repetition penalty there would sample from something other than the policy."""
         checkpoints = self.model.generation_config
         self.model.generation_config = settings
         try:
@@ -152,7 +153,7 @@ class TransformersLoop:
 
 
 def cache_name(model: PreTrainedModel) -> str:
-    """What transformers calls a forward's cache, before and since 5.24."""
+    """Returns what transformers calls a forward's cache, before and since 5.24."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 

@@ -106,7 +106,7 @@ def _completion(output: Any) -> Completion:
 
 
 def _make_llm(model: PreTrainedModel, arguments: dict[str, Any]) -> Any:
-    """A `vllm.LLM` in this process, with random weights, for the learner's architecture."""
+    """Returns a `vllm.LLM` in this process, with random weights, for the learner's architecture."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its progress would break the live display
     try:
@@ -133,7 +133,8 @@ def _make_llm(model: PreTrainedModel, arguments: dict[str, Any]) -> Any:
 
 @contextmanager
 def _torch_left_alone() -> Iterator[None]:
-    """A CPU worker replaces `torch.set_num_threads` for the whole process, which the learner is in too."""
+    """Undoes what a CPU worker does: it replaces `torch.set_num_threads` for the whole process, which the learner is in
+    too."""
     set_num_threads, level = torch.set_num_threads, logging.root.level
     threads = torch.get_num_threads()
     try:

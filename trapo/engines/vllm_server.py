@@ -48,13 +48,13 @@ class VLLMServerEngine:
             return list(pool.map(self._complete, bodies))
 
     def rest(self) -> None:
-        """The server's memory is its own."""
+        """Does nothing: the server's memory is its own."""
 
     def sync(self, model: nn.Module) -> None:
         self.sync_weights(model)
 
     def _body(self, request: Request, temperature: float, seed: int) -> dict[str, Any]:
-        """All settings are given, so that none is the checkpoint's own."""
+        """Returns the body of a request, with all settings, so that none is the checkpoint's own."""
         sampling = {"temperature": temperature, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
         return {
             "model": self.name,
@@ -88,7 +88,7 @@ class VLLMServerEngine:
 
 
 def completion_of(answer: Any, max_tokens: int, vocab: int) -> Completion:
-    """The completion that a server's answer holds.
+    """Returns the completion that a server's answer holds.
 
     Raises ValueError, one line, where it is not one of 1 to max_tokens tokens of the vocabulary, each with a
     log-probability, that ended by itself or at the limit.

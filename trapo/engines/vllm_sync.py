@@ -157,7 +157,7 @@ class Transfer:
 
 
 def _source(model: nn.Module) -> Any:
-    """`full_weights` as vLLM's WeightSource: shapes are known without gathering anything."""
+    """Returns `full_weights` as vLLM's WeightSource: shapes are known without gathering anything."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
     class Weights(WeightSource):
@@ -176,7 +176,7 @@ def _rank() -> int:
 
 
 def _wait_for_all() -> None:
-    """No rank may ask for tokens before the first one has seen the sync through."""
+    """Waits for all ranks: none may ask for tokens before the first one has seen the sync through."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
 

@@ -30,7 +30,7 @@ class Mark:
 
 
 def mark(model: nn.Module) -> Mark:
-    """Sharded models: of this rank's part."""
+    """Returns a mark of the weights; of sharded models of this rank's part."""
     weights = [getattr(w, "_local_tensor", w).detach() for w in _weights(model)]
     samples: dict[torch.device, list[torch.Tensor]] = {}
     for weight in weights:
@@ -42,8 +42,8 @@ def mark(model: nn.Module) -> Mark:
 
 
 def _weights(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Parameters and what else a checkpoint holds. A buffer that is not saved (a table of positions, say) comes from
-    the config, and some models compute it anew in a forward."""
+    """Yields parameters and what else a checkpoint holds. A buffer that is not saved (a table of positions, say) comes
+    from the config, and some models compute it anew in a forward."""
     for module in model.modules():
         yield from (p for p in module._parameters.values() if p is not None)
         for name, buffer in module._buffers.items():
@@ -52,6 +52,6 @@ def _weights(model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _sample(weight: torch.Tensor) -> torch.Tensor:
-    """Bytes, for a NaN is not equal to itself."""
+    """Returns the bytes, for a NaN is not equal to itself."""
     flat = weight.view(-1) if weight.is_contiguous() else weight.flatten()
     return flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].contiguous().view(torch.uint8)

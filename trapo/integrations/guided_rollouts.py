@@ -96,7 +96,7 @@ def draw_guided(
 
 
 def unlogged(values: list[Any], order: Sequence[int]) -> list[Any]:
-    """Values that were collected in scoring order, in the order of the rows."""
+    """Returns the values that were collected in scoring order, in the order of the rows."""
     out = list(values)
     for row, value in zip(order, values, strict=True):
         out[row] = value

@@ -141,7 +141,7 @@ class TrapoGRPOTrainer(FusedGRPOTrainer):
         return self._rollouts.responses, self._rollouts.logprobs
 
     def _score(self, rows: list[int], responses: list[list[int]]) -> Tensor:
-        """Rewards [processes · rows, functions]."""
+        """Returns the rewards [processes · rows, functions]."""
         inputs = [self._rows[row] for row in rows]
         prompts = [row["prompt"] for row in inputs]
         texts: list[Any] = self.processing_class.batch_decode(responses, skip_special_tokens=True)
@@ -150,7 +150,7 @@ class TrapoGRPOTrainer(FusedGRPOTrainer):
         return super()._calculate_rewards(inputs, prompts, texts, responses)
 
     def _keep_rewards(self, gathered: list[tuple[list[int], Tensor]], rows: int) -> None:
-        """All rewards, in the order of the batch, for the call that asks for them next."""
+        """Keeps all rewards, in the order of the batch, for the call that asks for them next."""
         processes = self.accelerator.num_processes
         functions = gathered[0][1].shape[-1]
         rewards = gathered[0][1].new_empty(processes, rows, functions)
@@ -168,7 +168,8 @@ class TrapoGRPOTrainer(FusedGRPOTrainer):
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
     def _traces(self, row: dict[str, Any]) -> list[Trace]:
-        """The row's traces. One that no completion can hold is never given whole (guided_rollouts.py); said once."""
+        """Returns the row's traces. One that no completion can hold is never given whole (guided_rollouts.py); said
+        once."""
         if self._encoder is None:
             assert self.schedule is not None
             opening = PromptEncoder(self._tokenizer).opening if is_conversational({"prompt": row["prompt"]}) else ""

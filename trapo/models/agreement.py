@@ -64,14 +64,14 @@ def check_model(model: PreTrainedModel, precision: str, pad_id: int = 0) -> None
 
 
 def computing(model: PreTrainedModel, precision: str) -> AbstractContextManager:
-    """What forwards of this module run in: the weights' own dtype, which tells most, but for flash attention, which
-    takes 16 bits alone. precision: a value of train.precision."""
+    """Returns what forwards of this module run in: the weights' own dtype, which tells most, but for flash attention,
+    which takes 16 bits alone. precision: a value of train.precision."""
     return compute_in(precision if "flash" in (model.config._attn_implementation or "") else "float32", model)
 
 
 def as_probe(model: PreTrainedModel, function: Callable[[], Any]) -> Any:
-    """function() in evaluation mode, as if it were the model's forward; shards are shards again afterwards. What is not
-    a TrapoError becomes one: a model that fails on the short text fails on every other."""
+    """Returns function(), called in evaluation mode, as if it were the model's forward; shards are shards again
+    afterwards. What is not a TrapoError becomes one: a model that fails on the short text fails on every other."""
     try:
         with torch.no_grad():
             return as_forward(model, function)
@@ -86,7 +86,8 @@ def as_probe(model: PreTrainedModel, function: Callable[[], Any]) -> Any:
 
 
 def probe(model: PreTrainedModel, pad_id: int) -> Probe:
-    """Both sequences through the model, alone and as the trainer pads them. Raises TrapoError where that disagrees."""
+    """Runs both sequences through the model, alone and as the trainer pads them. Raises TrapoError where that
+    disagrees."""
     ids = probe_ids(model)
     short, hidden = ids[0], []
     # By `forward`, not by a call: this is within the root's own forward where weights are sharded.
@@ -119,7 +120,7 @@ def probe(model: PreTrainedModel, pad_id: int) -> Probe:
 
 
 def probe_ids(model: PreTrainedModel, lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
-    """The text: token ids from the lower half of the vocabulary, where no family has its special tokens."""
+    """Returns the text: token ids from the lower half of the vocabulary, where no family has its special tokens."""
     vocabulary = int(cast(Tensor, model.get_input_embeddings().weight).shape[0])
     generator = torch.Generator().manual_seed(0)
     low, high = min(vocabulary // 16, vocabulary - 2), max(vocabulary // 2, 2)
@@ -128,18 +129,18 @@ def probe_ids(model: PreTrainedModel, lengths: tuple[int, ...] = LENGTHS) -> lis
 
 
 def hidden_states(model: PreTrainedModel, ids: Tensor, **layout: Any) -> Tensor:
-    """[B, T, D], what the head is applied to."""
+    """Returns [B, T, D], what the head is applied to."""
     return decoder_of(model)(input_ids=ids, use_cache=False, **layout).last_hidden_state
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """Mean over tokens of |found - expected| / |expected|, of [n, D] each."""
+    """Returns the mean over tokens of |found - expected| / |expected|, of [n, D] each."""
     found, expected = found.double(), expected.double()
     return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)).mean())
 
 
 def layout_names(model: PreTrainedModel) -> frozenset[str]:
-    """Those of `Batch.layout`'s names that the decoder's forward takes."""
+    """Returns those of `Batch.layout`'s names that the decoder's forward takes."""
     parameters = inspect.signature(decoder_of(model).forward).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return LAYOUT
@@ -150,8 +151,8 @@ LAYOUT = frozenset({"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_lengt
 
 
 def packed_names(model: PreTrainedModel, found: Probe, layout: dict[str, Any]) -> frozenset[str] | None:
-    """By which arguments of a decoder the model keeps packed sequences apart; None where it does not, which is said
-    once. layout: all of them, for one row of the two sequences."""
+    """Returns the arguments of a decoder by which the model keeps packed sequences apart; None where it does not, which
+    is said once. layout: all of them, for one row of the two sequences."""
     names, errors = layout_names(model), []
     for chosen in dict.fromkeys((names, names & {"position_ids"})):
         told = {name: value for name, value in layout.items() if name in chosen}
@@ -169,7 +170,8 @@ def packed_names(model: PreTrainedModel, found: Probe, layout: dict[str, Any]) -
 
 
 def shares_beginnings(model: PreTrainedModel, found: Probe, pad_id: int) -> bool:
-    """Whether sequences that begin alike can be computed as a tree (models/prefix_tree.py); where not, it is said."""
+    """Returns whether sequences that begin alike can be computed as a tree (models/prefix_tree.py); where not, it is
+    said."""
     if (implementation := model.config._attn_implementation) not in prefix_tree.TAKE_A_MASK:
         return False  # flash attention takes no mask; its sequences are packed
     short, long = (ids[0].tolist() for ids in found.ids)
@@ -215,5 +217,5 @@ def say(message: str) -> None:
 
 
 def name_of(model: PreTrainedModel) -> str:
-    """How a message calls it."""
+    """Returns how a message calls it."""
     return f"model type {model.config.model_type} ({type(model).__name__})"

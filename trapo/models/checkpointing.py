@@ -26,7 +26,7 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 
 
 def prepare_checkpointing(model: PreTrainedModel) -> None:
-    """Have the layers checkpointed, which transformers does in training mode alone, and nothing else of that mode: only
+    """Has the layers checkpointed, which transformers does in training mode alone, and nothing else of that mode: only
     the layers themselves are in it, not what is in them, and no dropout is left anywhere."""
     for module in model.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
@@ -48,7 +48,8 @@ def prepare_checkpointing(model: PreTrainedModel) -> None:
 
 
 def _without_dropout(holder: Any) -> Any:
-    """The same with every rate at 0, whatever a family calls it (resid_pdrop, layerdrop); BLOOM has modules there."""
+    """Returns the settings with every rate at 0, whatever a family calls it (resid_pdrop, layerdrop); BLOOM has modules
+    there."""
     for name, value in list(vars(holder).items()):
         if "drop" in name and isinstance(value, float):
             setattr(holder, name, 0.0)

@@ -11,8 +11,8 @@ from trapo.runs.ranks import Ranks
 
 @torch.no_grad()
 def not_finite(model: nn.Module, *, trained: bool = False) -> str | None:
-    """The name of the first parameter (of the `trained` ones) that holds NaN or an infinity; of a sharded one this
-    rank's part is looked at."""
+    """Returns the name of the first parameter (of the `trained` ones) that holds NaN or an infinity; of a sharded one
+    this rank's part is looked at."""
     names, extremes = [], []
     for name, parameter in model.named_parameters():
         local = getattr(parameter, "to_local", lambda p=parameter: p)()

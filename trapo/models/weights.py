@@ -18,8 +18,8 @@ Writer = Callable[[Path], None]
 
 
 def full_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, value) of every weight of the model that `model` amounts to, one at a time; a tied head comes once, under
-    the embedding's name. Detached; a weight that is neither sharded nor adapted is the model's own memory.
+    """Yields (name, value) of every weight of the model that `model` amounts to, one at a time; a tied head comes once,
+    under the embedding's name. Detached; a weight that is neither sharded nor adapted is the model's own memory.
 
     On a sharded model all ranks must go through it together, and each gets every weight. Raises TrapoError before the
     first where the model computes something else with its adapters merged.
@@ -37,8 +37,8 @@ def full_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def writer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, final: bool, keep: bool = True) -> Writer:
-    """What writes the model into a folder, in transformers' layout: with adapters, `final` writes the merged model and
-    the adapter in adapter/, else the adapter alone.
+    """Returns what writes the model into a folder, in transformers' layout: with adapters, `final` writes the merged
+    model and the adapter in adapter/, else the adapter alone.
 
     All ranks must ask for it; the first one uses it. keep=False: the caller will not, and needs no copy.
     """
@@ -73,13 +73,13 @@ def _write(path: Path, tokenizer: PreTrainedTokenizerBase, save: Callable[[], No
 
 
 def _named(model: nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights that are no buffers of the model."""
+    """Returns the weights that are no buffers of the model."""
     buffers = {name for name, _ in model.named_buffers()}
     return ((name, value) for name, value in weights.items() if name not in buffers)
 
 
 def _save(path: Path, model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
-    """By a model of the same configuration that is nothing but that."""
+    """Saves the weights through a plain model of the same configuration, without shards or adapters."""
     kind: Any = next(k for k in type(model).__mro__ if not k.__name__.startswith("FSDP"))  # FSDP2's are derived
     with torch.device("meta"):
         plain = kind._from_config(model.config, dtype=next(iter(weights.values())).dtype)

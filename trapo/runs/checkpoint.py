@@ -42,11 +42,11 @@ class Checkpoint:
         return self.path / SHARDS if (self.path / SHARDS).is_dir() else None
 
     def load_state(self) -> dict[str, Any]:
-        """What `save` was given as state."""
+        """Returns what `save` was given as state."""
         return torch.load(self.path / STATE_FILE, map_location="cpu", weights_only=True)
 
     def record(self) -> dict[str, Any]:
-        """What `save` was given as record; {} for a checkpoint without one."""
+        """Returns what `save` was given as record; {} for a checkpoint without one."""
         try:
             found = read_json(self.path / RECORD_FILE)
         except (OSError, TrapoError):
@@ -81,7 +81,7 @@ def save(
 
 
 def write_or_explain(path: Path, fill: Callable[[Path], None]) -> None:
-    """`write_folder_atomic`, its failures as SaveError."""
+    """Does what `write_folder_atomic` does, with its failures as SaveError."""
 
     def explained(folder: Path) -> None:
         try:
@@ -98,14 +98,14 @@ def write_or_explain(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def is_write_error(error: Exception) -> bool:
-    """Whether a library may have raised it because a file could not be written: torch.save's are RuntimeErrors, those
-    of tokenizers plain Exceptions, those of DCP a class of their own."""
+    """Returns whether a library may have raised it because a file could not be written: torch.save's are RuntimeErrors,
+    those of tokenizers plain Exceptions, those of DCP a class of their own."""
     known = isinstance(error, (OSError, RuntimeError, SafetensorError)) or type(error) is Exception
     return known or type(error).__name__ == "CheckpointException"
 
 
 def _reason(error: Exception, folder: Path) -> str:
-    """In a few words. torch.save says "unexpected pos" of a full disk."""
+    """Returns why a write failed, in a few words. torch.save says "unexpected pos" of a full disk."""
     try:
         if shutil.disk_usage(folder).free < 2**20:
             return "no space left on the disk"
@@ -115,7 +115,7 @@ def _reason(error: Exception, folder: Path) -> str:
 
 
 def find(folder: Path) -> list[Checkpoint]:
-    """All checkpoints that have their name, oldest first; some may be damaged."""
+    """Returns all checkpoints that have their name, oldest first; some may be damaged."""
     named = [(p, _NAME.fullmatch(p.name)) for p in folder.glob("step-*") if p.is_dir()]
     return sorted((Checkpoint(p, int(m[1])) for p, m in named if m), key=lambda c: c.step)
 
@@ -123,8 +123,8 @@ def find(folder: Path) -> list[Checkpoint]:
 def newest_sound(
     folder: Path, log: Callable[[str], None], stranger: Callable[[Checkpoint], str | None] = lambda _: None
 ) -> Checkpoint | None:
-    """The newest checkpoint that is whole and the run's; every newer one is reported in a line. None when there is no
-    checkpoint.
+    """Returns the newest checkpoint that is whole and the run's; every newer one is reported in a line. None when there
+    is no checkpoint.
 
     stranger: why a whole checkpoint is not the run's, None for one that is.
     Raises TrapoError when there are some and none can be used: starting anew would be a loss that nobody asked for.

@@ -21,7 +21,8 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with the folder, in a few words; None when it holds the files that were written and no others."""
+    """Returns what is wrong with the folder, in a few words; None when it holds the files that were written and no
+    others."""
     try:
         files = json.loads((folder / NAME).read_bytes())["files"]
         return _compare(folder, files)
@@ -64,5 +65,6 @@ def _compare(folder: Path, files: Any) -> str | None:
 
 
 def _counts(path: Path) -> bool:
-    """Whether a file that appeared later could be taken for a part of the model: notes and hidden files are not."""
+    """Returns whether a file that appeared later could be taken for a part of the model: notes and hidden files are
+    not."""
     return not path.is_dir() and not path.name.startswith(".") and path.suffix != ".md"

@@ -38,18 +38,19 @@ class Ranks:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """This rank's part of what all ranks hold: a block, so that neighbours (rollouts of a prompt) stay together."""
+        """Returns this rank's part of what all ranks hold: a block, so that neighbours (rollouts of a prompt) stay
+        together."""
         count = len(items)
         return list(items[count * self.rank // self.world : count * (self.rank + 1) // self.world])
 
     def deal(self, items: Sequence[T], filler: T) -> list[T]:
-        """Every world-th item, `filler` where they run out: all ranks get equally many, as collectives need."""
+        """Returns every world-th item, `filler` where they run out: all ranks get equally many, as collectives need."""
         rounds = -(-len(items) // self.world)
         dealt = list(items[self.rank :: self.world])
         return dealt + [filler] * (rounds - len(dealt))
 
     def gather(self, share: Sequence[T]) -> list[T]:
-        """The shares of all ranks, in their order, on every rank. What is in them is pickled."""
+        """Returns the shares of all ranks, in their order, on every rank. What is in them is pickled."""
         if self.world == 1:
             return list(share)
         import torch.distributed as dist
@@ -59,12 +60,12 @@ class Ranks:
         return [item for part in shares for item in part]
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on some rank: a decision that all must take together, such as to stop."""
+        """Returns whether the flag is set on some rank: a decision that all must take together, such as to stop."""
         return any(self.gather([flag]))
 
     def once(self, function: Callable[[], T]) -> T:
-        """What function() gives on the first rank, which alone calls it, on every rank. Its TrapoError or OSError is
-        raised on all."""
+        """Returns what function() gives on the first rank, which alone calls it, on every rank. Its TrapoError or
+        OSError is raised on all."""
         if self.world == 1:
             return function()
         found: list[T | TrapoError | OSError] = []
@@ -87,7 +88,7 @@ ALONE = Ranks()
 
 
 def join() -> Ranks:
-    """The place that torchrun gave this process; ALONE without torchrun, or with one process."""
+    """Returns the place that torchrun gave this process; ALONE without torchrun, or with one process."""
     world = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     if world == 1:
         return ALONE
@@ -111,7 +112,7 @@ def leave(ranks: Ranks) -> None:
 
 
 def lost_rank(ranks: Ranks, error: RuntimeError) -> TrapoError | None:
-    """The error of a run whose other processes are gone, if that is what `error` says; None for any other."""
+    """Returns the error of a run whose other processes are gone, if that is what `error` says; None for any other."""
     if ranks.world == 1:
         return None
     text = str(error).strip() or type(error).__name__
@@ -143,5 +144,5 @@ class SharedRewards:
         self.wants_row = getattr(pool, "wants_row", False)
 
     def score(self, items: Sequence[Item]) -> list[Reward]:
-        """The rewards of (text, answer) pairs, in order, on every rank."""
+        """Returns the rewards of (text, answer) pairs, in order, on every rank."""
         return self.ranks.gather(self.pool.score(self.ranks.share(items)))

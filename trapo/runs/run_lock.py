@@ -70,7 +70,7 @@ def refuse_busy(folder: Path) -> None:
 
 
 def in_use(folder: Path) -> TrapoError:
-    """The error for a folder that another process holds."""
+    """Returns the error for a folder that another process holds."""
     try:
         holder = (folder / NAME).read_text().strip()[:100] or "another process"
     except OSError:
@@ -79,7 +79,7 @@ def in_use(folder: Path) -> TrapoError:
 
 
 def _forget() -> None:
-    """A child process that was forked must not keep the lock after its parent's end."""
+    """Lets go of the lock in a child process that was forked, which must not keep the lock after its parent's end."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()

@@ -46,7 +46,7 @@ class SkipLimit:
             )
 
     def _count(self, row: Mapping[str, Any]) -> None:
-        """A step without anything to learn neither counts nor breaks the row."""
+        """Counts a step; one without anything to learn neither counts nor breaks the row."""
         if row["optimizer_steps"]:
             self.in_a_row = 0
         elif row["skipped_steps"]:

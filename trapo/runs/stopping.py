@@ -67,8 +67,8 @@ class StopSignal:
 
     @contextmanager
     def abandonable(self) -> Iterator[None]:
-        """Work that may be cut short anywhere. With several ranks it is not: they would wait for each other for ever;
-        they agree here, before the work, that one of them was asked to stop."""
+        """Marks work that may be cut short anywhere. With several ranks it is not: they would wait for each other for
+        ever; they agree here, before the work, that one of them was asked to stop."""
         asked = max(self.ranks.gather([self.number if self.requested else 0]))
         if asked:
             self.number = asked
@@ -100,7 +100,7 @@ class StopSignal:
                 os.write(2, f"{cursor}\ntrapo: stopping and saving; Ctrl-C again ends it at once\n".encode())
 
     def _leave_terminal(self) -> None:
-        """What is still printed must not fail for want of the terminal."""
+        """Leaves the terminal, since what is still printed must not fail for want of the terminal."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for descriptor in self._terminals:
             os.dup2(nowhere, descriptor)

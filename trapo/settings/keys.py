@@ -85,8 +85,9 @@ def key(
     rule: Rule | None = None,
     said: str = "",
 ) -> T:
-    """A field of a group of keys. The arguments are those of `Key`: doc is one sentence, choices the accepted words,
-    least and above the lower bounds (the value itself accepted, or not), named says that a text may not be empty."""
+    """Makes a field of a group of keys. The arguments are those of `Key`: doc is one sentence, choices the accepted
+    words, least and above the lower bounds (the value itself accepted, or not), named says that a text may not be
+    empty."""
     known = {
         "doc": doc,
         "choices": choices,
@@ -102,7 +103,7 @@ def key(
 
 
 def keys_of(schema: type, prefix: str = "") -> Iterator[Key]:
-    """Every key of a configuration and of its groups, in their order."""
+    """Yields every key of a configuration and of its groups, in their order."""
     hints = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
         hint = hints[field.name]
@@ -115,7 +116,7 @@ def keys_of(schema: type, prefix: str = "") -> Iterator[Key]:
 
 
 def value_of(config: Any, name: str) -> Any:
-    """The value of a key such as optim.lr."""
+    """Returns the value of a key such as optim.lr."""
     for part in name.split("."):
         config = getattr(config, part)
     return config
@@ -139,7 +140,7 @@ _KINDS = {int: "whole number", float: "number", str: "text", bool: "true or fals
 
 
 def _kind(hint: Any) -> str:
-    """A type in words."""
+    """Returns a type in words."""
     arguments = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
     origin = typing.get_origin(hint)
     if origin is list:

@@ -28,7 +28,7 @@ _UNCLIPPED = ("clip_low", "clip_high", "dual_clip")
 
 
 def _docs() -> dict[str, str]:
-    """What the docstring of Objective says of each of its fields."""
+    """Returns what the docstring of Objective says of each of its fields."""
     lines = inspect.cleandoc(tk.Objective.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
     found: dict[str, str] = {}
     for names, doc in re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n     +.*)*)", lines, re.MULTILINE):
@@ -37,7 +37,7 @@ def _docs() -> dict[str, str]:
 
 
 def _kind(name: str) -> type:
-    """The type of a field's key, without None: a function is given as text."""
+    """Returns the type of a field's key, without None: a function is given as text."""
     if name in TERMS:
         return str
     kinds = [k for k in typing.get_args(_HINTS[name]) or (_HINTS[name],) if k is not types.NoneType]
@@ -76,13 +76,14 @@ else:
 
 
 def given_fields(config: ObjectiveConfig) -> dict[str, Any]:
-    """What the configuration sets, as `Objective` takes it. Raises TrapoError for a function that cannot be had."""
+    """Returns what the configuration sets, as `Objective` takes it. Raises TrapoError for a function that cannot be
+    had."""
     given = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
     return {name: _value(name, value) for name, value in given.items()}
 
 
 def own_terms(config: ObjectiveConfig) -> dict[str, str]:
-    """The functions of the user's that the terms name, by key."""
+    """Returns the functions of the user's that the terms name, by key."""
     return {f"objective.{name}": text for name in TERMS if ":" in (text := getattr(config, name) or "")}
 
 
@@ -97,7 +98,7 @@ def _value(name: str, value: Any) -> Any:
 def make_objective(
     preset: Callable[..., tk.Objective], of_mode: Mapping[str, Any], given: Mapping[str, Any], mode: str
 ) -> tk.Objective:
-    """A preset of trapo_kernels, changed by the mode and then by what the configuration sets."""
+    """Returns a preset of trapo_kernels, changed by the mode and then by what the configuration sets."""
     try:
         return preset(**{**of_mode, **given})
     except (TypeError, ValueError) as error:
@@ -111,7 +112,7 @@ def make_objective(
 
 
 def overruled(objective: tk.Objective, given: Mapping[str, Any], mode: str) -> tuple[str, ...]:
-    """A line for each key that takes the place of what the mode would have: the key wins.
+    """Returns a line for each key that takes the place of what the mode would have: the key wins.
 
     objective: the mode's own. Fields that the mode leaves at their default are nobody's choice.
     """
@@ -123,7 +124,7 @@ def overruled(objective: tk.Objective, given: Mapping[str, Any], mode: str) -> t
 
 
 def _chosen(objective: tk.Objective) -> dict[str, Any]:
-    """What makes an objective that of its mode: its terms, and every field that is not at its default."""
+    """Returns what makes an objective that of its mode: its terms, and every field that is not at its default."""
     values = {field.name: getattr(objective, field.name) for field in dataclasses.fields(objective)}
     return {k: v for k, v in values.items() if k in TERMS or v != getattr(_DEFAULTS, k)}
 

@@ -17,7 +17,7 @@ COLUMNS = ("key", "default", "accepts", "what it is")
 
 
 def groups() -> dict[str, list[Key]]:
-    """The keys by the group that they are in; "" has those in none."""
+    """Returns the keys by the group that they are in; "" has those in none."""
     found: dict[str, list[Key]] = {}
     for each in keys_of(Config):
         found.setdefault(each.name.rpartition(".")[0], []).append(each)
@@ -25,7 +25,7 @@ def groups() -> dict[str, list[Key]]:
 
 
 def matching(word: str | None) -> dict[str, list[Key]]:
-    """The keys whose name or sentence holds the word, by group. Raises TrapoError when there is none."""
+    """Returns the keys whose name or sentence holds the word, by group. Raises TrapoError when there is none."""
     if word is None:
         return groups()
     found = {
@@ -39,7 +39,7 @@ def matching(word: str | None) -> dict[str, list[Key]]:
 
 
 def tables(word: str | None = None) -> Iterator[Table]:
-    """What `trapo config` prints: a table a group, and one of the modes. word: only keys that have it."""
+    """Yields what `trapo config` prints: a table a group, and one of the modes. word: only keys that have it."""
     for group, keys in matching(word).items():
         table = _table(group_note(group), *COLUMNS)
         for each in keys:
@@ -53,7 +53,7 @@ def tables(word: str | None = None) -> Iterator[Table]:
 
 
 def presets_table() -> Table:
-    """What `trapo presets` prints: each with the comment that its file begins with."""
+    """Returns what `trapo presets` prints: each with the comment that its file begins with."""
     table = _table("presets", "preset", "what it is")
     for name, doc in presets().items():
         table.add_row(Text(name, "bold"), Text(doc))
@@ -61,12 +61,12 @@ def presets_table() -> Table:
 
 
 def presets() -> dict[str, str]:
-    """The presets that are installed with the package, and the comment that each file begins with."""
+    """Returns the presets that are installed with the package, and the comment that each file begins with."""
     return {name: _comment((PRESETS / f"{name}.yaml").read_text(encoding="utf-8")) for name in preset_names()}
 
 
 def markdown() -> str:
-    """Every key as a Markdown table, a section a group."""
+    """Returns every key as a Markdown table, a section a group."""
     lines = []
     for group, keys in groups().items():
         lines += [f"## {group or 'The run'}", ""]
@@ -79,19 +79,19 @@ def markdown() -> str:
 
 
 def modes_markdown() -> str:
-    """Every mode as a Markdown table."""
+    """Returns every mode as a Markdown table."""
     rows = [f"| `{mode.name}` | {_cell(mode.doc)} |" for mode in MODES.values()]
     return "\n".join(["| mode | what it does |", "| --- | --- |", *rows])
 
 
 def presets_markdown() -> str:
-    """Every preset as a Markdown table."""
+    """Returns every preset as a Markdown table."""
     rows = [f"| `{name}` | {_cell(doc)} |" for name, doc in presets().items()]
     return "\n".join(["| preset | what it is |", "| --- | --- |", *rows])
 
 
 def group_note(group: str) -> str:
-    """A group's name, and what its class says of all its keys."""
+    """Returns a group's name, and what its class says of all its keys."""
     if not group:
         return "the run"
     doc = typing.get_type_hints(Config)[group].__doc__ or ""
@@ -100,7 +100,7 @@ def group_note(group: str) -> str:
 
 
 def shown(default: object) -> str:
-    """A default as a YAML file would have it."""
+    """Returns a default as a YAML file would have it."""
     if default is None:
         return "null"
     if isinstance(default, bool):
@@ -113,7 +113,7 @@ def shown(default: object) -> str:
 
 
 def _comment(text: str) -> str:
-    """The comment at the top of a YAML file, in one line."""
+    """Returns the comment at the top of a YAML file, in one line."""
     lines = text.splitlines()
     count = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
     return " ".join(line.lstrip("# ") for line in lines[:count])

@@ -121,7 +121,8 @@ _SAME = {
 
 
 def meant_key(name: str, prefix: str, known: typing.Iterable[str], root: type) -> str:
-    """The key that was probably meant by `prefix` + `name`, with a note where it is something else than it sounds.
+    """Returns the key that was probably meant by `prefix` + `name`, with a note where it is something else than it
+    sounds.
 
     known: the names that there are behind the prefix. root: the whole schema.
     """
