@@ -7,7 +7,7 @@ the key `mode`, `trapo config` and the documentation have it. Sources are named 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
@@ -54,6 +54,16 @@ Phases = TypeVar("Phases", bound=Callable[..., "list[Phase]"])
 def phases(config: Config) -> list[Phase]:
     """The phases of a run, in order; their steps add up to train.steps."""
     return MODES[config.mode].phases(config)
+
+
+def phase_at(step: int, plan: Sequence[Phase]) -> Phase:
+    """The phase that a step, counted from 0, belongs to."""
+    end = 0
+    for phase in plan:
+        end += phase.steps
+        if step < end:
+            return phase
+    raise AssertionError(f"step {step} is past the last phase's end {end}")
 
 
 def check_mode(config: Config) -> None:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -32,24 +30,23 @@ from trapo.models import lora
 from trapo.models.finite import refuse_not_finite
 from trapo.models.loading import check_positions, load_model
 from trapo.models.precision import resolve
-from trapo.models.sharding import save_shards, shard_over
-from trapo.models.weights import writer
-from trapo.modes import Phase, phases
+from trapo.models.sharding import shard_over
+from trapo.modes import Phase, phase_at, phases
 from trapo.report.display import Display
-from trapo.report.loggers import HISTOGRAM, Loggers, check_loggers
-from trapo.report.metrics import peak_gpu_memory_gb, peak_memory_gb, rollout_metrics
+from trapo.report.loggers import Loggers, check_loggers
 from trapo.report.rollout_log import rollout_row, sample_rollouts
+from trapo.report.step_row import StepClock, training_row
 from trapo.report.summary import summarise
 from trapo.report.write import write_report
 from trapo.rewards import Reward
 from trapo.rewards.scoring import FailureNotes, make_pool, score_texts
 from trapo.rollouts import Rollout, assign_advantages, collect
-from trapo.runs import checkpoint
-from trapo.runs.inputs import changed_inputs, fingerprints, refuse_changed
-from trapo.runs.manifest import write_manifest
+from trapo.runs.checkpoint import Checkpoint
+from trapo.runs.inputs import fingerprints
 from trapo.runs.ranks import ALONE, Ranks, Scorer, SharedRewards, join, leave, lost_rank
 from trapo.runs.run_dir import RunDir, append_rows
 from trapo.runs.run_lock import RunLock
+from trapo.runs.saving import Saver
 from trapo.runs.skips import SkipLimit
 from trapo.runs.stopping import Stopped, StopSignal
 from trapo.settings.objective import own_terms
@@ -185,7 +182,7 @@ def _inputs(
     config: Config,
     plan: list[Phase],
     run_dir: RunDir,
-    resume_from: checkpoint.Checkpoint | None,
+    resume_from: Checkpoint | None,
     accept_changed: bool,
     log: Callable[[str], None],
 ) -> dict[str, str]:
@@ -193,11 +190,7 @@ def _inputs(
     again = resume_from is None or config.lora.rank > 0 or any(phase.objective.kl_coef for phase in plan)
     code = {"reward.function": config.reward.function, **own_terms(config.objective)}
     now = fingerprints(config.data, code, config.model.path if again else None)
-    if run_dir.inputs is not None and run_dir.has_results():
-        if not accept_changed:
-            refuse_changed(run_dir.inputs.files, now, run_dir.path)
-        if changed := changed_inputs(run_dir.inputs.files, now):
-            log(f"{', '.join(changed)}: the contents have changed since the run began; it goes on with the new ones")
+    run_dir.check_inputs(now, accept_changed=accept_changed, log=log)
     return now
 
 
@@ -212,7 +205,7 @@ class Trainer:
         pool: Scorer,
         stop: StopSignal,
         console: Console,
-        resume_from: checkpoint.Checkpoint | None = None,
+        resume_from: Checkpoint | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         self.config, self.phases, self.run_dir, self.pool = config, plan, run_dir, pool
@@ -244,15 +237,18 @@ class Trainer:
             config, self.model, pad_id=self.tokenizer.pad_token_id, reference=self._reference_model(), ranks=ranks
         )
         self.guard = AgreementGuard(config.rollout, config.model.dtype)
-        self.step, self.saved_step, self.seconds_before = 0, 0, 0.0
+        self.step, self.seconds_before = 0, 0.0
         if resume_from is not None:
             state = resume_from.load_state()
             self.learner.load_state_dict(state["learner"], resume_from.shards)
-            self.step = self.saved_step = resume_from.step
+            self.step = resume_from.step
             self.seconds_before = state["seconds"]
+        self.saver = Saver(
+            config.checkpoint, tree_of(config), run_dir, self.model, self.tokenizer, self.learner, ranks, self.step
+        )
         self.started = time.monotonic()
-        self.step_seconds: deque[float] = deque(maxlen=10)
         self.timer = StepTimer(self.model.device)
+        self.clock = StepClock(self.timer)
         self.skips = SkipLimit(config.train.max_skipped_steps, run_dir)
 
     def _longest_sequence(self) -> int:
@@ -277,15 +273,12 @@ class Trainer:
         try:
             self._run(display, loggers)
         except Stopped as stopped:
-            if self.step > self.saved_step:
+            if self.step > self.saver.step:
                 self._save(display, must=True)
-            what = f"stopped by {self.stop.name} after step {self.step}"
-            raise Stopped(f"{what}; {self._what_next()}", number=stopped.number) from None
-
-    def _what_next(self) -> str:
-        if self.saved_step:
-            return "the same command continues from there"
-        return "there is nothing to save yet, and the same command starts at step 1"
+            again = "there is nothing to save yet, and the same command starts at step 1"
+            again = "the same command continues from there" if self.saver.step else again
+            what = f"stopped by {self.stop.name} after step {self.step}; {again}"
+            raise Stopped(what, number=stopped.number) from None
 
     def _run(self, display: Display, loggers: Loggers) -> None:
         self._check_engine(unanswered(self.train_set[:4]))
@@ -294,7 +287,7 @@ class Trainer:
             self._evaluate(display, loggers)
         while self.step < self.config.train.steps:
             display.status("training")
-            row = self._train_step(self._phase(), self._problems())
+            row = self._train_step(phase_at(self.step, self.phases), self._problems())
             self.step += 1
             if self.ranks.first:
                 self.run_dir.log(row)
@@ -332,47 +325,18 @@ class Trainer:
             drawing=self.stop.abandonable(),
             drawn=functools.partial(self._note_rollouts, phase, seed),
         )
-        refuse_not_finite(self.model, self.ranks, self.step + 1, self.saved_step, trained=True)
+        refuse_not_finite(self.model, self.ranks, self.step + 1, self.saver.step, trained=True)
         with self.timer.part("sync"):
             self.engine.sync(self.model)
             mismatch = self._check_engine(rollouts)
-        timing = self._timing(rollouts, update, time.monotonic() - started)
-        return self._row(phase, rollouts, update, lr) | {"engine_mismatch": mismatch} | timing
+        row = training_row(self.step + 1, phase, rollouts, update, lr=lr, engine_mismatch=mismatch)
+        took, left = time.monotonic() - started, self.config.train.steps - self.step - 1
+        return row | self.clock.row(rollouts, update, took=took, seconds=self.seconds, steps_left=left)
 
     def _check_engine(self, rollouts: Sequence[Rollout]) -> float | None:
         """Mean difference of the engine's log-probabilities from the learner's; too large a one stops the run."""
         seed = derive_seed(self.config.seed, "guard", self.step)
         return self.guard.check(self.engine, rollouts, self.learner.own_logprobs, seed=seed)
-
-    def _row(self, phase: Phase, rollouts: Sequence[Rollout], update: Update, lr: float) -> dict[str, Any]:
-        """What a line of metrics.jsonl says of the training itself: the same in every repetition of the run."""
-        return {
-            "step": self.step + 1,
-            "phase": phase.name,
-            **rollout_metrics(rollouts, scored=phase.needs_rewards),
-            **update.metrics,
-            HISTOGRAM: update.expert_histogram,
-            "grad_norm": update.grad_norm if math.isfinite(update.grad_norm) else None,
-            "optimizer_steps": update.optimizer_steps,
-            "skipped_steps": update.skipped_steps,
-            "trained_tokens": update.trained_tokens,
-            "lr": lr,
-        }
-
-    def _timing(self, rollouts: Sequence[Rollout], update: Update, took: float) -> dict[str, float]:
-        """What a line of metrics.jsonl says of time (seconds) and memory."""
-        self.step_seconds.append(took)
-        mean = sum(self.step_seconds) / len(self.step_seconds)
-        generated = sum(len(r.own_ids) for r in rollouts)
-        return {
-            "tokens_per_second": (generated + update.trained_tokens) / took,
-            "seconds_step": took,
-            **self.timer.take(),
-            "seconds": self.seconds,
-            "seconds_left": mean * (self.config.train.steps - self.step - 1),
-            "peak_memory_gb": peak_memory_gb(),
-            **peak_gpu_memory_gb(),
-        }
 
     def _note_rollouts(self, phase: Phase, seed: int, rollouts: Sequence[Rollout]) -> None:
         """Write a sample of them to rollouts.jsonl, and say which rewards failed."""
@@ -413,7 +377,7 @@ class Trainer:
             result.save(path)
         loggers.evaluation(self.step, result)
         display.note(f"held-out accuracy after step {self.step}: {result}")
-        self._prune(display)
+        self.saver.prune(display.note)
 
     def _save_due(self) -> bool:
         """At checkpoint.every, at the end, and wherever an evaluation may find the best weights so far."""
@@ -423,71 +387,18 @@ class Trainer:
         return settings.every > 0 and (last or self._due(settings.every))
 
     def _save(self, display: Display, *, must: bool = False) -> None:
-        """A checkpoint of now. One that cannot be written is reported and training goes on (unless it `must`)."""
         display.status("saving")
-        refuse_not_finite(self.model, self.ranks, self.step, self.saved_step)
-        state = {"learner": self.learner.state_dict(), "seconds": self.seconds}
-        folder = self.run_dir.checkpoints
-        write = writer(self.model, self.tokenizer, final=False, keep=self.ranks.first)
-
-        def save(shards: Path | None) -> None:
-            record = self.run_dir.record(tree_of(self.config), self.step)
-            checkpoint.save(folder, self.step, write, state, shards, record)
-
-        try:
-            shards = self._save_shards(folder)
-            self.ranks.once(lambda: save(shards))
-        except checkpoint.SaveError as error:
-            if must:
-                raise
-            kept = f"step {self.saved_step}" if self.saved_step else "none yet"
-            display.note(f"no checkpoint after step {self.step}: {error}; training goes on, last checkpoint: {kept}")
-            return
-        self.saved_step = self.step
-        self._prune(display)
-
-    def _save_shards(self, folder: Path) -> Path | None:
-        failed: list[str] = []
-        shards = None
-        try:
-            shards = save_shards(folder, self.model, self.learner.optimizer, self.ranks)
-        except Exception as error:
-            if not checkpoint.is_write_error(error) or lost_rank(self.ranks, RuntimeError(str(error))):
-                raise
-            failed.append(str(error).strip().splitlines()[0])
-        if failed := self.ranks.gather(failed):
-            raise checkpoint.SaveError(f"{folder} could not be written: {failed[0]}")
-        return shards
-
-    def _prune(self, display: Display) -> None:
-        settings = self.config.checkpoint
-        if self.ranks.first:
-            try:
-                best = self.run_dir.best_steps(settings.keep_best)
-                checkpoint.prune(self.run_dir.checkpoints, settings.keep, also=best)
-            except OSError as error:
-                display.note(f"an old checkpoint could not be removed: {error.strerror}; training goes on")
+        self.saver.save(self.step, self.seconds, display.note, must=must)
 
     def finish(self) -> dict[str, Any]:
         """Write the final model, the report and, last of all, the summary."""
-        refuse_not_finite(self.model, self.ranks, self.step, self.saved_step)
-        write = writer(self.model, self.tokenizer, final=True, keep=self.ranks.first)
+        self.saver.write_final(self.step)
         if not self.ranks.first:
             return {}
-        checkpoint.write_or_explain(self.run_dir.final, lambda path: _with_manifest(path, write))
         summary = summarise(self.run_dir, self.config.mode, self.config.model, self.step, self.seconds)
         write_report(self.run_dir.path, summary)
         self.run_dir.finish(summary)
         return summary
-
-    def _phase(self) -> Phase:
-        """The phase that the next step belongs to."""
-        end = 0
-        for phase in self.phases:
-            end += phase.steps
-            if self.step < end:
-                return phase
-        raise AssertionError(f"step {self.step} is past the last phase's end {end}")
 
     def _problems(self) -> list[EncodedProblem]:
         """Those of the next step."""
@@ -505,11 +416,3 @@ class Trainer:
         reference = load_model(self.config.model)[0].requires_grad_(False)
         shard_over(reference, self.ranks, resolve(self.config.train.precision, reference.device))
         return reference
-
-
-def _with_manifest(path: Path, write: Callable[[Path], None]) -> None:
-    """The final model, so that damage to it is seen when it is loaded; an adapter in it can be taken alone."""
-    write(path)
-    for folder in (path / "adapter", path):
-        if folder.is_dir():
-            write_manifest(folder)

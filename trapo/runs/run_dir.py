@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from trapo.errors import TrapoError
 from trapo.runs import checkpoint, history, run_lock
 from trapo.runs.checkpoint import Checkpoint
 from trapo.runs.history import read_rows
-from trapo.runs.inputs import Inputs
+from trapo.runs.inputs import Inputs, changed_inputs, refuse_changed
 from trapo.settings.text import Tree, to_yaml
 from trapo.tools.files import append_line, check_writable, read_json, remove, write_atomic, write_json
 
@@ -144,6 +144,18 @@ class RunDir:
                 self._put_away(other, settings, log)
         self._restore_logs(resume_from, step, log)
         self._seen = None
+
+    def check_inputs(self, now: Mapping[str, str], *, accept_changed: bool, log: Log) -> None:
+        """Hold the files that the run reads against those that it began with.
+
+        Raises TrapoError where it would go on with others that nobody accepted.
+        """
+        if self.inputs is None or not self.has_results():
+            return
+        if not accept_changed:
+            refuse_changed(self.inputs.files, now, self.path)
+        if changed := changed_inputs(self.inputs.files, now):
+            log(f"{', '.join(changed)}: the contents have changed since the run began; it goes on with the new ones")
 
     def has_results(self) -> bool:
         """Whether something was computed here already."""

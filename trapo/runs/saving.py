@@ -1,0 +1,101 @@
+"""What a run saves of its model: checkpoints while it goes on, the final model at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trapo.config import CheckpointConfig
+from trapo.learner import Learner
+from trapo.models.finite import refuse_not_finite
+from trapo.models.sharding import save_shards
+from trapo.models.weights import Writer, writer
+from trapo.runs import checkpoint
+from trapo.runs.manifest import write_manifest
+from trapo.runs.ranks import Ranks, lost_rank
+from trapo.runs.run_dir import RunDir
+
+Note = Callable[[str], None]
+
+
+class Saver:
+    """Writes a run's checkpoints and its final model. With several ranks all of them call the same methods.
+
+    tree: the run's configuration, which each checkpoint records. step: of the newest checkpoint, 0 where there is none.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        tree: dict[str, Any],
+        run_dir: RunDir,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        learner: Learner,
+        ranks: Ranks,
+        step: int = 0,
+    ) -> None:
+        self.config, self.tree, self.run_dir, self.ranks, self.step = config, tree, run_dir, ranks, step
+        self.model, self.tokenizer, self.learner = model, tokenizer, learner
+
+    def save(self, step: int, seconds: float, note: Note, *, must: bool = False) -> None:
+        """Write a checkpoint of now. One that cannot be written is reported and training goes on (unless it `must`)."""
+        refuse_not_finite(self.model, self.ranks, step, self.step)
+        state = {"learner": self.learner.state_dict(), "seconds": seconds}
+        folder = self.run_dir.checkpoints
+        write = writer(self.model, self.tokenizer, final=False, keep=self.ranks.first)
+
+        def save(shards: Path | None) -> None:
+            checkpoint.save(folder, step, write, state, shards, self.run_dir.record(self.tree, step))
+
+        try:
+            shards = self._save_shards(folder)
+            self.ranks.once(lambda: save(shards))
+        except checkpoint.SaveError as error:
+            if must:
+                raise
+            kept = f"step {self.step}" if self.step else "none yet"
+            note(f"no checkpoint after step {step}: {error}; training goes on, last checkpoint: {kept}")
+            return
+        self.step = step
+        self.prune(note)
+
+    def _save_shards(self, folder: Path) -> Path | None:
+        failed: list[str] = []
+        shards = None
+        try:
+            shards = save_shards(folder, self.model, self.learner.optimizer, self.ranks)
+        except Exception as error:
+            if not checkpoint.is_write_error(error) or lost_rank(self.ranks, RuntimeError(str(error))):
+                raise
+            failed.append(str(error).strip().splitlines()[0])
+        if failed := self.ranks.gather(failed):
+            raise checkpoint.SaveError(f"{folder} could not be written: {failed[0]}")
+        return shards
+
+    def prune(self, note: Note) -> None:
+        """Remove the checkpoints that are neither among the newest nor among the best."""
+        if self.ranks.first:
+            try:
+                best = self.run_dir.best_steps(self.config.keep_best)
+                checkpoint.prune(self.run_dir.checkpoints, self.config.keep, also=best)
+            except OSError as error:
+                note(f"an old checkpoint could not be removed: {error.strerror}; training goes on")
+
+    def write_final(self, step: int) -> None:
+        """Write the final model, in the first rank."""
+        refuse_not_finite(self.model, self.ranks, step, self.step)
+        write = writer(self.model, self.tokenizer, final=True, keep=self.ranks.first)
+        if self.ranks.first:
+            checkpoint.write_or_explain(self.run_dir.final, lambda path: _with_manifest(path, write))
+
+
+def _with_manifest(path: Path, write: Writer) -> None:
+    """Write the final model so that damage to it is seen when it is loaded; an adapter in it can be taken alone."""
+    write(path)
+    for folder in (path / "adapter", path):
+        if folder.is_dir():
+            write_manifest(folder)
