@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .budget import get_budget_mb
 
-__all__ = ["agreed", "shards_of"]
+__all__ = ["compare", "shards_of"]
 
 Prepared = TypeVar("Prepared")
 
@@ -58,13 +58,13 @@ def shards_of(caller: str, group: Any, weight: Any, prepare: Callable[[], tuple[
     device = _device(group, weight)
     size = weight.shape[0] if isinstance(weight, Tensor) and weight.ndim else 0
     budget = {"the memory budget": int(get_budget_mb(device.type) * 2**20)}
-    found = _gathered(caller, group, device, error, size, {"functions": caller, **facts, **budget})
+    found = _gather(caller, group, device, error, size, {"functions": caller, **facts, **budget})
     return made, found
 
 
-def agreed(caller: str, group: Any, device: torch.device, facts: Mapping[str, Any]) -> None:
+def compare(caller: str, group: Any, device: torch.device, facts: Mapping[str, Any]) -> None:
     """Compares what ranks must have in common, again."""
-    _gathered(caller, group, device, None, 0, {"functions": f"{caller} backward", **facts})
+    _gather(caller, group, device, None, 0, {"functions": f"{caller} backward", **facts})
 
 
 def _device(group: Any, weight: Any) -> torch.device:
@@ -74,7 +74,7 @@ def _device(group: Any, weight: Any) -> torch.device:
 
 
 @torch.no_grad()
-def _gathered(
+def _gather(
     caller: str, group: Any, device: torch.device, error: Exception | None, size: int, facts: Mapping[str, Any]
 ) -> list[int]:
     given = {name: None if error else facts.get(name) for name in _NAMES}

@@ -8,6 +8,7 @@ The operators of a compiled graph (ops.py) run the same `Job`s.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import columns, stream, validate
-from .agreement import agreed
+from .agreement import compare
 from .backends.base import RowKernel, RowStats, stats_dtype
 from .batch import Batch
 from .call import Params, in_one_dtype
@@ -23,9 +24,11 @@ from .head import Head
 from .selection import Selection
 from .sources import LinearSource, LogitsSource, Source, finish
 from .statistics import Collector
+from .tokens import Slopes
 from .vocab_parallel import ShardedSource
 
-__all__ = ["Ask", "Job", "StreamedLogprobs", "StreamedLoss", "apply", "rows_of", "run_loss"]
+__all__ = ["Ask", "Job", "StreamedLogprobs", "StreamedLoss", "apply", "check_backward", "finish_all", "rows_of"]
+__all__ += ["run_loss"]
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,8 @@ class Job:
         hidden = selection.counting(hidden)
         which = (wants[0], wants[1], wants[2])
         if self.kernel.shard is not None:
-            return ShardedSource(self.kernel.shard, hidden, weight, bias, self.head, selection, which)
-        return LinearSource(hidden, weight, bias, self.head, selection, which, tolerance=self.tolerance)
+            return ShardedSource(self.kernel.shard, hidden, weight, bias, self.head, selection, wants=which)
+        return LinearSource(hidden, weight, bias, self.head, selection, wants=which, tolerance=self.tolerance)
 
     def forward_only(self, params: Params, ask: Ask) -> RowStats:
         """Statistics of the rows, by the kernel that writes no logits where there is one and nothing else is asked."""
@@ -97,6 +100,7 @@ class Job:
 
 
 def rows_of(values: Tensor | None, rows: slice) -> Tensor | None:
+    """Those rows of what may not be there."""
     return None if values is None else values[rows]
 
 
@@ -114,15 +118,22 @@ def apply(function: Any, caller: str, *args: Any) -> Any:
     raise RuntimeError(f"{caller}: a streamed loss is not for torch.func transforms; use backend='reference'")
 
 
-def _finish(grads: tuple[Tensor | None, ...], params: Params, scale: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Accumulated gradients as those of the parameters."""
+def finish_all(
+    grads: Sequence[Tensor | None], params: Params, scale: Tensor | None, give: bool = True
+) -> tuple[Tensor | None, ...]:
+    """Accumulated gradients as those of the parameters, multiplied by `scale`; `give`: as `sources.finish`."""
     return tuple(
-        None if grad is None or like is None else finish(grad, like, scale)
+        None if grad is None or like is None else finish(grad, like, scale, give)
         for grad, like in zip(grads, params, strict=True)
     )
 
 
-def _check_backward(caller: str, *incoming: Tensor | None) -> None:
+def check_backward(caller: str, *incoming: Tensor | None) -> None:
+    """The backward of a streamed loss takes one gradient, and has none of its own.
+
+    Raises:
+        RuntimeError: it is asked for more.
+    """
     # Grad mode is on inside a backward under create_graph=True alone. Going on would give zero for a second derivative.
     if torch.is_grad_enabled():
         raise RuntimeError(
@@ -144,7 +155,7 @@ class StreamedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Any, ...]:
-        _check_backward("linear_logprobs", *incoming)
+        check_backward("linear_logprobs", *incoming)
         job, saved = ctx.job, ctx.saved_tensors
         params, stats = saved[: ctx.params], RowStats(*saved[ctx.params :])
         live = torch.zeros_like(stats.logprobs, dtype=torch.bool)
@@ -152,7 +163,7 @@ class StreamedLogprobs(torch.autograd.Function):
             live = live if g is None else live | (g != 0)
         if job.kernel.shard is not None:
             which = {"gradients": live, "trained parameters": (job.wants, [g is None for g in incoming])}
-            agreed("linear_logprobs", job.kernel.shard.group, live.device, which)
+            compare("linear_logprobs", job.kernel.shard.group, live.device, which)
         selection, kept = job.selection.narrow(live)
         g_lp, g_entropy, g_logit = (None if g is None else selection.counting(kept.take(g)) for g in incoming)
         stats, targets = selection.counting_stats(stats.map(kept.take)), kept.take(job.targets)
@@ -165,14 +176,14 @@ class StreamedLogprobs(torch.autograd.Function):
             )  # fmt: skip
             d_hidden, *others = recompute.gradients(job.wants)
             grads = (None if d_hidden is None else selection.spread(d_hidden), *others)
-            return None, None, *_finish(grads, params, None)
+            return None, None, *finish_all(grads, params, None)
         source = job.source(params, selection, job.wants)
         stream.backward(
             source, job.kernel, selection, targets, job.head, stats,
-            lambda at, _: (rows_of(g_lp, at), rows_of(g_entropy, at), rows_of(g_logit, at)),
+            lambda at, _: Slopes(rows_of(g_lp, at), rows_of(g_entropy, at), rows_of(g_logit, at)),
             by_logit=g_logit is not None,
         )  # fmt: skip
-        return None, None, *_finish(source.gradients(), params, None)
+        return None, None, *finish_all(source.gradients(), params, None)
 
 
 def run_loss(
@@ -187,7 +198,7 @@ def run_loss(
         return batch.flat(stats, extras), source.gradients(), None
     stats = stream.forward(
         source, job.kernel, job.selection, job.targets, job.head, True,
-        lambda at, stats: batch.slopes(at, stats, extras), batch.fused(job.kernel), extras,
+        slopes=lambda at, stats: batch.slopes(at, stats, extras), fused=batch.fused(job.kernel), extras=extras,
         by_logit=batch.objective.reads_logit,
     )  # fmt: skip
     left_out = source.left_out if isinstance(source, LinearSource) else None
@@ -209,7 +220,7 @@ class StreamedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        _check_backward("linear_policy_loss", g_loss)
+        check_backward("linear_policy_loss", g_loss)
         params: Params = ctx.saved_tensors
         if g_loss is None:
             return (None,) * (2 + len(params))
@@ -218,4 +229,4 @@ class StreamedLoss(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             _, grads, _ = run_loss(ctx.job, ctx.batch, params)
-        return None, None, *_finish(grads, params, g_loss / ctx.batch.normalizer)
+        return None, None, *finish_all(grads, params, g_loss / ctx.batch.normalizer)

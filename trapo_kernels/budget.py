@@ -44,7 +44,7 @@ def get_budget_mb(device_type: str = "cpu") -> float:
     if _chosen_mb is not None:
         return _chosen_mb
     if ENV in os.environ:
-        return _checked(os.environ[ENV], ENV)
+        return _check(os.environ[ENV], ENV)
     if device_type == "cuda" and torch.cuda.is_available():
         return _share_of_card(torch.cuda.current_device())
     return _DEFAULT_MB.get(device_type, _DEFAULT_MB["cuda"])
@@ -70,7 +70,7 @@ def set_budget_mb(megabytes: float | None) -> None:
         ValueError: not a finite number above 0.
     """
     global _chosen_mb
-    _chosen_mb = None if megabytes is None else _checked(megabytes, "set_budget_mb: megabytes")
+    _chosen_mb = None if megabytes is None else _check(megabytes, "set_budget_mb: megabytes")
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def chunk_rows(rows: int, row_bytes: int, scratch_bytes: int, device_type: str, 
     return min(most, math.ceil(even / multiple) * multiple)
 
 
-def _checked(value: float | str, name: str) -> float:
+def _check(value: float | str, name: str) -> float:
     try:
         megabytes = float(value)
     except (TypeError, ValueError):

@@ -1,4 +1,5 @@
-"""Buffers of logits [C, V], whose rows are padded: one rule for every kernel, chunk loop and device.
+"""Buffers of logits [C, V], whose rows are padded, and the rows of a scratch block: one rule for every kernel, chunk
+loop and device.
 
 A row starts at a multiple of 128 bytes, whatever V is:
 
@@ -15,9 +16,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["logits_buffer", "row_bytes"]
+__all__ = ["block_rows", "logits_buffer", "row_bytes"]
 
 _ALIGNMENT = 128  # bytes
+
+# Elements of a scratch block: two of them lie in the L2 caches of a CPU; on a GPU launches must stay few.
+_BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
 
 
 def _stride(vocab: int, itemsize: int) -> int:
@@ -36,3 +40,8 @@ def logits_buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.devic
     whole = torch.empty(rows, _stride(vocab, dtype.itemsize), dtype=dtype, device=device)
     whole[:, vocab:].zero_()
     return whole[:, :vocab]
+
+
+def block_rows(vocab: int, device: torch.device) -> int:
+    """Rows of logits that elementwise torch passes take at a time, over scratch blocks of so many rows."""
+    return max(1, _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS["cuda"]) // vocab)

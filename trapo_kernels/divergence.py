@@ -23,19 +23,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import reference, validate
+from .autograd import apply, check_backward, finish_all
 from .backends.base import stats_dtype
 from .backends.dispatch import backend_name, pick
 from .budget import chunk_rows
-from .buffers import logits_buffer
+from .buffers import block_rows, logits_buffer
+from .call import Params, wanted
 from .head import Head
 from .scalars import filled, number, shown
 from .selection import Selection
-from .sources import LinearSource, finish
+from .sources import LinearSource
 
 __all__ = ["KINDS", "Divergence", "Job", "anchor", "linear_divergence", "run", "weighted_sum"]
 
 KINDS = ("forward_kl", "reverse_kl", "jsd")
-_BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
 
 
 class Divergence(NamedTuple):
@@ -117,15 +118,15 @@ def linear_divergence(
     _check(caller, (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias), kind)
     shape = hidden.shape[:-1]
     floats, masks = validate.check_token_inputs(caller, hidden[..., 0], {"weights": weights}, {"mask": mask}, "hidden")
-    streamed = _streamed(caller, backend, hidden.device)
+    streamed = _is_streamed(caller, backend, hidden.device)
     dtype = stats_dtype(hidden.dtype)
     given, active = floats["weights"], hidden.new_ones(shape.numel(), dtype=torch.bool)
     if masks["mask"] is not None:
         active = masks["mask"].reshape(-1)
     of_tokens = hidden.new_ones(shape.numel(), dtype=dtype) if given is None else given.reshape(-1).to(dtype)
     params = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
-    ref = (ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), ref_weight.detach(), _detached(ref_bias))
-    wants = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in params)
+    ref = (ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), ref_weight.detach(), _detach(ref_bias))
+    wants = wanted(params)
     if normalizer is None:
         scale = filled(active.sum().clamp(min=1), dtype, hidden.device)
     else:
@@ -141,7 +142,7 @@ def linear_divergence(
         selection = Selection.choose(active, of_tokens != 0)
     of_rows = selection.counting(selection.take(of_tokens))
     job = Job(kind, beta, head, ref_head, selection, of_rows, scale, (wants[0], wants[1], wants[2]))
-    loss, tokens = (_StreamedDivergence.apply if streamed else _materialised)(job, ref, *params)
+    loss, tokens = _run(caller, job, ref, params, streamed)
     return Divergence(loss, selection.spread(tokens.detach()).reshape(shape))
 
 
@@ -159,18 +160,25 @@ def anchor(
     params = validate.one_dtype(*params)
     ref = ref_hidden, ref_weight, ref_bias = validate.one_dtype(*ref)
     _check(caller, params, ref, "forward_kl")
-    ref = (ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), ref_weight.detach(), _detached(ref_bias))
-    wants = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in params)
+    ref = (ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), ref_weight.detach(), _detach(ref_bias))
+    wants = wanted(params)
     job = Job("forward_kl", 0.5, head, head, selection, weights, normalizer, (wants[0], wants[1], wants[2]))
-    loss: Tensor = (_StreamedDivergence.apply if streamed else _materialised)(job, ref, *params)[0]
-    return loss
+    return _run(caller, job, ref, params, streamed)[0]
 
 
-def _detached(t: Tensor | None) -> Tensor | None:
+def _run(caller: str, job: Job, ref: Params, params: Params, streamed: bool) -> tuple[Tensor, Tensor]:
+    """(the loss, the divergence of each token [n])."""
+    found: tuple[Tensor, Tensor] = (
+        apply(_StreamedDivergence, caller, job, ref, *params) if streamed else _materialise(job, ref, *params)
+    )
+    return found
+
+
+def _detach(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.detach()
 
 
-def _streamed(caller: str, backend: str | None, device: torch.device) -> bool:
+def _is_streamed(caller: str, backend: str | None, device: torch.device) -> bool:
     if backend is not None and not (isinstance(backend, str) and backend in ("torch", "reference")):
         raise ValueError(f"{caller}: backend must be 'torch', 'reference' or None; got {shown(backend)}")
     if torch.compiler.is_compiling():
@@ -199,7 +207,7 @@ def _check(caller: str, student: tuple[Any, Any, Any], ref: tuple[Any, Any, Any]
 # The oracle --------------------------------------------------------------------------------------------------
 
 
-def _materialised(job: Job, ref: tuple[Any, ...], *params: Any) -> tuple[Tensor, Tensor]:
+def _materialise(job: Job, ref: tuple[Any, ...], *params: Any) -> tuple[Tensor, Tensor]:
     def log_softmax(head: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         z = reference.linear_logits(job.selection.counting(job.selection.take(hidden)), weight, bias) * head.scale
         return F.log_softmax(z if head.cap is None else head.cap * torch.tanh(z / head.cap), -1)
@@ -247,11 +255,7 @@ class _StreamedDivergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g_loss: Tensor | None, _: Any) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "linear_divergence: create_graph must be False, a streamed loss has no second derivative; "
-                "use backend='reference'"
-            )
+        check_backward("linear_divergence", g_loss)
         if g_loss is None:
             return (None,) * (2 + ctx.ref)
         saved = ctx.saved_tensors  # once: inside a checkpoint they can be unpacked no second time
@@ -259,19 +263,14 @@ class _StreamedDivergence(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if grads is None:  # a second backward through a retained graph
             _, grads = run(ctx.job, ref, params)
-        scale = g_loss / ctx.job.normalizer
-        scaled = (
-            None if d is None else finish(d, like, scale)
-            for d, like in zip(grads, params, strict=True)
-        )  # fmt: skip
-        return None, None, *scaled
+        return None, None, *finish_all(grads, params, g_loss / ctx.job.normalizer)
 
 
 def run(job: Job, ref: Any, params: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Divergences of the compact rows [n], and the gradients of their weighted sum."""
     hidden, weight, bias = params
     selection, counting = job.selection, job.selection.counting
-    source = LinearSource(counting(hidden), weight, bias, job.head, selection, job.wants, wide_chunks=True)
+    source = LinearSource(counting(hidden), weight, bias, job.head, selection, wants=job.wants, wide_chunks=True)
     hidden, weight, bias = ref
     other = LinearSource(counting(hidden), weight, bias, job.ref_head, selection, wide_chunks=True)
     size, middle = selection.size, selection.with_gradient if any(job.wants) else 0
@@ -290,20 +289,16 @@ def run(job: Job, ref: Any, params: Any) -> tuple[Tensor, tuple[Tensor | None, .
 
 def _chunk(job: Job, source: LinearSource, other: LinearSource) -> int:
     wide = stats_dtype(source.dtype).itemsize
-    scratch = _block_rows(source.vocab, source.device) * source.vocab * (4 * wide + 2)
+    scratch = block_rows(source.vocab, source.device) * source.vocab * (4 * wide + 2)
     row_bytes = source.row_bytes + other.row_bytes
     longest = max(job.selection.size, 1)
     return min(longest, chunk_rows(longest, row_bytes, scratch + source.extra_bytes, source.device.type))
 
 
-def _block_rows(vocab: int, device: torch.device) -> int:
-    return max(1, _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS["cuda"]) // vocab)
-
-
 def _blocks(x: Tensor, wide: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """(rows, four scratch blocks [4, rows, V]) over all rows; the scratch is reused."""
     rows, vocab = x.shape
-    step = min(_block_rows(vocab, x.device), max(rows, 1))
+    step = min(block_rows(vocab, x.device), max(rows, 1))
     scratch = x.new_empty(4, step, vocab, dtype=wide)
     for start in range(0, rows, step):
         stop = min(start + step, rows)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import divergence as divergences
 from . import stream, tokens
-from .autograd import Job, rows_of, run_loss
+from .autograd import Job, finish_all, rows_of, run_loss
 from .backends.base import RowStats, stats_dtype
 from .backends.dispatch import pick
 from .batch import Batch
@@ -33,8 +33,9 @@ from .objective import FIELDS, Objective
 from .reference import TokenValues
 from .scalars import constant
 from .selection import Selection
-from .sources import d_hidden_dtype, finish
+from .sources import d_hidden_dtype
 from .statistics import Collector
+from .tokens import Slopes
 
 __all__ = ["divergence", "objective_key", "policy_loss", "run_policy_loss", "run_token_values", "sums_of_later"]
 __all__ += ["token_values", "token_values_backward"]
@@ -138,15 +139,10 @@ def _fake_gradients(
     return _three(tuple(found), first.new_empty(0, dtype=wide))
 
 
-def _finish(grads: Any, params: Any, wants: Any, scale: Tensor | None) -> list[Tensor | None]:
-    """Gradients in the dtypes of the parameters; scaled in the accumulators' precision."""
-
-    def one(grad: Tensor, like: Tensor | None, wanted: bool) -> Tensor | None:
-        if not wanted or like is None:
-            return None
-        return finish(grad, like, scale, give=False)
-
-    return [one(*each) for each in zip(grads, params, wants, strict=True)]
+def _finish(grads: Any, params: Any, wants: Any, scale: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients in the dtypes of the parameters; scaled in the accumulators' precision. An operator's outputs stay."""
+    found = [grad if wanted else None for grad, wanted in zip(grads, wants, strict=True)]
+    return finish_all(found, params, scale, give=False)
 
 
 def _op(name: str, schema: str) -> Any:
@@ -239,7 +235,7 @@ def token_values_backward(
     source = job.source(params, selection, job.wants)
     stream.backward(
         source, job.kernel, selection, job.targets, job.head, stats,
-        lambda at, _: (rows_of(g_lp, at), rows_of(g_h, at), rows_of(g_z, at)),
+        lambda at, _: Slopes(rows_of(g_lp, at), rows_of(g_h, at), rows_of(g_z, at)),
         by_logit=g_z is not None,
     )  # fmt: skip
     return _three(source.gradients(), logprobs)

@@ -73,6 +73,7 @@ class LinearSource:
         bias: Tensor | None,
         head: Head,
         selection: Selection,
+        *,
         wants: tuple[bool, bool, bool] = (False, False, False),
         wide_chunks: bool = False,
         tolerance: float = 0.0,
@@ -86,7 +87,7 @@ class LinearSource:
         self.widen = self.operands != self.wide and self.device.type != "cuda" and wide_products
         self.row_bytes = row_bytes(self.vocab, self.dtype)
         self.extra_bytes = WIDE_BYTES if self.widen or self.dtype != self.operands else 0
-        self.beta = 0.0  # of the next sum: the first one overwrites
+        self._beta = 0.0  # of the next sum: the first one overwrites
         self.unit: Tensor | None = None  # what the gradient of the current chunk is multiplied by
         self.weight_unit: Tensor | None = None  # and the sums in d_weight, where they are
         self.tolerance = tolerance  # share of the gradient's mass that may be left out (sparse.py)
@@ -101,20 +102,20 @@ class LinearSource:
             self.d_bias = weight.new_zeros(self.vocab, dtype=self.wide)
 
     def logits(self, rows: slice, out: Tensor) -> Tensor:
-        self.chunk = self.selection.take(self.hidden, rows)
+        self._chunk = self.selection.take(self.hidden, rows)
         if self.dtype != self.operands:
             return self._wide_logits(out)
         bias = out if self.bias is None else self.bias
         beta = 0.0 if self.bias is None else self.scale
-        return torch.addmm(bias, self.chunk, self.weight.t(), beta=beta, alpha=self.scale, out=out)
+        return torch.addmm(bias, self._chunk, self.weight.t(), beta=beta, alpha=self.scale, out=out)
 
     def _wide_logits(self, out: Tensor) -> Tensor:
         if self.widen:
-            chunk = self.chunk.to(self.wide)
+            chunk = self._chunk.to(self.wide)
             for columns in self._blocks(self.weight.shape[1]):
                 torch.mm(chunk, self.weight[columns].to(self.wide).t(), out=out[:, columns])
         else:
-            product(self.chunk, self.weight.t(), self.wide, out)
+            product(self._chunk, self.weight.t(), self.wide, out)
         if self.bias is not None:
             out += self.bias
         return out if self.scale == 1 else out.mul_(self.scale)
@@ -129,11 +130,11 @@ class LinearSource:
         if self.widen:
             self._put_widened(rows, grad)
         else:
-            grad = self._narrowed(grad)
+            grad = self._narrow(grad)
             if self.d_hidden is not None:
                 self._put_d_hidden(rows, grad)
             self._sum(grad)
-        self.beta = 1.0
+        self._beta = 1.0
 
     def _put_d_hidden(self, rows: slice, grad: Tensor) -> None:
         assert self.d_hidden is not None
@@ -143,7 +144,7 @@ class LinearSource:
             torch.mm(grad, self.weight, out=self.d_hidden[rows])
         else:
             # An out= product is left alone by autocast, as all others here are.
-            self._store(rows, torch.mm(grad, self.weight, out=torch.empty_like(self.chunk)))
+            self._store(rows, torch.mm(grad, self.weight, out=torch.empty_like(self._chunk)))
 
     def _store(self, rows: slice, found: Tensor) -> None:
         assert self.d_hidden is not None
@@ -156,20 +157,20 @@ class LinearSource:
 
     def _sum(self, grad: Tensor) -> None:
         if self.d_weight is not None and self.operands == self.wide:
-            self.d_weight.addmm_(grad.t(), self.chunk, beta=self.beta)
+            self.d_weight.addmm_(grad.t(), self._chunk, beta=self._beta)
         elif self.d_weight is not None:
             if self.unit is not None:
                 if self.weight_unit is not None:
                     self.d_weight.mul_(self.unit / self.weight_unit)
                 self.weight_unit = self.unit
-            add_product(self.d_weight, grad.t(), self.chunk, self.beta)
+            add_product(self.d_weight, grad.t(), self._chunk, self._beta)
         if self.d_bias is not None:
             found = grad.sum(0, dtype=self.wide)
             self.d_bias += found if self.unit is None else found.div_(self.unit)
 
     def _put_widened(self, rows: slice, grad: Tensor) -> None:
         """All products with operands widened, a block of columns at a time."""
-        chunk, count = self.chunk.to(self.wide), grad.shape[0]
+        chunk, count = self._chunk.to(self.wide), grad.shape[0]
         if self.unit is not None:
             chunk = chunk / self.unit
         total = None
@@ -182,7 +183,7 @@ class LinearSource:
             # A copy, or the columns themselves.
             block = grad[:, columns].to(self.wide)
             if self.d_weight is not None:
-                self.d_weight[columns].addmm_(block.t(), chunk, beta=self.beta)
+                self.d_weight[columns].addmm_(block.t(), chunk, beta=self._beta)
             if self.d_bias is not None:
                 found = block.sum(0)
                 self.d_bias[columns] += found if self.unit is None else found.div_(self.unit)
@@ -198,7 +199,7 @@ class LinearSource:
         for start in range(0, self.vocab, step):
             yield slice(start, min(start + step, self.vocab))
 
-    def _narrowed(self, grad: Tensor) -> Tensor:
+    def _narrow(self, grad: Tensor) -> Tensor:
         """The gradient of a chunk in the operands' dtype: of wide logits it takes the first half of their rows."""
         if grad.dtype == self.operands or grad.numel() == 0:
             return grad.to(self.operands)
@@ -210,8 +211,13 @@ class LinearSource:
             narrow[at] = grad[at].clone() if unit is None else grad[at] * unit
         return narrow
 
+    def begin_sum(self) -> bool:
+        """Whether d_weight holds a sum that the next one is added to; from now on it does."""
+        before, self._beta = self._beta != 0, 1.0
+        return before
+
     def gradients(self) -> tuple[Tensor | None, ...]:
-        if self.d_weight is not None and self.beta == 0:
+        if self.d_weight is not None and self._beta == 0:
             self.d_weight.zero_()
         if self.d_weight is not None and self.weight_unit is not None:
             self.d_weight.div_(self.weight_unit)

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from .backends.base import RowStats, stats_dtype
+from .buffers import block_rows
 from .scalars import shown
 
 __all__ = ["Collector", "check_statistics", "is_statistic", "row_statistics", "sed_threshold"]
 
 _TOP = re.compile(r"top([1-9]\d{0,5})_(mass|entropy)")
 _FIXED = ("sum_sq", "argmax_match", "mean_logit")
-_BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
 
 
 def is_statistic(name: str) -> bool:
@@ -80,10 +80,6 @@ def _one(name: str, shifted: Tensor, targets: Tensor, top: Tensor, log_sum: Tens
     return -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(1)
 
 
-def _block_rows(vocab: int, device: torch.device) -> int:
-    return max(1, _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS["cuda"]) // vocab)
-
-
 class Collector:
     """The statistics `names` of compact rows [n], filled in chunk by chunk by the stream."""
 
@@ -94,7 +90,7 @@ class Collector:
         """A block of z, one of what is computed from it, and what a top-k selection takes."""
         if not self.values:
             return 0
-        return _block_rows(vocab, device) * vocab * (2 * stats_dtype(dtype).itemsize + 8)
+        return block_rows(vocab, device) * vocab * (2 * stats_dtype(dtype).itemsize + 8)
 
     def take(self, at: slice, logits: Tensor, targets: Tensor, stats: RowStats, cap: float | None) -> None:
         """Compact rows `at`, whose logits [C, V] the stream holds; targets and stats are those of the chunk."""
@@ -114,6 +110,6 @@ class Collector:
 
 
 def _row_blocks(logits: Tensor) -> Iterator[slice]:
-    step = _block_rows(logits.shape[1], logits.device)
+    step = block_rows(logits.shape[1], logits.device)
     for start in range(0, logits.shape[0], step):
         yield slice(start, min(start + step, logits.shape[0]))

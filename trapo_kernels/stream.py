@@ -31,18 +31,19 @@ from .head import Head
 from .selection import Selection
 from .sources import Source
 from .statistics import Collector
+from .tokens import Slopes
 
-__all__ = ["Fused", "Slopes", "backward", "forward", "target_logits"]
+__all__ = ["Fused", "SlopesOf", "TwoSlopesOf", "backward", "forward", "target_logits"]
 
-# (compact rows, their statistics) -> g_lp [C], g_H [C] or None
-Slopes = Callable[[slice, RowStats], tuple[Tensor, Tensor | None]]
-# The same with g_z [C] or None, the slope in the target's logit; g_lp may be None too
-AllSlopes = Callable[[slice, RowStats], tuple[Tensor | None, Tensor | None, Tensor | None]]
+# (compact rows, their statistics) -> their slopes [C]
+SlopesOf = Callable[[slice, RowStats], Slopes]
+# The same of a loss that has none in the target's logit: g_lp [C], g_H [C] or None
+TwoSlopesOf = Callable[[slice, RowStats], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
 class Fused:
-    """The same for a kernel that computes the slopes itself: its verb, the terms and their compact inputs [n]."""
+    """What stands for slopes that a kernel computes itself: its verb, the terms and their compact inputs [n]."""
 
     verb: FusedVerb
     terms: FusedTerms
@@ -74,7 +75,7 @@ def _own_passes(kernel: RowKernel, source: Source) -> Passes | None:
     return kernel.passes if kernel.passes is not None and kernel.passes.takes(source) else None
 
 
-def _two(slopes: AllSlopes) -> Slopes:
+def _without_logit(slopes: SlopesOf) -> TwoSlopesOf:
     """Slopes of a loss that has none in the target's logit."""
 
     def two(at: slice, stats: RowStats) -> tuple[Tensor, Tensor | None]:
@@ -91,7 +92,8 @@ def forward(
     targets: Tensor,
     head: Head,
     entropy: bool,
-    slopes: AllSlopes | None = None,
+    *,
+    slopes: SlopesOf | None = None,
     fused: Fused | None = None,
     extras: Collector | None = None,
     by_logit: bool = False,
@@ -103,7 +105,9 @@ def forward(
     """
     passes = None if by_logit or (extras is not None and extras.values) else _own_passes(kernel, source)
     if passes is not None:
-        return passes.forward(source, selection, targets, head, entropy, None if slopes is None else _two(slopes))
+        return passes.forward(
+            source, selection, targets, head, entropy, None if slopes is None else _without_logit(slopes)
+        )
     dtype = stats_dtype(source.dtype)
     vectors = [torch.empty(selection.size, dtype=dtype, device=source.device) for _ in range(4)]
     out = RowStats(vectors[0], vectors[1], vectors[2], vectors[3] if entropy else None)
@@ -122,7 +126,7 @@ def forward(
                 extras.take(at, logits, targets[at], found, head.cap)
         out.put(at, found)
         if slopes is not None and has_gradient and fused is None:
-            _grad(source, kernel, at, logits, targets, found, head, slopes)
+            _put_gradient(source, kernel, at, logits, targets[at], found, head, slopes)
     return out
 
 
@@ -133,19 +137,21 @@ def backward(
     targets: Tensor,
     head: Head,
     stats: RowStats,
-    slopes: AllSlopes,
+    slopes: SlopesOf,
+    *,
     by_logit: bool = False,
 ) -> None:
     """The gradients of compact rows whose statistics `forward` gave, by recomputing their logits."""
     passes = None if by_logit else _own_passes(kernel, source)
     if passes is not None:
-        return passes.backward(source, selection, targets, head, stats, _two(slopes))
+        return passes.backward(source, selection, targets, head, stats, _without_logit(slopes))
     for at, buffer in _chunks(source, kernel, (0, selection.size)):
         logits = source.logits(at, buffer)
-        _grad(source, kernel, at, logits, targets, stats.map(lambda t, at=at: t[at]), head, slopes)  # type: ignore[misc]
+        found = stats.map(lambda t, at=at: t[at])  # type: ignore[misc]
+        _put_gradient(source, kernel, at, logits, targets[at], found, head, slopes)
 
 
-def _grad(
+def _put_gradient(
     source: Source,
     kernel: RowKernel,
     at: slice,
@@ -153,17 +159,19 @@ def _grad(
     targets: Tensor,
     stats: RowStats,
     head: Head,
-    slopes: AllSlopes,
+    slopes: SlopesOf,
 ) -> None:
+    """The logits of a chunk, rows `at`, become their gradient, which the source gets; targets and stats are the
+    chunk's."""
     g_lp, g_entropy, g_logit = (None if g is None else g * head.scale for g in slopes(at, stats))
     g_lp = torch.zeros_like(stats.logprobs) if g_lp is None else g_lp
     if source.dtype == torch.float16:
         unit = source.magnify(_bound(stats, g_lp, g_entropy, g_logit))
         g_lp, g_entropy, g_logit = (None if g is None else g * unit for g in (g_lp, g_entropy, g_logit))
         assert g_lp is not None
-    kernel.grad_(logits, targets[at], stats, g_lp, g_entropy, head.cap)
+    kernel.grad_(logits, targets, stats, g_lp, g_entropy, head.cap)
     if g_logit is not None:
-        column, here = (targets[at], None) if kernel.shard is None else kernel.shard.columns(targets[at])
+        column, here = (targets, None) if kernel.shard is None else kernel.shard.columns(targets)
         _add_at_target(logits, column, stats, g_logit if here is None else g_logit * here, head.cap)
     source.put(at, logits)
 

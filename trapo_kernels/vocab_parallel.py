@@ -131,8 +131,8 @@ def _not_target(x: Tensor, stats: RowStats, g_lp: Tensor, g_entropy: Tensor | No
 class ShardedSource(LinearSource):
     """Logits of this rank's columns; the gradient of the hidden states is summed over the ranks."""
 
-    def __init__(self, shard: Shard, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, shard: Shard, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self.shard = shard
         self.row_bytes = row_bytes(shard.largest, self.dtype)
 

@@ -102,21 +102,21 @@ def set_backend(name: str | None) -> None:
     """
     global _chosen
     if name is not None:
-        _named(name, "set_backend: name")
+        _find(name, "set_backend: name")
     _chosen = name
 
 
 def default_backend(device: torch.device | str = "cpu") -> str:
     """Name of the backend that does a call on this device which names none."""
     device = torch.device(device)
-    chosen = _asked_for("default_backend", device)
+    chosen = _ask("default_backend", device)
     return (_fastest(device) if chosen is None else chosen).name
 
 
 def pick(name: str | None, caller: str, device: torch.device, may_try: bool = True) -> Backend:
     """The backend for a call on tensors of a device: the one named by argument, `set_backend` or environment, else the
     fastest that can be trusted. On a GPU the first such pick on a machine tries the kernels, if it `may_try`."""
-    chosen = _asked_for(caller, device, name)
+    chosen = _ask(caller, device, name)
     if chosen is not None:
         return chosen
     fastest, cpu = _fastest(device, may_try), backends().get("cpu")
@@ -125,11 +125,11 @@ def pick(name: str | None, caller: str, device: torch.device, may_try: bool = Tr
     return fastest
 
 
-def _asked_for(caller: str, device: torch.device, name: str | None = None) -> Backend | None:
+def _ask(caller: str, device: torch.device, name: str | None = None) -> Backend | None:
     check_backend(caller, name)
     for chosen, argument in ((name, "backend"), (_chosen, "backend (set_backend)"), (os.environ.get(ENV), _ENV_NAMED)):
         if chosen:
-            return _able(_named(chosen, f"{caller}: {argument}"), f"{caller}: {argument}", device)
+            return _check_device(_find(chosen, f"{caller}: {argument}"), f"{caller}: {argument}", device)
     return None
 
 
@@ -152,7 +152,7 @@ def _say_slower(name: str, reason: str) -> None:
     )
 
 
-def _able(backend: Backend, argument: str, device: torch.device) -> Backend:
+def _check_device(backend: Backend, argument: str, device: torch.device) -> Backend:
     if backend.device not in (None, device.type):
         raise ValueError(f"{argument} {backend.name!r} takes {backend.device} tensors; got {device.type}")
     return backend
@@ -168,7 +168,7 @@ def _names() -> str:
     return ", ".join(map(repr, backends()))
 
 
-def _named(name: str, argument: str) -> Backend:
+def _find(name: str, argument: str) -> Backend:
     known = backends()
     if not isinstance(name, str) or name not in known:
         raise ValueError(f"{argument} must be one of {_names()} or None; got {shown(name)}")

@@ -5,7 +5,7 @@
 
 Passes over memory: stats reads each logit once, grad_ reads and writes it once, as long as a block of rows stays
 in cache: the elementwise passes (7 and 6, of one exp each; a tanh more with a soft-cap) run block by block over two
-reused scratch blocks of at most max(_BLOCK_ELEMENTS, V) elements each, which are all that is allocated.
+reused scratch blocks (buffers.py), which are all that is allocated.
 FLOPs: about 7 + 6 per logit and two exps, against 6·D per logit in the GEMMs around it.
 """
 
@@ -16,39 +16,33 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..buffers import block_rows
 from .base import RowKernel, RowState, RowStats, stats_dtype
-
-# Elements of a scratch block: two of them lie in the L2 caches of a CPU; on a GPU launches must stay few.
-_BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
 
 # e^-1e4 is 0 in fp64 too, so raising z − m to this changes nothing but 0 · −inf, which becomes 0.
 _FLOOR = -1e4
 
 
-def _block_rows(vocab: int, device: torch.device) -> int:
-    return max(1, _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS["cuda"]) // vocab)
-
-
 def scratch_bytes(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-    return 2 * _block_rows(vocab, device) * vocab * stats_dtype(dtype).itemsize
+    return 2 * block_rows(vocab, device) * vocab * stats_dtype(dtype).itemsize
 
 
 def _blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(rows, two scratch blocks [rows, V]) over all rows; the scratch is reused."""
     rows, vocab = logits.shape
-    step = max(1, min(_block_rows(vocab, logits.device), rows))
+    step = max(1, min(block_rows(vocab, logits.device), rows))
     scratch = logits.new_empty(2, step, vocab, dtype=stats_dtype(logits.dtype))
     for start in range(0, rows, step):
         size = min(step, rows - start)
         yield slice(start, start + size), scratch[0, :size], scratch[1, :size]
 
 
-def _capped(x: Tensor, cap: float | None) -> Tensor:
+def _cap(x: Tensor, cap: float | None) -> Tensor:
     """z of a few logits."""
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
-def _shifted(x: Tensor, top: Tensor, cap: float | None, out: Tensor) -> Tensor:
+def _shift(x: Tensor, top: Tensor, cap: float | None, out: Tensor) -> Tensor:
     """z − m of a block, written to `out`."""
     if cap is None:
         return torch.sub(x, top, out=out)
@@ -62,13 +56,13 @@ def stats(logits: Tensor, targets: Tensor, cap: float | None, entropy: bool) -> 
     for at, first, e in _blocks(logits):
         # The soft-cap is monotone, so the maximum is taken before it.
         largest, column = logits[at].max(1, keepdim=True)
-        top[at] = _capped(largest.to(dtype), cap)
-        d = _shifted(logits[at], top[at], cap, out=first)
+        top[at] = _cap(largest.to(dtype), cap)
+        d = _shift(logits[at], top[at], cap, out=first)
         torch.exp(d, out=e).scatter_(1, column, 0)
         torch.sum(e, 1, out=rest[at])
         if dot is not None:
             torch.sum(d.clamp_(min=_FLOOR).mul_(e), 1, out=dot[at])
-    target = _capped(logits.gather(1, targets[:, None]).squeeze(1).to(dtype), cap)
+    target = _cap(logits.gather(1, targets[:, None]).squeeze(1).to(dtype), cap)
     return RowState(top.squeeze(1), rest, dot, target)
 
 
@@ -94,7 +88,7 @@ def grad_(
     in_place = cap is None and logits.dtype == top.dtype
     for at, first, e in _blocks(logits):
         x = logits[at]
-        d = _shifted(x, top[at], cap, out=x if in_place else first)
+        d = _shift(x, top[at], cap, out=x if in_place else first)
         torch.exp(d, out=e)
         if slope is None:
             dz = torch.mul(e, constant[at], out=d)

@@ -23,7 +23,7 @@ from ...budget import chunk_rows
 from ...head import Head
 from ...selection import Selection
 from ...sources import LinearSource, Source
-from ...stream import Slopes
+from ...stream import TwoSlopesOf
 from ..base import RowState, RowStats
 from .sparse import Sparse
 
@@ -47,12 +47,18 @@ def takes(source: Source) -> bool:
 
 class _Chunk(NamedTuple):
     rows: slice
+    hidden: Tensor  # [C, D]
     keep: Tensor | None  # logits [V, C], for the gradient
     in_d_weight: bool  # and where they lie
 
 
 def forward(
-    source: LinearSource, selection: Selection, targets: Tensor, head: Head, entropy: bool, slopes: Slopes | None = None
+    source: LinearSource,
+    selection: Selection,
+    targets: Tensor,
+    head: Head,
+    entropy: bool,
+    slopes: TwoSlopesOf | None = None,
 ) -> RowStats:
     """`stream.forward`."""
     vectors = [torch.empty(selection.size, dtype=source.dtype, device=source.device) for _ in range(4)]
@@ -65,9 +71,9 @@ def forward(
         if slopes is None:
             continue
         if sparse is None or chunk.keep is None:
-            _grad(source, chunk, targets, head, found, slopes)
+            _put_gradient(source, chunk, targets, head, found, slopes)
         else:
-            sparse.add(chunk.rows, chunk.keep, targets[chunk.rows], found, slopes)
+            sparse.add(chunk.rows, chunk.hidden, chunk.keep, targets[chunk.rows], found, slopes)
     if sparse is not None:
         source.left_out = sparse.left_out
     for chunk in _chunks(source, middle, selection.size):
@@ -76,13 +82,12 @@ def forward(
 
 
 def backward(
-    source: LinearSource, selection: Selection, targets: Tensor, head: Head, stats: RowStats, slopes: Slopes
+    source: LinearSource, selection: Selection, targets: Tensor, head: Head, stats: RowStats, slopes: TwoSlopesOf
 ) -> None:
     """`stream.backward`: the logits are computed again, panel by panel, and kept nowhere."""
     for chunk in _chunks(source, 0, selection.size):
-        source.chunk = selection.take(source.hidden, chunk.rows)
         at = chunk.rows
-        _grad(source, chunk, targets, head, stats.map(lambda t, at=at: t[at]), slopes)  # type: ignore[misc]
+        _put_gradient(source, chunk, targets, head, stats.map(lambda t, at=at: t[at]), slopes)  # type: ignore[misc]
 
 
 def _keeping_chunks(source: LinearSource, size: int) -> Iterator[_Chunk]:
@@ -95,7 +100,7 @@ def _keeping_chunks(source: LinearSource, size: int) -> Iterator[_Chunk]:
         torch.ops.trapo_kernels_cpu.advise_huge_pages(source.d_weight)
         first = min(size, source.weight.shape[1], _LONGEST)
         if first == size or 1 - (first - size) // step <= -(-size // step):
-            yield _Chunk(slice(0, first), source.d_weight[:, :first], True)
+            yield _chunk(source, 0, first, source.d_weight[:, :first], in_d_weight=True)
             start = first
     if start == size:
         return
@@ -104,7 +109,7 @@ def _keeping_chunks(source: LinearSource, size: int) -> Iterator[_Chunk]:
     torch.ops.trapo_kernels_cpu.advise_huge_pages(buffer)
     for at in range(start, size, step):
         stop = min(at + step, size)
-        yield _Chunk(slice(at, stop), buffer[:, : stop - at], False)
+        yield _chunk(source, at, stop, buffer[:, : stop - at])
 
 
 def _chunks(source: LinearSource, start: int, size: int) -> Iterator[_Chunk]:
@@ -113,7 +118,14 @@ def _chunks(source: LinearSource, start: int, size: int) -> Iterator[_Chunk]:
         return
     step = chunk_rows(size - start, _row_bytes(source, keep=False), 0, "cpu", most=_LONGEST)
     for at in range(start, size, step):
-        yield _Chunk(slice(at, min(at + step, size)), None, False)
+        yield _chunk(source, at, min(at + step, size))
+
+
+def _chunk(
+    source: LinearSource, start: int, stop: int, keep: Tensor | None = None, in_d_weight: bool = False
+) -> _Chunk:
+    rows = slice(start, stop)
+    return _Chunk(rows, source.selection.take(source.hidden, rows), keep, in_d_weight)
 
 
 def _row_bytes(source: LinearSource, keep: bool) -> int:
@@ -125,37 +137,31 @@ def _row_bytes(source: LinearSource, keep: bool) -> int:
 
 
 def _stats(source: LinearSource, chunk: _Chunk, targets: Tensor, head: Head, entropy: bool) -> RowStats:
-    source.chunk = source.selection.take(source.hidden, chunk.rows)
     top, rest, dot, target = torch.ops.trapo_kernels_cpu.panel_stats(
-        source.chunk, source.weight, source.bias, targets[chunk.rows], head.scale, head.cap, entropy, chunk.keep
+        chunk.hidden, source.weight, source.bias, targets[chunk.rows], head.scale, head.cap, entropy, keep=chunk.keep
     )
     return RowState(top, rest, dot if entropy else None, target).finish()
 
 
-def _grad(source: LinearSource, chunk: _Chunk, targets: Tensor, head: Head, stats: RowStats, slopes: Slopes) -> None:
+def _put_gradient(
+    source: LinearSource, chunk: _Chunk, targets: Tensor, head: Head, stats: RowStats, slopes: TwoSlopesOf
+) -> None:
     at, order = chunk.rows, source.selection.order
     g_lp, g_entropy = slopes(at, stats)
     d_hidden = source.d_hidden
     if d_hidden is not None:
-        d_hidden = d_hidden[at] if order is None else torch.empty_like(source.chunk)
+        d_hidden = d_hidden[at] if order is None else torch.empty_like(chunk.hidden)
     torch.ops.trapo_kernels_cpu.panel_grad_(
-        source.chunk,
-        source.weight,
-        source.bias,
-        targets[at],
-        head.scale,
-        head.cap,
-        *stats,
-        g_lp * head.scale,
-        None if g_entropy is None else g_entropy * head.scale,
-        None if chunk.in_d_weight else chunk.keep,
-        chunk.in_d_weight,
-        d_hidden,
-        source.d_weight,
-        source.d_bias,
-        source.beta != 0,
-        False,
-    )
+        chunk.hidden, source.weight, source.bias, targets[at], head.scale, head.cap, *stats,
+        g_lp=g_lp * head.scale,
+        g_entropy=None if g_entropy is None else g_entropy * head.scale,
+        kept=None if chunk.in_d_weight else chunk.keep,
+        kept_in_d_weight=chunk.in_d_weight,
+        d_hidden=d_hidden,
+        d_weight=source.d_weight,
+        d_bias=source.d_bias,
+        accumulate_weight=source.begin_sum(),
+        accumulate_hidden=False,
+    )  # fmt: skip
     if source.d_hidden is not None and d_hidden is not None and order is not None:
         source.d_hidden.index_copy_(0, order[at], d_hidden)
-    source.beta = 1.0

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...head import Head
 from ...sources import LinearSource
-from ...stream import Slopes
+from ...stream import TwoSlopesOf
 from ..base import RowStats
 
 __all__ = ["Sparse"]
@@ -36,29 +36,28 @@ class Sparse:
         self.mass = self.dropped = torch.zeros((), dtype=torch.float64, device=source.device)
         if source.d_hidden is not None:
             source.d_hidden.zero_()
-        if source.d_weight is not None and source.beta == 0:
+        if source.d_weight is not None and not source.begin_sum():
             source.d_weight.zero_()
-            source.beta = 1.0
 
     @property
     def left_out(self) -> Tensor:
         return (self.dropped / self.mass.clamp(min=torch.finfo(torch.float64).tiny)).float()
 
-    def add(self, at: slice, logits: Tensor, targets: Tensor, stats: RowStats, slopes: Slopes) -> None:
-        """The gradients of a chunk of compact rows, whose logits [V, C] these are."""
+    def add(
+        self, at: slice, hidden: Tensor, logits: Tensor, targets: Tensor, stats: RowStats, slopes: TwoSlopesOf
+    ) -> None:
+        """The gradients of a chunk of compact rows `at`, whose hidden states [C, D] and logits [V, C] these are."""
         scale = self.head.scale
         g_lp, g_entropy = slopes(at, stats)
-        chunk = _Tokens(
-            self.source.chunk, targets, stats, g_lp * scale, None if g_entropy is None else g_entropy * scale
-        )
+        chunk = _Tokens(hidden, targets, stats, g_lp * scale, None if g_entropy is None else g_entropy * scale)
         by_row, by_token = self._masses(chunk, logits)
         self.mass = self.mass + by_token.sum()
-        tokens, dropped = _kept(by_token, self._room(0.5))
+        tokens, dropped = _keep(by_token, self._room(0.5))
         self.dropped = self.dropped + dropped
         if tokens.numel() < by_token.numel():
             chunk, logits = chunk.take(tokens), logits.index_select(1, tokens)
             by_row, _ = self._masses(chunk, logits)
-        rows, dropped = _kept(by_row, self._room(1.0))
+        rows, dropped = _keep(by_row, self._room(1.0))
         self.dropped = self.dropped + dropped
         if tokens.numel() and rows.numel():
             self._accumulate(chunk, logits, rows, at, tokens)
@@ -88,8 +87,15 @@ class Sparse:
             d_bias = None if source.d_bias is None else source.d_bias.new_zeros(block.numel())
             torch.ops.trapo_kernels_cpu.panel_grad_(
                 chunk.hidden, weight, None, place[chunk.targets], self.head.scale, self.head.cap, *chunk.stats,
-                chunk.g_lp, chunk.g_entropy, logits.index_select(0, block), False, d_hidden, d_weight, d_bias, False,
-                True,
+                g_lp=chunk.g_lp,
+                g_entropy=chunk.g_entropy,
+                kept=logits.index_select(0, block),
+                kept_in_d_weight=False,
+                d_hidden=d_hidden,
+                d_weight=d_weight,
+                d_bias=d_bias,
+                accumulate_weight=False,
+                accumulate_hidden=True,
             )  # fmt: skip
             place[block] = -1
             if source.d_weight is not None and d_weight is not None:
@@ -117,7 +123,7 @@ class _Tokens:
         )
 
 
-def _kept(masses: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+def _keep(masses: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
     """(indices to keep, ascending; the mass that goes with the others): the least are left out while `room` holds them.
 
     A mass that is not a number is kept, and so is everything beside it that is larger.
