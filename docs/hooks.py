@@ -67,6 +67,15 @@ def metrics() -> str:
     return "\n".join(rows)
 
 
+def terms() -> str:
+    import trapo_kernels as tk
+
+    rows = ["| name | term on | source |", "| --- | --- | --- |"]
+    for where, table in (("expert tokens", tk.EXPERT_TERMS), ("own tokens", tk.POLICY_TERMS)):
+        rows += [f"| `{name}` | {where} | {term.source} |" for name, term in table.items()]
+    return "\n".join(rows)
+
+
 def config() -> str:
     from trapo.settings.table import markdown
 
@@ -89,6 +98,7 @@ PARTS = {
     "results": results,
     "backends": backends,
     "metrics": metrics,
+    "terms": terms,
     "config": config,
     "modes": modes,
     "presets": presets,

@@ -103,6 +103,14 @@ def coupled_objectives_and_skipped_tokens_work(*ranks):
     compare(case, GSPO, *ranks, sequence_ids=ids)
 
 
+def weights_of_the_policy_term_are_those_of_the_oracle(*ranks):
+    case = make_case(40, VOCAB)
+    case.inputs["policy_weights"] = torch.arange(40) % 4 / 2
+    compare(case, EVERYTHING, *ranks)
+    compare(case, tk.Objective.trapo(), *ranks, skip_inactive=True)
+    compare(case, GSPO, *ranks, sequence_ids=torch.arange(40) // 10)
+
+
 def logprobs_and_entropies_are_differentiable(group, rank, world):
     case = make_case(40, VOCAB, with_bias=True, softcap=3.0)
     hidden = case.hidden.detach().clone().requires_grad_()
@@ -230,7 +238,7 @@ def ranks_that_differ_are_told_so_and_never_wait(group, rank, world):
     ids = torch.arange(20) // 5
     common = {
         "hidden": case.hidden, "weight": weight, "targets": case.targets, "objective": GSPO, "sequence_ids": ids,
-        "group": group, **case.inputs,
+        "group": group, **case.inputs, "policy_weights": torch.ones(20),
     }  # fmt: skip
     swapped = case.targets.clone()
     swapped[0], swapped[1] = 0, 2
@@ -254,6 +262,7 @@ def ranks_that_differ_are_told_so_and_never_wait(group, rank, world):
         ("old_logprobs", {"old_logprobs": case.inputs["old_logprobs"] - 1}),
         ("ref_logprobs", {"ref_logprobs": case.inputs["ref_logprobs"] - 1}),
         ("rollout_logprobs", {"rollout_logprobs": case.inputs["rollout_logprobs"] - 1}),
+        ("policy_weights", {"policy_weights": torch.full((20,), 0.5)}),
         ("sequence_ids", {"sequence_ids": ids + 1}),
         ("normalizer", {"normalizer": 7.0}),
         ("settings", {"skip_inactive": True}),
@@ -289,6 +298,7 @@ CHECKS = [
     memory_that_nobody_wrote_does_not_matter,
     the_reference_backend_takes_a_group_too,
     coupled_objectives_and_skipped_tokens_work,
+    weights_of_the_policy_term_are_those_of_the_oracle,
     logprobs_and_entropies_are_differentiable,
     hostile_numbers_are_those_of_the_oracle,
     a_second_backward_is_right,

@@ -21,6 +21,7 @@ from .functional import (
     linear_statistics,
     logprobs_from_logits,
     policy_loss_from_logits,
+    policy_loss_from_logprobs,
 )
 from .metrics import METRICS, Metric, merge_metrics
 from .objective import Objective
@@ -55,6 +56,7 @@ __all__ = [
     "logprobs_from_logits",
     "merge_metrics",
     "policy_loss_from_logits",
+    "policy_loss_from_logprobs",
     "sed_threshold",
     "set_backend",
     "set_budget_mb",

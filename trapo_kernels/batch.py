@@ -49,7 +49,7 @@ class Batch:
     selection: Selection
     targets: Tensor
     expert: Tensor
-    inputs: dict[str, Tensor | None]  # advantages, old_logprobs, ref_logprobs, rollout_logprobs
+    inputs: dict[str, Tensor | None]  # advantages, old_logprobs, ref_logprobs, rollout_logprobs, policy_weights
     sequences: Sequences | None
     weights: Tensor | None  # of token losses; None: all 1
     statistics: tuple[str, ...]
@@ -109,7 +109,17 @@ class Batch:
         if self.selection.inside is not None:
             inside = self.selection.inside.to(self.normalizer.dtype)
             weights = inside if weights is None else inside * weights
-        return stream.Fused(verb, terms, RowInputs(self.expert, **self.inputs, weights=weights))
+        return stream.Fused(verb, terms, RowInputs(self.expert, **self._fused_inputs(), weights=weights))
+
+    def _fused_inputs(self) -> dict[str, Tensor | None]:
+        """The inputs as kernels take them, which know no weight of the policy term: it is put into the advantage, to
+        whose size the policy term of these kernels is proportional, and whose sign it leaves alone."""
+        inputs = dict(self.inputs)
+        given, advantages = inputs.pop("policy_weights"), inputs["advantages"]
+        if given is not None and advantages is not None and self.objective.has_policy_term:
+            weighted = torch.where(given == 0, 0, advantages * given)
+            inputs["advantages"] = torch.where(self.expert, advantages, weighted)
+        return inputs
 
     def parts(self, values: TokenValues) -> dict[str, Tensor]:
         """The weighted parts of the loss per token [n]."""
@@ -148,29 +158,34 @@ def make_batch(
     masks: dict[str, Tensor | None],
     sequence_ids: Tensor | None,
     statistics: Sequence[str],
+    like: str = "targets",
 ) -> Batch:
     """The batch of these arguments of a public function, checked. `vocab` None: it is not known, targets may be any.
+    `like`: the argument whose shape per-token inputs must have, for messages.
 
     Raises:
         TypeError, ValueError: an argument is wrong; one line names it.
     """
     if not isinstance(objective, Objective):
         raise TypeError(f"{caller}: objective must be an Objective; got {type(objective).__name__}")
-    floats, masks = validate.check_token_inputs(caller, targets, floats, masks)
+    floats, masks = validate.check_token_inputs(caller, targets, floats, masks, like)
     for name in objective.needed:
         if floats[name] is None:
             raise ValueError(f"{caller}: {name} must be a tensor, which {objective.needs[name]} needs; got None")
     names = check_statistics(caller, (*objective.statistics, *check_statistics(caller, statistics)))
     validate.check_flag(caller, "skip_inactive", skip_inactive)
-    validate.check_sequence_ids(caller, targets, sequence_ids)
+    validate.check_sequence_ids(caller, targets, sequence_ids, like)
     flat, active = active_tokens(targets, head, masks["mask"])
     if vocab is not None:
         validate.check_range(caller, flat, active, vocab, head.ignore_index)
     given, advantages = masks["expert_mask"], floats["advantages"]
     expert = torch.full_like(active, objective.supervised) if given is None else given.reshape(-1)
-    live = objective.has_gradient(expert, None if advantages is None else advantages.reshape(-1))
+    weighted = floats["policy_weights"]
+    if weighted is not None:
+        floats["policy_weights"] = weighted = validate.policy_weights(caller, weighted.reshape(-1), active & ~expert)
+    live = objective.has_gradient(expert, None if advantages is None else advantages.reshape(-1), weighted)
     selection, dense = _select(objective, active, live, expert, skip_inactive)
-    sequences = validate.sequences(caller, targets, sequence_ids) if objective.needs_sequences else None
+    sequences = validate.sequences(caller, targets, sequence_ids, like) if objective.needs_sequences else None
     weights, count = _weights(objective, active, sequences, dtype), active.sum()
     if normalizer is None:
         divisor = filled(_default_normalizer(objective, active, count, sequences), dtype, flat.device)

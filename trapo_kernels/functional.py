@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from . import validate, vocab_parallel
+from .backends.base import stats_dtype
 from .backends.dispatch import check_backend
 from .batch import Batch, PolicyLoss, active_tokens, make_batch
 from .call import Call, call_of_linear, call_of_logits, over_shards
 from .custom_terms import function_name
+from .head import Head
 from .objective import FIELDS, Objective
-from .paths import policy_loss, select, token_values, two_passes
+from .paths import from_values, given_values, policy_loss, select, token_values, two_passes
 from .statistics import check_statistics
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "linear_statistics",
     "logprobs_from_logits",
     "policy_loss_from_logits",
+    "policy_loss_from_logprobs",
 ]
 
 
@@ -177,6 +180,7 @@ def linear_policy_loss(
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
+    policy_weights: Tensor | None = None,
     expert_mask: Tensor | None = None,
     mask: Tensor | None = None,
     sequence_ids: Tensor | None = None,
@@ -213,6 +217,9 @@ def linear_policy_loss(
         old_logprobs: [...] of the policy that the ratio is taken to; None = this policy: r = 1, with its gradient.
         ref_logprobs: [...] of the KL term's reference.
         rollout_logprobs: [...] as the sampling engine computed them, for tis_cap.
+        policy_weights: [...] or one per sequence, at least 0: what the policy term of an own token is multiplied by,
+            forward and backward, beside tis_cap's weight; expert term, entropy bonus and KL term are not. 0: the token
+            has no policy term. For importance corrections of a trainer's own, and normalizers of the policy term's own.
         expert_mask: [...] bool: True = expert-prefix token (expert term), False = own token (policy term). None: all
             own; all expert where the objective has an expert term and no policy term.
         mask: [...] bool, None = all. Masks may also be 0 and 1 of an integer dtype.
@@ -232,15 +239,17 @@ def linear_policy_loss(
             the others stay exact.
         bias, temperature, softcap, logit_scale, ignore_index, backend, group: as `linear_logprobs`.
 
-    Advantages and the given logprobs are constants: no gradient flows into them.
+    Advantages, policy_weights and the given logprobs are constants: no gradient flows into them.
 
     Raises:
         TypeError, ValueError: as `linear_logprobs`.
     """
     caller = "linear_policy_loss"
     hidden, weight, bias, group = vocab_parallel.local_parts(caller, hidden, weight, bias, group)
-    floats = {"advantages": advantages, "old_logprobs": old_logprobs,
-              "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs}  # fmt: skip
+    floats = {
+        "advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
+        "rollout_logprobs": rollout_logprobs, "policy_weights": policy_weights,
+    }  # fmt: skip
     masks = {"expert_mask": expert_mask, "mask": mask}
     ref = validate.under_autocast(ref_hidden, ref_weight, ref_bias)
 
@@ -296,6 +305,7 @@ def policy_loss_from_logits(
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
+    policy_weights: Tensor | None = None,
     expert_mask: Tensor | None = None,
     mask: Tensor | None = None,
     sequence_ids: Tensor | None = None,
@@ -321,13 +331,68 @@ def policy_loss_from_logits(
     batch = make_batch(
         caller, objective, targets, head, vocab=call.columns, dtype=call.stats_dtype, skip_inactive=skip_inactive,
         normalizer=normalizer,
-        floats={"advantages": advantages, "old_logprobs": old_logprobs,
-                "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs},
+        floats={
+            "advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
+            "rollout_logprobs": rollout_logprobs, "policy_weights": policy_weights,
+        },
         masks={"expert_mask": expert_mask, "mask": mask}, sequence_ids=sequence_ids, statistics=statistics,
     )  # fmt: skip
     if objective.reference_head:
         raise ValueError(f"{caller}: objective must not need a reference head; got expert='asft'")
     return two_passes(caller, call, batch)
+
+
+def policy_loss_from_logprobs(
+    logprobs: Tensor,
+    objective: Objective,
+    *,
+    entropy: Tensor | None = None,
+    advantages: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    policy_weights: Tensor | None = None,
+    expert_mask: Tensor | None = None,
+    mask: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    skip_inactive: bool = False,
+) -> PolicyLoss:
+    """The loss of `objective` from log-probabilities that exist already: for trainers whose engines hand over those.
+
+    It is the same function of them as in `linear_policy_loss` (terms.py has the formulas), differentiable any number of
+    times in logprobs and entropy. Where hidden states are at hand, `linear_policy_loss` costs a GEMM less.
+
+    Args:
+        logprobs: [...] float16, bfloat16, float32 or float64: log-probabilities of the tokens, nats. The loss is
+            computed in float32, and in float64 for float64.
+        objective: the terms. They must read log-probabilities and entropies of tokens alone: no logits, no statistics
+            of a row, no reference head.
+        entropy: [...] of each token's distribution, nats; needed for an entropy bonus. None: there is no metric
+            "entropy", and the result's entropies are zeros.
+        mask: [...] bool, None = all; masked tokens give 0, whatever they hold.
+        advantages, old_logprobs, ref_logprobs, rollout_logprobs, policy_weights, expert_mask, sequence_ids, normalizer,
+            skip_inactive: as `linear_policy_loss`, with the shape of logprobs in the place of that of targets.
+
+    Raises:
+        TypeError, ValueError: as `linear_logprobs`.
+    """
+    caller = "policy_loss_from_logprobs"
+    validate.check_logprobs(caller, logprobs, entropy)
+    batch = make_batch(
+        caller, objective, torch.zeros_like(logprobs, dtype=torch.int64), Head(), vocab=None,
+        dtype=stats_dtype(logprobs.dtype), skip_inactive=skip_inactive, normalizer=normalizer,
+        floats={
+            "advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
+            "rollout_logprobs": rollout_logprobs, "policy_weights": policy_weights,
+        },
+        masks={"expert_mask": expert_mask, "mask": mask}, sequence_ids=sequence_ids, statistics=(), like="logprobs",
+    )  # fmt: skip
+    validate.check_reads_logprobs(caller, objective, entropy)
+    out = from_values(batch, given_values(batch, logprobs, entropy))
+    if entropy is None:
+        del out.metrics["entropy"]
+    return out
 
 
 _HEAD = ("temperature", "softcap", "logit_scale", "ignore_index")

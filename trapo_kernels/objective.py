@@ -3,11 +3,11 @@
 The loss of a token is
 
     expert token:   expert_coef · E                                            − entropy_coef · H
-    own token:      policy_coef · P · sg(min(exp(old − rollout), tis_cap))     − entropy_coef · H  + kl_coef · K
+    own token:      policy_coef · P · v · sg(min(exp(old − rollout), tis_cap)) − entropy_coef · H  + kl_coef · K
 
-with E an entry of EXPERT_TERMS, P one of POLICY_TERMS (either may be a function of yours) and K the k3 estimate of the
-KL divergence to the reference. K is on own tokens alone: it is an estimate from samples, and expert tokens were not
-sampled from the policy. The formulas are in terms.py.
+with E an entry of EXPERT_TERMS, P one of POLICY_TERMS (either may be a function of yours), v one of the policy_weights
+(else 1) and K the k3 estimate of the KL divergence to the reference, on own tokens alone: it is an estimate from
+samples, and expert tokens were not sampled from the policy. The formulas are in terms.py.
 
 The loss of a batch is Σ w_t · loss_t / normalizer, where `reduction` says what w_t and the default normalizer are:
 
@@ -20,14 +20,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backends.base import FusedTerms
-from .custom_terms import function_name
+from .explain import explain, shown_setting
 from .ratios import tis_weight
 from .scalars import constant, shown
 from .terms import ENTROPY, EXPERT_TERMS, K3, POLICY_TERMS, Term, own_term
@@ -150,7 +150,7 @@ class Objective:
         return own_term(setting) if callable(setting) else table[setting]
 
     @property
-    def _parts(self) -> list[tuple[str, str, float, Term]]:
+    def parts(self) -> list[tuple[str, str, float, Term]]:
         """(region, name, weight, term) of everything with a weight."""
         parts = []
         if self.expert is not None:
@@ -168,9 +168,9 @@ class Objective:
         """Inputs that must be given (some of advantages, old_logprobs, ref_logprobs, rollout_logprobs), each with what
         needs it."""
         needs: dict[str, str] = {}
-        for _, part, _, term in self._parts:
+        for _, part, _, term in self.parts:
             setting = "kl_coef" if part == "kl" else part
-            needs |= {name: f"{setting}={_shown(getattr(self, setting))}" for name in term.needs}
+            needs |= {name: f"{setting}={shown_setting(getattr(self, setting))}" for name in term.needs}
         if self.tis_cap is not None:
             needs["rollout_logprobs"] = f"tis_cap={self.tis_cap!r}"
         return needs
@@ -178,33 +178,42 @@ class Objective:
     @property
     def needed(self) -> tuple[str, ...]:
         """The names of `needs`."""
-        names = [name for _, _, _, term in self._parts for name in term.needs]
+        names = [name for _, _, _, term in self.parts for name in term.needs]
         return tuple(dict.fromkeys(names if self.tis_cap is None else [*names, "rollout_logprobs"]))
 
     @property
     def reads(self) -> frozenset[str]:
         """Names of the inputs that change the loss where given: `needs`, and old_logprobs for a ratio."""
-        return frozenset(self.needed) | {name for _, _, _, term in self._parts for name in term.reads}
+        return frozenset(self.needed) | {name for _, _, _, term in self.parts for name in term.reads}
 
     @property
     def statistics(self) -> tuple[str, ...]:
         """Statistics of a row that the terms read, beside log-probability, log-sum-exp and entropy."""
-        return tuple(dict.fromkeys(name for _, _, _, term in self._parts for name in term.statistics(self)))
+        return tuple(dict.fromkeys(name for _, _, _, term in self.parts for name in term.statistics(self)))
 
     @property
     def reads_logit(self) -> bool:
         """A term is a function of z_y."""
-        return any(term.reads_logit for _, _, _, term in self._parts)
+        return any(term.reads_logit for _, _, _, term in self.parts)
+
+    @property
+    def reads_entropy(self) -> str | None:
+        """What makes the loss a function of entropies, as a message shows it; None: nothing does."""
+        for _, part, _, term in self.parts:
+            if term.entropy_slope is not None or (term.own is not None and "entropy" in term.own):
+                setting = "entropy_coef" if part == "entropy" else part
+                return f"{setting}={shown_setting(getattr(self, setting))}"
+        return None
 
     @property
     def reference_head(self) -> bool:
         """A divergence from a reference's whole distribution is part of the loss."""
-        return any(term.reference_head for _, _, _, term in self._parts)
+        return any(term.reference_head for _, _, _, term in self.parts)
 
     @property
     def coupled(self) -> bool:
         """A token's loss depends on others of its sequence: no gradient is known before all log-probabilities are."""
-        return any(term.coupled for _, _, _, term in self._parts)
+        return any(term.coupled for _, _, _, term in self.parts)
 
     @property
     def needs_sequences(self) -> bool:
@@ -222,44 +231,7 @@ class Objective:
 
     def explain(self) -> str:
         """What this objective computes, by which path, and at what cost, as text."""
-        lines = ["loss of a token:"]
-        for region, name, coef, term in self._parts:
-            where = {"expert": "expert tokens", "own": "own tokens", "all": "all active tokens"}[region]
-            label = f"{name} {_shown(getattr(self, name))}" if name in ("expert", "policy") else name
-            lines.append(f"  {coef:g} · {label} on {where}: {term.source}")
-        if self.tis_cap is not None:
-            lines.append(f"  policy weighted by min(π_old / π_rollout, {self.tis_cap:g}), a constant")
-        lines.append(f"reduction: {_REDUCTION_TEXT[self.reduction]}; `normalizer` replaces the divisor")
-        lines.append(f"inputs: {', '.join(sorted(self.needs)) or 'none'} needed")
-        optional = sorted(self.reads - set(self.needs))
-        if optional:
-            lines[-1] += f"; {', '.join(optional)} used where given"
-        if self.needs_sequences:
-            lines[-1] += "; targets [B, T], a row a sequence, or sequence_ids"
-        if self.coupled:
-            terms = " and ".join(f"{name}={_shown(getattr(self, name))}" for _, name, _, t in self._parts if t.coupled)
-            lines.append(
-                f"path: two passes, because {terms} couples the tokens of a sequence: log-probabilities of all tokens "
-                "first, then the terms on vectors, then the logits again for the gradients: 4 GEMMs (2·N·D·V FLOPs "
-                "each); tokens without gradient 1, frozen weight or hidden states one less"
-            )
-        else:
-            lines.append(
-                "path: a single pass, loss and gradients together: 3 GEMMs (2·N·D·V FLOPs each); tokens without "
-                "gradient 1, frozen weight or hidden states one less"
-            )
-        if self.reference_head:
-            lines.append(
-                "reference head: ref_hidden and ref_weight needed; a second stream over expert tokens, "
-                "4 GEMMs: student's and reference's logits, two gradients"
-            )
-        if self.statistics:
-            lines.append(f"statistics: {', '.join(self.statistics)}, one more pass over the logits each")
-        slopes = "computed in the row kernel where it can" if self.fused() else "vectors, in torch"
-        if any(term.own is not None for _, _, _, term in self._parts):
-            slopes = "vectors, a function of yours by autograd"
-        lines.append(f"slopes: {slopes}")
-        return "\n".join(lines)
+        return explain(self)
 
     # What it gives
 
@@ -267,37 +239,50 @@ class Objective:
         """Weighted loss per token [n] of each part ("expert", "policy", "kl", "entropy"); their sum is the token's
         loss. Differentiable in `tokens.logprobs`, `tokens.entropy` and `tokens.target_logits`."""
         out = {}
-        for region, name, coef, term in self._parts:
-            inside = _region(region, tokens)
-            seen = tokens.only(inside)
+        for region, name, coef, term in self.parts:
+            inside, seen, weight = self._seen(region, name, term, tokens)
             value = coef * term.value(self, seen)
-            if name == "policy" and self.tis_cap is not None:
-                value = value * tis_weight(self, seen)
-            out[name] = torch.where(inside, value, 0)
+            out[name] = torch.where(inside, value if weight is None else value * weight, 0)
         return out
 
     def all_slopes(self, tokens: Tokens) -> Slopes:
         """∂loss/∂logp, ∂loss/∂H and ∂loss/∂z_y per token [n]; the last two are None where no part depends on them."""
         total: list[Tensor | None] = [torch.zeros_like(tokens.logprobs), None, None]
-        for region, name, coef, term in self._parts:
-            inside = _region(region, tokens)
-            seen = tokens.only(inside)
-            weight = tis_weight(self, seen) * coef if name == "policy" and self.tis_cap is not None else coef
+        for region, name, coef, term in self.parts:
+            inside, seen, weight = self._seen(region, name, term, tokens)
+            factor = coef if weight is None else weight * coef
             for i, slope in enumerate(term.slopes(self, seen)):
                 if slope is not None:
-                    part, before = torch.where(inside, weight * slope, 0), total[i]
+                    part, before = torch.where(inside, factor * slope, 0), total[i]
                     total[i] = part if before is None else before + part
         return Slopes(*total)
+
+    def _seen(self, region: str, name: str, term: Term, tokens: Tokens) -> tuple[Tensor, Tokens, Tensor | None]:
+        """(where a part counts [n] bool; the tokens as its term sees them; what multiplies its value, a constant)."""
+        inside = _region(region, tokens)
+        seen, weight = tokens.only(inside), None
+        if name != "policy":
+            return inside, seen, None
+        if tokens.policy_weights is not None:  # where 0 there is no policy term at all: 0 · ∞ would be NaN
+            inside = inside & (tokens.policy_weights != 0)
+            if term.coupled:  # a ratio of the whole sequence is of these tokens too
+                seen = replace(seen, advantages=given(seen.advantages).masked_fill(~inside, 0))
+            else:
+                seen = tokens.only(inside)
+            weight = seen.policy_weights
+        if self.tis_cap is not None:
+            tis = tis_weight(self, seen)
+            weight = tis if weight is None else tis * weight
+        return inside, seen, weight
 
     def slopes(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
         """The first two of `all_slopes`."""
         g_lp, g_entropy, _ = self.all_slopes(tokens)
-        assert g_lp is not None
-        return g_lp, g_entropy
+        return given(g_lp), g_entropy
 
     def fused(self) -> FusedTerms | None:
         """This objective as numbers for row kernels that compute slopes themselves; None: they cannot express it."""
-        parts = {name: term for _, name, _, term in self._parts}
+        parts = {name: term for _, name, _, term in self.parts}
         numbers = [parts[name].fused if name in parts else None for name in ("expert", "policy")]
         if 0 in numbers or self.policy_coef not in (0, 1):
             return None
@@ -315,12 +300,14 @@ class Objective:
             tis_cap=self.tis_cap or 0.0,
         )
 
-    def has_gradient(self, expert: Tensor, advantages: Tensor | None) -> Tensor:
+    def has_gradient(self, expert: Tensor, advantages: Tensor | None, policy_weights: Tensor | None = None) -> Tensor:
         """Which tokens can have a gradient at all [n] bool: known before any logit is, so that the others are spared
         the backward. A clipped ratio is not among the reasons: that takes the logprob to know."""
         live = torch.zeros_like(expert)
-        for region, _, _, term in self._parts:
+        for region, name, _, term in self.parts:
             inside = torch.ones_like(expert) if region == "all" else expert if region == "expert" else ~expert
+            if name == "policy" and policy_weights is not None:
+                inside = inside & (policy_weights != 0)
             live |= inside & (given(advantages) != 0) if term.scales_with_advantage else inside
         return live
 
@@ -426,16 +413,6 @@ class Objective:
 
 
 FIELDS = tuple(field.name for field in fields(Objective))
-
-_REDUCTION_TEXT = {
-    "token_mean": "sum over active tokens / their number",
-    "sequence_mean": "mean over sequences of the mean over their active tokens",
-    "sum": "sum over active tokens",
-}
-
-
-def _shown(setting: Any) -> str:
-    return function_name(setting) if callable(setting) else repr(setting)
 
 
 def _region(name: str, tokens: Tokens) -> Tensor:

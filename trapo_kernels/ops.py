@@ -269,8 +269,8 @@ token_values.register_autograd(_token_values_backward, setup_context=_save_token
 @_op(
     "policy_loss",
     f"({_PARAMS}, Tensor targets, Tensor active, Tensor live, Tensor expert, Tensor? advantages, Tensor? old_logprobs, "
-    "Tensor? ref_logprobs, Tensor? rollout_logprobs, Tensor? weights, str objective, str[] statistics, "
-    f"{_HEAD}, {_WANTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? ref_logprobs, Tensor? rollout_logprobs, Tensor? policy_weights, Tensor? weights, str objective, "
+    f"str[] statistics, {_HEAD}, {_WANTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def policy_loss(
     first: Tensor,
@@ -284,6 +284,7 @@ def policy_loss(
     old_logprobs: Tensor | None,
     ref_logprobs: Tensor | None,
     rollout_logprobs: Tensor | None,
+    policy_weights: Tensor | None,
     weights: Tensor | None,
     objective: str,
     statistics: list[str],
@@ -297,6 +298,7 @@ def policy_loss(
         "old_logprobs": old_logprobs,
         "ref_logprobs": ref_logprobs,
         "rollout_logprobs": rollout_logprobs,
+        "policy_weights": policy_weights,
     }
     batch = Batch(
         objective=_objectives[objective],
@@ -318,7 +320,7 @@ def policy_loss(
 
 @policy_loss.register_fake
 def _(first: Tensor, weight: Any, bias: Any, *others: Any) -> tuple[Tensor, ...]:
-    objective, statistics = others[9:11]
+    objective, statistics = others[10:12]
     count = 2 + _objectives[objective].reads_logit + len(statistics)
     wide = first.new_empty((), dtype=stats_dtype(first.dtype))
     return wide, wide.new_empty(count, first.shape[0]), *_fake_gradients(first, weight, bias, others[-3:])

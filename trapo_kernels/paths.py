@@ -25,7 +25,7 @@ from .reference import TokenValues
 from .selection import Selection
 from .statistics import Collector
 
-__all__ = ["policy_loss", "select", "token_values", "two_passes"]
+__all__ = ["from_values", "given_values", "policy_loss", "select", "token_values", "two_passes"]
 
 
 def select(active: Tensor) -> tuple[Selection, Tensor | None]:
@@ -104,10 +104,28 @@ def two_passes(caller: str, call: Call, batch: Batch, left_out: Tensor | None = 
         caller, call, batch.selection, batch.targets, entropy=True, target_logits=batch.objective.reads_logit,
         statistics=batch.statistics, active=None if batch.dense is None else batch.dense.active,
     )  # fmt: skip
+    return from_values(batch, values, left_out)
+
+
+def from_values(batch: Batch, values: TokenValues, left_out: Tensor | None = None) -> PolicyLoss:
+    """The objective on vectors, by autograd."""
     loss = batch.loss(values)
     if values.logprobs.requires_grad and not loss.requires_grad:  # no part has a weight: a gradient of zeros
         loss = loss + torch.where(torch.ones_like(batch.expert), 0, values.logprobs).sum()
     return batch.result(loss, values, left_out)
+
+
+def given_values(batch: Batch, logprobs: Tensor, entropy: Tensor | None) -> TokenValues:
+    """Log-probabilities and entropies [...] that a caller has, of the batch's rows [n]; entropies of None are 0."""
+
+    def rows(values: Tensor) -> Tensor:
+        wide = values.reshape(-1).to(batch.normalizer.dtype)
+        if batch.dense is not None:
+            return torch.where(batch.dense.active, wide, 0)
+        return batch.selection.counting(batch.selection.take(wide))
+
+    found = rows(logprobs)
+    return TokenValues(found, torch.zeros_like(found) if entropy is None else rows(entropy), None, {})
 
 
 def _add_anchor(out: PolicyLoss, call: Call, batch: Batch, ref: Params) -> PolicyLoss:

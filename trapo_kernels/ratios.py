@@ -21,6 +21,7 @@ __all__ = [
     "k3",
     "log_of_clipped_ratio",
     "log_ratio",
+    "outside_clip",
     "possible",
     "ratio_where",
     "tis_weight",
@@ -59,18 +60,26 @@ def log_of_clipped_ratio(o: Objective, t: Tokens) -> Tensor:
     return mean + (logprobs - logprobs.detach())
 
 
+def outside_clip(
+    ratio: Tensor, advantages: Tensor, low: float | None, high: float | None, dual: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where a clip to [1 − low, 1 + high] takes the gradient away, for A < 0 and A > 0, and where the dual one does.
+    A bound of None is none."""
+    none = torch.zeros_like(ratio, dtype=torch.bool)
+    return (
+        none if low is None else (advantages < 0) & (ratio < 1 - low),
+        none if high is None else (advantages > 0) & (ratio > 1 + high),
+        none if dual is None else (advantages < 0) & (ratio > dual),
+    )
+
+
 def clipped(o: Objective, t: Tokens) -> tuple[Tensor, Tensor, Tensor]:
     """Where the clip takes the gradient away [n]: ratio too low (A < 0), too high (A > 0), beyond the dual clip."""
     return clipped_where(o, t, log_of_clipped_ratio(o, t))
 
 
 def clipped_where(o: Objective, t: Tokens, log_r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    r, advantages = log_r.detach().exp(), given(t.advantages)
-    none = torch.zeros_like(t.expert)
-    low = none if o.clip_low is None else (advantages < 0) & (r < 1 - o.clip_low)
-    high = none if o.clip_high is None else (advantages > 0) & (r > 1 + o.clip_high)
-    dual = none if o.dual_clip is None else (advantages < 0) & (r > o.dual_clip)
-    return low, high, dual
+    return outside_clip(log_r.detach().exp(), given(t.advantages), o.clip_low, o.clip_high, o.dual_clip)
 
 
 def k3(difference: Tensor) -> Tensor:

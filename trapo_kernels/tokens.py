@@ -86,6 +86,7 @@ class Tokens:
     statistics: Mapping[str, Tensor] = field(default_factory=dict)  # those an objective asks for
     sequences: Sequences | None = None
     own: Tensor | None = None  # bool; None: every token that is not an expert token
+    policy_weights: Tensor | None = None  # of the policy term, constants
 
     @property
     def own_tokens(self) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .head import Head
+from .objective import Objective
 from .scalars import filled, number, shown
 from .tokens import Sequences
 
@@ -171,6 +172,34 @@ def check_targets(caller: str, targets: Any, like_name: str, like: Tensor) -> No
     _same(caller, "targets", targets, like_name, like, dtype=False)
 
 
+def check_logprobs(caller: str, logprobs: Any, entropy: Any) -> None:
+    """logprobs [...], and entropy of its shape or None."""
+    _float_tensor(caller, "logprobs", logprobs)
+    if entropy is None:
+        return
+    _float_tensor(caller, "entropy", entropy)
+    if entropy.shape != logprobs.shape:
+        raise ValueError(f"{caller}: entropy must be {list(logprobs.shape)} as logprobs; got {list(entropy.shape)}")
+    _same(caller, "entropy", entropy, "logprobs", logprobs, dtype=False)
+
+
+def check_reads_logprobs(caller: str, objective: Objective, entropy: Tensor | None) -> None:
+    """The objective is a function of log-probabilities, and of entropies where those are given."""
+    more = {
+        "a reference head": objective.reference_head,
+        "target logits": objective.reads_logit,
+        "statistics of a row": bool(objective.statistics),
+    }
+    wanted = [what for what, needed in more.items() if needed]
+    if wanted:
+        raise ValueError(
+            f"{caller}: objective must read log-probabilities and entropies of tokens alone; got one that reads "
+            + " and ".join(wanted)
+        )
+    if entropy is None and objective.reads_entropy:
+        raise ValueError(f"{caller}: entropy must be a tensor, which {objective.reads_entropy} needs; got None")
+
+
 def check_range(caller: str, targets: Tensor, active: Tensor, vocab: int, ignore_index: int) -> None:
     """Active targets lie in [0, V)."""
     if not can_look(targets):
@@ -188,8 +217,8 @@ def check_range(caller: str, targets: Tensor, active: Tensor, vocab: int, ignore
 def check_token_inputs(
     caller: str, targets: Tensor, floats: Mapping[str, Any], masks: Mapping[str, Any], like: str = "targets"
 ) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
-    """Per-token inputs of the shape of targets; advantages may also be one per sequence, which is broadcast here. Masks
-    may be 0 and 1 of any integer dtype."""
+    """Per-token inputs of the shape of targets; advantages and policy_weights may also be one per sequence, which is
+    broadcast here. Masks may be 0 and 1 of any integer dtype."""
     out: dict[str, Tensor | None] = {}
     shape = targets.shape
     for name, value in {**floats, **masks}.items():
@@ -201,15 +230,27 @@ def check_token_inputs(
         if name in floats:
             _float_tensor(caller, name, value)
         _same(caller, name, value, like, targets, dtype=False)
-        by_sequence = name == "advantages" and len(shape) > 0
+        by_sequence = name in ("advantages", "policy_weights") and len(shape) > 0
         if by_sequence and value.shape == shape[:-1]:
             value = value[..., None]
         if value.shape != shape and not (by_sequence and value.shape == (*shape[:-1], 1)):
             also = f" or one per sequence, {list(shape[:-1])}" if by_sequence else ""
-            why = " (targets [N] are one sequence)" if by_sequence and len(shape) == 1 else ""
+            why = f" ({like} [N] are one sequence)" if by_sequence and len(shape) == 1 else ""
             raise ValueError(f"{caller}: {name} must be {list(shape)} as {like}{also}; got {list(value.shape)}{why}")
         out[name] = value.detach().expand(shape)
     return {name: out[name] for name in floats}, {name: out[name] for name in masks}
+
+
+def policy_weights(caller: str, values: Tensor, own: Tensor) -> Tensor:
+    """Weights of the policy term [n], at least 0 at `own` tokens [n]: the clip goes by the sign of the advantage alone,
+    and kernels take the two as one. Where values cannot be looked at, a weight below 0 becomes NaN, and so the loss."""
+    if not can_look(values):
+        return values.masked_fill(values < 0, torch.nan)
+    wrong = own & (values < 0)
+    if wrong.any():
+        least = values[wrong].min().item()
+        raise ValueError(f"{caller}: policy_weights must be at least 0 at own tokens; got min {least:g}")
+    return values
 
 
 def _mask(caller: str, name: str, value: Any) -> Tensor:
@@ -224,26 +265,26 @@ def _mask(caller: str, name: str, value: Any) -> Tensor:
     return value != 0
 
 
-def check_sequence_ids(caller: str, targets: Tensor, sequence_ids: Any) -> None:
+def check_sequence_ids(caller: str, targets: Tensor, sequence_ids: Any, like: str = "targets") -> None:
     """int64 of the shape of targets, or None."""
     if sequence_ids is None:
         return
     if _tensor(caller, "sequence_ids", sequence_ids).dtype != torch.int64:
         raise TypeError(f"{caller}: sequence_ids must be int64; got {_dtype(sequence_ids)}")
-    _same(caller, "sequence_ids", sequence_ids, "targets", targets, dtype=False)
+    _same(caller, "sequence_ids", sequence_ids, like, targets, dtype=False)
     if sequence_ids.shape != targets.shape:
         raise ValueError(
-            f"{caller}: sequence_ids must be {list(targets.shape)} as targets; got {list(sequence_ids.shape)}"
+            f"{caller}: sequence_ids must be {list(targets.shape)} as {like}; got {list(sequence_ids.shape)}"
         )
 
 
-def sequences(caller: str, targets: Tensor, sequence_ids: Tensor | None) -> Sequences:
+def sequences(caller: str, targets: Tensor, sequence_ids: Tensor | None, like: str = "targets") -> Sequences:
     """Which sequence each token belongs to: the last dimension of targets, or what `sequence_ids` say."""
     if sequence_ids is not None:
         return Sequences.of(sequence_ids.reshape(-1))
     if targets.ndim < 2:
         raise ValueError(
-            f"{caller}: targets must be [B, T] or sequence_ids given, for an objective that reads sequences; "
+            f"{caller}: {like} must be [B, T] or sequence_ids given, for an objective that reads sequences; "
             f"got {list(targets.shape)}"
         )
     return Sequences.of_rows(math.prod(targets.shape[:-1]), targets.shape[-1], targets.device)

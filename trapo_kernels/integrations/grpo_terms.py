@@ -15,9 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..ratios import outside_clip
+
 __all__ = ["GRPOOptions", "GRPOTokens", "clipped_tokens", "grpo_loss", "masked_mean", "policy_normalizer"]
+__all__ += ["two_pass_reason"]
 
 CLIP_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")  # one formula; they differ in the reduction
+ONE_PASS_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")  # "luspo" multiplies the loss of a sequence by its length
 LOSSES = (*CLIP_LOSSES, "cispo", "sapo", "vespo")
 
 
@@ -61,21 +65,49 @@ class GRPOOptions:
 
     def single_pass(self) -> str | None:
         """Why this needs the log-probabilities before any gradient; None: it does not."""
-        if self.loss_type not in CLIP_LOSSES or self.loss_type == "luspo":
-            return f"loss_type={self.loss_type!r}"
-        if self.importance_sampling_level != "token":
-            return "importance_sampling_level='sequence'"
-        if self.delta is not None and self.delta <= 1 + self.epsilon_high:
-            return "delta within the clip range"
-        if self.top_entropy_quantile < 1:
-            return "top_entropy_quantile"
-        if self.off_policy_mask_threshold is not None:
-            return "off_policy_mask_threshold"
-        if self.beta != 0 and (self.use_bias_correction_kl or self.loss_type == "grpo"):
-            return "a KL term with weights of its own"
-        if self.beta != 0 and self.entropy_coef != 0 and self.loss_type != "bnpo":
-            return "KL term and entropy bonus with normalizers of their own"
-        return None
+        reason = two_pass_reason(
+            self.loss_type, self.importance_sampling_level, delta=self.delta, epsilon_high=self.epsilon_high,
+            beta=self.beta, use_bias_correction_kl=self.use_bias_correction_kl, entropy=self.entropy_coef != 0,
+        )  # fmt: skip
+        return reason or two_pass_masks(self.top_entropy_quantile, self.off_policy_mask_threshold)
+
+
+def two_pass_reason(
+    loss_type: str,
+    importance_sampling_level: str,
+    *,
+    delta: float | None,
+    epsilon_high: float,
+    beta: float,
+    use_bias_correction_kl: bool,
+    entropy: bool,
+    expert: bool = False,
+) -> str | None:
+    """Why a loss of these settings needs the log-probabilities before any gradient; None: it does not.
+
+    `entropy`: it has an entropy bonus; `expert`: and expert tokens, with whose terms all token losses share one
+    normalizer.
+    """
+    if loss_type not in ONE_PASS_LOSSES:
+        return f"loss_type={loss_type!r}"
+    if importance_sampling_level != "token":
+        return f"importance_sampling_level={importance_sampling_level!r}"
+    if delta is not None and delta <= 1 + epsilon_high:
+        return f"delta={delta} within the clip range"
+    if beta != 0 and use_bias_correction_kl:
+        return "use_bias_correction_kl"
+    if loss_type == "grpo" and (expert or beta != 0):
+        return "loss_type='grpo' weighs each sequence, expert and KL terms too"
+    if beta != 0 and entropy and loss_type != "bnpo" and not expert:
+        return "beta and entropy_coef have normalizers of their own"
+    return None
+
+
+def two_pass_masks(top_entropy_quantile: float, off_policy_mask_threshold: float | None) -> str | None:
+    """The setting of a mask that needs the log-probabilities or entropies of the whole batch first; None: none does."""
+    if top_entropy_quantile < 1:
+        return "top_entropy_quantile"
+    return None if off_policy_mask_threshold is None else "off_policy_mask_threshold"
 
 
 class GRPOTokens(NamedTuple):
@@ -213,8 +245,8 @@ def clipped_tokens(o: GRPOOptions, ratio: Tensor, advantages: Tensor) -> Tensor:
         return torch.zeros_like(ratio)
     if o.loss_type == "cispo":
         return ((ratio > o.epsilon_high) & (advantages > 0)).to(ratio.dtype)
-    low, high = ratio < 1 - o.epsilon_low, ratio > 1 + o.epsilon_high
-    return ((low & (advantages < 0)) | (high & (advantages > 0))).to(ratio.dtype)
+    low, high, _ = outside_clip(ratio, advantages, o.epsilon_low, o.epsilon_high)
+    return (low | high).to(ratio.dtype)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

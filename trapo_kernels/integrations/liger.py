@@ -155,30 +155,31 @@ class FusedLinearGRPOLoss(nn.Module):
     def _one_pass(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, inputs: dict[str, Any], count: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """A policy term is proportional to the advantage, so every weight of its own is put there."""
+        """Where the policy term's normalizer is not that of the entropy bonus, their ratio is among its weights."""
         o, mask, ref = self.options, inputs["mask"], inputs["ref_logprobs"]
-        tokens = mask.sum().clamp(min=1)
-        given = advantages = inputs["advantages"][:, None].expand(mask.shape)
+        tokens, advantages = mask.sum().clamp(min=1), inputs["advantages"][:, None].expand(mask.shape)
+        weights, sampled = None, inputs["sampling_ratio"]
         if o.loss_type == "grpo":
-            advantages = advantages * tokens / mask.sum(-1, keepdim=True).clamp(min=1) / count
-            count = tokens
+            weights, count = tokens / mask.sum(-1, keepdim=True).clamp(min=1) / count, tokens
         elif o.entropy_coef != 0:
-            advantages, count = advantages * (tokens / count), tokens
-        if inputs["sampling_ratio"] is not None:
-            advantages = advantages * inputs["sampling_ratio"]
+            weights, count = tokens / count, tokens
+        if sampled is not None:
+            weights = sampled if weights is None else weights * sampled
         objective = Objective(
             expert=None, policy="clip", clip_low=o.epsilon_low, clip_high=o.epsilon_high, dual_clip=o.delta,
             entropy_coef=o.entropy_coef, kl_coef=0.0 if ref is None else o.beta,
         )  # fmt: skip
         out = linear_policy_loss(
             hidden, weight, ids, objective, advantages=advantages, old_logprobs=inputs["old_logprobs"],
-            ref_logprobs=ref, mask=mask.bool(), normalizer=count.float(), bias=bias, **self.head,
+            ref_logprobs=ref, policy_weights=None if weights is None else weights.expand(mask.shape),
+            mask=mask.bool(), normalizer=count.float(), bias=bias,
+            **self.head,
         )  # fmt: skip
         old = inputs["old_logprobs"]
         ratio = torch.exp(out.logprobs - (out.logprobs if old is None else old.float().masked_fill(mask == 0, 0)))
         zero = torch.zeros_like(out.loss.detach())
         return out.loss, {
             "kl": out.metrics.get("kl_ref_k3", zero),
-            "clip_ratio": masked_mean(clipped_tokens(o, ratio, given), mask),
+            "clip_ratio": masked_mean(clipped_tokens(o, ratio, advantages), mask),
             "entropy": out.metrics["entropy"],
         }

@@ -27,15 +27,13 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from ..functional import PolicyLoss, linear_logprobs, linear_policy_loss
 from ..objective import Objective, Tokens
+from ..ratios import outside_clip
+from .grpo_terms import two_pass_masks, two_pass_reason
 from .transformers import IGNORED, LinearHead, PatchedForward
 
 __all__ = ["FusedGRPOTrainer"]
 
-CLIP_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")  # TRL's loss types that clip a ratio; they differ in the normalizer
 TOKEN_LOSSES = ("bnpo", "dr_grpo", "dapo")  # one normalizer for every token
-
-# (hidden [B, T, D], head) -> the loss
-FusedLoss = Callable[[Tensor, LinearHead], PolicyLoss]
 
 
 def __getattr__(name: str) -> Any:
@@ -149,28 +147,16 @@ class FusedGRPOTrainer(GRPOTrainer):
     def _loss_path(self) -> str:
         """One pass, or two passes and the reason."""
         a, reason = self.args, None
-        if self._own_objective:
-            pass
-        elif self.loss_type not in CLIP_LOSSES:
-            reason = f"loss_type={self.loss_type!r}"
-        elif self.importance_sampling_level != "token":
-            reason = f"importance_sampling_level={self.importance_sampling_level!r}"
-        elif a.delta is not None and self.objective.dual_clip is None:
-            reason = f"delta={a.delta} within the clip range"
-        elif self.beta != 0.0 and a.use_bias_correction_kl:
-            reason = "use_bias_correction_kl"
-        elif self.use_adaptive_entropy:
-            reason = "use_adaptive_entropy"
-        elif self.loss_type == "grpo" and (self.guided or self.beta != 0.0):
-            reason = "loss_type='grpo' weighs each sequence, expert and KL terms too"
-        elif self.beta != 0.0 and self._entropy_bonus_enabled and self.loss_type != "bnpo" and not self.guided:
-            reason = "beta and entropy_coef have normalizers of their own"
-        if reason is None and self._is_vlm:
-            reason = "images"
-        if reason is None and self.top_entropy_quantile < 1.0:
-            reason = f"top_entropy_quantile={self.top_entropy_quantile}"
-        if reason is None and self.off_policy_mask_threshold is not None:
-            reason = f"off_policy_mask_threshold={self.off_policy_mask_threshold}"
+        if not self._own_objective:
+            reason = two_pass_reason(
+                self.loss_type, self.importance_sampling_level, delta=a.delta, epsilon_high=self.epsilon_high,
+                beta=self.beta, use_bias_correction_kl=a.use_bias_correction_kl, entropy=self._entropy_bonus_enabled,
+                expert=self.guided,
+            )  # fmt: skip
+            reason = reason or ("use_adaptive_entropy" if self.use_adaptive_entropy else None)
+        if reason is None:
+            masked = two_pass_masks(self.top_entropy_quantile, self.off_policy_mask_threshold)
+            reason = "images" if self._is_vlm else masked and f"{masked}={getattr(self, masked)}"
         if reason is not None and self._own_objective:
             raise ValueError(f"{type(self).__name__}: objective must be None with what takes two passes; got {reason}")
         return "one pass" if reason is None else f"two passes: {reason}"
@@ -221,9 +207,10 @@ class FusedGRPOTrainer(GRPOTrainer):
         if "tool_mask" in inputs:
             mask = mask & inputs["tool_mask"].bool()
         expert = inputs.get("expert_mask")
-        advantages, normalizer, objective = self._weights(inputs, mask)
+        (weights, normalizer), objective = self._weights(inputs, mask), self.objective
         given = {
-            "advantages": advantages, "expert_mask": expert, "mask": mask,
+            "advantages": _per_token(inputs["advantages"], mask), "policy_weights": weights, "expert_mask": expert,
+            "mask": mask,
             "old_logprobs": inputs.get("old_per_token_logps"), "ref_logprobs": inputs.get("ref_per_token_logps"),
         }  # fmt: skip
         if objective.tis_cap is not None:
@@ -253,14 +240,13 @@ class FusedGRPOTrainer(GRPOTrainer):
         self._log_one_pass(inputs, found[0], mask)
         return loss
 
-    def _weights(self, inputs: dict[str, Any], mask: Tensor) -> tuple[Tensor, Tensor, Objective]:
-        """(advantages [B, C], normalizer, objective) that give TRL's reduction.
+    def _weights(self, inputs: dict[str, Any], mask: Tensor) -> tuple[Tensor | None, Tensor]:
+        """(weights of the policy term [B, C] or None, normalizer) that give TRL's reduction.
 
-        A policy term is proportional to the advantage, so a weight of its own is put there: TRL's weight of a sequence,
-        its importance ratio between engine and trainer, the ratio of the policy's and the entropy bonus's normalizer.
+        TRL weighs the policy term alone by its weight of a sequence, by its importance ratio between engine and
+        trainer, and by the ratio of its normalizer to that of the entropy bonus.
         """
         steps = self.current_gradient_accumulation_steps if self.model.training else 1.0
-        advantages = _per_token(inputs["advantages"], mask)
         tokens = mask.sum().clamp(min=1).float()
         if self.loss_type == "dapo":
             normalizer = self._token_normalizer(inputs).float()
@@ -270,14 +256,16 @@ class FusedGRPOTrainer(GRPOTrainer):
         else:
             normalizer = tokens * steps
         if self._own_objective:
-            return advantages, normalizer, self.objective
+            return None, normalizer
+        weights = None
         if self.loss_type == "grpo":
-            advantages = advantages * (tokens / mask.shape[0] / mask.sum(-1, keepdim=True).clamp(min=1))
+            weights = tokens / mask.shape[0] / mask.sum(-1, keepdim=True).clamp(min=1)
         elif self._entropy_bonus_enabled and not self.guided:
-            advantages, normalizer = advantages * (tokens * steps / normalizer), tokens * steps
+            weights, normalizer = tokens * steps / normalizer, tokens * steps
         if self.use_vllm and self.vllm_importance_sampling_correction:
-            advantages = advantages * inputs["importance_sampling_ratio"]  # 1 on expert tokens
-        return advantages, normalizer, self.objective
+            ratio = inputs["importance_sampling_ratio"]  # 1 on expert tokens
+            weights = ratio if weights is None else weights * ratio
+        return None if weights is None else weights.expand(mask.shape), normalizer
 
     # Metrics, by TRL's names
 
@@ -308,9 +296,7 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     def _log_clipping(self, log: Any, ratio: Tensor, advantages: Tensor, own: Tensor) -> None:
         o = self.objective
-        none = torch.zeros_like(own)
-        low = none if o.clip_low is None else (ratio < 1 - o.clip_low) & (advantages < 0)
-        high = none if o.clip_high is None else (ratio > 1 + o.clip_high) & (advantages > 0)
+        low, high, _ = outside_clip(ratio, advantages, o.clip_low, o.clip_high)
         for name, where in (("low_mean", low), ("high_mean", high), ("region_mean", low | high)):
             log[f"clip_ratio/{name}"].append(self._mean(where.float(), own))
         counts = own.sum(-1)  # a sequence without own tokens has no ratio: NaN, which is left out
