@@ -1,8 +1,8 @@
 """Who computes the loss: every provider behind one signature, each through its package's public function. One list, for
 CPUs (bench/cpu.py) and GPUs (bench/gpu).
 
-All get the same inputs and, where their head returns log-probabilities, the same terms (`Objective.losses`): what
-differs is how hidden states become log-probabilities, and their gradient.
+All get the same inputs and, where their head returns log-probabilities, the same loss of those
+(`policy_loss_from_logprobs`): what differs is how hidden states become log-probabilities, and their gradient.
 """
 
 from __future__ import annotations
@@ -32,9 +32,6 @@ class Case:
     targets: Tensor  # [N]
     advantages: Tensor  # [N]
     expert_mask: Tensor  # [N]
-
-    def tokens(self, logprobs: Tensor, entropy: Tensor) -> tk.Tokens:
-        return tk.Tokens(logprobs, entropy, self.expert_mask, advantages=self.advantages)
 
     def double(self) -> Case:
         return replace(
@@ -88,8 +85,9 @@ def installed(package: str) -> str | None:
 
 def _loss(case: Case, logprobs: Tensor, entropy: Tensor | None) -> Tensor:
     objective = OBJECTIVE if entropy is not None else replace(OBJECTIVE, entropy_coef=0.0)
-    parts = objective.losses(case.tokens(logprobs, torch.zeros_like(logprobs) if entropy is None else entropy))
-    return sum(parts.values(), torch.zeros_like(logprobs)).sum() / logprobs.numel()
+    return tk.policy_loss_from_logprobs(
+        logprobs, objective, entropy=entropy, advantages=case.advantages, expert_mask=case.expert_mask
+    ).loss
 
 
 def ours(backend: str, **options: object) -> Callable[[Case], Tensor]:

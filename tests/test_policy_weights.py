@@ -40,16 +40,16 @@ OBJECTIVES = {
 }
 
 
-def weights_for(n, seed=0):
-    """Of any size, and 0 at a third of the tokens."""
-    g = torch.Generator().manual_seed(seed)
-    return (torch.rand(n, generator=g) * 3).masked_fill(torch.rand(n, generator=g) < 1 / 3, 0)
+def own_tokens(case):
+    return case.inputs["mask"] & ~case.inputs["expert_mask"] & (case.targets != -100)
 
 
 def with_weights(n, vocab=97, dtype=torch.float64, **head):
-    """A case, its weights among the inputs; three sequences."""
+    """A case, its weights among the inputs: of any size, and 0 at every third own token; three sequences."""
     case = make_case(n, vocab, dtype=dtype, with_bias=True, **head)
-    case.inputs |= {"policy_weights": weights_for(n), "sequence_ids": torch.arange(n) * 3 // n}
+    weights = torch.rand(n, generator=torch.Generator().manual_seed(0)) * 3
+    weights[own_tokens(case).nonzero()[::3]] = 0
+    case.inputs |= {"policy_weights": weights, "sequence_ids": torch.arange(n) * 3 // n}
     return case
 
 
@@ -107,8 +107,7 @@ def test_skipping_tokens_without_gradient_changes_no_gradient(backend):
     one, other = (run(case, tk.Objective.grpo(), backend, skip_inactive=skip) for skip in (False, True))
     for a, b in zip(one.grads, other.grads, strict=True):
         assert_close(b, a, 1e-11, "gradient")
-    live = (case.targets != -100) & case.inputs["mask"] & (case.inputs["advantages"] != 0)
-    live = live & ~case.inputs["expert_mask"] & (case.inputs["policy_weights"] != 0)
+    live = own_tokens(case) & (case.inputs["advantages"] != 0) & (case.inputs["policy_weights"] != 0)
     assert n > live.sum() == other.metrics["computed_tokens"]
 
 
@@ -131,7 +130,7 @@ def test_tokens_of_weight_zero_cost_the_first_product_alone(backend):
 def test_a_token_of_weight_zero_has_no_policy_term_whatever_it_holds(backend, name):
     case = with_weights(affordable(backend, 40))
     ignored = (case.inputs["policy_weights"] == 0) & ~case.inputs["expert_mask"]
-    assert (ignored & case.inputs["mask"] & (case.targets != -100)).any()
+    assert (ignored & own_tokens(case)).any()
     o = OBJECTIVES[name]
     clean = run(case, o, backend)
     if name != "gspo":  # whose ratio is of all tokens
@@ -160,8 +159,7 @@ def test_what_weights_hold_at_other_tokens_does_not_matter(backend):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_weight_that_is_no_number_is_not_hidden(backend, value):
     case = with_weights(affordable(backend, 40))
-    own = case.inputs["mask"] & ~case.inputs["expert_mask"] & (case.targets != -100)
-    own = own & (case.inputs["advantages"] != 0)
+    own = own_tokens(case) & (case.inputs["advantages"] != 0)
     case.inputs["policy_weights"][own.nonzero()[0]] = value
     assert not run(case, tk.Objective.trapo(), backend).loss.isfinite()
 
@@ -227,6 +225,5 @@ def test_a_compiled_graph_takes_weights(name):
     assert_close(loss, expected, 1e-11, "loss", floor=1.0)
     for a, b in zip(grads, expected_grads, strict=True):
         assert_close(a, b, 1e-11, "gradient")
-    own = case.inputs["mask"] & ~case.inputs["expert_mask"] & (case.targets != -100)
-    case.inputs["policy_weights"][own.nonzero()[0]] = -1.0  # values cannot be looked at: the loss is none
+    case.inputs["policy_weights"][own_tokens(case).nonzero()[0]] = -1.0  # values cannot be looked at: the loss is none
     assert math.isnan(float(compiled().detach()))

@@ -126,6 +126,10 @@ class Batch:
         parts = self.objective.losses(self.tokens(values))
         return parts if self.weights is None else {name: part * self.weights for name, part in parts.items()}
 
+    def token_losses(self, values: TokenValues) -> dict[str, Tensor]:
+        """The parts in the caller's shape [...], zero at tokens that do not count."""
+        return {n: self.selection.spread(part).reshape(self.shape) for n, part in self.parts(values).items()}
+
     def loss(self, values: TokenValues) -> Tensor:
         """The sum of the tokens' losses over the normalizer."""
         total = sum(self.parts(values).values(), torch.zeros_like(values.logprobs))

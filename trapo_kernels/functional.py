@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from . import validate, vocab_parallel
-from .backends.base import stats_dtype
 from .backends.dispatch import check_backend
 from .batch import Batch, PolicyLoss, active_tokens, make_batch
 from .call import Call, call_of_linear, call_of_logits, over_shards
 from .custom_terms import function_name
-from .head import Head
 from .objective import FIELDS, Objective
-from .paths import from_values, given_values, policy_loss, select, token_values, two_passes
+from .paths import batch_of_logprobs, from_values, policy_loss, select, token_values, two_passes
 from .statistics import check_statistics
 
 __all__ = [
@@ -377,19 +375,15 @@ def policy_loss_from_logprobs(
     Raises:
         TypeError, ValueError: as `linear_logprobs`.
     """
-    caller = "policy_loss_from_logprobs"
-    validate.check_logprobs(caller, logprobs, entropy)
-    batch = make_batch(
-        caller, objective, torch.zeros_like(logprobs, dtype=torch.int64), Head(), vocab=None,
-        dtype=stats_dtype(logprobs.dtype), skip_inactive=skip_inactive, normalizer=normalizer,
+    batch, values = batch_of_logprobs(
+        "policy_loss_from_logprobs", logprobs, objective, entropy, skip_inactive=skip_inactive, normalizer=normalizer,
         floats={
             "advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
             "rollout_logprobs": rollout_logprobs, "policy_weights": policy_weights,
         },
-        masks={"expert_mask": expert_mask, "mask": mask}, sequence_ids=sequence_ids, statistics=(), like="logprobs",
+        masks={"expert_mask": expert_mask, "mask": mask}, sequence_ids=sequence_ids,
     )  # fmt: skip
-    validate.check_reads_logprobs(caller, objective, entropy)
-    out = from_values(batch, given_values(batch, logprobs, entropy))
+    out = from_values(batch, values)
     if entropy is None:
         del out.metrics["entropy"]
     return out

@@ -16,16 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import divergence, ops, reference
+from . import divergence, ops, reference, validate
 from .autograd import Ask, Job, StreamedLogprobs, StreamedLoss, apply
-from .batch import Batch, PolicyLoss
+from .backends.base import stats_dtype
+from .batch import Batch, PolicyLoss, make_batch
 from .call import Call, Named, Params, in_one_dtype, wanted
 from .divergence import linear_divergence
+from .head import Head
 from .reference import TokenValues
 from .selection import Selection
 from .statistics import Collector
 
-__all__ = ["from_values", "given_values", "policy_loss", "select", "token_values", "two_passes"]
+__all__ = ["batch_of_logprobs", "from_values", "policy_loss", "select", "token_values", "two_passes"]
 
 
 def select(active: Tensor) -> tuple[Selection, Tensor | None]:
@@ -115,8 +117,30 @@ def from_values(batch: Batch, values: TokenValues, left_out: Tensor | None = Non
     return batch.result(loss, values, left_out)
 
 
-def given_values(batch: Batch, logprobs: Tensor, entropy: Tensor | None) -> TokenValues:
-    """Log-probabilities and entropies [...] that a caller has, of the batch's rows [n]; entropies of None are 0."""
+def batch_of_logprobs(
+    caller: str,
+    logprobs: Any,
+    objective: Any,
+    entropy: Any,
+    *,
+    floats: dict[str, Tensor | None],
+    masks: dict[str, Tensor | None],
+    sequence_ids: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    skip_inactive: bool = False,
+) -> tuple[Batch, TokenValues]:
+    """The batch of a loss from log-probabilities [...], and their values in it [n]; entropies of None are 0.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; one line names it.
+    """
+    validate.check_logprobs(caller, logprobs, entropy)
+    batch = make_batch(
+        caller, objective, torch.zeros_like(logprobs, dtype=torch.int64), Head(), vocab=None,
+        dtype=stats_dtype(logprobs.dtype), skip_inactive=skip_inactive, normalizer=normalizer, floats=floats,
+        masks=masks, sequence_ids=sequence_ids, statistics=(), like="logprobs",
+    )  # fmt: skip
+    validate.check_reads_logprobs(caller, objective, entropy)
 
     def rows(values: Tensor) -> Tensor:
         wide = values.reshape(-1).to(batch.normalizer.dtype)
@@ -125,7 +149,7 @@ def given_values(batch: Batch, logprobs: Tensor, entropy: Tensor | None) -> Toke
         return batch.selection.counting(batch.selection.take(wide))
 
     found = rows(logprobs)
-    return TokenValues(found, torch.zeros_like(found) if entropy is None else rows(entropy), None, {})
+    return batch, TokenValues(found, torch.zeros_like(found) if entropy is None else rows(entropy), None, {})
 
 
 def _add_anchor(out: PolicyLoss, call: Call, batch: Batch, ref: Params) -> PolicyLoss:

@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..objective import Objective, Tokens
+from ..objective import Objective
+from ..paths import batch_of_logprobs
+from ..ratios import k3
 
 __all__ = ["LossOutputs", "policy_loss"]
 
@@ -38,7 +40,7 @@ class LossOutputs:
 
 @lru_cache
 def _objective(settings: tuple[tuple[str, Any], ...]) -> Objective:
-    return Objective(**{"expert": None, "policy": "unclipped", **dict(settings)})
+    return Objective(**{"expert": None, "policy": "unclipped", **dict(settings), "reduction": "sum"})
 
 
 def policy_loss(inputs: Any, **settings: Any) -> LossOutputs:
@@ -58,30 +60,27 @@ def policy_loss(inputs: Any, **settings: Any) -> LossOutputs:
         raise ValueError(f"policy_loss: entropy_coef must be 0, without entropies; got {objective.entropy_coef}")
     if objective.coupled or objective.reads_logit or objective.reference_head or objective.statistics:
         raise ValueError(f"policy_loss: objective must read log-probabilities of tokens alone; got {objective}")
-    mask = inputs.loss_mask.bool()
-    expert = getattr(inputs, "expert_mask", None)
-    sampled = inputs.inference_logprobs[mask].detach()
-    logprobs = inputs.trainer_logprobs[mask].float()
-    ref = getattr(inputs, "ref_logprobs", None)
-    tokens = Tokens(
-        logprobs=logprobs,
-        entropy=torch.zeros_like(logprobs),
-        expert=torch.full_like(mask[mask], objective.supervised) if expert is None else expert[mask].bool(),
-        advantages=inputs.advantages[mask].float().detach(),
-        old_logprobs=None if objective.tis_cap is not None else sampled.float(),
-        ref_logprobs=None if ref is None else ref[mask].float().detach(),
-        rollout_logprobs=sampled.float(),
-    )
+    mask, sampled = inputs.loss_mask.bool(), inputs.inference_logprobs.detach()
+    given = {
+        "advantages": inputs.advantages,
+        "old_logprobs": None if objective.tis_cap is not None else sampled,
+        "ref_logprobs": getattr(inputs, "ref_logprobs", None),
+        "rollout_logprobs": sampled,
+        "policy_weights": None,
+    }
     for name, setting in objective.needs.items():
-        if getattr(tokens, name) is None:
+        if given[name] is None:
             raise ValueError(f"policy_loss: {name} must be given, which {setting} needs; got None")
-    parts = objective.losses(tokens)
-    total = sum(parts.values(), torch.zeros_like(logprobs))
-    weights = getattr(inputs, "loss_weights", None)
-    if weights is not None:
-        total = total * weights[mask]
+    logprobs, expert = inputs.trainer_logprobs.float(), getattr(inputs, "expert_mask", None)
+    batch, values = batch_of_logprobs(
+        "policy_loss", logprobs, objective, None, floats=given, normalizer=1.0,
+        masks={"expert_mask": None if expert is None else expert.bool(), "mask": mask},
+    )  # fmt: skip
+    parts = batch.token_losses(values)
+    total, weights = sum(parts.values(), torch.zeros_like(logprobs)), getattr(inputs, "loss_weights", None)
+    if weights is not None:  # of the whole loss of a token, where `policy_weights` are of its policy term
+        total = total * weights.masked_fill(~mask, 0)
     metrics = {f"loss_{name}": values.detach().sum() / mask.sum().clamp(min=1) for name, values in parts.items()}
     with torch.no_grad():
-        drift = logprobs - sampled
-        metrics["mismatch_kl"] = (torch.expm1(drift) - drift).sum() / mask.sum().clamp(min=1)
+        metrics["mismatch_kl"] = k3((logprobs - sampled)[mask]).sum() / mask.sum().clamp(min=1)
     return LossOutputs(total.sum(), metrics)

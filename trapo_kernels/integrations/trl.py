@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from trl import GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from ..functional import PolicyLoss, linear_logprobs, linear_policy_loss
-from ..objective import Objective, Tokens
+from ..functional import PolicyLoss, linear_logprobs, linear_policy_loss, policy_loss_from_logprobs
+from ..objective import Objective
 from ..ratios import outside_clip
 from .grpo_terms import two_pass_masks, two_pass_reason
 from .transformers import IGNORED, LinearHead, PatchedForward
@@ -183,15 +183,16 @@ class FusedGRPOTrainer(GRPOTrainer):
         assert self._scored is not None
         logprobs, entropy = self._scored
         assert entropy is not None
-        advantages = _per_token(inputs["advantages"], expert)
-        tokens = Tokens(logprobs[expert], entropy[expert], torch.ones_like(expert[expert]), advantages[expert])
         alone = replace(
             self.objective, policy=None, clip_low=None, clip_high=None, dual_clip=None, tis_cap=None, entropy_coef=0.0,
             kl_coef=0.0,
         )  # fmt: skip
-        values = alone.losses(tokens)["expert"]
-        self._log_expert(tokens.logprobs.detach(), values.detach().sum() / self._token_normalizer(inputs))
-        return values.sum() / self._token_normalizer(inputs)
+        loss = policy_loss_from_logprobs(
+            logprobs, alone, entropy=entropy, advantages=_per_token(inputs["advantages"], expert), mask=expert,
+            normalizer=self._token_normalizer(inputs),
+        ).loss  # fmt: skip
+        self._log_expert(logprobs[expert].detach(), loss.detach())
+        return loss
 
     def _token_normalizer(self, inputs: dict[str, Any]) -> Tensor:
         """TRL's for "dapo": tokens of the accumulation window, per process."""

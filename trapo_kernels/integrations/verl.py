@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
 
 from ..functional import linear_logprobs
-from ..objective import Objective, Tokens
+from ..objective import Objective
+from ..paths import batch_of_logprobs
 from ..ratios import clipped, log_ratio
+from ..tokens import Tokens
 
 __all__ = ["FusedLinearForPPO", "actor_loss", "actor_objective", "trapo_policy_loss", "use_fused_head"]
 
@@ -34,6 +36,7 @@ FIELDS = (
     *("response_mask", "advantages", "old_log_probs", "ref_log_prob", "rollout_log_probs", "rollout_is_weights"),
     "expert_mask",
 )
+INPUTS = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs", "policy_weights")
 
 
 def actor_objective(config: Any, **overrides: Any) -> Objective:
@@ -155,19 +158,13 @@ def _token_losses(
         raise ValueError(f"actor_loss: objective must read log-probabilities and entropies of tokens; got {objective}")
     active = mask.bool()
     expert = torch.zeros_like(active) if expert_mask is None else expert_mask.bool()
-    at = active.nonzero(as_tuple=True)
-    given: dict[str, Any] = {n: None if t is None else t.expand(active.shape)[at].float() for n, t in inputs.items()}
-    tokens = Tokens(
-        logprobs=log_prob[at].float(),
-        entropy=torch.zeros_like(log_prob[at]).float() if entropy is None else entropy[at].float(),
-        expert=expert[at],
-        **given,
-    )
-    parts = objective.losses(tokens)
-    if weights is not None and "policy" in parts:
-        parts["policy"] = parts["policy"] * weights.expand(active.shape)[at]
-    empty = log_prob.new_zeros(active.shape, dtype=torch.float32)
-    return {name: empty.index_put(at, values) for name, values in parts.items()}, _metrics(objective, tokens)
+    given = {**inputs, "policy_weights": weights}
+    batch, values = batch_of_logprobs(
+        "actor_loss", log_prob, replace(objective, reduction="sum"), entropy, normalizer=1.0,
+        floats={n: None if given.get(n) is None else given[n].expand(active.shape) for n in INPUTS},
+        masks={"expert_mask": expert, "mask": active},
+    )  # fmt: skip
+    return batch.token_losses(values), _metrics(objective, batch.tokens(values))
 
 
 @torch.no_grad()
