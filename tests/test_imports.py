@@ -17,11 +17,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("trapo_kernels", "trapo")
 
-# Imports that close a circle today. The list must shrink: one that is gone, or closes none any more, fails the test.
-KNOWN = {
-    ("trapo_kernels.backends.dispatch", "trapo_kernels.verify"),
-}
-
 # Documented paths of what lives in `trapo`: an import on access, which only those meet who ask for the name.
 FORWARDS = {("trapo_kernels.integrations.trl", "trapo.integrations.trl")}
 
@@ -120,13 +115,8 @@ def test_a_circle_is_found_through_other_files() -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_file_of_a_package_imports_in_a_circle(package: str) -> None:
-    found = in_circles(edges(package) - KNOWN)
+    found = in_circles(edges(package))
     assert found == set(), "\n".join(f"{a} imports {b}" for a, b in sorted(found))
-
-
-@pytest.mark.parametrize("known", sorted(KNOWN), ids=" imports ".join)
-def test_a_known_circle_is_still_there(known: tuple[str, str]) -> None:
-    assert known in in_circles(edges(known[0].split(".")[0])), "gone: take it off the list of known ones"
 
 
 def test_the_fused_losses_know_nothing_of_the_trainer() -> None:

@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 
-from .. import verify
 from ..scalars import shown
 from . import cpu, cuda, plain, triton
 from .base import RowKernel
 
-__all__ = ["Backend", "backend_name", "backends", "check_backend", "default_backend", "pick", "set_backend"]
+__all__ = ["Backend", "backend_name", "backends", "check_backend", "default_backend", "pick", "set_backend", "trust"]
 
 ENV = "TRAPO_KERNELS_BACKEND"
 _ENV_NAMED = f"backend ({ENV})"
+
+
+@dataclass
+class _Trust:
+    """Whom `pick` asks about backends that need proof. Without anybody none of them is picked."""
+
+    # (backend, device, the backends that are tried with it, whether any may be tried now) -> it has been found right
+    proven: Callable[[str, torch.device, Callable[[], Sequence[str]], bool], bool] = lambda *_: False
+    # (backend, device) -> why it is left out, as far as is known
+    reason: Callable[[str, torch.device], str | None] = lambda *_: None
+
+
+_trust = _Trust()
+
+
+def trust(proven: Any, reason: Any) -> None:
+    """From here on these two are asked. `verify` needs the backends, so it comes to them and not they to it."""
+    _trust.proven, _trust.reason = proven, reason
 
 
 @dataclass(frozen=True)
@@ -50,7 +67,7 @@ class Backend:
         known; None: nothing."""
         if not (self.automatic and self.proof) or self.missing is not None:
             return None
-        return verify.reason(self.name, torch.device(self.device or "cpu"))
+        return _trust.reason(self.name, torch.device(self.device or "cpu"))
 
     def __str__(self) -> str:
         if self.missing is not None:
@@ -135,7 +152,7 @@ def _ask(caller: str, device: torch.device, name: str | None = None) -> Backend 
 
 def _fastest(device: torch.device, may_try: bool = True) -> Backend:
     able = (b for b in _BACKENDS if b.automatic and b.device in (None, device.type) and b.available)
-    return next(b for b in able if not b.proof or verify.proven(b.name, device, lambda: _to_prove(device), may_try))
+    return next(b for b in able if not b.proof or _trust.proven(b.name, device, lambda: _to_prove(device), may_try))
 
 
 def _to_prove(device: torch.device) -> list[str]:

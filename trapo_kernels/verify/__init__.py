@@ -17,7 +17,9 @@ from pathlib import Path
 
 import torch
 
+from ..backends.dispatch import backends, trust
 from . import keep, trial
+from .cases import ENOUGH
 from .keep import Verdict
 
 __all__ = ["Report", "Verdict", "proven", "reason", "verify", "wanted"]
@@ -60,8 +62,6 @@ def verify(device: torch.device | str | None = None) -> Report:
     Raises:
         ValueError: there is no such device here.
     """
-    from ..backends.dispatch import backends
-
     try:
         where = _device(device)
         torch.empty(0, device=where)
@@ -75,7 +75,7 @@ def verify(device: torch.device | str | None = None) -> Report:
         if b.kernel is not None and b.compiled and b.device in (None, where.type) and b.available
     ]  # fmt: skip
     with _lock, keep.locked(where, LIMIT_ASKED):
-        found = trial.run(names, where, LIMIT_ASKED, _enough())
+        found = trial.run(names, where, LIMIT_ASKED, ENOUGH)
         return Report(keep.machine(where)["device"], found, _remember(where, found))
 
 
@@ -135,7 +135,7 @@ def _find(name: str, device: torch.device, others: Callable[[], Sequence[str]], 
             f"trying {', '.join(names)} on {keep.machine(device)['device']}, once on this machine "
             f"(at most {LIMIT:g} s; {ENV}=0 does without)"
         )
-        found = trial.run(names, device, LIMIT, _enough())
+        found = trial.run(names, device, LIMIT, ENOUGH)
         _remember(device, found)
     return found[name]
 
@@ -147,12 +147,6 @@ def _remember(device: torch.device, found: dict[str, Verdict]) -> Path | None:
     except OSError as error:
         _say(f"the verdict cannot be kept, every process will make it anew: {error}")
         return None
-
-
-def _enough() -> int:
-    from .cases import ENOUGH
-
-    return ENOUGH
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -173,3 +167,6 @@ def _say(line: str) -> None:
         _said.add(line)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"trapo_kernels: {line}", file=sys.stderr, flush=True)
+
+
+trust(proven, reason)
