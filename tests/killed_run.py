@@ -1,6 +1,6 @@
-"""A small training run for tests of whole runs; as a script, one that kills itself (SIGKILL) at a given point.
+"""A small training run for tests of whole runs; as a program, one that kills itself (SIGKILL) at a given point.
 
-python killed_run.py MODEL RUN_DIR KILL_AT [key=value ...]      KILL_AT: none, step:N, save:N, log:N, eval:N, report:1
+main, with the arguments MODEL RUN_DIR KILL_AT [key=value ...]. KILL_AT: none, step:N, save:N, log:N, eval:N, report:1
 """
 
 import io
@@ -81,9 +81,5 @@ def main() -> None:
     run_dir_module.RunDir.log = deadly("log", run_dir_module.RunDir.log, after=True)
     # Between a checkpoint and the evaluation that follows it, and at the very end.
     trainer.evaluate = deadly("eval", trainer.evaluate)
-    trainer.write_report = deadly("report", trainer.write_report)
+    trainer.write_report = deadly("report", trainer.write_report) if kind == "report" else lambda *_: None
     trainer.train(settings(model, run_dir, *overrides), console=Console(width=160))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,14 +1,10 @@
-"""Starting a script once a rank, as torchrun does."""
+"""Starting a program once a rank, as torchrun does."""
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
-SCRIPT = Path(__file__).with_name("ranks_run.py")
+import forked
 
 
 def free_port() -> int:
@@ -20,18 +16,12 @@ def free_port() -> int:
 
 def run_ranks(world: int, *args: object) -> list[str]:
     """The output of each rank; fails with the errors of one that failed. One rank: without torchrun's environment."""
-    port = free_port()
-    running = []
+    port, commands = free_port(), []
     for rank in range(world):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        if world > 1:
-            environment |= {name: str(value) for name, value in place.items()}
-        command = [sys.executable, str(SCRIPT), *map(str, args)]
-        running.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-    outputs = [process.communicate(timeout=900) for process in running]
-    for process, (out, err) in zip(running, outputs, strict=True):
-        assert process.returncode == 0, (out + err)[-5000:]
-    return [out for out, _ in outputs]
+        environment = {"GLOO_SOCKET_IFNAME": "lo", **(place if world > 1 else {})}
+        commands.append(forked.Command("ranks_run:main", args, environment=environment))
+    done = forked.run_together(commands, timeout=900)
+    for rank in done:
+        assert rank.returncode == 0, (rank.stdout + rank.stderr)[-5000:]
+    return [rank.stdout for rank in done]

@@ -1,4 +1,4 @@
-"""Run by the tests of several ranks, once a rank: python ranks_run.py WHAT ARGS... with torchrun's environment."""
+"""Run by the tests of several ranks, once a rank: main, with the arguments WHAT ARGS... and torchrun's environment."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -83,7 +82,5 @@ def stopped(model: str, run_dir: str, *overrides: str) -> None:
         print(reason)
 
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
-    torch.set_num_threads(1)
+def main() -> None:
     {"update": update, "train": train, "stopped": stopped}[sys.argv[1]](*sys.argv[2:])

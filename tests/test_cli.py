@@ -1,11 +1,11 @@
-"""The commands as a user types them, each in a process of its own."""
+"""The commands as a user types them, each in a process of its own; one of them by the script that is installed."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 TRAPO = Path(sys.executable).with_name("trapo")
@@ -19,15 +19,7 @@ SMALL = [
 
 
 def trapo(*arguments, expect=0, cwd=None):
-    done = subprocess.run(
-        [str(TRAPO), *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "2"},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    done = forked.run("trapo.cli:main", arguments, threads=2, cwd=cwd, timeout=600)
     assert done.returncode == expect, done.stdout + done.stderr
     return done
 
@@ -72,6 +64,9 @@ def test_transformers_loads_the_final_model_and_it_answers(demo_run):
     )
     out = model.generate(**ids, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert "<|im_start|>" in tokenizer.chat_template
+    assert getattr(model.config, "quantization_config", None) is None
 
 
 def test_a_finished_run_is_kept_until_a_restart_is_asked_for(demo_run, tiny_model_path, tmp_path):
@@ -87,8 +82,9 @@ def test_a_finished_run_is_kept_until_a_restart_is_asked_for(demo_run, tiny_mode
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_mistake_leaves_the_run_folder_free_for_the_corrected_command(tmp_path):
-    trapo("train", "demo", "data.train=missing.jsonl", f"run_dir={tmp_path / 'run'}", expect=2)
+def test_a_mistake_leaves_the_run_folder_free_for_the_corrected_command(tiny_model_path, tmp_path):
+    model = f"model.path={tiny_model_path}"
+    trapo("train", "demo", model, "data.train=missing.jsonl", f"run_dir={tmp_path / 'run'}", expect=2)
     assert not (tmp_path / "run").exists()
 
 
@@ -96,7 +92,8 @@ def test_report_redraws_a_run(demo_run):
     run_dir, _ = demo_run
     (run_dir / "report.png").unlink()
     (run_dir / "report.html").unlink()
-    assert str(run_dir / "report.html") in trapo("report", run_dir).stdout
+    done = subprocess.run([TRAPO, "report", run_dir], capture_output=True, text=True, check=True, timeout=600)
+    assert str(run_dir / "report.html") in done.stdout
     assert (run_dir / "report.png").exists()
     assert "<article" in (run_dir / "report.html").read_text()  # sample rollouts
 
@@ -142,18 +139,22 @@ def test_benchmarks_end_in_a_table_and_two_evaluations_can_be_compared(tiny_mode
     [
         (["train", "nowhere.yaml"], "CONFIG: no file 'nowhere.yaml'; presets: "),
         (["train", "demo", "optim.learning_rate=1"], "optim.learning_rate: unknown key; did you mean optim."),
-        (["train", "demo", "data.train=missing.jsonl"], "missing.jsonl: no such file"),
+        (["train", "demo", "model.path=TINY", "data.train=missing.jsonl"], "missing.jsonl: no such file"),
         (["train", "demo", "model.path=/no/such/model"], "model.path: cannot load '/no/such/model'"),
-        (["train", "demo", "reward.function=math2"], "reward"),
-        (["train", "demo", "model.freeze=nothing"], "model.freeze: 'nothing' matches none"),
-        (["train", "smollm2-gsm8k"], "data.train: missing"),
-        (["eval", "smollm2-gsm8k"], "data.eval: missing"),
-        (["eval", "demo", "eval.suite=math"], "data.dir: missing; give the folder that holds aime.parquet"),
+        (["train", "demo", "model.path=TINY", "reward.function=math2"], "reward"),
+        (["train", "demo", "model.path=TINY", "model.freeze=nothing"], "model.freeze: 'nothing' matches none"),
+        (["train", "smollm2-gsm8k", "model.path=TINY"], "data.train: missing"),
+        (["eval", "smollm2-gsm8k", "model.path=TINY"], "data.eval: missing"),
+        (
+            ["eval", "demo", "model.path=TINY", "eval.suite=math"],
+            "data.dir: missing; give the folder that holds aime.parquet",
+        ),
         (["compare", "/no/a", "/no/b"], "compare: /no/a holds no evaluation"),
         (["report", "/no/such/run"], "holds no steps"),
     ],
 )
-def test_mistakes_are_answered_in_one_line(arguments, named, tmp_path):
+def test_mistakes_are_answered_in_one_line(arguments, named, tiny_model_path, tmp_path):
+    arguments = [argument.replace("TINY", str(tiny_model_path)) for argument in arguments]
     done = trapo(*arguments, *(["run_dir=" + str(tmp_path / "r")] if arguments[0] == "train" else []), expect=2)
     assert named in done.stderr
     assert done.stderr.startswith("trapo: ")

@@ -65,6 +65,7 @@ def test_the_tokenizers_end_token_comes_first(tiny_model_path):
     assert eos_ids(model, tokenizer) == [tokenizer.eos_token_id, 7]
 
 
+@pytest.mark.slow  # reading it takes a quarter of a minute; test_cli.py looks at a model that was trained from it
 def test_smollm2_comes_from_the_installed_package_with_its_own_chat_template():
     model, tokenizer = load_model(ModelConfig())
     assert sum(p.numel() for p in model.parameters()) == 134_515_008

@@ -1,16 +1,12 @@
 """A run that is killed with SIGKILL and started again ends like one that nobody disturbed, bit for bit."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
+import forked
 import pytest
 from safetensors.torch import load_file
 
-SCRIPT = Path(__file__).parent / "killed_run.py"
 CLOCKS = ("tokens_per_second", "peak_memory_gb", "peak_gpu_memory_gb")
 
 
@@ -20,9 +16,7 @@ def timeless(row):
 
 
 def run(model, run_dir, kill_at="none", *overrides, expect=0):
-    command = [sys.executable, str(SCRIPT), str(model), str(run_dir), kill_at, *overrides]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = forked.run("killed_run:main", [model, run_dir, kill_at, *overrides])
     assert done.returncode == expect, done.stdout + done.stderr
     return done
 
