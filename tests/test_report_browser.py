@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+from itertools import product
 
 import numpy as np
 import pytest
@@ -81,9 +82,16 @@ def channels(css):
     return [int(part) for part in css[css.index("(") + 1 : css.index(")")].split(",")[:3]]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 420])
-@pytest.mark.parametrize("name", ["one", "both"])
+# Each with each of the others; all three at once in the slow suite.
+PAGES = [("one", 1280, "light"), ("one", 420, "dark"), ("both", 1280, "dark"), ("both", 420, "light")]
+PAGES += [
+    pytest.param(*page, marks=pytest.mark.slow)
+    for page in product(("one", "both"), (1280, 420), ("light", "dark"))
+    if page not in PAGES
+]
+
+
+@pytest.mark.parametrize(("name", "width", "scheme"), PAGES)
 def test_every_figure_is_drawn_and_nothing_sticks_out(name, width, scheme, open_page):
     page = open_page(name, width, scheme)
     if SCREENSHOTS:
