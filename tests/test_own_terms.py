@@ -12,6 +12,7 @@ from kernel_cases import (
     BACKENDS,
     DTYPES,
     STREAMED,
+    affordable,
     assert_same_result,
     gemms,
     make_case,
@@ -63,7 +64,7 @@ OWN = {
 
 @backends
 def test_the_examples_of_the_documentation_run(backend, capsys):
-    case = sequence_case(dtype=torch.float32)
+    case = sequence_case(b=affordable(backend, 8), dtype=torch.float32)
     names = {"hidden": case.hidden, "weight": case.weight, "targets": case.targets, **case.inputs}
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(blocks) == 4
@@ -78,7 +79,7 @@ def test_the_examples_of_the_documentation_run(backend, capsys):
     printed = capsys.readouterr().out
     assert "misspelt: parameters must be among logprobs, " in printed
     assert "a function of yours by autograd" in printed
-    case = sequence_case()
+    case = sequence_case(b=affordable(backend, 8))
     for objective in {id(o): o for o in objectives}.values():
         assert_same_result(run(case, objective, backend), oracle(case, objective), torch.float64)
 
@@ -87,7 +88,7 @@ def test_the_examples_of_the_documentation_run(backend, capsys):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("name", OWN)
 def test_loss_and_gradients_agree_with_plain_autograd(name, dtype, backend):
-    case = sequence_case(b=6, t=8, vocab=129, width=16, dtype=dtype, seed=2)
+    case = sequence_case(b=affordable(backend, 6), t=8, vocab=129, width=16, dtype=dtype, seed=2)
     with tk.budget_mb(0.01):
         actual = run(case, OWN[name], backend)
     assert_same_result(actual, oracle(case, OWN[name]), dtype)
@@ -95,7 +96,7 @@ def test_loss_and_gradients_agree_with_plain_autograd(name, dtype, backend):
 
 @backends
 def test_a_function_that_is_a_builtin_term_has_its_loss_and_gradients(backend):
-    case = make_case(60, 33)
+    case = make_case(affordable(backend, 60), 33)
     mine = run(case, tk.Objective(expert=my_trsft, policy=my_clip), backend)
     assert_same_result(mine, oracle(case, tk.Objective(clip_low=0.2, clip_high=0.28)), torch.float64)
 
