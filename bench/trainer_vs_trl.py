@@ -14,6 +14,7 @@ resident before the first (the weights); both are in the result.
 TRL's settings: fp32 without gradient checkpointing (its fastest here), SDPA attention, its chunked fused head (always
 on), dapo's loss, no KL term, no old logprobs (it knows that one update needs none), `--trl-batch` sequences in a
 micro-batch. trapo's: mode grpo, the same loss; micro-batches of as many padded tokens as TRL's (or `--budget`).
+`apart` is trapo with each rollout in a row of its own, as TRL has them: what computing shared prompts once gives.
 No group has equal rewards, so that nothing is gained by leaving rollouts without advantage out. The gradient norms
 differ by 2e-4: TRL divides advantages by std + 1e-4, trapo by std + 1e-6.
 """
@@ -38,7 +39,7 @@ from typing import Any
 
 from bench.measure import resident
 
-SIDES = ("trl", "trapo")
+SIDES = ("trl", "trapo", "apart")  # the last: trapo with train.share_prefixes=never
 GROUP = 8
 EPSILON = 0.2
 LR = 1e-6
@@ -162,7 +163,7 @@ def run_trl(rows: list[dict[str, Any]], steps: int, batch: int) -> dict[str, Any
     return {**meter.memory, "seconds": meter.seconds, "grad_norm": norms[0], "settings": settings}
 
 
-def run_trapo(rows: list[dict[str, Any]], steps: int, budget: int, profile: bool) -> dict[str, Any]:
+def run_trapo(rows: list[dict[str, Any]], steps: int, budget: int, share: str, profile: bool) -> dict[str, Any]:
     """Measures updates of trapo's learner."""
     import trapo_kernels as tk
     from trapo.config import merge_config
@@ -170,7 +171,7 @@ def run_trapo(rows: list[dict[str, Any]], steps: int, budget: int, profile: bool
     from trapo.rollouts import assign_advantages
     from trapo.trainer import make_learner
 
-    settings = {"micro_batch_tokens": budget, "steps": steps + 1}
+    settings = {"micro_batch_tokens": budget, "steps": steps + 1, "share_prefixes": share}
     config = merge_config({"mode": "grpo", "model": {"path": SMOLLM2}, "optim": {"lr": LR}, "train": settings})
     model, tokenizer = load_model(config.model)
     rollouts = as_rollouts(rows)
@@ -222,7 +223,8 @@ def side(name: str, args: argparse.Namespace) -> dict[str, Any]:
     if name == "trl":
         return run_trl(rows, args.steps, args.trl_batch)
     longest = max(len(r["prompt_ids"]) + len(c) for r in rows for c in r["completion_ids"])
-    return run_trapo(rows, args.steps, args.budget or args.trl_batch * longest, args.profile)
+    share = "never" if name == "apart" else "auto"
+    return run_trapo(rows, args.steps, args.budget or args.trl_batch * longest, share, args.profile)
 
 
 def fresh_process(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -250,8 +252,10 @@ def compare(runs: dict[str, list[dict[str, Any]]], rows: list[dict[str, Any]]) -
             "grad_norm": rounds[0]["grad_norm"],
             "rounds": rounds,
         }
-    trl, trapo = found["trl"], found["trapo"]
+    trl, trapo, apart = found["trl"], found["trapo"], found["apart"]
     return {
+        "sharing_speedup": trapo["tokens_per_second"] / apart["tokens_per_second"],
+        "sharing_memory_ratio": trapo["update_memory_mb"] / apart["update_memory_mb"],
         "update_speedup": trapo["tokens_per_second"] / trl["tokens_per_second"],
         "update_speedup_of_bests": trapo["best_tokens_per_second"] / trl["best_tokens_per_second"],
         "memory_ratio": trapo["update_memory_mb"] / trl["update_memory_mb"],
@@ -315,7 +319,7 @@ def main() -> None:
     result = {"versions": versions(args.threads), "source": given["source"], **compare(runs, given["rows"])}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
-    for key in ("update_speedup", "memory_ratio", "peak_rss_ratio"):
+    for key in ("update_speedup", "memory_ratio", "peak_rss_ratio", "sharing_speedup", "sharing_memory_ratio"):
         print(f"{key}: {result[key]:.2f}")
     print("grad norms:", *(f"{name} {result[name]['grad_norm']:.6g}" for name in SIDES))
 
