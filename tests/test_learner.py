@@ -90,6 +90,56 @@ def test_the_histogram_puts_each_probability_into_its_bin_and_starts_anew_each_s
     assert histogram.take() == []
 
 
+@pytest.mark.parametrize("reduction", ["sequence_mean", "sum"])
+def test_a_reduction_is_over_the_global_batch_however_it_is_cut(model, reduction):
+    objective = tk.Objective.trapo(reduction=reduction)
+    one, report_one = updated(model, "train.micro_batch_tokens=10000", objective=objective)
+    many, report_many = updated(model, "train.micro_batch_tokens=12", objective=objective)
+    assert report_one.grad_norm == pytest.approx(report_many.grad_norm, rel=1e-5)
+    assert same(one, many, 2e-5)
+
+
+def test_reductions_divide_by_tokens_by_sequences_or_by_nothing(model):
+    (rollout,) = sample = rollouts()[:1]
+    norms = {
+        name: updated(model, sample=sample, objective=tk.Objective.trapo(reduction=name))[1].grad_norm
+        for name in ("token_mean", "sequence_mean", "sum")
+    }
+    assert norms["sequence_mean"] == pytest.approx(norms["token_mean"], rel=1e-5)
+    assert norms["sum"] == pytest.approx(norms["token_mean"] * len(rollout.own_ids), rel=1e-5)
+    # A second sequence with as many tokens and no gradient halves both means.
+    twice = [rollout, dataclasses.replace(rollout, advantage=0.0)]
+    for name, share in (("token_mean", 0.5), ("sequence_mean", 0.5), ("sum", 1.0)):
+        norm = updated(model, sample=twice, objective=tk.Objective.trapo(reduction=name))[1].grad_norm
+        assert norm == pytest.approx(share * norms[name], rel=1e-5)
+
+
+def imitate(logprobs):
+    return -logprobs
+
+
+def drift(logprobs, ref_logprobs):
+    return (logprobs - ref_logprobs) ** 2
+
+
+def test_a_policy_term_of_the_users_is_trained_on_without_an_advantage(model):
+    sample = [r for r in rollouts() if r.advantage == 0.0]
+    assert updated(model, sample=sample)[1].grad_norm == 0.0
+    assert updated(model, sample=sample, objective=tk.Objective(policy=imitate))[1].grad_norm > 0.0
+
+
+def test_a_policy_term_of_the_users_gets_the_references_log_probabilities(model):
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        moved.get_decoder().layers[0].mlp.up_proj.weight.mul_(2)
+    norms = []
+    for reference in (model, moved):
+        fresh = copy.deepcopy(model)
+        learner = make_learner(merge_config({"optim": {"lr": 1e-3}}), fresh, pad_id=2, reference=reference)
+        norms.append(learner.update(rollouts(), tk.Objective(expert=None, policy=drift), seed=0).grad_norm)
+    assert norms[0] < 1e-4 < norms[1]
+
+
 @pytest.mark.parametrize("normalizer", ["tokens", "constant"])
 def test_how_rollouts_are_cut_into_micro_batches_does_not_change_the_update(model, normalizer):
     # SGD-sized comparison: Adam's first step is a sign, so gradients are compared through the norm and the result.

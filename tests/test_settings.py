@@ -48,7 +48,10 @@ GIVEN = {
     "pear_gamma": (0.5, {}),
     "pear_low": (-0.5, {}),
     "pear_high": (0.5, {}),
+    "pear_floor": (-4.0, {}),
+    "pear_ceil": (4.0, {}),
     "lco_beta": (0.5, {}),
+    "lco_neg": (0.5, {}),
     "sapo_tau_pos": (0.5, {}),
     "sapo_tau_neg": (0.5, {}),
 }
@@ -75,6 +78,10 @@ TERMS = """
 def hinge(logprobs, advantages, slope=2.0):
     return -slope * advantages * logprobs
 number = 3
+def ratio(logprobs, old_logprobs):
+    return (logprobs - old_logprobs).exp()
+def sampled(logprobs, rollout_logprobs):
+    return (logprobs - rollout_logprobs).exp()
 def wrong(nothing_of_this_name):
     return nothing_of_this_name
 """
@@ -101,12 +108,21 @@ def test_a_term_may_be_a_function_of_a_file_or_of_a_module(field, name, tmp_path
         ("objective.policy=./t.py:missing", "objective.policy: './t.py:missing' cannot be imported: AttributeError"),
         ("objective.policy=./t.py:number", "objective.policy: './t.py:number' is a int, not a function"),
         ("objective.policy=./t.py:wrong", "objective: wrong: parameters must be among logprobs"),
+        ("objective.expert=./t.py:ratio", "objective.expert: needs old_logprobs of expert tokens, which the trainer"),
+        (
+            "objective.policy=./t.py:ratio",
+            "objective: policy=ratio needs old log-probabilities, which there are from tra",
+        ),
+        (
+            "objective.policy=./t.py:sampled",
+            "objective: policy=sampled needs the engine's log-probabilities, which rollout",
+        ),
         ("objective.expert=nll", "objective: Objective: expert must be one of 'sft', 'trsft'"),
         ("objective.reduction=mean", "objective: Objective: reduction must be one of 'token_mean'"),
         ("objective.expert=asft", "objective.expert: asft needs a reference's head, which the trainer does not give"),
         (
             "objective.expert=pear",
-            "objective: expert='pear' needs old log-probabilities, which there are from train.up",
+            "objective.expert: needs old_logprobs of expert tokens, which the trainer does not have",
         ),
     ],
 )

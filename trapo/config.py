@@ -225,7 +225,7 @@ class TrainConfig:
     )
     normalizer: str = key(
         "tokens",
-        "What the summed loss is divided by: the tokens of the global batch, or normalizer_constant.",
+        "What the summed loss is divided by: the batch's tokens (by objective.reduction sequences or 1) or a constant.",
         choices=("tokens", "constant"),
     )
     normalizer_constant: float | None = key(

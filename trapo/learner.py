@@ -150,7 +150,7 @@ class Learner:
             trained = [r for r in minibatch if self._has_gradient(r, objective)]
             if not trained:
                 continue
-            denominator, losses = self._denominator(minibatch, len(minibatches)), []
+            denominator, losses = self._denominator(minibatch, objective, len(minibatches)), []
             for group in self._micro_batches(trained):
                 loss = self._loss(group, objective, denominator, compared)
                 loss.loss.backward()
@@ -187,7 +187,7 @@ class Learner:
                 for rollout, row in zip(own, self._logprobs(self.model, own), strict=True):
                     rollout.old_logprobs = row
             compared.append("old_logprobs")
-        if objective.kl_coef and self.reference is not None:
+        if "ref_logprobs" in objective.needs and self.reference is not None:
             with timer.part("logprobs"):
                 for rollout, row in zip(rollouts, self._logprobs(self.reference, rollouts), strict=True):
                     rollout.ref_logprobs = row
@@ -233,13 +233,20 @@ class Learner:
             return True
         if objective.entropy_coef or (objective.kl_coef and rollout.own_ids):
             return loss_tokens(rollout) > 0
-        return bool(rollout.own_ids) and objective.policy is not None and rollout.advantage != 0.0
+        # A function of the user's may have a gradient without an advantage.
+        return (
+            bool(rollout.own_ids)
+            and objective.has_policy_term
+            and (callable(objective.policy) or rollout.advantage != 0.0)
+        )
 
-    def _denominator(self, rollouts: Sequence[Rollout], minibatches: int) -> float:
+    def _denominator(self, rollouts: Sequence[Rollout], objective: tk.Objective, minibatches: int) -> float:
         """Of the whole minibatch, rollouts that are skipped included: skipping changes cost, not the update."""
         train = self.train
         if train.normalizer == "tokens":
-            return float(max(sum(loss_tokens(r) for r in rollouts), 1))
+            tokens = [loss_tokens(r) for r in rollouts]
+            counted = {"token_mean": sum(tokens), "sequence_mean": sum(n > 0 for n in tokens), "sum": 1}
+            return float(max(counted[objective.reduction], 1))
         if train.normalizer_constant is not None:
             return train.normalizer_constant / minibatches
         return float(len(rollouts) * self.max_response_tokens)

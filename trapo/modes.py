@@ -196,6 +196,10 @@ def _refuse_what_is_missing(objective: tk.Objective, config: Config) -> None:
         raise TrapoError(
             f"objective.expert: {objective.expert} needs a reference's head, which the trainer does not give"
         )
+    expert = tk.Objective(expert=objective.expert, expert_coef=objective.expert_coef, policy=None)
+    for name in expert.reads if callable(objective.expert) else expert.needed:
+        if name in ("old_logprobs", "rollout_logprobs"):
+            raise TrapoError(f"objective.expert: needs {name} of expert tokens, which the trainer does not have")
     for name, needed_by in objective.needs.items():
         if name == "rollout_logprobs" and config.rollout.engine == "hf":
             raise TrapoError(

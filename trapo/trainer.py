@@ -187,7 +187,9 @@ def _inputs(
     log: Callable[[str], None],
 ) -> dict[str, str]:
     """SHA-256 of the files that the run reads. Raises TrapoError where a run that goes on would read others."""
-    again = resume_from is None or config.lora.rank > 0 or any(phase.objective.kl_coef for phase in plan)
+    again = (
+        resume_from is None or config.lora.rank > 0 or any("ref_logprobs" in phase.objective.needs for phase in plan)
+    )
     code = {"reward.function": config.reward.function, **own_terms(config.objective)}
     now = fingerprints(config.data, code, config.model.path if again else None)
     run_dir.check_inputs(now, accept_changed=accept_changed, log=log)
@@ -409,8 +411,8 @@ class Trainer:
         return every > 0 and self.step % every == 0
 
     def _reference_model(self) -> PreTrainedModel | None:
-        """A frozen copy of the initial weights where an objective has a KL term."""
-        if not any(phase.objective.kl_coef for phase in self.phases):
+        """A frozen copy of the initial weights where an objective has a KL term or another that needs it."""
+        if not any("ref_logprobs" in phase.objective.needs for phase in self.phases):
             return None
         # Of the initial weights, so a resumed run loads them again.
         reference = load_model(self.config.model)[0].requires_grad_(False)
