@@ -62,7 +62,7 @@ class Call:
         return self.columns
 
     def facts(self, targets: Tensor, settings: Any, given: Any = None, **others: Any) -> dict[str, Any]:
-        """What the ranks of a group must have in common, by agreement.py's names."""
+        """Returns what the ranks of a group must have in common, by agreement.py's names."""
         hidden, weight, bias = self.params
         assert hidden is not None
         assert weight is not None
@@ -79,7 +79,7 @@ class Call:
         }
 
     def sharded(self, group: Any, sizes: list[int]) -> Call:
-        """The head of the group of whose weight this rank has a part."""
+        """Returns the head of the group of whose weight this rank has a part."""
         shard = vocab_parallel.shard_of(group, sizes)
         if self.kernel is not None:
             assert isinstance(self.kernel, RowKernel)
@@ -93,7 +93,7 @@ class Call:
 def call_of_linear(
     caller: str, head: Head, hidden: Any, weight: Any, bias: Any, targets: Any, backend: str | None, group: Any = None
 ) -> Call:
-    """A linear head on hidden states.
+    """Makes the call of a linear head on hidden states.
 
     Raises:
         TypeError, ValueError, NotImplementedError: an argument is wrong; one line names it.
@@ -105,7 +105,7 @@ def call_of_linear(
 
 
 def call_of_logits(caller: str, head: Head, logits: Any, targets: Any, backend: str | None) -> Call:
-    """A head whose logits exist.
+    """Makes the call of a head whose logits exist.
 
     Raises:
         TypeError, ValueError: an argument is wrong; one line names it.
@@ -118,7 +118,8 @@ def call_of_logits(caller: str, head: Head, logits: Any, targets: Any, backend: 
 def over_shards(
     caller: str, group: Any, weight: Any, prepare: Callable[[], tuple[Prepared, Mapping[str, Any]]]
 ) -> tuple[Prepared, list[int]]:
-    """(what `prepare` made, the rows of the weight on each rank of `group`); without a group no rank is asked."""
+    """Returns (what `prepare` made, the rows of the weight on each rank of `group`); without a group no rank is
+    asked."""
     if group is None:
         return prepare()[0], []
     if torch.compiler.is_compiling():
@@ -128,7 +129,7 @@ def over_shards(
 
 
 def _pick(backend: str | None, caller: str, device: torch.device) -> tuple[str, RowKernel | Named | None]:
-    """The name of a call's backend, and its kernel."""
+    """Returns the name of a call's backend, and its kernel."""
     if not torch.compiler.is_compiling():
         found = pick(backend, caller, device)
         return found.name, found.kernel
@@ -137,12 +138,12 @@ def _pick(backend: str | None, caller: str, device: torch.device) -> tuple[str, 
 
 
 def in_one_dtype(params: Params) -> Params:
-    """Hidden states, weight and bias in the dtype of the products, that of the hidden states."""
+    """Returns the hidden states, weight and bias in the dtype of the products, that of the hidden states."""
     hidden, *of_head = params
     assert hidden is not None
     return hidden, *(None if t is None else t.to(hidden.dtype) for t in of_head)
 
 
 def wanted(params: Params) -> tuple[bool, ...]:
-    """Which of them there is a gradient of."""
+    """Returns which of hidden states, weight and bias there is a gradient of."""
     return tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in params)

@@ -40,7 +40,8 @@ _SPARE = 64
 
 
 def block_columns(rows: int, vocab: int, itemsize: int, device_type: str) -> int:
-    """Columns of a block, so that rows · (columns + spare) · itemsize keeps to the budget; blocks of equal size."""
+    """Returns the columns of a block, so that rows · (columns + spare) · itemsize keeps to the budget; blocks of equal
+    size."""
     room = int(get_budget_mb(device_type) * 2**20) - (WIDE_BYTES if device_type == "cpu" else 0)
     most = room // max(1, rows * itemsize) - _SPARE
     most = max(_SPARE, most - most % _SPARE)
@@ -49,7 +50,7 @@ def block_columns(rows: int, vocab: int, itemsize: int, device_type: str) -> int
 
 
 def pays(rows: int, vocab: int, itemsize: int, device_type: str) -> bool:
-    """Whether blocks of columns fit the budget, and move fewer bytes of accumulators than chunks of rows."""
+    """Returns whether blocks of columns fit the budget, and move fewer bytes of accumulators than chunks of rows."""
     room = get_budget_mb(device_type) * 2**20
     return 0 < rows <= vocab and rows * 2 * _SPARE * itemsize <= room
 
@@ -69,7 +70,7 @@ class Recompute:
     g_entropy: Tensor | None
 
     def gradients(self, wants: tuple[bool, ...]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(d_hidden [n, D], d_weight [V, D], d_bias [V]) of those `wants` names; the last is in fp32."""
+        """Returns (d_hidden [n, D], d_weight [V, D], d_bias [V]) of those `wants` names; the last is in fp32."""
         hidden, weight, wide = self.hidden, self.weight, stats_dtype(self.hidden.dtype)
         d_hidden = torch.zeros_like(hidden, dtype=wide) if wants[0] else None
         d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wants[1] else None
@@ -84,7 +85,7 @@ class Recompute:
         return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(columns, the gradient of their logits [n, B])."""
+        """Yields (columns, the gradient of their logits [n, B])."""
         rows, vocab = self.hidden.shape[0], self.weight.shape[0]
         step = block_columns(rows, vocab, self.hidden.dtype.itemsize, self.hidden.device.type)
         buffer = self.hidden.new_zeros(rows, step + _SPARE)
@@ -105,7 +106,7 @@ class Recompute:
 
 
 def _column_sums(a: Tensor, out: Tensor) -> None:
-    """out = a summed over its rows, in the precision of `out`; a CPU would widen the whole of `a` first."""
+    """Computes out = a summed over its rows, in the precision of `out`; a CPU would widen the whole of `a` first."""
     step = a.shape[1]
     if a.dtype != out.dtype and a.device.type == "cpu":
         step = max(1, WIDE_BYTES // (out.dtype.itemsize * a.shape[0]))
@@ -115,7 +116,8 @@ def _column_sums(a: Tensor, out: Tensor) -> None:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, summed in the precision of `total`: products rounded before the sum would bias training."""
+    """Computes total += a b, summed in the precision of `total`: products rounded before the sum would bias
+    training."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.device.type == "cuda":

@@ -27,7 +27,7 @@ _DIFFERENTIABLE = ("logprobs", "entropy", "target_logits")
 
 
 def function_name(fn: Any) -> str:
-    """How messages call a function of the user's."""
+    """Returns how messages call a function of the user's."""
     return getattr(fn, "__name__", None) or function_name(getattr(fn, "func", type(fn)))
 
 
@@ -38,8 +38,8 @@ def _is_constant(p: inspect.Parameter) -> bool:
 
 @torch.compiler.assume_constant_result
 def _read_by(fn: Callable[..., Tensor]) -> str:
-    """What a function reads, as text, which a compiler can hold: names, with "?" after those that have a default; after
-    "!" a parameter that may not be one."""
+    """Returns what a function reads, as text, which a compiler can hold: names, with "?" after those that have a
+    default; after "!" a parameter that may not be one."""
     parameters = [p for p in inspect.signature(fn).parameters.values() if not _is_constant(p)]
     for p in parameters:
         known = p.name in _INPUTS or p.name in _DIFFERENTIABLE or is_statistic(p.name)
@@ -86,7 +86,7 @@ class OwnFunction:
         return frozenset(n for n in self.names if n in _DIFFERENTIABLE)
 
     def value(self, t: Tokens) -> Tensor:
-        """The loss of each token [n]."""
+        """Returns the loss of each token [n]."""
         inputs = {n: t.statistics[n] if is_statistic(n) else getattr(t, n) for n in self.names}
         # A default stands for what the caller did not give.
         loss = self.fn(**{n: v for n, v in inputs.items() if v is not None or n in self.needs})
@@ -100,7 +100,8 @@ class OwnFunction:
 def slopes_by_autograd(
     value: Callable[[Objective, Tokens], Tensor], depends_on: Iterable[str], o: Objective, t: Tokens
 ) -> Slopes:
-    """Slopes of a value that has none in closed form, in those of log-probability, entropy and logit it depends on."""
+    """Returns the slopes of a value that has none in closed form, in those of log-probability, entropy and logit it
+    depends on."""
     names = tuple(n for n in _DIFFERENTIABLE if n in depends_on)
     if not names:
         return Slopes(None)
@@ -116,8 +117,9 @@ def slopes_by_autograd(
 
 @contextmanager
 def _autograd() -> Iterator[None]:
-    """Autograd, where it is off, and inside an operator (ops.py) too, which runs below autograd: its dispatch keys are
-    excluded there. torch.func would be public, but does not go together with the dispatch modes of torch.compile."""
+    """Turns autograd on, where it is off, and inside an operator (ops.py) too, which runs below autograd: its dispatch
+    keys are excluded there. torch.func would be public, but does not go together with the dispatch modes of
+    torch.compile."""
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
         excluded = excluded.remove(key)

@@ -59,7 +59,8 @@ _STATISTIC = Metric("mean", "computed_tokens", "a statistic of statistics.py")
 def policy_metrics(
     objective: Objective, tokens: Tokens, losses: Mapping[str, Tensor], normalizer: Tensor, counts: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The metrics of computed tokens [n]. `losses` as `Objective.losses` gives them; `counts` are reported as given."""
+    """Returns the metrics of computed tokens [n]. `losses` as `Objective.losses` gives them; `counts` are reported as
+    given."""
     expert, own = tokens.expert, tokens.own_tokens
     mine = tokens.only(own)
 
@@ -101,7 +102,8 @@ def _clipped(objective: Objective, own: Tokens) -> dict[str, Tensor]:
 
 
 def merge_metrics(calls: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The metrics of several calls as those of one: sums add, maxima compete, means are weighted by their counts.
+    """Returns the metrics of several calls as those of one: sums add, maxima compete, means are weighted by their
+    counts.
 
     The loss and its parts add up to the loss of the whole where every call was given the same global normalizer.
     """

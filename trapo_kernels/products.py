@@ -24,14 +24,14 @@ _BLOCK_BYTES = 2**26
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """a b in `dtype`, on CUDA."""
+    """Returns the product a b in `dtype`, on CUDA."""
     if out is None:
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a, b, out_dtype=dtype, out=out)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, beta: float = 1.0) -> None:
-    """total = beta · total + a b in the precision of `total`, on CUDA; nothing is read of it with beta = 0."""
+    """Computes total = beta · total + a b in the precision of `total`, on CUDA; nothing is read of it with beta = 0."""
     if _ADDS_TO_WIDE:
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
         return
@@ -45,7 +45,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, beta: float = 1.0) -> None:
 
 
 def power_of_two(largest: Tensor) -> Tensor:
-    """The power of two, 0-dim fp32, that takes a number of this size below 2^12; 1 for zero."""
+    """Returns the power of two, 0-dim fp32, that takes a number of this size below 2^12; 1 for zero."""
     largest = largest.float().clamp(min=_LEAST)
     # m / (m · 2^e) is 2^-e without an error.
     factor = torch.frexp(largest).mantissa / largest * _TOP

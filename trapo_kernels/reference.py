@@ -26,7 +26,7 @@ class TokenValues(NamedTuple):
 
 
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """h Wᵀ + b [n, V], widened to the statistics' dtype: an oracle does not round its logits."""
+    """Returns h Wᵀ + b [n, V], widened to the statistics' dtype: an oracle does not round its logits."""
     wide = stats_dtype(hidden.dtype)
     if torch.compiler.is_compiling():
         with torch.autocast(hidden.device.type, enabled=False):
@@ -64,7 +64,7 @@ class _Product(torch.autograd.Function):
 
 
 def token_values(logits: Tensor, targets: Tensor, head: Head, statistics: tuple[str, ...] = ()) -> TokenValues:
-    """All of them, of logits [n, V] as the head gives them, before scale and soft-cap."""
+    """Computes all values of logits [n, V] as the head gives them, before scale and soft-cap."""
     z = logits.to(stats_dtype(logits.dtype)) * head.scale
     if head.cap is not None:
         z = head.cap * torch.tanh(z / head.cap)
@@ -86,8 +86,8 @@ _HALF = math.log(0.5)
 
 
 def _with_a_leader(z: Tensor, targets: Tensor, leader: Tensor) -> tuple[Tensor, Tensor]:
-    """(log π(y), H) [n] of logits z [n, V], where a class leads [n]: from what the others have beside it, which is lost
-    in 1 − π once that is below the rounding of 1."""
+    """Returns (log π(y), H) [n] of logits z [n, V], where a class leads [n]: from what the others have beside it, which
+    is lost in 1 − π once that is below the rounding of 1."""
     column = leader[:, None]
     d = (z - z.gather(-1, column)).scatter(-1, column, -torch.inf)
     e = d.exp()

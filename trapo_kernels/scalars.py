@@ -12,7 +12,7 @@ __all__ = ["constant", "filled", "from_tensor", "number", "shown"]
 
 
 def number(value: Any) -> Any:
-    """The Python number that a value is, or None if it is none: bool is none, numpy's scalars are."""
+    """Returns the Python number that a value is, or None if it is none: bool is none, numpy's scalars are."""
     if isinstance(value, bool):
         return None
     if isinstance(value, (int, float)):
@@ -24,7 +24,8 @@ def number(value: Any) -> Any:
 
 
 def constant(value: Any) -> Any:
-    """The same, but inside torch.compile the value that a symbol has: the graph is for that value alone."""
+    """Returns what `number` does, but inside torch.compile the value that a symbol has: the graph is for that value
+    alone."""
     found = number(value)
     if found is None or not torch.compiler.is_compiling():
         return found
@@ -35,14 +36,14 @@ def constant(value: Any) -> Any:
 
 
 def filled(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """0-dim; a number is filled in on the device, since copying it there would wait for the stream."""
+    """Returns a 0-dim tensor; a number is filled in on the device, since copying it there would wait for the stream."""
     if isinstance(value, Tensor):
         return value.to(device, dtype)
     return torch.full((), value, dtype=dtype, device=device)
 
 
 def from_tensor(value: Any) -> Any:
-    """The number in a 0-dim tensor, for which a device is waited for; anything else as it is."""
+    """Returns the number in a 0-dim tensor, for which a device is waited for; anything else as it is."""
     if not isinstance(value, Tensor) or value.ndim != 0 or value.dtype == torch.bool or value.is_complex():
         return value
     if torch.compiler.is_compiling():
@@ -51,7 +52,7 @@ def from_tensor(value: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value in an error message: one line, not long."""
+    """Returns a value as an error message shows it: one line, not long."""
     if isinstance(value, Tensor) and value.ndim != 0:
         return f"a tensor of shape {list(value.shape)}"
     text = " ".join(repr(value).split())

@@ -36,8 +36,8 @@ class Selection:
         drop_others: bool = False,
         leading: Tensor | None = None,
     ) -> Selection:
-        """Rows that are `active` [N]; those not `live` [N] have no gradient (None: all have one). Of those that have
-        one, the `leading` ones [N] come first."""
+        """Returns the rows that are `active` [N]; those not `live` [N] have no gradient (None: all have one). Of those
+        that have one, the `leading` ones [N] come first."""
         if _capturing(active.device):
             inside = active & live if drop_others and live is not None else active
             return cls(active.numel(), None, active.numel(), active.numel(), inside=inside)
@@ -57,7 +57,7 @@ class Selection:
         return cls(total, None if in_order else index[:size], size, with_gradient, leading=front)
 
     def front(self) -> Selection | None:
-        """The leading rows alone; inside a capture all rows; None where none were asked for."""
+        """Returns the leading rows alone; inside a capture all rows; None where none were asked for."""
         if self.inside is not None or self.leading is None:
             return None if self.inside is None else self
         order = None if self.order is None else self.order[: self.leading]
@@ -65,17 +65,17 @@ class Selection:
 
     @classmethod
     def every(cls, active: Tensor) -> Selection:
-        """All rows, active [N] or not."""
+        """Returns all rows, active [N] or not."""
         return cls(active.numel(), None, active.numel(), active.numel())
 
     def take(self, values: Tensor, rows: slice | None = None) -> Tensor:
-        """`values` [N, ...] of the compact rows (all of them, or a slice)."""
+        """Returns `values` [N, ...] of the compact rows (all of them, or a slice)."""
         if self.order is None:
             return values if rows is None else values[rows]
         return values.index_select(0, self.order if rows is None else self.order[rows])
 
     def narrow(self, keep: Tensor) -> tuple[Selection, Selection]:
-        """(fewer rows: those of these compact rows to `keep` [n]; the choice among the compact rows)."""
+        """Returns (fewer rows: those of these compact rows to `keep` [n]; the choice among the compact rows)."""
         kept = Selection.choose(keep)
         if kept.inside is not None:
             inside = kept.inside if self.inside is None else kept.inside & self.inside
@@ -86,20 +86,21 @@ class Selection:
         return Selection(self.total, order, kept.size, kept.size), kept
 
     def counting(self, values: Tensor) -> Tensor:
-        """Compact `values` [n, ...], zero in the rows that do not count."""
+        """Returns compact `values` [n, ...], zero in the rows that do not count."""
         if self.inside is None:
             return values
         return values.masked_fill(~self.inside.reshape(-1, *[1] * (values.ndim - 1)), 0)
 
     def counting_stats(self, stats: RowStats) -> RowStats:
-        """Compact statistics; in the rows that do not count such that a gradient is zero, whatever their logits are."""
+        """Returns compact statistics; in the rows that do not count such that a gradient is zero, whatever their logits
+        are."""
         if self.inside is None:
             return stats
         top = stats.max.masked_fill(~self.inside, torch.inf)  # of a row with e^(z − ∞) = 0 in every column
         return stats.map(self.counting)._replace(max=top)
 
     def spread(self, values: Tensor) -> Tensor:
-        """Compact `values` [n, ...] over all rows [N, ...], zero where none."""
+        """Returns compact `values` [n, ...] over all rows [N, ...], zero where none."""
         if self.order is None:
             return self.counting(values)
         return values.new_zeros(self.total, *values.shape[1:]).index_copy(0, self.order, values)

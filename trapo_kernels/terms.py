@@ -58,7 +58,7 @@ class Term:
         return self.logit_slope is not None or (self.own is not None and "target_logits" in self.own)
 
     def slopes(self, o: Objective, t: Tokens) -> Slopes:
-        """All slopes of the term [n]."""
+        """Returns all slopes of the term [n]."""
         if self.own is not None:
             return slopes_by_autograd(self.value, self.own, o, t)
         each = (self.slope, self.entropy_slope, self.logit_slope)
@@ -66,7 +66,7 @@ class Term:
 
 
 def _weighted(weight: Tensor, logprobs: Tensor) -> Tensor:
-    """weight · logp, 0 where the weight is: p log p → 0 as p → 0, 0 · −inf is not."""
+    """Returns weight · logp, 0 where the weight is: p log p → 0 as p → 0, 0 · −inf is not."""
     return weight * logprobs.masked_fill(weight == 0, 0)
 
 
@@ -122,7 +122,7 @@ def _chord_slope(o: Objective, t: Tokens) -> Tensor:
 
 
 def _sed_spread(o: Objective, t: Tokens) -> Tensor:
-    """λ where the k likeliest classes hold less than τ, else 0 [n]."""
+    """Returns λ where the k likeliest classes hold less than τ, else 0 [n]."""
     return o.sed_coef * (t.statistics[f"top{o.sed_k}_mass"] < o.sed_tau).to(t.logprobs.dtype)
 
 
@@ -149,8 +149,8 @@ def _eaft_slope(o: Objective, t: Tokens) -> Tensor:
 
 
 def _pear_weight(o: Objective, t: Tokens) -> Tensor:
-    """G_t = γ^(T−t) · exp Σ_(j>t) clip(logp_j − logπ_β,j) over the later expert tokens of the sequence [n]; log G_t
-    is clipped once more."""
+    """Returns G_t = γ^(T−t) · exp Σ_(j>t) clip(logp_j − logπ_β,j) over the later expert tokens of the sequence [n]; log
+    G_t is clipped once more."""
     assert t.sequences is not None
     inside = t.expert.to(t.logprobs.dtype)
     steps = log_ratio(t).detach().clamp(o.pear_low, o.pear_high) * inside
@@ -168,13 +168,13 @@ def _pear_slope(o: Objective, t: Tokens) -> Tensor:
 
 
 def _lco_step(o: Objective, t: Tokens) -> Tensor:
-    """A/β' [n], by which LCO wants the target's logit to move; β' = β for A > 0, else lco_neg · β."""
+    """Returns A/β' [n], by which LCO wants the target's logit to move; β' = β for A > 0, else lco_neg · β."""
     advantages = given(t.advantages)
     return torch.where(advantages > 0, advantages / o.lco_beta, advantages / (o.lco_neg * o.lco_beta))
 
 
 def _lco_miss(o: Objective, t: Tokens) -> Tensor:
-    """z_y − sg(z_y + A/β') = −A/β', with the gradient of z_y."""
+    """Returns z_y − sg(z_y + A/β') = −A/β', with the gradient of z_y."""
     z = given(t.target_logits)
     z = z.masked_fill(z == -torch.inf, 0)  # ∞ − ∞
     return (z - z.detach()) - _lco_step(o, t)
@@ -185,7 +185,7 @@ def _lco_mse_value(o: Objective, t: Tokens) -> Tensor:
 
 
 def _where_possible(slope: Tensor, t: Tokens) -> Tensor:
-    """A bias of −inf removes a column: its logit has no slope."""
+    """Returns the slope, 0 where a bias of −inf removes the column: its logit has none."""
     return slope.masked_fill(given(t.target_logits) == -torch.inf, 0)
 
 
@@ -203,7 +203,8 @@ def _lco_logcosh_slope(o: Objective, t: Tokens) -> Tensor:
 
 
 def _lco_kld_weight(o: Objective, t: Tokens) -> Tensor:
-    """(q − p)/(1 − p) [n], where q is the probability of the target once its logit under π_old has moved by A/β'."""
+    """Returns (q − p)/(1 − p) [n], where q is the probability of the target once its logit under π_old has moved by
+    A/β'."""
     step, logprobs = _lco_step(o, t), t.logprobs.detach()
     old = logprobs if t.old_logprobs is None else t.old_logprobs.clamp(max=0)
     # (1 − q)/(1 − p) = (1 − p_old)/(1 − p) / (1 + p_old (e^step − 1)); of a step that overflows it is 0.
@@ -335,7 +336,7 @@ def _cispo_slope(o: Objective, t: Tokens) -> Tensor:
 
 
 def _sapo_gate(o: Objective, t: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-    """(τ, r, σ(τ(r − 1))) [n]."""
+    """Returns (τ, r, σ(τ(r − 1))) [n]."""
     # Beyond 80 the gate is 1 and flat; an overflown r would make the backward 0 · ∞.
     r = log_ratio(t).clamp(max=80).exp()
     tau = torch.where(given(t.advantages) > 0, torch.full_like(r, o.sapo_tau_pos), torch.full_like(r, o.sapo_tau_neg))
@@ -399,7 +400,7 @@ POLICY_TERMS: dict[str, Term] = {
 
 
 def _above_policy(t: Tokens) -> Tensor:
-    """ref_logp − logp [n]; 0 where both are −inf."""
+    """Returns ref_logp − logp [n]; 0 where both are −inf."""
     ref = given(t.ref_logprobs)
     neither = (ref == -torch.inf) & (t.logprobs == -torch.inf)
     return ref.masked_fill(neither, 0) - t.logprobs.masked_fill(neither, 0)
@@ -427,7 +428,7 @@ ENTROPY = Term(
 
 
 def own_term(fn: Callable[..., Tensor]) -> Term:
-    """A function of per-token tensors [n] as a term: its parameters' names say what it reads.
+    """Returns a function of per-token tensors [n] as a term: its parameters' names say what it reads.
 
     Names: logprobs, entropy, target_logits, which have a gradient; advantages, old_logprobs, ref_logprobs,
     rollout_logprobs, which must be given to the loss unless the parameter has a default; statistics of a row

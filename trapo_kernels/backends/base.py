@@ -23,7 +23,7 @@ __all__ = ["FusedTerms", "FusedVerb", "Passes", "RowInputs", "RowKernel", "RowSt
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Statistics are fp32, and fp64 for fp64 logits."""
+    """Returns the dtype of statistics: fp32, and fp64 for fp64 logits."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -37,7 +37,7 @@ class RowStats(NamedTuple):
     entropy: Tensor | None
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> RowStats:
-        """The same with `fn` applied to every tensor."""
+        """Returns the statistics with `fn` applied to every tensor."""
         entropy = None if self.entropy is None else fn(self.entropy)
         return RowStats(fn(self.logprobs), fn(self.max), fn(self.log_sum), entropy)
 
@@ -57,7 +57,7 @@ class RowState(NamedTuple):
     target: Tensor  # z[y]
 
     def finish(self) -> RowStats:
-        """logp = z_y − m − log Σ, H = log Σ − dot / Σ, with Σ = 1 + rest."""
+        """Computes logp = z_y − m − log Σ, H = log Σ − dot / Σ, with Σ = 1 + rest."""
         rest = self.rest + (self.max - self.max)  # NaN where the maximum is no number
         log_sum = rest.log1p()
         entropy = None if self.dot is None else (log_sum - self.dot / (1 + rest)).clamp(min=0)
@@ -146,7 +146,7 @@ class LinearStatsVerb(Protocol):
 
 
 def no_scratch(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-    """`scratch_bytes` of a kernel that allocates nothing of the size of logits."""
+    """Returns `scratch_bytes` of a kernel that allocates nothing of the size of logits."""
     return 0
 
 

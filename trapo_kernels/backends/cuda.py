@@ -20,7 +20,7 @@ _LIBRARY = "_cuda.so"
 
 @cache
 def missing() -> str | None:
-    """Loads the library; why it cannot be here, or None."""
+    """Loads the library; returns why it cannot be here, or None."""
     library = Path(__file__).parents[1] / _LIBRARY
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is not built for CUDA"
@@ -35,7 +35,7 @@ def missing() -> str | None:
 
 
 def unresolved() -> str | None:
-    """What the loaded library does not find in torch, or None."""
+    """Returns what the loaded library does not find in torch, or None."""
     if torch.ops.trapo_kernels_cuda.stream_symbol():
         return None
     return f"torch {torch.__version__} shows no CUDA streams to extensions (aoti_torch_get_current_cuda_stream)"

@@ -23,14 +23,15 @@ def load(library: Path, register_fakes: Callable[[], None]) -> None:
 
 
 def built_for(library: Path) -> tuple[int, int] | None:
-    """The torch (major, minor) that a library was compiled for, read from the file; None: it does not say."""
+    """Returns the torch (major, minor) that a library was compiled for, read from the file; None: it does not say."""
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         found = re.search(_MARK, content)
         return None if found is None else (int(found[1]), int(found[2]))
 
 
 def misfit(name: str, library: Path, register_fakes: Callable[[], None], stable: bool = False) -> str | None:
-    """Loads a library; why that fails, or None. It may be of another torch, or of another version of this package.
+    """Loads a library; returns why that fails, or None. It may be of another torch, or of another version of this
+    package.
 
     A library that uses torch's stable ABI serves the torch that it was compiled for and newer ones; another, whose
     structs are those of one torch, serves that minor version alone, and is not even loaded under another.

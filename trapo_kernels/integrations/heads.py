@@ -40,7 +40,7 @@ class LinearHead(NamedTuple):
         return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
 
     def cast(self, hidden: Tensor) -> LinearHead:
-        """The same in the dtype in which the stock forward multiplies: autocast's where it is on."""
+        """Returns the head in the dtype in which the stock forward multiplies: autocast's where it is on."""
         dtype = self._product_dtype(hidden)
         bias = None if self.bias is None else self.bias.to(dtype)
         return self._replace(weight=self.weight.to(dtype), bias=bias)
@@ -50,7 +50,8 @@ class LinearHead(NamedTuple):
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
 
     def with_hidden(self, hidden: Tensor) -> tuple[Tensor, LinearHead]:
-        """Hidden states in the dtype in which the stock forward multiplies, and the head as the fused losses want it.
+        """Returns the hidden states in the dtype in which the stock forward multiplies, and the head as the fused
+        losses want it.
 
         An fp32 head stays as it is beside 16-bit hidden states: the losses multiply in 16 bits all the same, and its
         gradient is never rounded to them.
@@ -59,13 +60,13 @@ class LinearHead(NamedTuple):
         return hidden.to(self._product_dtype(hidden)), head
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """What the model's own forward makes of hidden [..., D], in its dtype [..., V]."""
+        """Returns what the model's own forward makes of hidden [..., D], in its dtype [..., V]."""
         z = F.linear(hidden, self.weight, self.bias) * self.logit_scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
 def linear_head(model: PreTrainedModel) -> LinearHead:
-    """The output head of a causal LM, with the logit transforms of the families that have them.
+    """Returns the output head of a causal LM, with the logit transforms of the families that have them.
 
     Raises:
         TypeError: its output head is not a plain `nn.Linear` (a quantised layer, for instance).
@@ -80,8 +81,8 @@ def linear_head(model: PreTrainedModel) -> LinearHead:
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The module that turns token ids into the hidden states under the head. Some families' `get_decoder` gives a model
-    that has the head itself, such as Llama 4's."""
+    """Returns the module that turns token ids into the hidden states under the head. Some families' `get_decoder` gives
+    a model that has the head itself, such as Llama 4's."""
     decoder: Any = model.get_decoder()
     while getattr(decoder, "get_output_embeddings", lambda: None)() is not None:
         names = ("language_model", "model", "transformer", "decoder", getattr(decoder, "base_model_prefix", "model"))
@@ -118,7 +119,7 @@ def fit_head(model: PreTrainedModel, head: LinearHead, hidden: Tensor, logits: T
 
 @torch.no_grad()
 def head_error(head: LinearHead, hidden: Tensor, logits: Tensor) -> float:
-    """Largest difference of the head's logits from the model's own, as a share of the largest of those."""
+    """Returns the largest difference of the head's logits from the model's own, as a share of the largest of those."""
     if hidden.shape[-1] != head.weight.shape[1]:  # there is something between decoder and head
         return math.inf
     expected = logits.double()
@@ -127,12 +128,13 @@ def head_error(head: LinearHead, hidden: Tensor, logits: Tensor) -> float:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Of `head_error`. Both sides make the same product; 16-bit logits are rounded to 2^-8 or 2^-11 of their size."""
+    """Returns the tolerance of `head_error`. Both sides make the same product; 16-bit logits are rounded to 2^-8 or
+    2^-11 of their size."""
     return 1e-4 if dtype in (torch.float32, torch.float64) else 2e-2
 
 
 def _declared(config: Any) -> tuple[float, float | None]:
-    """(logit scale, soft-cap), by the names of the families that have them."""
+    """Returns (logit scale, soft-cap), by the names of the families that have them."""
     text, scale = config.get_text_config(), 1.0
     for name in (*MULTIPLIERS, *DIVISORS):
         value = getattr(text, name, None)
@@ -145,13 +147,13 @@ def _declared(config: Any) -> tuple[float, float | None]:
 
 
 def _scales(config: Any) -> list[float]:
-    """What may multiply the logits: numbers of the configuration that are named so, or one through them."""
+    """Returns what may multiply the logits: numbers of the configuration that are named so, or one through them."""
     named = [v for n, v in _numbers(config).items() if n in MULTIPLIERS + DIVISORS or re.search("logit|lm_head", n)]
     return [1.0, *named, *(1.0 / value for value in named)]
 
 
 def _softcaps(config: Any) -> list[float | None]:
-    """Every number of the configuration that is named like a cap, and None."""
+    """Returns every number of the configuration that is named like a cap, and None."""
     return [*(value for name, value in _numbers(config).items() if "cap" in name), None]
 
 

@@ -107,15 +107,16 @@ class PatchedForward:
             self.model.forward = self._before
 
     def forward(self, kwargs: dict[str, Any]) -> Any:
-        """The patched forward, every argument by its name."""
+        """Calls the patched forward, every argument by its name."""
         raise NotImplementedError
 
     def stock(self, kwargs: dict[str, Any]) -> Any:
-        """The forward that was patched."""
+        """Calls the forward that was patched."""
         return self._stock(**kwargs)
 
     def hidden_states(self, kwargs: dict[str, Any]) -> tuple[Tensor, LinearHead, Any]:
-        """(what the head is applied to [B, T, D], the head, both in the dtype of the product; the stock outputs).
+        """Returns (what the head is applied to [B, T, D], the head, both in the dtype of the product; the stock
+        outputs).
 
         The first call asks for the logits of a few positions, to check the head, the others for none.
         """

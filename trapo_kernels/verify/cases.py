@@ -127,7 +127,7 @@ class _Inputs:
 
 
 def _strided(t: Tensor, case: Case) -> Tensor:
-    """The same values as every other row of a wider tensor, begun at its second column."""
+    """Returns the same values as every other row of a wider tensor, begun at its second column."""
     if case.layout == "contiguous" or t.dim() != 2:
         return t
     wide = t.new_zeros(2 * t.shape[0], t.shape[1] + 3)
@@ -136,7 +136,7 @@ def _strided(t: Tensor, case: Case) -> Tensor:
 
 
 def _inputs(case: Case, device: torch.device) -> _Inputs:
-    """The same on every device: drawn on the CPU, in float64."""
+    """Draws the inputs, the same on every device: on the CPU, in float64."""
     g = torch.Generator("cpu").manual_seed(0)
     n, d, v = case.rows, case.width, case.vocab
 
@@ -190,7 +190,7 @@ def _head(logits: Tensor, head: dict[str, Any]) -> Tensor:
 
 
 def _results(case: Case, x: _Inputs, backend: str) -> dict[str, Tensor]:
-    """Values, and the gradients of the loss or of a fixed sum of log-probabilities and entropies."""
+    """Returns values, and the gradients of the loss or of a fixed sum of log-probabilities and entropies."""
     options: dict[str, Any] = {**x.head, "backend": backend}
     if case.call == "logprobs":
         assert x.weight is not None
@@ -216,7 +216,7 @@ def _results(case: Case, x: _Inputs, backend: str) -> dict[str, Tensor]:
 
 
 def _needed(case: Case, rows: dict[str, Tensor]) -> dict[str, Any]:
-    """Of the per-token tensors, those that the objective takes."""
+    """Returns those of the per-token tensors that the objective takes."""
     left_out = {"trapo": ("old_logprobs", "ref_logprobs", "rollout_logprobs"), "everything": ("sequence_ids",)}
     if case.objective == "sft":
         return {"mask": rows["mask"]}
@@ -224,7 +224,7 @@ def _needed(case: Case, rows: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def fault(case: Case, backend: str, device: torch.device) -> str | None:
-    """What is wrong with the backend's results, in one line; None: nothing."""
+    """Returns what is wrong with the backend's results, in one line; None: nothing."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

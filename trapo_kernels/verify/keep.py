@@ -51,7 +51,7 @@ class Verdict:
 
 @functools.cache
 def machine(device: torch.device) -> dict[str, str]:
-    """What a verdict depends on."""
+    """Returns what a verdict depends on."""
     found = {
         "device": _device_name(device),
         "driver": _driver() if device.type == "cuda" else "",
@@ -86,7 +86,7 @@ def _version(package: str) -> str:
 
 
 def _build() -> str:
-    """A digest of this package's code: sources and compiled libraries."""
+    """Returns a digest of this package's code: sources and compiled libraries."""
     root, hashed = Path(__file__).parent.parent, hashlib.sha256()
     for path in sorted([*root.rglob("*.py"), *root.glob("_c*.so")]):
         hashed.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
@@ -94,12 +94,12 @@ def _build() -> str:
 
 
 def digest(device: torch.device) -> str:
-    """A name for `machine(device)`."""
+    """Returns a name for `machine(device)`."""
     return hashlib.sha256(json.dumps(machine(device), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def folder() -> Path:
-    """XDG_CACHE_HOME/trapo_kernels, or ~/.cache/trapo_kernels.
+    """Returns XDG_CACHE_HOME/trapo_kernels, or ~/.cache/trapo_kernels.
 
     Raises:
         OSError: there is no home.
@@ -118,7 +118,7 @@ def _file(device: torch.device) -> Path:
 
 
 def read(device: torch.device) -> dict[str, Verdict]:
-    """The verdicts that hold now; none where no file can be read."""
+    """Returns the verdicts that hold now; none where no file can be read."""
     try:
         kept: Any = json.loads(_file(device).read_text())
         if kept["machine"] != machine(device):

@@ -43,7 +43,8 @@ _BOOT = (
 
 
 def interpreter() -> str | None:
-    """A Python that can be started with this one's packages; None inside a program that embeds one and has no other."""
+    """Returns a Python that can be started with this one's packages; None inside a program that embeds one and has no
+    other."""
     base = getattr(sys, "_base_executable", None)
     for path in (sys.executable, os.path.join(sys.exec_prefix, "bin", "python3"), base):
         if path and re.match(r"(python|pypy)", os.path.basename(path)) and os.access(path, os.X_OK):
@@ -73,7 +74,7 @@ class _Child:
 def run(
     names: Sequence[str], device: torch.device, limit: float, enough: int, cases: Sequence[str] | None = None
 ) -> dict[str, Verdict]:
-    """The verdict on each backend, all tried at the same time, after `limit` seconds at the latest.
+    """Returns the verdict on each backend, all tried at the same time, after `limit` seconds at the latest.
 
     Args:
         enough: a backend that got fewer cases right before the time was over has not proved itself.
@@ -135,7 +136,7 @@ def _start(python: str, name: str, device: torch.device, limit: float, cases: Se
 
 
 def _lines(file: IO[bytes]) -> list[dict[str, Any]]:
-    """What the child said; other lines on its stdout are of libraries."""
+    """Returns what the child said; other lines on its stdout are of libraries."""
     file.seek(0)
     found = []
     for line in file.read().splitlines():
@@ -176,7 +177,7 @@ def _judge(one: _Child, limit: float, late: bool, enough: int) -> Verdict:
 
 
 def _how(one: _Child) -> str:
-    """By which signal or status, and the last thing that it wrote on stderr."""
+    """Says by which signal or status it ended, and the last thing that it wrote on stderr."""
     code = one.process.returncode
     if code is not None and code < 0:
         with contextlib.suppress(ValueError):

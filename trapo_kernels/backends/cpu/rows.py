@@ -22,7 +22,7 @@ _CAPABILITIES = ("AVX512", "AVX2", "DEFAULT")
 
 
 def library() -> Path | None:
-    """The compiled library for this machine, or None."""
+    """Returns the compiled library for this machine, or None."""
     best = torch.backends.cpu.get_cpu_capability()
     # A capability that is none of these is served by the last one.
     usable = _CAPABILITIES[_CAPABILITIES.index(best) if best in _CAPABILITIES else len(_CAPABILITIES) - 1 :]
@@ -32,7 +32,7 @@ def library() -> Path | None:
 
 @cache
 def missing() -> str | None:
-    """Loads the library; why it cannot be here, or None."""
+    """Loads the library; returns why it cannot be here, or None."""
     found = library()
     if found is None:
         return "the C++ extension is not compiled; reinstall with a C++17 compiler and --no-build-isolation"

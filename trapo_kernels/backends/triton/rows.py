@@ -40,7 +40,8 @@ _TABLE = ((4_096, 4, 1), (32_768, 8, 2), (131_072, 16, 2), (2**62, 32, 2))
 
 
 def sizes(vocab: int, dtype: torch.dtype, capped: bool = False) -> Sizes:
-    """From the table, by bytes of a row. At 64 registers a thread a soft-cap leaves room for one access in flight."""
+    """Returns the table's entry for the bytes of a row. At 64 registers a thread a soft-cap leaves room for one access
+    in flight."""
     _, warps, accesses = next(entry for entry in _TABLE if vocab * dtype.itemsize <= entry[0])
     if capped and warps >= 16:
         accesses = 1
@@ -48,12 +49,13 @@ def sizes(vocab: int, dtype: torch.dtype, capped: bool = False) -> Sizes:
 
 
 def interpreted() -> bool:
-    """Triton runs its kernels in Python on CPU tensors: TRITON_INTERPRET was set when it was first imported."""
+    """Returns whether Triton runs its kernels in Python on CPU tensors: TRITON_INTERPRET was set when it was first
+    imported."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 def missing() -> str | None:
-    """Why this backend does not exist here; None: it does."""
+    """Returns why this backend does not exist here; None: it does."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if interpreted():
@@ -82,7 +84,7 @@ def _vectors(logits: Tensor, count: int) -> list[Tensor]:
 
 
 def _common(logits: Tensor, cap: float | None) -> dict[str, Any]:
-    """Keyword arguments of every kernel."""
+    """Returns the keyword arguments of every kernel."""
     size = sizes(logits.shape[1], logits.dtype, cap is not None)
     return {"cap": cap, "WIDE": _wide(logits.dtype), "R": size.R, "K": size.K, "num_warps": size.warps}
 

@@ -64,7 +64,8 @@ _TABLE: dict[tuple[int, int], Tile] = {
 
 
 def _interpreted_tile(vocab: int) -> Tile:
-    """Small for small problems, so that there are several tiles; wide where an interpreter would take minutes."""
+    """Returns a tile that is small for small problems, so that there are several tiles; wide where an interpreter would
+    take minutes."""
     return Tile(16, 64 if vocab < 4_096 else 2_048, 32, 1, 1, False)
 
 
@@ -73,8 +74,9 @@ _UNEVEN = Tile(128, 64, 32, 8, 3, False)
 
 
 def tile(arch: int, itemsize: int, width: int, aligned: bool = True) -> Tile:
-    """The table's entry for an architecture (80, 90, ...): its own, or the nearest below. `aligned`: rows of both
-    operands start at multiples of 16 bytes, which descriptors need; without them, sm_80's tiles serve everywhere."""
+    """Returns the table's entry for an architecture (80, 90, ...): its own, or the nearest below. `aligned`: rows of
+    both operands start at multiples of 16 bytes, which descriptors need; without them, sm_80's tiles serve
+    everywhere."""
     key = max(known for known in _TABLE if known[1] == itemsize and known[0] <= max(arch, 80))
     chosen = _TABLE[key]
     if chosen.descriptors and aligned:
@@ -84,7 +86,7 @@ def tile(arch: int, itemsize: int, width: int, aligned: bool = True) -> Tile:
 
 
 def shares(rows: int, vocab: int, tile: Tile, processors: int) -> int:
-    """Parts of the vocabulary: the fewest that keep the processors busy in whole waves."""
+    """Returns parts of the vocabulary: the fewest that keep the processors busy in whole waves."""
     blocks, tiles = -(-rows // tile.BM), -(-vocab // tile.BN)
     least = min(tiles, -(-processors // GROUP))  # while fewer row blocks than GROUP are in flight, L2 is shared
     most = min(tiles, max(least, -(-8 * processors // blocks)))
@@ -94,7 +96,7 @@ def shares(rows: int, vocab: int, tile: Tile, processors: int) -> int:
 
 @functools.cache
 def _card(index: int) -> tuple[int, int]:
-    """(architecture, multiprocessors) of a CUDA device."""
+    """Returns (architecture, multiprocessors) of a CUDA device."""
     properties = torch.cuda.get_device_properties(index)
     return 10 * properties.major + properties.minor, properties.multi_processor_count
 
@@ -106,7 +108,7 @@ def _kernels() -> ModuleType:
 
 
 def _able(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether the tile kernel takes these: rows without gaps, and products no less exact than torch's own."""
+    """Returns whether the tile kernel takes these: rows without gaps, and products no less exact than torch's own."""
     if hidden.dtype == torch.float64 or weight.stride(1) != 1:
         return False
     if hidden.dtype != torch.float32 or interpreted():
@@ -115,7 +117,7 @@ def _able(hidden: Tensor, weight: Tensor) -> bool:
 
 
 def _launch_options(hidden: Tensor, weight: Tensor) -> tuple[Tile, int]:
-    """(tile, multiprocessors) for these operands."""
+    """Returns (tile, multiprocessors) for these operands."""
     if interpreted() and not hidden.is_cuda:
         return _interpreted_tile(weight.shape[0]), _INTERPRETED_PROCESSORS
     arch, processors = _card(hidden.device.index)
@@ -150,7 +152,7 @@ def launch(
     tile: Tile,
     parts: int,
 ) -> list[Tensor]:
-    """Both kernels; the four vectors [N] of a RowState."""
+    """Launches both kernels; returns the four vectors [N] of a RowState."""
     kernels, rows, (vocab, width) = _kernels(), hidden.shape[0], weight.shape
     partial = [hidden.new_empty(parts, rows, dtype=torch.float32) for _ in range(4)]
     a, b = _operands(hidden, weight, tile)
@@ -193,7 +195,8 @@ def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def linear_stats(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, entropy: bool
 ) -> RowStats | None:
-    """Statistics of each row [N] of z = cap(scale · (hidden Wᵀ + bias)); None: not for these operands, stream them."""
+    """Returns the statistics of each row [N] of z = cap(scale · (hidden Wᵀ + bias)); None: not for these operands,
+    stream them."""
     if not _able(hidden, weight):
         return None
     bias = None if bias is None else bias.contiguous()
