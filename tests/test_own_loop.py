@@ -131,6 +131,17 @@ def test_what_is_kept_is_not_computed_again(llama):
     assert made.own.packed.stand_ins is None
 
 
+def test_what_all_contexts_of_a_call_begin_with_is_computed_once(llama):
+    system, *tails = (tuple(ids) for ids in texts(own_loop.SHORTEST_BEGINNING, 5, 9, 3))
+    asked = [Request(system + tail, 8) for tail in tails]
+    for batch_size in (64, 1):
+        made = engine(llama, batch_size=batch_size)
+        greedy(made, [])
+        before = made.own.prefilled  # the check has computed some
+        assert greedy(made, asked) == theirs(llama, asked, [])
+        assert made.own.prefilled - before == len(system) + sum(len(tail) - 1 for tail in tails)
+
+
 def test_kept_prompts_stay_within_their_bytes_and_the_least_used_go_first():
     def filled(tokens):
         return [(torch.full((2, tokens, 4), float(tokens)), torch.zeros(2, tokens, 4)), None]

@@ -3,7 +3,8 @@
 What it does that `generate` does not:
 
     cache       keys and values are written in place (columns.py); finished rows go, waiting requests take their place
-    prompts     a context is prefilled once, and only what follows the longest beginning that is known (kept_prompts.py)
+    prompts     a context is prefilled once, and only what follows the longest beginning that is known, such as a system
+                prompt, which all contexts of a call share (kept_prompts.py)
     sampling    one uniform number a row and token (inverse_cdf.py), from the row's own seed
     products    with weights that were packed once, where that is faster (packed_linears.py)
 
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 
 from trapo.engines.columns import ColumnCache, Filled, tokens_in
 from trapo.engines.inverse_cdf import Draws, greedy, sample
-from trapo.engines.kept_prompts import Context, KeptPrompts
+from trapo.engines.kept_prompts import Context, KeptPrompts, shared_beginning
 from trapo.engines.packed_linears import FEWEST, PackedLinears
 from trapo.engines.prefill import prefill
 from trapo.engines.protocol import Completion, Request
@@ -31,6 +32,7 @@ from trapo.engines.weight_marks import Mark
 KEPT_BYTES = 256 * 2**20  # of kept prompts: 5,800 tokens of SmolLM2-135M in float32
 FEWEST_TOKENS = 16  # of a call, for which weights are packed: it takes some ten steps to pay
 FREE_SHARE = 8  # rows are dropped, or filled again, when one in so many is free
+SHORTEST_BEGINNING = 8  # tokens that all contexts of a call share, and that are computed by themselves
 SPARE_COLUMNS = 32  # so that rows which are filled again do not move at every step
 
 
@@ -121,10 +123,15 @@ class OwnLoop:
         self.prompts.clear()
         return found
 
-    def prefill(self, contexts: Sequence[Context], keep: Sequence[bool]) -> list[Filled]:
-        """Keys and values of contexts, each of which is computed once. keep: those that later ones may begin with."""
+    def prefill(
+        self, contexts: Sequence[Context], keep: Sequence[bool], beginning: Filled | None = None
+    ) -> list[Filled]:
+        """Keys and values of contexts, each of which is computed once. keep: those that later ones may begin with;
+        beginning: what all of them begin with, where that is known."""
         needed = dict.fromkeys(contexts)
         known = [self.prompts.find(context) for context in needed]
+        if beginning is not None:
+            known = [k if k is not None and tokens_in(k) >= tokens_in(beginning) else beginning for k in known]
         self.prefilled += sum(map(len, needed)) - sum(0 if k is None else tokens_in(k) for k in known)
         filled = prefill(self.model, self.cache_name, list(needed), known, self.pad_id)
         found = dict(zip(needed, filled, strict=True))
@@ -144,6 +151,7 @@ class _Call:
         columns = max(len(r.context) for r in requests) + max(r.max_new_tokens for r in requests)
         columns += SPARE_COLUMNS if settings.rows < len(requests) else 0
         self.cache = ColumnCache(loop.model.config, settings.rows, columns)
+        self.beginning = self._common_beginning()
         self.rows: list[Row] = []
         self.completions: dict[int, Completion] = {}
 
@@ -205,13 +213,22 @@ class _Call:
             self.rows[target] = self.rows[source]
         del self.rows[staying:]
 
+    def _common_beginning(self) -> Filled | None:
+        """Keys and values of what all contexts begin with, such as a system prompt, if that is worth a forward."""
+        contexts = [r.context[:-1] for r in self.requests]
+        first, last = min(contexts), max(contexts)
+        count = shared_beginning(first, last)
+        if first == last or count < SHORTEST_BEGINNING:
+            return None
+        return self.loop.prefill([first[:count]], [False])[0]
+
     def _fill(self) -> None:
         """Waiting requests into the rows that are free."""
         taken = [self.waiting.pop() for _ in range(min(self.settings.rows - len(self.rows), len(self.waiting)))]
         if not taken:
             return
         requests = [self.requests[i] for i in taken]
-        filled = self.loop.prefill([r.context[:-1] for r in requests], [r.keep for r in requests])
+        filled = self.loop.prefill([r.context[:-1] for r in requests], [r.keep for r in requests], self.beginning)
         longest = max(len(r.context) - 1 for r in requests)
         if self.rows:
             longest = max(longest, *(row.filled for row in self.rows))
