@@ -140,7 +140,7 @@ def test_a_policy_term_of_the_users_gets_the_references_log_probabilities(model)
     assert norms[0] < 1e-4 < norms[1]
 
 
-@pytest.mark.parametrize("normalizer", ["tokens", "constant"])
+@pytest.mark.parametrize("normalizer", ["tokens", "regions", "constant"])
 def test_how_rollouts_are_cut_into_micro_batches_does_not_change_the_update(model, normalizer):
     # SGD-sized comparison: Adam's first step is a sign, so gradients are compared through the norm and the result.
     one, report_one = updated(model, "train.micro_batch_tokens=10000", f"train.normalizer={normalizer}")
@@ -287,3 +287,43 @@ def test_tokens_are_weighted_by_what_the_engine_gave_them_up_to_the_cap(shift, w
 def test_importance_weights_without_the_engines_logprobs_are_refused(model):
     with pytest.raises(TrapoError, match=r"objective\.tis_cap: the engine gave no log-probabilities"):
         updated(model, objective=tk.Objective.trapo(tis_cap=2.0))
+
+
+def gradient(model, objective, *overrides):
+    """Of the whole update on the rollouts above, as one vector."""
+    learner = make_learner(merge_config({}, overrides), copy.deepcopy(model), pad_id=2)
+    kept = []
+    learner._step = lambda loss: kept.append([p.grad.flatten() for p in learner.parameters]) or 0.0
+    learner.update(rollouts(), objective, seed=0)
+    return torch.cat(kept[0])
+
+
+def plain_sums(model):
+    """Σ over the whole batch of the loss of expert tokens, the policy loss of own tokens and the entropy, each with its
+    number of tokens, from the model's own logits."""
+    expert, own, entropy = [], [], []
+    for r in rollouts():
+        ids = torch.tensor([r.problem.prompt_ids + r.response_ids])
+        log_p = model(ids).logits[0, :-1].log_softmax(-1)
+        chosen = log_p.gather(-1, ids[0, 1:, None])[:, 0]
+        first, middle = len(r.problem.prompt_ids) - 1, len(r.problem.prompt_ids) + len(r.prefix_ids) - 1
+        expert.append(-chosen[first:middle])
+        own.append(-r.advantage * (chosen[middle:] - chosen[middle:].detach()).exp())
+        entropy.append(-(log_p.exp() * log_p).sum(-1)[first:])
+    return [(torch.cat(parts).sum(), torch.cat(parts).numel()) for parts in (expert, own, entropy)]
+
+
+@pytest.mark.parametrize("normalizer", ["regions", "constant"])
+def test_expert_and_own_tokens_and_the_entropy_bonus_have_means_of_their_own(model, normalizer):
+    objective = tk.Objective.trapo(expert="sft", expert_coef=0.7, entropy_coef=0.05)
+    overrides = [f"train.normalizer={normalizer}", "train.normalizer_constant=64"]
+    found = gradient(model, objective, *overrides)
+    plain = copy.deepcopy(model)
+    (expert, n_expert), (own, n_own), (entropy, n_all) = plain_sums(plain)
+    assert min(n_expert, n_own) > 0
+    assert n_all == n_expert + n_own  # no prefix here is unsupervised
+    if normalizer == "constant":
+        n_expert = n_own = 64
+    loss = 0.7 * expert / n_expert + own / n_own - 0.05 * entropy / n_all
+    grads = torch.autograd.grad(loss, [p for p in plain.parameters() if p.requires_grad])
+    torch.testing.assert_close(found, torch.cat([g.flatten() for g in grads]), rtol=1e-4, atol=1e-7)

@@ -225,8 +225,9 @@ class TrainConfig:
     )
     normalizer: str = key(
         "tokens",
-        "What the summed loss is divided by: the batch's tokens (by objective.reduction sequences or 1) or a constant.",
-        choices=("tokens", "constant"),
+        "What the summed loss is divided by: the batch's tokens (by objective.reduction sequences or 1), expert and "
+        "own tokens apart (regions), or a constant; the entropy bonus always by tokens.",
+        choices=("tokens", "regions", "constant"),
     )
     normalizer_constant: float | None = key(
         None, "The divisor of normalizer=constant; null is rollouts × rollout.max_response_tokens (Dr.GRPO).", above=0

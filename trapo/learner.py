@@ -151,8 +151,9 @@ class Learner:
             if not trained:
                 continue
             denominator, losses = self._denominator(minibatch, objective, len(minibatches)), []
+            divided = self._own_means(minibatch, objective, denominator)
             for group in self._micro_batches(trained):
-                loss = self._loss(group, objective, denominator, compared)
+                loss = self._loss(group, divided, denominator, compared)
                 loss.loss.backward()
                 losses.append(loss.loss.detach())
                 if group.rollouts:
@@ -243,6 +244,8 @@ class Learner:
     def _denominator(self, rollouts: Sequence[Rollout], objective: tk.Objective, minibatches: int) -> float:
         """Of the whole minibatch, rollouts that are skipped included: skipping changes cost, not the update."""
         train = self.train
+        if train.normalizer == "regions":
+            return float(max(sum(len(r.own_ids) for r in rollouts), 1))
         if train.normalizer == "tokens":
             tokens = [loss_tokens(r) for r in rollouts]
             counted = {"token_mean": sum(tokens), "sequence_mean": sum(n > 0 for n in tokens), "sum": 1}
@@ -250,6 +253,19 @@ class Learner:
         if train.normalizer_constant is not None:
             return train.normalizer_constant / minibatches
         return float(len(rollouts) * self.max_response_tokens)
+
+    def _own_means(self, rollouts: Sequence[Rollout], objective: tk.Objective, denominator: float) -> tk.Objective:
+        """The objective with the coefficients that give parts a divisor of their own: the entropy bonus is a mean over
+        tokens beside a constant, too (TRAPO's code, verl, TRL), and with normalizer=regions the expert part is one over
+        expert tokens (CHORD's two means)."""
+        if self.train.normalizer == "tokens" or objective.reduction == "sequence_mean":
+            return objective
+        tokens = sum(loss_tokens(r) for r in rollouts)
+        coefs = {"entropy_coef": objective.entropy_coef * denominator / max(tokens, 1)}
+        if self.train.normalizer == "regions":
+            expert = sum(len(r.prefix_ids) for r in rollouts if r.supervised)
+            coefs["expert_coef"] = objective.expert_coef * denominator / max(expert, 1)
+        return dataclasses.replace(objective, **coefs)
 
     def _micro_batches(self, rollouts: Sequence[Rollout]) -> list[Group]:
         """This rank's."""
