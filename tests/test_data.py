@@ -8,8 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from trapo.config import merge_config
 from trapo.data.loading import load_problems
 from trapo.data.problem import DataError, Problem, problem_id
+from trapo.errors import TrapoError
 from trapo.rewards import math_reward
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -335,3 +337,32 @@ def test_a_missing_file_an_unknown_type_and_a_broken_parquet_say_so(tmp_path):
     (tmp_path / "toy.parquet").write_text("no")
     with pytest.raises(DataError, match=r"toy.parquet: not a parquet file"):
         load_problems(tmp_path / "toy.parquet")
+
+
+def test_columns_of_other_names_are_taken_for_ours(tmp_path):
+    rows = [
+        {"question": "1 + 1?", "solution": "2", "answer": "the answer is two", "proof": ["one and one"], "n": 7},
+        {"question": "1 + 2?", "solution": 3, "answer": "no GSM8K", "n": 8},
+    ]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = {"prompt": "question", "answer": "solution", "traces": "proof", "id": "n"}
+    first, second = load_problems(path, columns=names)
+    assert (first.prompt[0]["content"], first.answer, first.traces, first.id) == ("1 + 1?", "2", ("one and one",), "7")
+    assert (second.answer, second.traces, second.id) == ("3", (), "8")
+
+
+def test_a_column_that_is_not_there_is_named_with_the_key(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"question": "1 + 1?", "solution": "2"}\n')
+    with pytest.raises(
+        DataError, match=r"column 'text' is missing \(data\.columns: prompt\); columns found: question, "
+    ):
+        load_problems(path, columns={"prompt": "text", "answer": "solution"})
+
+
+@pytest.mark.parametrize("given", ["data.columns={prompt: question, answer: solution}", "data.columns.prompt=question"])
+def test_columns_are_a_key_of_the_configuration(given):
+    assert merge_config({}, [given]).data.columns["prompt"] == "question"
+    with pytest.raises(TrapoError, match=r"data\.columns: got \['question'\]; names must be among prompt, answer"):
+        merge_config({}, ["data.columns={question: prompt}"])

@@ -1,5 +1,5 @@
-"""`trapo train|eval|grade|plan|compare|report|config|presets`: the command line. Heavy imports wait until a command
-needs them, so that --help and the reward workers, which import this module again, start fast."""
+"""`trapo train|eval|grade|plan|compare|report|config|presets|doctor`: the command line. Heavy imports wait until a
+command needs them, so that --help and the reward workers, which import this module again, start fast."""
 
 from __future__ import annotations
 
@@ -260,6 +260,14 @@ def presets() -> None:
     from trapo.settings.table import presets_table
 
     _console().print(presets_table(), highlight=False)
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, devices, compilers and backends with their reasons, and what would make training faster."""
+    from trapo_kernels.environment import describe
+
+    _console().print(describe(), markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_version(wanted: bool) -> None:

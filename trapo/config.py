@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trapo import guidance
+from trapo.data.problem import COLUMNS
 from trapo.errors import TrapoError
 from trapo.modes import MODES, check_mode
 from trapo.settings.keys import Rule, check_values, key
@@ -67,6 +68,12 @@ class DataConfig:
     train: str | None = key(None, "The problems to train on: a JSONL or parquet file, or task://...", named=True)
     eval: str | None = key(None, "The held-out problems, in any of the same forms.", named=True)
     dir: str | None = key(None, "The folder that holds the files of named benchmarks.", named=True)
+    columns: dict[str, str] = key(
+        {},
+        "The columns of your files by our names for them, as {prompt: question, answer: solution}.",
+        rule=Rule(f"names must be among {', '.join(COLUMNS)}", set(COLUMNS).issuperset),
+        said=f"mapping of {', '.join(COLUMNS)} to columns",
+    )
     train_limit: int | None = key(None, "Use only the first so many problems of data.train.", least=1)
     eval_limit: int | None = key(
         None, "Use only the first so many problems of data.eval, or of each benchmark.", least=1

@@ -10,6 +10,8 @@ The layout follows from the columns, whatever the file type:
     GSM8K   question, answer (a worked solution ending in "#### n")
     verl    prompt (chat), reward_model.ground_truth, and optionally data_source and expert traces: target, target_2 or
             traces in the row or in its extra_info, and any other target_... that holds a chat
+
+    load_problems("train.jsonl", columns={"prompt": "question", "answer": "solution"})      # ours under other names
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 from urllib.parse import parse_qsl, urlsplit
 
@@ -41,6 +44,7 @@ def load_problems(
     limit: int | None = None,
     dedup: bool = False,
     on_bad_row: Literal["raise", "skip"] = "raise",
+    columns: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Problem]:
     """Reads a .jsonl or .parquet file, or generates from a task:// address (see the module's docstring).
 
@@ -48,6 +52,7 @@ def load_problems(
     prompt_suffix: appended to the last message. limit: the first so many problems. dedup: drops problems whose
     question and answer came before (AIME files repeat each 32 times). on_bad_row="skip" leaves bad rows out
     and logs how many. An id that different problems share is made unique by a digest of the problem.
+    columns: names of our layout -> the columns of the file that hold them.
 
     Raises DataError for an unknown layout, a bad row, a missing file, or no problem at all.
     """
@@ -58,7 +63,7 @@ def load_problems(
     if str(path).startswith("task:"):
         found = iter(_generated(str(path)))
     else:
-        found = _read(Path(path), skip=on_bad_row == "skip")
+        found = _read(Path(path), columns, skip=on_bad_row == "skip")
     problems: list[Problem] = []
     contents: list[str] = []
     seen: set[str] = set()
@@ -127,12 +132,12 @@ def _generated(address: str) -> list[Problem]:
 # ------------------------------------------------------------------------------------------------- from files
 
 
-def _read(path: Path, *, skip: bool) -> Iterator[Problem]:
+def _read(path: Path, columns: Mapping[str, str], *, skip: bool) -> Iterator[Problem]:
     if path.suffix not in _READERS:
         raise DataError(f"{path}: unknown file type {path.suffix!r}; accepted: {', '.join(_READERS)}, task://...")
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    parse: Callable[[Row, str], Problem] | None = None
+    parse: Callable[[Row, str], Problem] | None = _parse_own if columns else None
     bad: list[DataError] = []
     good = 0
     for where, row in _READERS[path.suffix](path):
@@ -141,7 +146,7 @@ def _read(path: Path, *, skip: bool) -> Iterator[Problem]:
                 raise row
             if parse is None:
                 parse = _layout(row, path)
-            problem = _writable(parse(row, path.stem))
+            problem = _writable(parse(_renamed(row, columns), path.stem))
         except _UnknownLayout:
             raise
         except DataError as error:
@@ -155,6 +160,18 @@ def _read(path: Path, *, skip: bool) -> Iterator[Problem]:
         if not good:
             raise DataError(f"{path}: all {len(bad)} rows are bad, the first one being {bad[0]}")
         log.warning("%s: skipped %d bad rows of %d; the first: %s", path, len(bad), len(bad) + good, bad[0])
+
+
+def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    """Returns the row with the columns of our layout in place of those that hold them. Optional ones may be missing."""
+    if not columns:
+        return row
+    for ours in ("prompt", "answer"):
+        if (name := columns.get(ours, ours)) not in row:
+            found = ", ".join(sorted(map(str, row))) or "none"
+            raise DataError(f"column {name!r} is missing (data.columns: {ours}); columns found: {found}")
+    others = {name: value for name, value in row.items() if name not in columns.values()}
+    return others | {ours: row[name] for ours, name in columns.items() if name in row}
 
 
 def _writable(problem: Problem) -> Problem:
@@ -246,7 +263,8 @@ def _parse_gsm8k(row: Row, _: str) -> Problem:
     if not mark or not answer:
         raise DataError(
             f"column 'answer' must end in '{ANSWER_MARK} n'; got {solution[-40:]!r} "
-            "(an answer without its solution goes with a column 'prompt' instead of 'question')"
+            "(an answer without its solution goes with a column 'prompt' instead of 'question', or with "
+            "data.columns={prompt: question})"
         )
     # <<48/2=24>> are marks for a calculator, which the reader of a solution never sees.
     steps = re.sub(r"<<.*?>>", "", steps).strip()

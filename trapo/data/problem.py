@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from trapo.errors import TrapoError
 
 Message = dict[str, str]
+COLUMNS = ("prompt", "answer", "traces", "trace", "id", "source")  # of our own layout
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,7 @@ def _load(
         prompt_suffix=data.prompt_suffix,
         limit=limit,
         dedup=data.dedup,
+        columns=data.columns,
         on_bad_row=cast(Literal["raise", "skip"], data.on_bad_row),  # config.py has checked it
     )
     encoded, left_out = encode_problems(

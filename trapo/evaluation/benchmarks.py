@@ -147,7 +147,8 @@ def _run(benchmarks: list[Benchmark], job: EvalJob, log: Callable[[str], None]) 
     with make_pool(job.reward) as pool:
         for i, b in enumerate(benchmarks):
             # Files may repeat a problem once per sample.
-            data = dataclasses.replace(job.data, eval=str(b.file), dedup=True)
+            columns = {} if b.name in KNOWN else job.data.columns
+            data = dataclasses.replace(job.data, eval=str(b.file), dedup=True, columns=columns)
             problems = load_eval_set(data, tokenizer, log)
             assert problems is not None
             if i == 0:
@@ -183,6 +184,7 @@ def _settings(benchmark: Benchmark, job: EvalJob, weights: str | None) -> dict[s
         "dtype": job.model.dtype,
         "engine": job.rollout.engine,
         "file": hashlib.sha256(benchmark.file.read_bytes()).hexdigest(),
+        "columns": job.data.columns or None,
         "limit": job.data.eval_limit,
         "samples": benchmark.samples,
         "temperature": job.eval.temperature,
