@@ -196,6 +196,7 @@ def test_easy_answers_are_graded_at_two_thousand_a_second():
         "####" * 50_000,
         "\n" * 10**5,
         "#### Step\n" * 50_000,
+        "\\boxed{2880000!}",
     ],
 )
 def test_long_texts_are_graded_in_a_moment(text):
