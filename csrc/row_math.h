@@ -4,7 +4,7 @@
 //
 //     RowState     m, R and Σ e^(z−m)(z−m) of some columns; states of disjoint columns merge
 //     RowStats     logp, m, log S, H of the whole row
-//     slopes       ∂loss/∂logp and ∂loss/∂H of the token: terms.py has the formulas, tests hold the two together
+//     slopes       ∂loss/∂logp and ∂loss/∂H of the token: objective.py has the formulas, tests hold the two together
 //     RowGradient  dL/dz_j = g_lp (1[j=y] − π_j) − g_H π_j (log π_j + H), as e^(d_j) (slope · d_j + constant), d = z − m
 //
 // R leaves out one column that has the maximum: beside its e^0 = 1 the others would lose their digits where they have
@@ -96,7 +96,7 @@ TRAPO_HD RowStats<T> finish(const RowState<T>& state, T target) {
   return {(target - state.max) - log_sum, state.max, log_sum, raise(log_sum - state.dot / (1 + rest), T(0))};
 }
 
-// backends/base.py's FusedTerms, and the numbers of `Term.fused` in terms.py.
+// backends/base.py's FusedTerms, and the numbers of `Term.fused` in objective.py.
 enum ExpertTerm : int { kNoExpert = 0, kSft = 1, kTrsft = 2, kDft = 3, kLuffy = 4 };
 enum PolicyTerm : int { kNoPolicy = 0, kClip = 1 };
 

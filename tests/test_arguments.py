@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,14 @@ def fresh_compiler():
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 COMPILED = {"backend": "eager", "fullgraph": True}
+
+
+def compiled_once_a_backend(names, others):
+    """All of (backend, one of the others, whether compiled). A graph takes a second: each backend is compiled with one
+    of the others here, and with the rest in the slow suite."""
+    for (i, name), (j, (id_, other)), compiled in product(enumerate(names), enumerate(others.items()), (False, True)):
+        marks = [pytest.mark.slow] if compiled and i % len(others) != j else []
+        yield pytest.param(name, other, compiled, marks=marks, id=f"{name}-{id_}-{'compiled' if compiled else 'eager'}")
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64, torch.tensor])
@@ -68,9 +78,10 @@ def none_counts(backend, normalizer, objective=EVERYTHING, compiled=False):
     return value, *torch.autograd.grad(value, case.hidden)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("normalizer", [torch.tensor(0), torch.tensor(0.0)])
-@backends
+ZEROS = {"0": torch.tensor(0), "0.0": torch.tensor(0.0)}
+
+
+@pytest.mark.parametrize(("backend", "normalizer", "compiled"), compiled_once_a_backend(BACKENDS, ZEROS))
 def test_a_count_of_0_counts_as_1(backend, normalizer, compiled):
     loss, grad = none_counts(backend, normalizer, compiled=compiled)
     assert loss == 0
@@ -139,9 +150,12 @@ def losses(hidden, weight, bias, targets, backend, **inputs):
     return policy.loss + (logprobs.logprobs + logprobs.entropy).mean() + divergence.loss + names["sum_sq"].mean()
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("dtypes", ["bf16 hidden, fp32 head", "fp32 hidden, bf16 head"])
-@pytest.mark.parametrize("backend", ["torch", "reference", "cpu"])
+MIXED = {name: name for name in ("bf16 hidden, fp32 head", "fp32 hidden, bf16 head")}
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtypes", "compiled"), compiled_once_a_backend(("torch", "reference", "cpu"), MIXED)
+)
 def test_autocast_casts_what_differs_as_it_casts_f_linear(backend, dtypes, compiled):
     case = make_case(20, 33, dtype=torch.float32, with_bias=True)
     params = [p.detach().clone() for p in case.params()]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from itertools import product
+
 import pytest
 import torch
 from kernel_cases import EVERYTHING, STREAMED, make_case, memory, policy_loss
@@ -33,7 +36,21 @@ def logprobs_step(case, backend):
     return step
 
 
+@functools.cache
+def large_case(**head):
+    """In float64, to be taken in other dtypes: drawing it takes longer than most of what is done with it."""
+    return make_case(N, V, D, **head)
+
+
 STEPS = {"loss": loss_step, "logprobs": logprobs_step}
+OPTIONS = {"plain": {}, "softcap": {"softcap": 5.0, "with_bias": True}}
+
+
+def steps_heads_and_budgets():
+    """All; here those in which each meets each of the others, and the rest in the slow suite."""
+    for (i, step), (j, head), (k, budget) in product(enumerate(STEPS), enumerate(OPTIONS), enumerate((7, 12))):
+        marks = [pytest.mark.slow] if (i + j + k) % 2 else []
+        yield pytest.param(step, OPTIONS[head], budget, marks=marks, id=f"{step}-{head}-{budget}")
 
 
 def gradient_bytes(case):
@@ -51,11 +68,9 @@ def test_the_counter_catches_the_backend_that_materialises(step):
 
 @backends
 @dtypes
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("head", [{}, {"softcap": 5.0, "with_bias": True}], ids=["plain", "softcap"])
-@pytest.mark.parametrize("budget", [7, 12])
+@pytest.mark.parametrize(("step", "head", "budget"), steps_heads_and_budgets())
 def test_temporaries_keep_to_the_budget_and_are_never_tokens_by_vocabulary(backend, dtype, step, head, budget):
-    case = make_case(N, V, D, dtype=dtype, **head)
+    case = large_case(**head).to(dtype).requires_grad()
     assert N * V * case.hidden.element_size() > 15 * MB
     with tk.budget_mb(budget):
         used = memory(STEPS[step](case, backend))

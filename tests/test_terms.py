@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from itertools import product
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from kernel_cases import (
     oracle,
     policy_loss,
     run,
+    slow,
 )
 
 import trapo_kernels as tk
@@ -227,7 +229,7 @@ def differentiated(name, head):
 
     step, g, slopes = 1e-5, torch.Generator().manual_seed(0), []
     for i, parameter in enumerate(params):
-        for _ in range(4):
+        for _ in range(2):
             direction = torch.randn(parameter.shape, generator=g, dtype=torch.float64)
 
             def moved(by, i=i, direction=direction):
@@ -238,9 +240,14 @@ def differentiated(name, head):
     return value(*params), slopes
 
 
-@backends
-@pytest.mark.parametrize("head", ["plain", "all"])
-@pytest.mark.parametrize("name", NEW | OLD)
+def terms_heads_and_backends():
+    """All; where a row takes 10 ms, the head with options is in the slow suite, as test_conformance.py has it."""
+    for name, head, backend in product(NEW | OLD, ("plain", "all"), BACKENDS):
+        marks = [pytest.mark.slow] if slow(backend) and head == "all" else []
+        yield pytest.param(name, head, backend, marks=marks, id=f"{name}-{head}-{backend}")
+
+
+@pytest.mark.parametrize(("name", "head", "backend"), terms_heads_and_backends())
 def test_loss_and_gradients_are_those_of_the_published_formula(name, head, backend):
     o = (NEW | OLD)[name]
     case = supervised_everywhere(o, sequence_case(seed=3, **HEADS[head]))

@@ -69,7 +69,7 @@ def train_step(
     drawing: AbstractContextManager[None] | None = None,
     drawn: Callable[[list[Rollout]], None] | None = None,
 ) -> tuple[list[Rollout], Update]:
-    """Runs the algorithm once: draw the rollouts of these problems, give them advantages, update the model once.
+    """The algorithm: draw the rollouts of these problems, give them advantages, update the model once.
 
     It returns the rollouts and what the update did. The engine has the old weights still: `engine.sync` is the
     caller's, who may want to look at the new ones first.
@@ -164,7 +164,7 @@ def make_learner(
     reference: PreTrainedModel | None = None,
     ranks: Ranks = ALONE,
 ) -> Learner:
-    """Returns the learner of a configuration."""
+    """The learner of a configuration."""
     return Learner(
         model,
         config.train,
@@ -186,8 +186,7 @@ def _inputs(
     accept_changed: bool,
     log: Callable[[str], None],
 ) -> dict[str, str]:
-    """Returns the SHA-256 of the files that the run reads. Raises TrapoError where a run that goes on would read
-    others."""
+    """SHA-256 of the files that the run reads. Raises TrapoError where a run that goes on would read others."""
     again = (
         resume_from is None or config.lora.rank > 0 or any("ref_logprobs" in phase.objective.needs for phase in plan)
     )
@@ -255,7 +254,7 @@ class Trainer:
         self.skips = SkipLimit(config.train.max_skipped_steps, run_dir)
 
     def _longest_sequence(self) -> int:
-        """Returns the longest prompt with the longest response, in tokens."""
+        """The longest prompt with the longest response, in tokens."""
         rollout, evaluation = self.config.rollout, self.config.eval
         train = max((len(p.prompt_ids) for p in self.train_set), default=0) + rollout.max_response_tokens
         asked = max((len(p.prompt_ids) for p in self.eval_set or ()), default=0)
@@ -305,7 +304,7 @@ class Trainer:
         self._evaluate(display, loggers)
 
     def _evaluation_due(self) -> bool:
-        """Returns whether an evaluation belongs between the step that was made last and the next one."""
+        """Whether an evaluation belongs between the step that was made last and the next one."""
         if self.step == 0:
             return self.config.eval.before
         return self._due(self.config.eval.every) and self.step < self.config.train.steps
@@ -337,8 +336,7 @@ class Trainer:
         return row | self.clock.row(rollouts, update, took=took, seconds=self.seconds, steps_left=left)
 
     def _check_engine(self, rollouts: Sequence[Rollout]) -> float | None:
-        """Returns the mean difference of the engine's log-probabilities from the learner's; too large a one stops the
-        run."""
+        """Mean difference of the engine's log-probabilities from the learner's; too large a one stops the run."""
         seed = derive_seed(self.config.seed, "guard", self.step)
         return self.guard.check(self.engine, rollouts, self.learner.own_logprobs, seed=seed)
 
@@ -357,7 +355,7 @@ class Trainer:
         return score_texts(self.pool, texts, [r.problem.problem for r in rollouts])
 
     def _evaluate(self, display: Display, loggers: Loggers) -> None:
-        """Evaluates the held-out accuracy now; does nothing when an interrupted run already has it."""
+        """Held-out accuracy now; left alone when an interrupted run already has it."""
         path = self.run_dir.evaluation(self.step)
         if self.eval_set is None or path.exists():
             return
@@ -384,8 +382,7 @@ class Trainer:
         self.saver.prune(display.note)
 
     def _save_due(self) -> bool:
-        """Returns whether to save: at checkpoint.every, at the end, and wherever an evaluation may find the best
-        weights so far."""
+        """At checkpoint.every, at the end, and wherever an evaluation may find the best weights so far."""
         settings, last = self.config.checkpoint, self.step == self.config.train.steps
         if settings.keep_best and (last or self._due(self.config.eval.every)):
             return True
@@ -406,7 +403,7 @@ class Trainer:
         return summary
 
     def _problems(self) -> list[EncodedProblem]:
-        """Returns the problems of the next step."""
+        """Those of the next step."""
         count, config = self.config.train.prompts_per_step, self.config
         return problems_at(self.step, self.train_set, count, seed=config.seed, shuffle=config.data.shuffle)
 
@@ -414,7 +411,7 @@ class Trainer:
         return every > 0 and self.step % every == 0
 
     def _reference_model(self) -> PreTrainedModel | None:
-        """Returns a frozen copy of the initial weights where an objective has a KL term or another that needs it."""
+        """A frozen copy of the initial weights where an objective has a KL term or another that needs it."""
         if not any("ref_logprobs" in phase.objective.needs for phase in self.phases):
             return None
         # Of the initial weights, so a resumed run loads them again.

@@ -25,23 +25,23 @@ _BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
 
 
 def _stride(vocab: int, itemsize: int) -> int:
-    """Returns the elements from one row to the next."""
+    """Elements from one row to the next."""
     unit = max(1, _ALIGNMENT // itemsize)
     return -(-vocab // unit) * unit
 
 
 def row_bytes(vocab: int, dtype: torch.dtype) -> int:
-    """Returns what a row of logits holds, padding included."""
+    """What a row of logits holds, padding included."""
     return _stride(vocab, dtype.itemsize) * dtype.itemsize
 
 
 def logits_buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns a buffer [rows, V] for logits that are yet to be written, its padding zero."""
+    """A buffer [rows, V] for logits that are yet to be written, its padding zero."""
     whole = torch.empty(rows, _stride(vocab, dtype.itemsize), dtype=dtype, device=device)
     whole[:, vocab:].zero_()
     return whole[:, :vocab]
 
 
 def block_rows(vocab: int, device: torch.device) -> int:
-    """Returns the rows of logits that elementwise torch passes take at a time, over scratch blocks of so many rows."""
+    """Rows of logits that elementwise torch passes take at a time, over scratch blocks of so many rows."""
     return max(1, _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS["cuda"]) // vocab)

@@ -80,8 +80,7 @@ def linear_divergence(
     ref_options: Mapping[str, float | None] | None = None,
     backend: str | None = None,
 ) -> Divergence:
-    """Computes Σ weights · D(student, reference) / normalizer over tokens, with exact gradients of hidden, weight and
-    bias.
+    """Σ weights · D(student, reference) / normalizer over tokens, with exact gradients of hidden, weight and bias.
 
     The reference is frozen: no gradient flows into its tensors. Gradients are computed in the forward and handed over
     in the backward, as by `linear_policy_loss`.
@@ -157,7 +156,7 @@ def anchor(
     ref: Any,
     streamed: bool,
 ) -> Tensor:
-    """Returns Σ weights · KL(reference ‖ student) / normalizer over rows that are chosen, with compact weights [n]."""
+    """Σ weights · KL(reference ‖ student) / normalizer over rows that are chosen, with compact weights [n]."""
     params = validate.one_dtype(*params)
     ref = ref_hidden, ref_weight, ref_bias = validate.one_dtype(*ref)
     _check(caller, params, ref, "forward_kl")
@@ -168,7 +167,7 @@ def anchor(
 
 
 def _run(caller: str, job: Job, ref: Params, params: Params, streamed: bool) -> tuple[Tensor, Tensor]:
-    """Returns (the loss, the divergence of each token [n])."""
+    """(the loss, the divergence of each token [n])."""
     found: tuple[Tensor, Tensor] = (
         apply(_StreamedDivergence, caller, job, ref, *params) if streamed else _materialise(job, ref, *params)
     )
@@ -229,12 +228,12 @@ def _materialise(job: Job, ref: tuple[Any, ...], *params: Any) -> tuple[Tensor, 
 
 
 def weighted_sum(weights: Tensor, tokens: Tensor) -> Tensor:
-    """Returns Σ weights · tokens, to which a token without weight adds nothing, not even one that is infinite."""
+    """Σ weights · tokens, to which a token without weight adds nothing, not even one that is infinite."""
     return (weights * tokens.masked_fill(weights == 0, 0)).sum()
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """Returns Σ a (log a − log b); a class with a = 0 gives 0, and nothing to the gradient."""
+    """Σ a (log a − log b); a class with a = 0 gives 0, and nothing to the gradient."""
     none = log_a == -torch.inf
     return (log_a.exp() * (log_a.masked_fill(none, 0) - log_b.masked_fill(none, 0))).sum(-1)
 
@@ -268,7 +267,7 @@ class _StreamedDivergence(torch.autograd.Function):
 
 
 def run(job: Job, ref: Any, params: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Returns the divergences of the compact rows [n], and the gradients of their weighted sum."""
+    """Divergences of the compact rows [n], and the gradients of their weighted sum."""
     hidden, weight, bias = params
     selection, counting = job.selection, job.selection.counting
     source = LinearSource(counting(hidden), weight, bias, job.head, selection, wants=job.wants, wide_chunks=True)
@@ -297,7 +296,7 @@ def _chunk(job: Job, source: LinearSource, other: LinearSource) -> int:
 
 
 def _blocks(x: Tensor, wide: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yields (rows, four scratch blocks [4, rows, V]) over all rows; the scratch is reused."""
+    """(rows, four scratch blocks [4, rows, V]) over all rows; the scratch is reused."""
     rows, vocab = x.shape
     step = min(block_rows(vocab, x.device), max(rows, 1))
     scratch = x.new_empty(4, step, vocab, dtype=wide)
@@ -307,7 +306,7 @@ def _blocks(x: Tensor, wide: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _log_softmax(x: Tensor, cap: float | None, out: Tensor, spare: Tensor) -> Tensor:
-    """Returns log π of a block of logits, before the soft-cap, written to `out`."""
+    """log π of a block of logits, before the soft-cap, written to `out`."""
     out.copy_(x)
     if cap is not None:
         out.div_(cap).tanh_().mul_(cap)
@@ -316,8 +315,8 @@ def _log_softmax(x: Tensor, cap: float | None, out: Tensor, spare: Tensor) -> Te
 
 
 def _divergence_(job: Job, x: Tensor, r: Tensor, at: slice, tokens: Tensor, with_gradient: bool) -> None:
-    """Writes the divergences of a chunk into `tokens`; with the gradient, the student's logits x become that of their
-    weighted sum."""
+    """Divergences of a chunk into `tokens`; with the gradient, the student's logits x become that of their weighted
+    sum."""
     values, weights = tokens[at], job.weights[at] * job.head.scale
     for rows, (log_pi, log_p, a, b) in _blocks(x, tokens.dtype):
         _log_softmax(x[rows], job.head.cap, log_pi, a)

@@ -19,12 +19,12 @@ _REDUCTION = {
 
 
 def shown_setting(setting: Any) -> str:
-    """Returns a field of an objective as a message shows it."""
+    """A field of an objective in a message."""
     return function_name(setting) if callable(setting) else repr(setting)
 
 
 def explain(o: Objective) -> str:
-    """Returns the text, a line a fact."""
+    """The text, a line a fact."""
     lines = ["loss of a token:"]
     for region, name, coef, term in o.parts:
         where = {"expert": "expert tokens", "own": "own tokens", "all": "all active tokens"}[region]

@@ -53,7 +53,7 @@ def linear_logprobs(
     backend: str | None = None,
     group: Any = None,
 ) -> TokenLogprobs:
-    """Returns log-probabilities (and entropies) of targets under a linear head, without the `[tokens, vocab]` logits.
+    """Log-probabilities (and entropies) of targets under a linear head, without the `[tokens, vocab]` logits.
 
     One GEMM forward; the backward recomputes the logits chunk by chunk (three GEMMs), and skips tokens whose incoming
     gradient is zero. Both outputs are differentiable once in hidden, weight and bias.
@@ -103,8 +103,7 @@ def logprobs_from_logits(
     entropy: bool = False,
     backend: str | None = None,
 ) -> TokenLogprobs:
-    """Returns `linear_logprobs` for logits [..., V] that exist already. Beside their gradient nothing of their size is
-    made.
+    """`linear_logprobs` for logits [..., V] that exist already. Beside their gradient nothing of their size is made.
 
     Raises:
         TypeError, ValueError: as `linear_logprobs`.
@@ -145,9 +144,8 @@ def linear_statistics(
     ignore_index: int = -100,
     backend: str | None = None,
 ) -> dict[str, Tensor]:
-    """Returns the statistics of each token's distribution under a linear head [...], without the `[tokens, vocab]`
-    logits and without gradient: "top20_mass", "top20_entropy" (any k), "sum_sq", "argmax_match", "mean_logit". One
-    GEMM.
+    """Statistics of each token's distribution under a linear head [...], without the `[tokens, vocab]` logits and
+    without gradient: "top20_mass", "top20_entropy" (any k), "sum_sq", "argmax_match", "mean_logit". One GEMM.
 
     Args:
         statistics: names; statistics.py says what each is. Zero at ignored tokens.
@@ -199,7 +197,7 @@ def linear_policy_loss(
     backend: str | None = None,
     group: Any = None,
 ) -> PolicyLoss:
-    """Returns the loss of `objective` over a linear head, without the `[tokens, vocab]` logits: three GEMMs in all.
+    """The loss of `objective` over a linear head, without the `[tokens, vocab]` logits: three GEMMs in all.
 
     The gradients are computed in the forward and handed over in the backward, scaled by what comes in; a second
     backward through the same graph (retain_graph) recomputes them. Frozen parameters and `no_grad` cost less.
@@ -282,7 +280,7 @@ def linear_policy_loss(
 def _facts(
     caller: str, call: Call, batch: Batch, targets: Tensor, settings: Any, inputs: dict[str, Tensor | None]
 ) -> dict[str, Any]:
-    """Returns what the ranks of a group must have in common, for an objective that a group can do."""
+    """What the ranks of a group must have in common, for an objective that a group can do."""
     if batch.statistics:
         names = ", ".join(batch.statistics)
         raise NotImplementedError(f"{caller}: group must be None where statistics of a row are read; got {names}")
@@ -318,8 +316,7 @@ def policy_loss_from_logits(
     ignore_index: int = -100,
     backend: str | None = None,
 ) -> PolicyLoss:
-    """Returns `linear_policy_loss` for logits [..., V] that exist already. Beside their gradient nothing of their size
-    is made.
+    """`linear_policy_loss` for logits [..., V] that exist already. Beside their gradient nothing of their size is made.
 
     Raises:
         TypeError, ValueError: as `linear_logprobs`.
@@ -359,8 +356,7 @@ def policy_loss_from_logprobs(
     normalizer: float | Tensor | None = None,
     skip_inactive: bool = False,
 ) -> PolicyLoss:
-    """Returns the loss of `objective` from log-probabilities that exist already: for trainers whose engines hand over
-    those.
+    """The loss of `objective` from log-probabilities that exist already: for trainers whose engines hand over those.
 
     It is the same function of them as in `linear_policy_loss` (terms.py has the formulas), differentiable any number of
     times in logprobs and entropy. Where hidden states are at hand, `linear_policy_loss` costs a GEMM less.
@@ -417,7 +413,7 @@ class TrapoLoss(nn.Module):
         self.options = options
 
     def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, **inputs: Any) -> PolicyLoss:
-        """Takes the arguments of `linear_policy_loss` but the objective, and raises its errors."""
+        """Arguments and errors of `linear_policy_loss`, less the objective."""
         return linear_policy_loss(hidden, weight, targets, self.objective, **{**self.options, **inputs})
 
     def extra_repr(self) -> str:
@@ -425,7 +421,7 @@ class TrapoLoss(nn.Module):
 
 
 def _check_options(objective: Any, options: dict[str, Any]) -> None:
-    """Checks what can be checked before there are tensors."""
+    """What can be checked before there are tensors."""
     caller = "TrapoLoss"
     if not isinstance(objective, Objective):
         raise TypeError(f"{caller}: objective must be an Objective; got {type(objective).__name__}")

@@ -35,8 +35,7 @@ class Source(Protocol):
     def logits(self, rows: slice, out: Tensor) -> Tensor: ...
 
     def magnify(self, largest: Tensor) -> Tensor:
-        """Returns, for chunks in fp16, what the gradient of the next chunk is to be multiplied by; `largest` bounds
-        it."""
+        """For chunks in fp16: what the gradient of the next chunk is to be multiplied by; `largest` bounds it."""
         ...
 
     def put(self, rows: slice, grad: Tensor) -> None: ...
@@ -45,14 +44,13 @@ class Source(Protocol):
 
 
 def d_hidden_dtype(operands: torch.dtype, wide_chunks: bool = False) -> torch.dtype:
-    """Returns the dtype of the gradient of hidden states before it is scaled: theirs, or wide where that would lose
-    what was kept."""
+    """Of the gradient of hidden states, before it is scaled: theirs, or wide where that would lose what was kept."""
     return stats_dtype(operands) if wide_chunks or operands == torch.float16 else operands
 
 
 def finish(grad: Tensor, like: Tensor, scale: Tensor | None, give: bool = True) -> Tensor:
-    """Returns an accumulated gradient in the dtype of its parameter, scaled in the accumulator's precision. `give`: in
-    place where the dtype is right, so that autograd can keep the very tensor as `.grad`."""
+    """An accumulated gradient in the dtype of its parameter, scaled in the accumulator's precision. `give`: in place
+    where the dtype is right, so that autograd can keep the very tensor as `.grad`."""
     if scale is None:
         return grad.to(like.dtype)
     wide = stats_dtype(grad.dtype)
@@ -171,7 +169,7 @@ class LinearSource:
             self.d_bias += found if self.unit is None else found.div_(self.unit)
 
     def _put_widened(self, rows: slice, grad: Tensor) -> None:
-        """Computes all products with operands widened, a block of columns at a time."""
+        """All products with operands widened, a block of columns at a time."""
         chunk, count = self._chunk.to(self.wide), grad.shape[0]
         if self.unit is not None:
             chunk = chunk / self.unit
@@ -196,14 +194,13 @@ class LinearSource:
             self._store(rows, total)
 
     def _blocks(self, widened: int) -> Iterator[slice]:
-        """Yields blocks of columns, each of which has so many elements to widen."""
+        """Blocks of columns, each of which has so many elements to widen."""
         step = max(1, min(self.vocab, WIDE_BYTES // (self.wide.itemsize * max(1, widened))))  # a shard may be empty
         for start in range(0, self.vocab, step):
             yield slice(start, min(start + step, self.vocab))
 
     def _narrow(self, grad: Tensor) -> Tensor:
-        """Returns the gradient of a chunk in the operands' dtype: of wide logits it takes the first half of their
-        rows."""
+        """The gradient of a chunk in the operands' dtype: of wide logits it takes the first half of their rows."""
         if grad.dtype == self.operands or grad.numel() == 0:
             return grad.to(self.operands)
         unit = self.magnify(torch.maximum(grad.amax(), -grad.amin())) if self.operands == torch.float16 else None
@@ -215,7 +212,7 @@ class LinearSource:
         return narrow
 
     def begin_sum(self) -> bool:
-        """Returns whether d_weight holds a sum that the next one is added to; from now on it does."""
+        """Whether d_weight holds a sum that the next one is added to; from now on it does."""
         before, self._beta = self._beta != 0, 1.0
         return before
 

@@ -46,20 +46,19 @@ class Shard:
     sizes: tuple[int, ...]
 
     def columns(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (the column of each target here [n], whether it is here at all [n]); somewhere in range where it is
-        not."""
+        """(the column of each target here [n], whether it is here at all [n]); somewhere in range where it is not."""
         here = (targets >= self.offset) & (targets < self.offset + self.size)
         return (targets - self.offset).clamp(0, max(self.size - 1, 0)), here
 
 
 def shard_of(group: Any, sizes: list[int]) -> Shard:
-    """Returns this rank's part, of parts of these sizes."""
+    """This rank's part, of parts of these sizes."""
     rank = dist.get_rank(group)
     return Shard(group, sum(sizes[:rank]), sizes[rank], sum(sizes), max(sizes), tuple(sizes))
 
 
 def sharded(kernel: RowKernel, shard: Shard) -> RowKernel:
-    """Returns a row kernel over the whole vocabulary, made of one over this rank's columns."""
+    """A row kernel over the whole vocabulary, made of one over this rank's columns."""
     verbs = _Verbs(kernel, shard)
     return RowKernel(verbs.stats, verbs.grad_, verbs.scratch_bytes, shard=shard)
 
@@ -91,7 +90,7 @@ class _Verbs:
         return RowState(whole, sums[0] + (sums[1] - 1).clamp(min=0), sums[2] if entropy else None, sums[-1])
 
     def _local(self, logits: Tensor, column: Tensor, cap: float | None, entropy: bool) -> RowState:
-        """Returns the state of this shard's columns, of which there may be none."""
+        """The state of this shard's columns, of which there may be none."""
         if self.shard.size:
             return self.kernel.stats(logits, column, cap, entropy)
         zero = logits.new_zeros(logits.shape[0], dtype=stats_dtype(logits.dtype))
@@ -118,7 +117,7 @@ class _Verbs:
 
 
 def _not_target(x: Tensor, stats: RowStats, g_lp: Tensor, g_entropy: Tensor | None, cap: float | None) -> Tensor:
-    """Returns −π_j (g_lp + g_H (log π_j + H)), times the slope of the soft-cap, of one logit a row [C]."""
+    """−π_j (g_lp + g_H (log π_j + H)), times the slope of the soft-cap, of one logit a row [C]."""
     z = x if cap is None else cap * torch.tanh(x / cap)
     log_p = (z - stats.max) - stats.log_sum
     pull = g_lp
@@ -165,14 +164,14 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(part: Tensor, shard: Shard) -> Tensor:
-    """Returns the whole of a sharded weight or bias, for the backend that materialises."""
+    """The whole of a sharded weight or bias, for the backend that materialises."""
     whole: Tensor = _Gather.apply(part, shard)
     return whole
 
 
 def local_parts(caller: str, hidden: Any, weight: Any, bias: Any, group: Any) -> tuple[Any, Any, Any, Any]:
-    """Returns (hidden, weight, bias, group) with DTensors unwrapped: a weight that is Shard(0) brings its group along.
-    Their gradients become DTensors again on the way back."""
+    """(hidden, weight, bias, group) with DTensors unwrapped: a weight that is Shard(0) brings its group along. Their
+    gradients become DTensors again on the way back."""
     if "torch.distributed.tensor" not in sys.modules:  # then there are none
         return hidden, weight, bias, group
     from torch.distributed.tensor import DTensor

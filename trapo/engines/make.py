@@ -22,7 +22,7 @@ def make_engine(
     run_dir: Path,
     ranks: Ranks = ALONE,
 ) -> Engine:
-    """Returns the engine that `rollout.engine` names (config.py has checked it), on the model; ranks share it.
+    """The engine that `rollout.engine` names (config.py has checked it), on the model; ranks share it.
 
     max_tokens: of a prompt and its response together. precision: as train.precision. run_dir: where weights go that a
     server reads, unless rollout.sync_folder says.

@@ -110,7 +110,7 @@ class Plan:
 
 
 def make_plan(model: ModelConfig, lora: LoraConfig, train: TrainConfig, step: StepTokens, ranks: int) -> Plan:
-    """Returns what steps of so many tokens need.
+    """What steps of so many tokens need.
 
     Raises TrapoError when the model's architecture cannot be found or the configuration cannot be used.
     """
@@ -134,14 +134,14 @@ def make_plan(model: ModelConfig, lora: LoraConfig, train: TrainConfig, step: St
 
 
 def _precision(train: TrainConfig) -> str:
-    """Returns the precision on a GPU: the plan is for GPUs, wherever it is made."""
+    """The plan is for GPUs, wherever it is made."""
     return resolve(train.precision, torch.device("cuda"))
 
 
 def meta_model(
     model: ModelConfig, lora: LoraConfig, dtype: torch.dtype | None = None, layers: int | None = None
 ) -> PreTrainedModel:
-    """Returns the model with shapes and without memory, frozen and adapted as the configuration says."""
+    """The model with shapes and without memory, frozen and adapted as the configuration says."""
     architecture = _architecture(model.path)
     if layers is not None:
         text = architecture.get_text_config()
@@ -156,7 +156,7 @@ def meta_model(
 
 
 def _architecture(path: str) -> Any:
-    """Returns a folder's or the hub's config.json, or an installed preset's of that name."""
+    """A folder's or the hub's config.json, or an installed preset's of that name."""
     preset = PRESETS / f"{Path(path).name.lower()}.json"
     if not Path(path).exists() and preset.is_file():
         values = json.loads(preset.read_text())
@@ -174,8 +174,7 @@ def _architecture(path: str) -> Any:
 
 @contextmanager
 def fake_ranks(world: int) -> Iterator[Any]:
-    """Yields the mesh of a process group in which this process is rank 0 and nobody else is there; None for one
-    rank."""
+    """The mesh of a process group in which this process is rank 0 and nobody else is there; None for one rank."""
     if world == 1:
         yield None
         return
@@ -204,7 +203,7 @@ def _weights(model: nn.Module) -> list[Weight]:
 
 
 def state_memory(model: nn.Module) -> dict[str, int]:
-    """Returns what stays from step to step, and gradients: this rank's shards, in bytes."""
+    """What stays from step to step, and gradients: this rank's shards, in bytes."""
     parts = [(_local(p), p.requires_grad) for p in model.parameters()]
     weights = sum(p.numel() * p.element_size() for p, _ in parts)
     gradients = sum(p.numel() * p.element_size() for p, trained in parts if trained)
@@ -213,8 +212,8 @@ def state_memory(model: nn.Module) -> dict[str, int]:
 
 
 def _unit_memory(model: PreTrainedModel, precision: str) -> dict[str, int]:
-    """Returns what FSDP2 holds beside the shards: the root's weights and two layers' (one computes, the next is on its
-    way), and gradients of the root and of one layer that are not reduced yet."""
+    """What FSDP2 holds beside the shards: the root's weights and two layers' (one computes, the next is on its way),
+    and gradients of the root and of one layer that are not reduced yet."""
     width = getattr(torch, precision).itemsize
     layers = decoder_layers(model)
     in_layers = {id(p) for layer in layers for p in layer.parameters()}
@@ -229,7 +228,7 @@ def _unit_memory(model: PreTrainedModel, precision: str) -> dict[str, int]:
 
 
 def _activations(model: ModelConfig, lora: LoraConfig, train: TrainConfig, longest: int) -> dict[str, int]:
-    """Returns the bytes that the forward of one micro-batch leaves for its backward; varlen attention, no padding."""
+    """Bytes that the forward of one micro-batch leaves for its backward; varlen attention, no padding."""
     dtype = getattr(torch, _precision(train))
     tokens = max(train.micro_batch_tokens, longest)
     one, two = (_saved_by(meta_model(model, lora, dtype, layers), tokens) for layers in (1, 2))
@@ -242,7 +241,7 @@ def _activations(model: ModelConfig, lora: LoraConfig, train: TrainConfig, longe
 
 
 def _saved_by(model: PreTrainedModel, tokens: int) -> int:
-    """Counts on the meta device."""
+    """On the meta device."""
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _varlen_attention)
     model.set_attn_implementation(ATTENTION)
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
@@ -251,7 +250,7 @@ def _saved_by(model: PreTrainedModel, tokens: int) -> int:
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
-    """Returns the storage of all tensors that autograd keeps of a forward, each once, the model's own left out."""
+    """Storage of all tensors that autograd keeps of a forward, each once, the model's own left out."""
     own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
     saved: dict[int, int] = {}
 
@@ -284,7 +283,7 @@ def _varlen_attention(
 
 
 def loss_memory(train: TrainConfig, vocab: int) -> dict[str, int]:
-    """Returns what grows with tokens × vocabulary in one micro-batch, in bytes."""
+    """What grows with tokens × vocabulary in one micro-batch, in bytes."""
     tokens = train.micro_batch_tokens
     width = getattr(torch, _precision(train)).itemsize
     budget = int(tk.get_budget_mb("cuda") * 2**20)
@@ -295,7 +294,7 @@ def loss_memory(train: TrainConfig, vocab: int) -> dict[str, int]:
 
 
 def update_flops(model: PreTrainedModel, step: StepTokens, *, checkpointing: bool) -> Flops:
-    """Counts the FLOPs of the forward and backward of one step's update."""
+    """Of the forward and backward of one step's update."""
     text = model.config.get_text_config()
     head = model.get_output_embeddings()
     linears = [m for m in model.get_decoder().modules() if isinstance(m, nn.Linear) and m is not head]
@@ -311,7 +310,7 @@ def update_flops(model: PreTrainedModel, step: StepTokens, *, checkpointing: boo
 
 
 def tables(plan: Plan) -> list[Table]:
-    """Returns what `trapo plan` shows."""
+    """What `trapo plan` shows."""
     shapes = _table(f"{plan.model} on {plan.ranks} ranks: rank 0's part", "weight", "count", "shape", "here", "trained")
     for w in plan.weights:
         shapes.add_row(w.name, str(w.count), _shape(w.shape), _shape(w.shard), "yes" if w.trained else "no")

@@ -23,15 +23,14 @@ EMPTY = hashlib.sha256(b"").hexdigest()
 
 
 def config_digest(settings: Tree, free: tuple[str, ...]) -> str:
-    """Returns a digest of the settings that decide what is computed; those at their default do not count, so that new
-    keys may come."""
+    """Of the settings that decide what is computed; those at their default do not count, so that new keys may come."""
     values, default = flat(plain_tree(settings)), flat(plain_tree(default_tree()))
     kept = {key: value for key, value in values.items() if value != default.get(key) and not key.startswith(free)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def rollouts_mark(path: Path) -> dict[str, Any]:
-    """Returns the size and digest of rollouts.jsonl."""
+    """Size and digest of rollouts.jsonl."""
     data = path.read_bytes() if path.exists() else b""
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
@@ -85,8 +84,7 @@ def restore_evaluations(run_dir: Any, expected: dict[str, Row], step: int, log: 
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Returns the rows of a metrics file, without a last line that a kill cut short. Raises TrapoError for one that is
-    damaged."""
+    """Rows of a metrics file, without a last line that a kill cut short. Raises TrapoError for one that is damaged."""
     if not path.exists():
         return []
     rows = []
@@ -99,7 +97,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def read_what_can_be(path: Path) -> tuple[list[Row], bool]:
-    """Returns the rows that can be read, and whether there are others. A last line that a kill cut short is none."""
+    """The rows that can be read, and whether there are others. A last line that a kill cut short is none."""
     found = [_row(line) for line in _lines(path)] if path.exists() else []
     return [row for row in found if row is not None], None in found
 
@@ -125,7 +123,7 @@ def _evaluation(path: Path) -> Row | None:
 
 
 def _has_rows(path: Path, result: Row) -> bool:
-    """Returns whether the answers of an evaluation are all there."""
+    """Whether the answers of an evaluation are all there."""
     try:
         rows = [json.loads(line.decode()) for line in _lines(path)]
     except (OSError, ValueError, RecursionError):

@@ -34,7 +34,7 @@ class Inputs:
 
     @classmethod
     def load(cls, path: Path) -> Inputs | None:
-        """Returns what `save` wrote; None where there is none or it is damaged."""
+        """What `save` wrote; None where there is none or it is damaged."""
         try:
             raw = json.loads(path.read_bytes())
             found = cls(str(raw["run"]), dict(raw["files"]))
@@ -50,7 +50,7 @@ class Inputs:
 
 
 def fingerprints(data: DataConfig, code: Mapping[str, str], model_path: str | None = None) -> dict[str, str]:
-    """Returns the SHA-256 by key of the local files that a run reads.
+    """SHA-256 by key of the local files that a run reads.
 
     code: the functions that keys name, the user's and others. model_path: of its files too, which a run that goes on
     reads again only for adapters or a reference.

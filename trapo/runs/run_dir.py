@@ -54,7 +54,7 @@ Log = Callable[[str], None]
 
 
 def quiet(_: str) -> None:
-    """Stands in for a log that nobody reads."""
+    """A log that nobody reads."""
 
 
 class RunDir:
@@ -76,19 +76,17 @@ class RunDir:
         return self.path / "eval" / f"step-{step:06d}.json"
 
     def evaluations(self) -> dict[int, Path]:
-        """Returns the evaluations that were made, by step."""
+        """Evaluations that were made, by step."""
         named = [(p, _EVALUATION.fullmatch(p.name)) for p in sorted((self.path / "eval").glob("step-*.json"))]
         return {int(m[1]): p for p, m in named if m}
 
     def best_steps(self, count: int) -> list[int]:
-        """Returns the steps of the `count` best evaluations of trained weights, the best first; of equal ones the
-        later."""
+        """Steps of the `count` best evaluations of trained weights, the best first; of equal ones the later."""
         accuracy = {step: read_json(path)["accuracy"] for step, path in self.evaluations().items() if step}
         return sorted(accuracy, key=lambda step: (accuracy[step], step), reverse=True)[:count]
 
     def look(self, settings: Tree, *, restart_finished: bool = False, log: Log = print) -> Checkpoint | None:
-        """Returns the checkpoint that a run of this configuration continues from, None to start at step 0. Changes
-        nothing.
+        """The checkpoint that a run of this configuration continues from, None to start at step 0. Changes nothing.
 
         Damaged checkpoints are told to `log` and passed over. Raises TrapoError when the folder is in use or cannot be
         written, holds a finished run of as many steps (unless restart_finished), a run with another configuration,
@@ -160,12 +158,12 @@ class RunDir:
             log(f"{', '.join(changed)}: the contents have changed since the run began; it goes on with the new ones")
 
     def has_results(self) -> bool:
-        """Returns whether something was computed here already."""
+        """Whether something was computed here already."""
         rows, damaged = history.read_what_can_be(self.metrics)
         return bool(checkpoint.find(self.checkpoints) or rows or damaged or self.evaluations())
 
     def record(self, settings: Tree, step: int) -> dict[str, Any]:
-        """Returns what a checkpoint after `step` should know of the run."""
+        """What a checkpoint after `step` should know of the run."""
         assert self.inputs is not None  # claimed
         return {
             "run": self.inputs.run,
@@ -183,7 +181,7 @@ class RunDir:
         append_rows(self.metrics, [row])
 
     def rows(self) -> list[dict[str, Any]]:
-        """Returns all complete rows of metrics.jsonl."""
+        """All complete rows of metrics.jsonl."""
         return read_rows(self.metrics)
 
     def finish(self, summary: dict[str, Any]) -> None:
@@ -194,7 +192,7 @@ class RunDir:
         return self.summary.exists(), [c.step for c in checkpoint.find(self.checkpoints)], config
 
     def _saved_settings(self) -> Tree | None:
-        """Returns the saved settings; None where there are none or they cannot be read."""
+        """None where there is none or it cannot be read."""
         try:
             return load_tree(self.config) if self.config.exists() else None
         except TrapoError:
@@ -249,7 +247,7 @@ class RunDir:
             )
 
     def _stranger(self, found: Checkpoint, settings: Tree) -> str | None:
-        """Returns why a whole checkpoint is not one of this run with this configuration."""
+        """Why a whole checkpoint is not one of this run with this configuration."""
         record = found.record()
         if missing := [key for key in ("run", "config", "step", "metrics", "rollouts") if key not in record]:
             return f"{checkpoint.RECORD_FILE} does not say its {missing[0]}"
@@ -264,8 +262,7 @@ class RunDir:
         return None
 
     def _put_away(self, other: Checkpoint, settings: Tree, log: Log) -> None:
-        """Puts away a checkpoint after the one that is continued: what will be computed again goes, a stranger is
-        kept."""
+        """A checkpoint after the one that is continued: what will be computed again goes, a stranger is kept."""
         if other.record() and self._stranger(other, settings) is not None:
             log(f"checkpoint {other.path} is kept as {checkpoint.set_aside(other).name}")
         else:
@@ -282,7 +279,7 @@ class RunDir:
         history.restore_evaluations(self, record.get("evaluations", {}), step, log)
 
     def _remove_leftovers(self) -> None:
-        """Removes what a killed process left half-written or half-deleted."""
+        """What a killed process left half-written or half-deleted."""
         for folder in (self.path, self.checkpoints, self.path / "eval"):
             for path in folder.glob(".tmp-*"):
                 if path.name != _IN_USE:

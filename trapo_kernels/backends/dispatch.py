@@ -35,7 +35,7 @@ _trust = _Trust()
 
 
 def trust(proven: Any, reason: Any) -> None:
-    """Lets these two be asked from here on. `verify` needs the backends, so it comes to them and not they to it."""
+    """From here on these two are asked. `verify` needs the backends, so it comes to them and not they to it."""
     _trust.proven, _trust.reason = proven, reason
 
 
@@ -104,8 +104,8 @@ _chosen: str | None = None
 
 
 def backends() -> dict[str, Backend]:
-    """Returns every backend of this version by name: `.available`, `.missing` (why not, one line), `.left_out` (why it
-    is not picked unasked, as far as `verify` has found out) and `.detail`."""
+    """Every backend of this version by name: `.available`, `.missing` (why not, one line), `.left_out` (why it is not
+    picked unasked, as far as `verify` has found out) and `.detail`."""
     return {backend.name: backend for backend in _BACKENDS}
 
 
@@ -124,16 +124,15 @@ def set_backend(name: str | None) -> None:
 
 
 def default_backend(device: torch.device | str = "cpu") -> str:
-    """Returns the name of the backend that does a call on this device which names none."""
+    """Name of the backend that does a call on this device which names none."""
     device = torch.device(device)
     chosen = _ask("default_backend", device)
     return (_fastest(device) if chosen is None else chosen).name
 
 
 def pick(name: str | None, caller: str, device: torch.device, may_try: bool = True) -> Backend:
-    """Returns the backend for a call on tensors of a device: the one named by argument, `set_backend` or environment,
-    else the fastest that can be trusted. On a GPU the first such pick on a machine tries the kernels, if it
-    `may_try`."""
+    """The backend for a call on tensors of a device: the one named by argument, `set_backend` or environment, else the
+    fastest that can be trusted. On a GPU the first such pick on a machine tries the kernels, if it `may_try`."""
     chosen = _ask(caller, device, name)
     if chosen is not None:
         return chosen
@@ -177,7 +176,7 @@ def _check_device(backend: Backend, argument: str, device: torch.device) -> Back
 
 
 def check_backend(caller: str, name: Any) -> None:
-    """Checks that a name is that of a backend of this version, or None."""
+    """The name of a backend of this version, or None."""
     if name is not None and not (isinstance(name, str) and name in backends()):
         raise ValueError(f"{caller}: backend must be one of {_names()} or None; got {shown(name)}")
 
@@ -196,7 +195,7 @@ def _find(name: str, argument: str) -> Backend:
 
 
 def backend_name(name: str | None, caller: str, device: torch.device) -> str:
-    """Returns the name of what `pick` picks, as a constant of a compiled graph."""
+    """The name of what `pick` picks, as a constant of a compiled graph."""
     return _constant_name(name, _chosen, caller, device)  # what is chosen is read here, and so guards the graph
 
 

@@ -28,7 +28,7 @@ def scratch_bytes(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
 
 
 def _blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yields (rows, two scratch blocks [rows, V]) over all rows; the scratch is reused."""
+    """(rows, two scratch blocks [rows, V]) over all rows; the scratch is reused."""
     rows, vocab = logits.shape
     step = max(1, min(block_rows(vocab, logits.device), rows))
     scratch = logits.new_empty(2, step, vocab, dtype=stats_dtype(logits.dtype))
@@ -38,12 +38,12 @@ def _blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
 
 
 def _cap(x: Tensor, cap: float | None) -> Tensor:
-    """Returns z of a few logits."""
+    """z of a few logits."""
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
 def _shift(x: Tensor, top: Tensor, cap: float | None, out: Tensor) -> Tensor:
-    """Returns z − m of a block, written to `out`."""
+    """z − m of a block, written to `out`."""
     if cap is None:
         return torch.sub(x, top, out=out)
     return out.copy_(x).div_(cap).tanh_().mul_(cap).sub_(top)

@@ -104,7 +104,7 @@ class FusedLinearGRPOLoss(nn.Module):
         num_items_in_batch: Tensor | float | None = None,
         sampling_per_token_logps: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Takes Liger's arguments, and the engine's log-probabilities for the off-policy mask.
+        """Liger's arguments, and the engine's log-probabilities for the off-policy mask.
 
         Args:
             _input: [B, T, D] hidden states; lin_weight [V, D]; bias [V].

@@ -44,7 +44,7 @@ def _objective(settings: tuple[tuple[str, Any], ...]) -> Objective:
 
 
 def policy_loss(inputs: Any, **settings: Any) -> LossOutputs:
-    """Returns the objective's loss of one sequence, summed over its tokens.
+    """The objective's loss of one sequence, summed over its tokens.
 
     Args:
         inputs: trainer_logprobs [T], inference_logprobs [T], advantages [T], loss_mask [T] bool; where they exist

@@ -37,7 +37,7 @@ TOKEN_LOSSES = ("bnpo", "dr_grpo", "dapo")  # one normalizer for every token
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `TrapoGRPOTrainer` where it is asked for."""
+    """`TrapoGRPOTrainer`, where it is asked for."""
     if name == "TrapoGRPOTrainer":
         from trapo.integrations.trl import TrapoGRPOTrainer
 
@@ -145,7 +145,7 @@ class FusedGRPOTrainer(GRPOTrainer):
             raise ValueError(f"{caller}: tis_cap={o.tis_cap} needs use_vllm, which gives the rollouts' logprobs")
 
     def _loss_path(self) -> str:
-        """Returns "one pass", or two passes and the reason."""
+        """One pass, or two passes and the reason."""
         a, reason = self.args, None
         if not self._own_objective:
             reason = two_pass_reason(
@@ -179,7 +179,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         return found
 
     def _expert_loss(self, inputs: dict[str, Any], expert: Tensor) -> Tensor:
-        """Returns the expert term over expert tokens, from the logprobs that the policy term has just used."""
+        """The expert term over expert tokens, from the logprobs that the policy term has just used."""
         assert self._scored is not None
         logprobs, entropy = self._scored
         assert entropy is not None
@@ -195,7 +195,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         return loss
 
     def _token_normalizer(self, inputs: dict[str, Any]) -> Tensor:
-        """Returns TRL's normalizer for "dapo": tokens of the accumulation window, per process."""
+        """TRL's for "dapo": tokens of the accumulation window, per process."""
         count = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if self.model.training:
             count = count * self.current_gradient_accumulation_steps / self.args.steps_per_generation
@@ -242,7 +242,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         return loss
 
     def _weights(self, inputs: dict[str, Any], mask: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Returns (weights of the policy term [B, C] or None, normalizer) that give TRL's reduction.
+        """(weights of the policy term [B, C] or None, normalizer) that give TRL's reduction.
 
         TRL weighs the policy term alone by its weight of a sequence, by its importance ratio between engine and
         trainer, and by the ratio of its normalizer to that of the entropy bonus.
@@ -323,7 +323,7 @@ class FusedGRPOTrainer(GRPOTrainer):
 
 
 def _per_token(advantages: Tensor, like: Tensor) -> Tensor:
-    """Returns the advantages [B] or [B, C] as [B, C]."""
+    """Advantages [B] or [B, C] as [B, C]."""
     return (advantages[:, None] if advantages.ndim == 1 else advantages).expand(like.shape).float()
 
 

@@ -40,7 +40,7 @@ INPUTS = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs", "pol
 
 
 def actor_objective(config: Any, **overrides: Any) -> Objective:
-    """Returns the objective that an ActorConfig describes, with TrSFT (α = 0.1) on expert tokens.
+    """The objective that an ActorConfig describes, with TrSFT (α = 0.1) on expert tokens.
 
     Raises:
         ValueError: kl_loss_type is not the k3 estimate ("low_var_kl", "k3").
@@ -72,7 +72,7 @@ def trapo_policy_loss(
     expert_mask: Tensor | None = None,
     objective: Objective | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Returns verl's policy loss [B, T] without KL and entropy, which verl adds itself.
+    """verl's policy loss [B, T] without KL and entropy, which verl adds itself.
 
     Args:
         expert_mask: [B, T] bool: True = expert-prefix token. None = all own, as verl calls it.
@@ -92,7 +92,7 @@ def trapo_policy_loss(
 def actor_loss(
     config: Any, model_output: Any, data: Any, dp_group: Any = None, *, objective: Objective | None = None
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Returns verl's `ppo_loss` with an expert mask: for `set_loss_fn(partial(actor_loss, config=config))`.
+    """verl's `ppo_loss` with an expert mask: for `set_loss_fn(partial(actor_loss, config=config))`.
 
     Args:
         config: ActorConfig.
@@ -150,7 +150,7 @@ def _token_losses(
     expert_mask: Tensor | None,
     weights: Tensor | None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns (weighted loss of each part per token [B, T], metrics). `weights` multiply the policy term."""
+    """(weighted loss of each part per token [B, T], metrics). `weights` multiply the policy term."""
     for name, setting in objective.needs.items():
         if inputs.get(name) is None:
             raise ValueError(f"actor_loss: {name} must be in the batch, which {setting} needs; got None")
@@ -169,7 +169,7 @@ def _token_losses(
 
 @torch.no_grad()
 def _metrics(objective: Objective, tokens: Tokens) -> dict[str, Any]:
-    """Returns the metrics under verl's names where it has one; means over no token are 0."""
+    """verl's names where it has one; means over no token are 0."""
     expert, own = tokens.expert, ~tokens.expert
     mine = tokens.only(own)
     low, high, dual = clipped(objective, mine) if mine.advantages is not None else (own & False,) * 3
@@ -199,7 +199,7 @@ class FusedLinearForPPO(nn.Module):
     def forward(
         self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """Takes hidden_states [..., D], vocab_weights [V, D], input_ids [...]."""
+        """hidden_states [..., D], vocab_weights [V, D], input_ids [...]."""
         logprobs, entropy = linear_logprobs(
             hidden_states, vocab_weights, input_ids.long(), temperature=float(temperature), entropy=True
         )
@@ -208,7 +208,7 @@ class FusedLinearForPPO(nn.Module):
 
 
 def use_fused_head() -> None:
-    """Lets verl's patched forwards (use_fused_kernels, backend "torch") use this package's head from here on."""
+    """From here on verl's patched forwards (use_fused_kernels, backend "torch") use this package's head."""
     import verl.utils.experimental.torch_functional as verl_functional
 
     verl_functional.FusedLinearForPPO = FusedLinearForPPO

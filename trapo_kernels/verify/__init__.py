@@ -51,7 +51,7 @@ class Report:
 
 
 def verify(device: torch.device | str | None = None) -> Report:
-    """Tries every compiled backend that is here on a device, in a process of its own, and the verdict is kept for
+    """Every compiled backend that is here is tried on a device, in a process of its own, and the verdict is kept for
     `backend=None`.
 
     It takes up to three minutes on a GPU, where Triton compiles its kernels; a second time is faster.
@@ -80,7 +80,7 @@ def verify(device: torch.device | str | None = None) -> Report:
 
 
 def wanted() -> bool:
-    """Returns whether picks ask for proof: TRAPO_KERNELS_VERIFY is not 0.
+    """Whether picks ask for proof: TRAPO_KERNELS_VERIFY is not 0.
 
     Raises:
         ValueError: it is neither 0 nor 1.
@@ -92,8 +92,8 @@ def wanted() -> bool:
 
 
 def proven(name: str, device: torch.device, others: Callable[[], Sequence[str]], may_try: bool = True) -> bool:
-    """Returns whether a backend may be picked unasked on a device. Without a verdict, one is made of it and of
-    `others()`, unless a graph is being compiled or captured; then nothing is proved yet."""
+    """Whether a backend may be picked unasked on a device. Without a verdict, one is made of it and of `others()`,
+    unless a graph is being compiled or captured; then nothing is proved yet."""
     if not wanted():
         return False
     verdict = _known.get((device, name))
@@ -109,8 +109,7 @@ def proven(name: str, device: torch.device, others: Callable[[], Sequence[str]],
 
 
 def reason(name: str, device: torch.device) -> str | None:
-    """Returns why a pick would leave the backend out, as far as it is known without trying anything; None: nothing
-    is."""
+    """Why a pick would leave the backend out, as far as it is known without trying anything; None: nothing is."""
     if not wanted():
         return None
     where = _device(device)
@@ -119,7 +118,7 @@ def reason(name: str, device: torch.device) -> str | None:
 
 
 def _find(name: str, device: torch.device, others: Callable[[], Sequence[str]], may_try: bool) -> Verdict | None:
-    """Returns the verdict on disk, or a new one; None where none may be made now."""
+    """The verdict on disk, or a new one; None where none may be made now."""
     kept = keep.read(device)
     if name in kept:
         return kept[name]
@@ -151,7 +150,7 @@ def _remember(device: torch.device, found: dict[str, Verdict]) -> Path | None:
 
 
 def _device(device: torch.device | str | None) -> torch.device:
-    """Returns the device, with an index if it is a CUDA device."""
+    """With an index, if it is a CUDA device."""
     found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if found.type == "cuda" and found.index is None:
         return torch.device("cuda", torch.cuda.current_device())
@@ -163,7 +162,7 @@ def _capturing(device: torch.device) -> bool:
 
 
 def _say(line: str) -> None:
-    """Says a line on stderr, once in a process; of a node's ranks the first speaks."""
+    """On stderr, once in a process; of a node's ranks the first speaks."""
     if line not in _said:
         _said.add(line)
         if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -46,8 +46,7 @@ class Sparse:
     def add(
         self, at: slice, hidden: Tensor, logits: Tensor, targets: Tensor, stats: RowStats, slopes: TwoSlopesOf
     ) -> None:
-        """Adds the gradients of a chunk of compact rows `at`, whose hidden states [C, D] and logits [V, C] these
-        are."""
+        """The gradients of a chunk of compact rows `at`, whose hidden states [C, D] and logits [V, C] these are."""
         scale = self.head.scale
         g_lp, g_entropy = slopes(at, stats)
         chunk = _Tokens(hidden, targets, stats, g_lp * scale, None if g_entropy is None else g_entropy * scale)
@@ -64,11 +63,11 @@ class Sparse:
             self._accumulate(chunk, logits, rows, at, tokens)
 
     def _room(self, share: float) -> Tensor:
-        """Returns how much more mass may be left out when `share` of the tolerance may be used."""
+        """How much more mass may be left out when `share` of the tolerance may be used."""
         return (share * self.source.tolerance * self.mass - self.dropped).clamp(min=0)
 
     def _masses(self, chunk: _Tokens, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the mass of each row of the weight [V] and of each token [C], float64."""
+        """Mass of each row of the weight [V] and of each token [C], float64."""
         by_row, by_token = torch.ops.trapo_kernels_cpu.panel_mass(
             chunk.hidden, self.source.weight, chunk.targets, self.head.cap, *chunk.stats, chunk.g_lp, chunk.g_entropy,
             logits,
@@ -76,7 +75,7 @@ class Sparse:
         return by_row.double(), by_token.sum(0, dtype=torch.float64)
 
     def _accumulate(self, chunk: _Tokens, logits: Tensor, rows: Tensor, at: slice, tokens: Tensor) -> None:
-        """Computes GEMMs 2 and 3 of these rows of the weight, a block at a time."""
+        """GEMMs 2 and 3 of these rows of the weight, a block at a time."""
         source = self.source
         d_hidden = None if source.d_hidden is None else torch.zeros_like(chunk.hidden)
         # Of a row of the weight, in its block.
@@ -125,8 +124,7 @@ class _Tokens:
 
 
 def _keep(masses: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (indices to keep, ascending; the mass that goes with the others): the least are left out while `room`
-    holds them.
+    """(indices to keep, ascending; the mass that goes with the others): the least are left out while `room` holds them.
 
     A mass that is not a number is kept, and so is everything beside it that is larger.
     """
