@@ -341,8 +341,9 @@ def test_opcheck_of_policy_loss(name, backend):
     live = o.has_gradient(given["expert_mask"], given["advantages"])
     floats = [given[n].float() for n in ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs")]
     weights = None if name == "everything" else torch.rand(12)
+    policy_weights = torch.rand(12) if name in ("everything", "own") else None
     arguments = (
-        *case.params(), case.targets, active, live, given["expert_mask"], *floats, weights,
+        *case.params(), case.targets, active, live, given["expert_mask"], *floats, policy_weights, weights,
         ops.objective_key(o), list(o.statistics), 0.7, 3.0, 1.5, backend, True, True, True,
     )  # fmt: skip
     # The schema check reads the storage of every tensor, and inside torch.func, which finds the slopes of a function of

@@ -27,8 +27,8 @@ _SETTINGS = (
     "statistics", "settings",
 )  # fmt: skip
 _TENSORS = (
-    "targets", "mask", "expert_mask", "advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs",
-    "policy_weights", "sequence_ids", "normalizer", "gradients",
+    "targets", "mask", "expert_mask", "advantages and policy_weights", "old_logprobs", "ref_logprobs",
+    "rollout_logprobs", "sequence_ids", "normalizer", "gradients",
 )  # fmt: skip
 _NAMES = (*_NUMBERS, *_SETTINGS, *_TENSORS)
 

@@ -288,9 +288,12 @@ def _facts(
         raise NotImplementedError(f"{caller}: group must be None where a reference head is read; got expert='asft'")
     fields = {name: getattr(batch.objective, name) for name in FIELDS}
     objective = repr({name: function_name(v) if callable(v) else v for name, v in fields.items()})  # in every process
+    given, inputs = sorted(name for name, t in inputs.items() if t is not None), dict(inputs)
+    scales = [inputs.pop(name) for name in ("advantages", "policy_weights")]
+    scale = torch.cat([t.reshape(-1).to(batch.normalizer.dtype) for t in scales if t is not None] or [targets[:0]])
     return call.facts(
         targets, objectives=objective, statistics=batch.statistics, settings=settings, normalizer=batch.normalizer,
-        given=sorted(name for name, t in inputs.items() if t is not None), **inputs,
+        given=given, **{"advantages and policy_weights": scale}, **inputs,
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ offset_r + V_r of the weight, of any sizes; hidden states and targets (ids in th
     per chunk, forward     all-reduce max z                              C numbers, maximum
                            all-reduce Σ e^(z−m), Σ e^(z−m)(z−m), z_y     4 C numbers, sum
                            and how many shards have the maximum
-    per call               all-gather shard sizes and what must agree    24 integers (agreement.py), and once more in
+    per call               all-gather shard sizes and what must agree    23 integers (agreement.py), and once more in
                            the backward of log-probabilities
                            all-reduce d_hidden                           N·D numbers, where hidden states are trained
 

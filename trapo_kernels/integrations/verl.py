@@ -158,10 +158,10 @@ def _token_losses(
         raise ValueError(f"actor_loss: objective must read log-probabilities and entropies of tokens; got {objective}")
     active = mask.bool()
     expert = torch.zeros_like(active) if expert_mask is None else expert_mask.bool()
-    given = {**inputs, "policy_weights": weights}
+    given = {name: t for name, t in {**inputs, "policy_weights": weights}.items() if t is not None}
     batch, values = batch_of_logprobs(
         "actor_loss", log_prob, replace(objective, reduction="sum"), entropy, normalizer=1.0,
-        floats={n: None if given.get(n) is None else given[n].expand(active.shape) for n in INPUTS},
+        floats={name: given[name].expand(active.shape) if name in given else None for name in INPUTS},
         masks={"expert_mask": expert, "mask": active},
     )  # fmt: skip
     return batch.token_losses(values), _metrics(objective, batch.tokens(values))
