@@ -7,9 +7,9 @@ model's own by policy gradient: one loss, one optimizer step.
 
     python examples/trapo_loop.py        # SmolLM2-135M on word problems; under two minutes on two CPU cores
 
-It prints how often the model was right, alone and with help, and the probability that it gives the expert's tokens.
-Both rise within a few steps. What `trapo train` has beyond this page: evaluation, checkpoints, several GPUs, vLLM,
-rewards in processes that can be killed, and options.
+It prints how often the model was right, alone and with help, and the probability that it gives the expert's tokens;
+the second half of the steps sees the first half's problems again, so that the two compare. `trapo train` has more:
+evaluation, checkpoints, several GPUs, vLLM, rewards in processes that can be killed, options.
 """
 
 from __future__ import annotations
@@ -114,14 +114,14 @@ def train(path: str, *, steps: int, prompts: int, lr: float) -> list[dict[str, f
     """TRAPO, top to bottom; one row of numbers a step."""
     torch.manual_seed(0)
     model, tokenizer = load_model(ModelConfig(path=path))
-    problems = load_training_problems(tokenizer, steps * prompts)
+    problems = load_training_problems(tokenizer, (half := (steps + 1) // 2) * prompts)
     engine = HFEngine(model, eos_ids=eos_ids(model, tokenizer), pad_id=tokenizer.pad_token_id)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     rows = []
     for step in range(steps):
         # 1. Rollouts, micro-group after micro-group: later ones get help where earlier ones failed.
         rollouts = collect(
-            problems[step * prompts : (step + 1) * prompts],
+            problems[step % half * prompts :][:prompts],
             MICRO_GROUPS,
             engine,
             lambda drawn: rewards(tokenizer, drawn),
@@ -143,7 +143,7 @@ def train(path: str, *, steps: int, prompts: int, lr: float) -> list[dict[str, f
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct", help="as model.path of `trapo train`")
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=6, help="problems a step")
     parser.add_argument("--lr", type=float, default=5e-5)
     options = parser.parse_args()

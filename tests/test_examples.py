@@ -35,6 +35,7 @@ def test_a_run_is_the_same_again(train, tiny_model_path):
 
 @pytest.mark.slow
 def test_smollm2_is_right_more_often_after_a_few_steps(train):
-    rows = train("smollm2-135m-instruct", steps=5, prompts=6, lr=5e-5)
-    assert rows[-1]["expert_prob"] > rows[0]["expert_prob"] + 0.05
-    assert sum(row["alone"] for row in rows[-2:]) > sum(row["alone"] for row in rows[:2])
+    rows = train("smollm2-135m-instruct", steps=4, prompts=6, lr=5e-5)
+    first, second = rows[:2], rows[2:]
+    for name in ("expert_prob", "alone"):
+        assert sum(row[name] for row in second) > sum(row[name] for row in first)

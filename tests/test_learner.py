@@ -13,8 +13,8 @@ from trapo.config import merge_config
 from trapo.data.encode import EncodedProblem
 from trapo.data.problem import Problem
 from trapo.errors import TrapoError
-from trapo.learner import lr_factor
 from trapo.models.checkpointing import enable_checkpointing
+from trapo.models.optimizer import lr_factor
 from trapo.report.metrics import ProbabilityHistogram
 from trapo.rollouts import Rollout
 from trapo.trainer import make_learner

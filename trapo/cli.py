@@ -81,6 +81,7 @@ def train(
     settings = load_config(config, overrides or [])
     _quiet_transformers()
     from trapo import trainer
+    from trapo.report.summary import summary_lines
     from trapo.runs.stopping import Stopped
 
     console = _console()
@@ -98,7 +99,8 @@ def train(
         console.print(f"trapo: {stopped}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130 if stopped.number == signal.SIGINT else 0) from None
     if summary:  # the first rank's
-        _print_summary(console, Path(settings.run_dir), summary)
+        for line in summary_lines(Path(settings.run_dir), summary):
+            console.print(line, markup=False, highlight=False)
 
 
 @app.command(name="eval")
@@ -315,39 +317,6 @@ def _quiet_transformers() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-
-
-def _share(value: float) -> str:
-    """A percentage; a plain number where rewards are no shares of 1."""
-    return f"{value:.1%}" if 0 <= value <= 1 else f"{value:.3g}"
-
-
-def _print_summary(console: Console, run_dir: Path, summary: dict) -> None:
-    before, after = summary["eval_before"], summary["eval_after"]
-    if before is not None and after is not None:
-        low, high = summary["eval_before_interval"]
-        console.print(
-            f"held-out accuracy before: {_share(before)}  (95% interval {_share(low)} to {_share(high)})",
-            highlight=False,
-        )
-        low, high = summary["eval_after_interval"]
-        console.print(
-            f"held-out accuracy after:  {_share(after)}  (95% interval {_share(low)} to {_share(high)})",
-            highlight=False,
-        )
-    if summary["reward_failures"]:
-        console.print(f"reward failures (scored 0): {summary['reward_failures']}", highlight=False)
-    gpu = f" and {summary['peak_gpu_memory_gb']:.1f} GB of the GPU" if "peak_gpu_memory_gb" in summary else ""
-    console.print(
-        f"{summary['steps']} steps in {summary['seconds']:.0f} s, peak memory {summary['peak_memory_gb']:.1f} GB{gpu}, "
-        f"backend {summary['backend']}",
-        highlight=False,
-    )
-    console.print(
-        f"{run_dir}/report.html  {run_dir}/summary.json  {run_dir}/final (loads with transformers)",
-        markup=False,
-        highlight=False,
-    )
 
 
 if __name__ == "__main__":  # torchrun -m trapo.cli

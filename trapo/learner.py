@@ -33,13 +33,13 @@ from trapo.batching import (
     target_logprobs,
 )
 from trapo.config import OptimConfig, TrainConfig
-from trapo.errors import TrapoError
 from trapo.models import agreement, prefix_tree
 from trapo.models.checkpointing import prepare_checkpointing
 from trapo.models.loading import head_of
+from trapo.models.optimizer import lr_factor, make_optimizer
 from trapo.models.precision import compute_in, resolve
 from trapo.models.sharding import as_forward, is_sharded, load_shards, scatter_optimizer_state, whole
-from trapo.report.metrics import ProbabilityHistogram
+from trapo.report.metrics import ProbabilityHistogram, added_up, merged_metrics
 from trapo.rollouts import Rollout
 from trapo.runs.ranks import ALONE, Ranks
 from trapo.tools.timing import StepTimer
@@ -91,19 +91,7 @@ class Learner:
         self.layout = self._agreed()  # of packed rows; None: padded
         self.expert_histogram = ProbabilityHistogram()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        if others := [p.dtype for p in self.parameters if p.dtype != torch.float32]:
-            # An AdamW step is about lr in size: added to a 16-bit weight it is rounded away.
-            raise TrapoError(
-                f"model.dtype: training needs float32 weights; got {str(others[0]).removeprefix('torch.')}"
-            )
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=optim.lr,
-            betas=optim.betas,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            fused=has_fused(model),
-        )
+        self.optimizer = make_optimizer(model, self.parameters, optim)
         self.scheduler = LambdaLR(self.optimizer, lambda step: lr_factor(step, optim, train.steps))
 
     def _agreed(self) -> frozenset[str] | None:
@@ -167,8 +155,8 @@ class Learner:
             self.scheduler.step()
         if self.ranks.world > 1:
             metrics = self.ranks.gather([{k: v.cpu() for k, v in m.items()} for m in metrics])
-        merged = _merge(metrics, steps + skipped)
-        histogram = _add_up(self.ranks.gather([self.expert_histogram.take()]))
+        merged = merged_metrics(metrics, steps + skipped)
+        histogram = added_up(self.ranks.gather([self.expert_histogram.take()]))
         return Update(merged, steps, skipped, norm, tokens, histogram)
 
     def own_logprobs(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
@@ -366,35 +354,7 @@ class Learner:
         return norm
 
 
-def lr_factor(step: int, optim: OptimConfig, steps: int) -> float:
-    """What the learning rate of a step (counted from 0) is multiplied by. Warmup does not start at 0: a step whose
-    rollouts were paid for should learn something."""
-    warmup = min(1.0, (step + 1) / (optim.warmup_steps + 1))
-    done = min(max(step - optim.warmup_steps, 0) / max(steps - optim.warmup_steps, 1), 1.0)
-    decay = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
-    return warmup * decay[optim.schedule]
-
-
 def is_packed(model: PreTrainedModel, packing: str) -> bool:
     """train.packing; `auto` packs where attention is varlen: a block mask's squares cost more than padding does."""
     varlen = "flash" in (model.config._attn_implementation or "")
     return {"always": True, "never": False, "auto": varlen}[packing]
-
-
-def has_fused(model: PreTrainedModel) -> bool:
-    """Whether AdamW can update these weights in one kernel: on CPUs and GPUs, unless shards are on a CPU."""
-    return model.device.type == "cuda" or (model.device.type == "cpu" and not is_sharded(model))
-
-
-def _merge(metrics: Sequence[dict[str, torch.Tensor]], minibatches: int) -> dict[str, float | None]:
-    """Metrics of all micro-batches as one; a loss is the mean over minibatches. The update's only host sync."""
-    found = tk.merge_metrics(metrics)
-    values = torch.stack([v.double() for v in found.values()]).tolist() if found else []
-    merged = dict(zip(found, values, strict=True))
-    means = {name: value / minibatches if name.startswith("loss") else value for name, value in merged.items()}
-    return {name: value if math.isfinite(value) else None for name, value in means.items()}  # JSON has no NaN
-
-
-def _add_up(histograms: Sequence[list[int]]) -> list[int]:
-    """Those of all ranks as one; empty ones count nothing."""
-    return [sum(counts) for counts in zip(*filter(None, histograms), strict=True)]

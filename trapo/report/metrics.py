@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+import trapo_kernels as tk
 from trapo.rollouts import Rollout
 
 HISTOGRAM_BINS = 20  # of probability, equally wide: the usual alpha of 0.1 is an edge
@@ -51,6 +52,21 @@ class ProbabilityHistogram:
         """Returns the counts since the last `take`; [] when nothing was counted."""
         counts, self.counts = self.counts, None
         return [int(count) for count in counts] if counts is not None and counts.any() else []
+
+
+def merged_metrics(metrics: Sequence[dict[str, torch.Tensor]], minibatches: int) -> dict[str, float | None]:
+    """Returns the loss's metrics of all micro-batches as one; a loss is the mean over minibatches. The update's only
+    host sync."""
+    found = tk.merge_metrics(metrics)
+    values = torch.stack([v.double() for v in found.values()]).tolist() if found else []
+    merged = dict(zip(found, values, strict=True))
+    means = {name: value / minibatches if name.startswith("loss") else value for name, value in merged.items()}
+    return {name: value if math.isfinite(value) else None for name, value in means.items()}  # JSON has no NaN
+
+
+def added_up(histograms: Sequence[list[int]]) -> list[int]:
+    """Returns those of all ranks as one; empty ones count nothing."""
+    return [sum(counts) for counts in zip(*filter(None, histograms), strict=True)]
 
 
 def peak_memory_gb() -> float:

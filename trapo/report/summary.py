@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import trapo_kernels as tk
@@ -40,6 +41,29 @@ def summarise(run_dir: RunDir, mode: str, model: ModelConfig, steps: int, second
         "peak_memory_gb": max([peak_memory_gb(), *(row["peak_memory_gb"] for row in rows)]),
         **_peak_gpu_memory(rows),
     }
+
+
+def summary_lines(folder: Path, summary: Mapping[str, Any]) -> list[str]:
+    """Returns what a person at a terminal is told of it."""
+    lines = []
+    if summary["eval_before"] is not None and summary["eval_after"] is not None:
+        for when in ("before", "after"):
+            low, high = map(_share, summary[f"eval_{when}_interval"])
+            value = _share(summary[f"eval_{when}"])
+            lines.append(f"held-out accuracy {when + ':':7} {value}  (95% interval {low} to {high})")
+    if summary["reward_failures"]:
+        lines.append(f"reward failures (scored 0): {summary['reward_failures']}")
+    gpu = f" and {summary['peak_gpu_memory_gb']:.1f} GB of the GPU" if "peak_gpu_memory_gb" in summary else ""
+    lines.append(
+        f"{summary['steps']} steps in {summary['seconds']:.0f} s, peak memory {summary['peak_memory_gb']:.1f} GB{gpu}, "
+        f"backend {summary['backend']}"
+    )
+    return [*lines, f"{folder}/report.html  {folder}/summary.json  {folder}/final (loads with transformers)"]
+
+
+def _share(value: float) -> str:
+    """Returns a percentage; a plain number where rewards are no shares of 1."""
+    return f"{value:.1%}" if 0 <= value <= 1 else f"{value:.3g}"
 
 
 def _peak_gpu_memory(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
