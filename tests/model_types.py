@@ -347,7 +347,8 @@ of each sequence alone; no cell is wrong in silence, or the slow test of the sam
 - *shares*: `train.share_prefixes: auto`. "anew": each rollout's prompt is computed anew; "within the window": where no
   rollout is longer than the layers' attention window.
 - *checkpointing*: `model.gradient_checkpointing: true` gives the same gradients.
-- *rollouts*: engine hf generates as forwards without a cache do; the words say what it goes without for that.
+- *rollouts*: engine hf generates as forwards without a cache do; the words say with which loop, if not our own, and
+  what it goes without for that.
 - *LoRA*: `lora.rank` with the default targets; the merged model on disk computes what the live one does.
 
 | type | trains | packs | shares | checkpointing | rollouts | LoRA |

@@ -122,7 +122,7 @@ class ColumnCache:
         return [None if pair is None else (pair[0][row, :, columns], pair[1][row, :, columns]) for pair in buffers]
 
     def move_rows(self, moves: Sequence[tuple[int, int]]) -> None:
-        """(from, to) each: copy these rows over others, which nobody wants any more."""
+        """Copies rows over others, which nobody wants any more: (from, to) each."""
         if not moves:
             return
         for layer in self.layers:
@@ -154,5 +154,5 @@ def copied(filled: Filled) -> Filled:
 
 
 def size(filled: Filled) -> int:
-    """Returns Bytes."""
+    """Returns the bytes of a sequence's keys and values."""
     return sum(t.numel() * t.element_size() for states in filled if states is not None for t in states)

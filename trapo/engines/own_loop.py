@@ -38,7 +38,7 @@ SPARE_COLUMNS = 32  # so that rows which are filled again do not move at every s
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Of one call."""
+    """What holds for a whole call."""
 
     temperature: float  # 0: greedy
     eos_ids: frozenset[int]
@@ -96,7 +96,7 @@ class OwnLoop:
             self.mark = mark
 
     def decode(self, requests: Sequence[Request], *, temperature: float, seeds: Sequence[int]) -> list[Completion]:
-        """One completion per request, in their order. seeds: one per request."""
+        """Returns one completion per request, in their order. seeds: one per request."""
         if not requests:
             return []
         settings = Settings(temperature, self.eos_ids, min(self.batch_size, len(requests)))
@@ -105,7 +105,7 @@ class OwnLoop:
             return _Call(self, requests, seeds, settings).run()
 
     def probe(self, contexts: Sequence[Context], count: int) -> list[tuple[Context, list[int], torch.Tensor]]:
-        """(context, at most `count` greedy tokens, the logits [tokens, V] that they were chosen by) of these contexts
+        """Returns (context, at most `count` greedy tokens, the logits [tokens, V] that chose them) of these contexts
         and of others that begin with them, with all that can go wrong on the way: rows that are dropped and filled
         again, contexts of which a beginning is known, packed weights."""
         found = []
@@ -126,8 +126,8 @@ class OwnLoop:
     def prefill(
         self, contexts: Sequence[Context], keep: Sequence[bool], beginning: Filled | None = None
     ) -> list[Filled]:
-        """Keys and values of contexts, each of which is computed once. keep: those that later ones may begin with;
-        beginning: what all of them begin with, where that is known."""
+        """Returns keys and values of contexts, each of which is computed once. keep: those that later ones may begin
+        with; beginning: what all of them begin with, where that is known."""
         needed = dict.fromkeys(contexts)
         known = [self.prompts.find(context) for context in needed]
         if beginning is not None:

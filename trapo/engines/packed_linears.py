@@ -20,6 +20,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -86,7 +87,8 @@ class PackedLinears:
 
     def _made(self) -> list[PackedLinear]:
         """Packs the linears that can be packed, the largest first, within the bound of memory."""
-        left, made = _memory() * MEMORY, []
+        left = _memory() * MEMORY
+        made: list[PackedLinear] = []
         linears = {m for m in self.model.modules() if packable(m)} if can_pack(self.model) else set()
         for linear in sorted(linears, key=lambda m: -m.weight.numel()):
             dtype = _computed_in(linear.weight.dtype)
@@ -109,7 +111,7 @@ def can_pack(model: nn.Module) -> bool:
     )
 
 
-def packable(module: nn.Module) -> bool:
+def packable(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Returns whether this is a linear that nothing else has its hands on: no subclass (adapters, quantised,
     parametrised), no tensor of another kind, no hook, no forward of its own, on the CPU."""
     return (

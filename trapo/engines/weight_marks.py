@@ -20,7 +20,7 @@ SAMPLED = 64  # elements of each weight
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """Of all weights of a model at one time."""
+    """What is known of all weights of a model at one time."""
 
     places: tuple[tuple[int, int], ...]  # address and version of each
     sample: torch.Tensor
