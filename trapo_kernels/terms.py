@@ -10,8 +10,7 @@ slopes ∂value/∂logp, ∂value/∂H and ∂value/∂z_y (the streamed path us
     dL/dz_j = g_lp (1[j=y] − π_j) − g_H π_j (log π_j + H) + g_z 1[j=y]
 
 needs no more). tests/test_objective.py holds the two together in float64, and tests/test_terms.py holds both to a plain
-transcription of the published formula. To add a term, add an entry to a table; a function of yours is a term too
-(`own_term`).
+transcription of the published formula. A new term is an entry of a table; a function of yours is one (`own_term`).
 """
 
 from __future__ import annotations
