@@ -3,6 +3,7 @@ the content of what went into them."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import platform
 import shutil
@@ -91,8 +92,11 @@ def _linked(name: str, parts: Sequence[Path], options: Sequence[str]) -> Path:
 
 def _run(command: list[str], out: Path) -> None:
     BUILD.mkdir(parents=True, exist_ok=True)
-    # A folder of its own for each call: two test runs, or two threads of one, may build the same part at once.
-    with tempfile.TemporaryDirectory(dir=BUILD, prefix="unfinished-") as folder:
+    # Two processes of a test run want the same part at once, and a compilation takes a dozen seconds: one waits.
+    with open(BUILD / f".{out.name}.lock", "w") as lock, tempfile.TemporaryDirectory(dir=BUILD) as folder:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if out.exists():
+            return
         unfinished = Path(folder) / out.name
         done = subprocess.run([*command, str(unfinished)], capture_output=True, text=True, check=False)
         if done.returncode != 0:
