@@ -11,6 +11,7 @@ import torch
 from tiny_models import tiny_llama
 
 import trapo_kernels as tk
+from trapo import cli
 from trapo.config import load_config, preset_names
 
 ROOT = Path(__file__).parents[1]
@@ -118,3 +119,40 @@ def test_links_lead_to_files_and_headings(page):
 def slug(title: str) -> str:
     """The anchor that GitHub and mkdocs make of a heading."""
     return re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", title.lower()).strip())
+
+
+TROUBLE = (ROOT / "docs/troubleshooting.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    re.findall(r"^\$ trapo (.+)\n(trapo: .+)$", TROUBLE, re.MULTILINE),
+    ids=lambda text: text[:40],
+)
+def test_the_command_line_answers_as_the_page_on_troubles_says(command, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.jsonl").write_text('{"question": "1 + 1?", "solution": "2"}\n')
+    monkeypatch.setattr("sys.argv", ["trapo", *shlex.split(command)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    re.findall(r"```python\n(tk\..+)\n# (\w+): (.+)\n```", TROUBLE),
+    ids=lambda text: text[-40:],
+)
+def test_the_losses_refuse_as_the_page_on_troubles_says(call, kind, message):
+    if "cuda" in call and torch.cuda.is_available():
+        pytest.skip("the backend is here")
+    names = {"tk": tk, "hidden": torch.zeros(8, 16), "weight": torch.zeros(100, 16), "targets": torch.arange(8)}
+    with pytest.raises((TypeError, ValueError)) as caught:
+        execute(call, "docs/troubleshooting.md", names)
+    assert type(caught.value).__name__ == kind
+    assert str(caught.value).startswith(message)
+
+
+def test_the_page_on_troubles_has_ten_of_them():
+    assert len(re.findall(r"^(?:\$ trapo|# \w+Error:)", TROUBLE, re.MULTILINE)) >= 10
