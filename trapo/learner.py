@@ -13,6 +13,7 @@ import random
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -249,11 +250,11 @@ class Learner:
         if self.train.normalizer == "tokens" or objective.reduction == "sequence_mean":
             return objective
         tokens = sum(loss_tokens(r) for r in rollouts)
-        coefs = {"entropy_coef": objective.entropy_coef * denominator / max(tokens, 1)}
+        entropy_coef, expert_coef = objective.entropy_coef * denominator / max(tokens, 1), objective.expert_coef
         if self.train.normalizer == "regions":
             expert = sum(len(r.prefix_ids) for r in rollouts if r.supervised)
-            coefs["expert_coef"] = objective.expert_coef * denominator / max(expert, 1)
-        return dataclasses.replace(objective, **coefs)
+            expert_coef *= denominator / max(expert, 1)
+        return dataclasses.replace(objective, entropy_coef=entropy_coef, expert_coef=expert_coef)
 
     def _micro_batches(self, rollouts: Sequence[Rollout]) -> list[Group]:
         """This rank's."""
@@ -290,7 +291,7 @@ class Learner:
         """The loss of a micro-batch. compared: the rollouts' fields of log-probabilities that it needs."""
         batch = self._batch(group)
         values = {name: [target_logprobs(r, name) for r in group.rollouts] for name in compared}
-        others = {name: batch.spread(rows or [None]) for name, rows in values.items()}
+        others: dict[str, Any] = {name: batch.spread(rows or [None]) for name, rows in values.items()}
 
         def forward() -> tk.PolicyLoss:
             hidden, head = self._hidden_and_head(self.model, batch)

@@ -219,14 +219,15 @@ class StreamedLoss(torch.autograd.Function):
         return loss, left_out, *values
 
     @staticmethod
-    def backward(ctx: Any, g_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, g_loss: Tensor | None, *others: Any) -> tuple[Any, ...]:
         check_backward("linear_policy_loss", g_loss)
         params: Params = ctx.saved_tensors
         if g_loss is None:
             return (None,) * (2 + len(params))
         # The first backward gives its gradients away (they are scaled in place, and become `.grad`); a second one
         # through a retained graph makes its own.
-        grads, ctx.grads = ctx.grads, None
+        grads: tuple[Tensor | None, ...] | None = ctx.grads
+        ctx.grads = None
         if grads is None:
             _, grads, _ = run_loss(ctx.job, ctx.batch, params)
         return None, None, *finish_all(grads, params, g_loss / ctx.batch.normalizer)

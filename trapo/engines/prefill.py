@@ -56,7 +56,7 @@ def _forward(
     width = max(len(context) for context, _, _ in parts)
     cache = ColumnCache(model.config, len(parts), width)
     if width > count:
-        before = [
+        before: list[Filled] = [
             first_tokens(known, max(len(context) - count, 0)) if known else [None] * len(cache.cache.layers)
             for context, known, _ in parts
         ]

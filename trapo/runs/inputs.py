@@ -67,7 +67,7 @@ def fingerprints(data: DataConfig, code: Mapping[str, str], model_path: str | No
     return found
 
 
-def refuse_changed(kept: dict[str, str], now: dict[str, str], where: Path) -> None:
+def refuse_changed(kept: Mapping[str, str], now: Mapping[str, str], where: Path) -> None:
     """Raises TrapoError when a file is not what it was when the run began."""
     if changed := changed_inputs(kept, now):
         are = "have" if len(changed) > 1 else "has"
@@ -77,7 +77,7 @@ def refuse_changed(kept: dict[str, str], now: dict[str, str], where: Path) -> No
         )
 
 
-def changed_inputs(kept: dict[str, str], now: dict[str, str]) -> list[str]:
+def changed_inputs(kept: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return [key for key in kept if key in now and kept[key] != now[key]]
 
 

@@ -99,7 +99,7 @@ def key(
     }
     if isinstance(default, (dict, list)):
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=known)
-    return dataclasses.field(default=default, metadata=known)  # type: ignore[no-any-return, call-overload]
+    return dataclasses.field(default=default, metadata=known)
 
 
 def keys_of(schema: type, prefix: str = "") -> Iterator[Key]:

@@ -126,7 +126,9 @@ def mark_expressions(config: Any, unresolved: Tree) -> Any:
 
 def tree_of(config: Any) -> Tree:
     """A configuration as nested dicts, which say all that it says; a tree is one already."""
-    return dataclasses.asdict(config) if dataclasses.is_dataclass(config) else typing.cast(Tree, config)
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return dataclasses.asdict(config)
+    return typing.cast(Tree, config)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
