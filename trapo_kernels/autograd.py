@@ -206,17 +206,18 @@ def run_loss(
 
 
 class StreamedLoss(torch.autograd.Function):
-    """Loss and gradients in one pass over the logits; the backward hands the gradients over."""
+    """Loss and gradients in one pass over the logits; the backward hands the gradients over. The other outputs have no
+    gradient: the share that was left out, each part of the loss [n], and the values as `Batch.flat` has them."""
 
     @staticmethod
     def forward(ctx: Any, job: Job, batch: Batch, *params: Tensor | None) -> tuple[Tensor | None, ...]:
         values, ctx.grads, left_out = run_loss(job, batch, params)
-        loss = batch.loss(batch.values(*values))
+        parts = batch.parts(batch.values(*values))
         ctx.job, ctx.batch = job, batch
         ctx.save_for_backward(*params)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*values, *(() if left_out is None else (left_out,)))
-        return loss, left_out, *values
+        ctx.mark_non_differentiable(*values, *parts.values(), *(() if left_out is None else (left_out,)))
+        return batch.loss(parts), left_out, *parts.values(), *values
 
     @staticmethod
     def backward(ctx: Any, g_loss: Tensor | None, *others: Any) -> tuple[Any, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from .reference import TokenValues
 from .scalars import filled
 from .selection import Selection
 from .statistics import Collector, check_statistics
-from .tokens import Sequences, Slopes, Tokens
+from .tokens import Sequences, Slopes, Tokens, given
 
 __all__ = ["Batch", "Dense", "PolicyLoss", "active_tokens", "make_batch"]
 
@@ -58,13 +59,17 @@ class Batch:
     shape: torch.Size  # of the caller's tokens
     dense: Dense | None = None
 
-    def tokens(self, values: TokenValues, at: slice = slice(None)) -> Tokens:
-        """Rows `at`, whose values these are."""
+    def tokens(self, values: TokenValues, at: slice | None = None) -> Tokens:
+        """Rows `at`, whose values these are; None: all."""
+
+        def part(t: Tensor | None) -> Tensor | None:
+            return t if t is None or at is None else t[at]
+
         assert values.entropy is not None
-        inputs = {name: None if t is None else t[at] for name, t in self.inputs.items()}
-        expert, own = self.expert[at], None if self.dense is None else self.dense.own[at]
-        if self.selection.inside is not None:
-            inside = self.selection.inside[at]
+        inputs = {name: part(t) for name, t in self.inputs.items()}
+        expert, own = given(part(self.expert)), None if self.dense is None else part(self.dense.own)
+        inside = part(self.selection.inside)
+        if inside is not None:
             expert, own = expert & inside, ~expert & inside
         return Tokens(
             values.logprobs,
@@ -130,20 +135,22 @@ class Batch:
         """The parts in the caller's shape [...], zero at tokens that do not count."""
         return {n: self.selection.spread(part).reshape(self.shape) for n, part in self.parts(values).items()}
 
-    def loss(self, values: TokenValues) -> Tensor:
-        """The sum of the tokens' losses over the normalizer."""
-        total = sum(self.parts(values).values(), torch.zeros_like(values.logprobs))
-        return total.sum() / self.normalizer
+    def loss(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The sum of the tokens' losses, given in parts [n], over the normalizer."""
+        if not parts:
+            return torch.zeros_like(self.normalizer)
+        return functools.reduce(torch.add, parts.values()).sum() / self.normalizer
 
-    def result(self, loss: Tensor, values: TokenValues, left_out: Tensor | None = None) -> PolicyLoss:
+    def result(
+        self, loss: Tensor, values: TokenValues, parts: Mapping[str, Tensor], left_out: Tensor | None = None
+    ) -> PolicyLoss:
         """What the caller gets; `left_out`: the share of the gradients' mass that was, where some might be left out."""
         counts = self.counts if left_out is None else {**self.counts, "grad_left_out": left_out}
+        logprobs, entropy, target, statistics = values
         with torch.no_grad():
-            logprobs, entropy, target, statistics = values
-            assert entropy is not None
-            logprobs, entropy = logprobs.detach(), entropy.detach()
+            logprobs, entropy = logprobs.detach(), given(entropy).detach()
             values = TokenValues(logprobs, entropy, None if target is None else target.detach(), statistics)
-            metrics = policy_metrics(self.objective, self.tokens(values), self.parts(values), self.normalizer, counts)
+            metrics = policy_metrics(self.objective, self.tokens(values), parts, self.normalizer, counts)
         spread = self.selection.spread
         return PolicyLoss(loss, metrics, spread(logprobs).reshape(self.shape), spread(entropy).reshape(self.shape))
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .objective import Objective, Tokens
+from .objective import Objective
 from .ratios import clipped, k3, log_ratio, tis_weight
 from .statistics import is_statistic
+from .tokens import Regions, Tokens
 
 __all__ = ["METRICS", "Metric", "merge_metrics", "policy_metrics"]
 
@@ -61,44 +63,60 @@ def policy_metrics(
 ) -> dict[str, Tensor]:
     """Returns the metrics of computed tokens [n]. `losses` as `Objective.losses` gives them; `counts` are reported as
     given."""
-    expert, own = tokens.expert, tokens.own_tokens
-    mine = tokens.only(own)
-
-    def mean(values: Tensor, region: Tensor) -> Tensor:
-        return torch.where(region, values, 0).sum() / region.sum().clamp(min=1)
-
-    out = dict(counts)
-    parts = {name: losses[name].sum() / normalizer for name in losses}
+    regions, out = Regions(tokens), dict(counts)
     zero = torch.zeros((), dtype=tokens.logprobs.dtype, device=tokens.logprobs.device)
-    out["loss"] = sum(parts.values(), zero)
+    sums = torch.stack(list(losses.values())).sum(1) / normalizer if losses else ()
+    parts = dict(zip(losses, sums, strict=True))
+    out["loss"] = functools.reduce(torch.add, parts.values()) if parts else zero
     for name in ("expert", "policy", "entropy", "kl"):
         out[f"loss_{name}"] = parts.get(name, zero)
-    out["expert_tokens"], out["own_tokens"] = expert.sum(), own.sum()
-    out["computed_tokens"] = out["expert_tokens"] + out["own_tokens"]
-    out["entropy"] = mean(tokens.entropy, expert | own)
-    p = tokens.logprobs.exp()
-    out["expert_prob"] = mean(p, expert)
-    out["trsft_clipped"] = mean((p < objective.alpha).to(p.dtype), expert)
-    delta = log_ratio(mine)
-    ratio = delta.exp()
-    out["ratio_mean"] = mean(ratio, own)
-    out["ratio_max"] = torch.cat([torch.where(own, ratio, 0), zero[None]]).amax()
-    out |= {f"clip_{side}": mean(where.to(p.dtype), own) for side, where in _clipped(objective, mine).items()}
-    out["kl_old_k1"], out["kl_old_k3"] = mean(-delta, own), mean(k3(delta), own)
+    expert, own = torch.stack([tokens.expert, regions.own]).sum(1)
+    number = {"expert": expert, "own": own, "all": expert + own}
+    out["expert_tokens"], out["own_tokens"], out["computed_tokens"] = expert, own, number["all"]
+    values = _values(objective, tokens, regions["own"].tokens)
+    means, over, rows = dict.fromkeys(values, zero), {}, []
+    for region, count in number.items():
+        each = {name: value for name, (where, value) in values.items() if where == region and value is not None}
+        rows.append(regions.fill(region, torch.stack(list(each.values()))))
+        over |= dict.fromkeys(each, count)
+    filled, counts = torch.cat(rows), torch.stack(list(over.values())).clamp(min=1)
+    means |= dict(zip(over, filled.sum(1) / counts, strict=True))
+    if filled.shape[1]:
+        means["ratio_max"] = filled[list(over).index("ratio_mean")].amax()
+    return out | means
+
+
+# The region whose tokens a metric is the mean of, and each token's value [n]; None: it is 0 at every token.
+_Values = dict[str, tuple[str, Tensor | None]]
+
+
+def _values(objective: Objective, tokens: Tokens, mine: Tokens) -> _Values:
+    """What there are means of; `mine` are the own tokens. "ratio_max" holds its place among the names."""
+    p, delta = tokens.logprobs.exp(), log_ratio(mine)
+    values: _Values = {
+        "entropy": ("all", tokens.entropy),
+        "expert_prob": ("expert", p),
+        "trsft_clipped": ("expert", (p < objective.alpha).to(p.dtype)),
+        "ratio_mean": ("own", delta.exp()),
+        "ratio_max": ("own", None),
+    }
+    values |= {f"clip_{side}": ("own", where) for side, where in _clipped(objective, mine).items()}
+    values |= {"kl_old_k1": ("own", -delta), "kl_old_k3": ("own", k3(delta))}
     if mine.ref_logprobs is not None:
         delta = mine.ref_logprobs - mine.logprobs
-        out["kl_ref_k1"], out["kl_ref_k3"] = mean(-delta, own), mean(k3(delta), own)
+        values |= {"kl_ref_k1": ("own", -delta), "kl_ref_k3": ("own", k3(delta))}
     if objective.tis_cap is not None:
-        out["tis_weight"] = mean(tis_weight(objective, mine), own)
-    out |= {name: mean(values, expert | own) for name, values in tokens.statistics.items()}
-    return out
+        values["tis_weight"] = ("own", tis_weight(objective, mine))
+    return values | {name: ("all", each) for name, each in tokens.statistics.items()}
 
 
-def _clipped(objective: Objective, own: Tokens) -> dict[str, Tensor]:
-    none = torch.zeros_like(own.expert)
-    clips = own.advantages is not None and objective.has_policy_term
-    low, high, dual = clipped(objective, own) if clips else (none, none, none)
-    return {"low": low, "high": high, "dual": dual}
+def _clipped(objective: Objective, own: Tokens) -> dict[str, Tensor | None]:
+    """1 where a bound takes the gradient away [n], for each bound that there is."""
+    bounds = {"low": objective.clip_low, "high": objective.clip_high, "dual": objective.dual_clip}
+    if own.advantages is None or not objective.has_policy_term or not any(b is not None for b in bounds.values()):
+        return dict.fromkeys(bounds)
+    found = dict(zip(bounds, clipped(objective, own), strict=True))
+    return {side: None if bound is None else found[side].to(own.logprobs.dtype) for side, bound in bounds.items()}
 
 
 def merge_metrics(calls: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from .explain import explain, shown_setting
 from .ratios import tis_weight
 from .scalars import constant, shown
 from .terms import ENTROPY, EXPERT_TERMS, K3, POLICY_TERMS, Term, own_term
-from .tokens import Slopes, Tokens, given
+from .tokens import Region, Regions, Slopes, Tokens, given
 
 __all__ = ["EXPERT_TERMS", "FIELDS", "POLICY_TERMS", "REDUCTIONS", "Objective", "Term", "Tokens"]
 
@@ -238,42 +238,44 @@ class Objective:
     def losses(self, tokens: Tokens) -> dict[str, Tensor]:
         """Weighted loss per token [n] of each part ("expert", "policy", "kl", "entropy"); their sum is the token's
         loss. Differentiable in `tokens.logprobs`, `tokens.entropy` and `tokens.target_logits`."""
-        out = {}
-        for region, name, coef, term in self.parts:
-            inside, seen, weight = self._seen(region, name, term, tokens)
-            value = coef * term.value(self, seen)
-            out[name] = torch.where(inside, value if weight is None else value * weight, 0)
+        out, regions = {}, Regions(tokens)
+        for name_of_region, name, coef, term in self.parts:
+            region, weight = self._seen(regions[name_of_region], name, term)
+            value = term.value(self, region.tokens)
+            value = value if coef == 1 else coef * value
+            out[name] = region.fill(value if weight is None else value * weight)
         return out
 
     def all_slopes(self, tokens: Tokens) -> Slopes:
         """∂loss/∂logp, ∂loss/∂H and ∂loss/∂z_y per token [n]; the last two are None where no part depends on them."""
         total: list[Tensor | None] = [torch.zeros_like(tokens.logprobs), None, None]
-        for region, name, coef, term in self.parts:
-            inside, seen, weight = self._seen(region, name, term, tokens)
+        regions = Regions(tokens)
+        for name_of_region, name, coef, term in self.parts:
+            region, weight = self._seen(regions[name_of_region], name, term)
             factor = coef if weight is None else weight * coef
-            for i, slope in enumerate(term.slopes(self, seen)):
+            for i, slope in enumerate(term.slopes(self, region.tokens)):
                 if slope is not None:
-                    part, before = torch.where(inside, factor * slope, 0), total[i]
+                    part, before = region.fill(factor * slope), total[i]
                     total[i] = part if before is None else before + part
         return Slopes(*total)
 
-    def _seen(self, region: str, name: str, term: Term, tokens: Tokens) -> tuple[Tensor, Tokens, Tensor | None]:
-        """(where a part counts [n] bool; the tokens as its term sees them; what multiplies its value, a constant)."""
-        inside = _region(region, tokens)
-        seen, weight = tokens.only(inside), None
+    def _seen(self, region: Region, name: str, term: Term) -> tuple[Region, Tensor | None]:
+        """(where a part counts, and the tokens as its term sees them; what multiplies its value, a constant)."""
         if name != "policy":
-            return inside, seen, None
-        if tokens.policy_weights is not None:  # where 0 there is no policy term at all: 0 · ∞ would be NaN
-            inside = inside & (tokens.policy_weights != 0)
+            return region, None
+        seen, weight = region.tokens, region.tokens.policy_weights
+        if weight is not None:  # where 0 there is no policy term at all: 0 · ∞ would be NaN
+            inside = given(region.inside) & (weight != 0)
+            outside = ~inside
             if term.coupled:  # a ratio of the whole sequence is of these tokens too
-                seen = replace(seen, advantages=given(seen.advantages).masked_fill(~inside, 0))
+                seen = replace(seen, advantages=given(seen.advantages).masked_fill(outside, 0))
             else:
-                seen = tokens.only(inside)
-            weight = seen.policy_weights
+                seen = seen.only(inside, outside)
+            region, weight = Region(inside, outside, seen), seen.policy_weights
         if self.tis_cap is not None:
             tis = tis_weight(self, seen)
             weight = tis if weight is None else tis * weight
-        return inside, seen, weight
+        return region, weight
 
     def slopes(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
         """The first two of `all_slopes`."""
@@ -303,9 +305,11 @@ class Objective:
     def has_gradient(self, expert: Tensor, advantages: Tensor | None, policy_weights: Tensor | None = None) -> Tensor:
         """Which tokens can have a gradient at all [n] bool: known before any logit is, so that the others are spared
         the backward. A clipped ratio is not among the reasons: that takes the logprob to know."""
+        if any(region == "all" for region, *_ in self.parts):
+            return torch.ones_like(expert)
         live = torch.zeros_like(expert)
         for region, name, _, term in self.parts:
-            inside = torch.ones_like(expert) if region == "all" else expert if region == "expert" else ~expert
+            inside = expert if region == "expert" else ~expert
             if name == "policy" and policy_weights is not None:
                 inside = inside & (policy_weights != 0)
             live |= inside & (given(advantages) != 0) if term.scales_with_advantage else inside
@@ -413,9 +417,3 @@ class Objective:
 
 
 FIELDS = tuple(field.name for field in fields(Objective))
-
-
-def _region(name: str, tokens: Tokens) -> Tensor:
-    if name == "all":
-        return tokens.expert | tokens.own_tokens
-    return tokens.expert if name == "expert" else tokens.own_tokens

@@ -314,7 +314,7 @@ def policy_loss(
         shape=targets.shape,
     )
     values, grads, _ = run_loss(job, batch, params)
-    total = batch.loss(batch.values(*values))
+    total = batch.loss(batch.parts(batch.values(*values)))
     return total, torch.stack([selection.spread(t) for t in values]), *_three(grads, total)
 
 

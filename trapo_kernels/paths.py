@@ -92,11 +92,13 @@ def policy_loss(caller: str, call: Call, batch: Batch, ref: Params, tolerance: f
         out = two_passes(caller, call, batch, left_out)
     elif isinstance(call.kernel, Named):
         loss, values = ops.run_policy_loss(call, call.kernel, batch)
-        out = batch.result(loss, values, left_out)
+        out = batch.result(loss, values, batch.parts(values), left_out)
     else:
         job = Job(call.kernel, call.head, batch.selection, batch.targets, wanted(call.params), tolerance)
-        loss, found, *flat = apply(StreamedLoss, caller, job, batch, *call.params)
-        out = batch.result(loss, batch.values(*flat), left_out if found is None else found)
+        loss, found, *others = apply(StreamedLoss, caller, job, batch, *call.params)
+        names = [name for _, name, _, _ in batch.objective.parts]
+        parts = dict(zip(names, others, strict=False))
+        out = batch.result(loss, batch.values(*others[len(names) :]), parts, left_out if found is None else found)
     return _add_anchor(out, call, batch, ref) if batch.objective.reference_head else out
 
 
@@ -111,10 +113,11 @@ def two_passes(caller: str, call: Call, batch: Batch, left_out: Tensor | None = 
 
 def from_values(batch: Batch, values: TokenValues, left_out: Tensor | None = None) -> PolicyLoss:
     """The objective on vectors, by autograd."""
-    loss = batch.loss(values)
+    parts = batch.parts(values)
+    loss = batch.loss(parts)
     if values.logprobs.requires_grad and not loss.requires_grad:  # no part has a weight: a gradient of zeros
         loss = loss + torch.where(torch.ones_like(batch.expert), 0, values.logprobs).sum()
-    return batch.result(loss, values, left_out)
+    return batch.result(loss, values, {name: part.detach() for name, part in parts.items()}, left_out)
 
 
 def batch_of_logprobs(

@@ -35,11 +35,11 @@ def possible(logprobs: Tensor) -> Tensor:
 
 def log_ratio(t: Tokens) -> Tensor:
     """log r = logp − old_logp [n]. A token of probability zero has log r = −inf whatever the old probability."""
-    old = t.logprobs.detach() if t.old_logprobs is None else t.old_logprobs
     impossible = t.logprobs == -torch.inf
     # Filled before the subtraction: −inf − −inf would leave NaN in its backward.
-    difference = t.logprobs.masked_fill(impossible, 0) - old.masked_fill(impossible, 0)
-    return difference.masked_fill(impossible, -torch.inf)
+    filled = t.logprobs.masked_fill(impossible, 0)
+    old = filled.detach() if t.old_logprobs is None else t.old_logprobs.masked_fill(impossible, 0)
+    return (filled - old).masked_fill(impossible, -torch.inf)
 
 
 def ratio_where(counts: Tensor, log_r: Tensor) -> Tensor:

@@ -108,9 +108,7 @@ def forward(
         return passes.forward(
             source, selection, targets, head, entropy, None if slopes is None else _without_logit(slopes)
         )
-    dtype = stats_dtype(source.dtype)
-    vectors = [torch.empty(selection.size, dtype=dtype, device=source.device) for _ in range(4)]
-    out = RowStats(vectors[0], vectors[1], vectors[2], vectors[3] if entropy else None)
+    out = RowStats.empty(selection.size, stats_dtype(source.dtype), source.device, entropy)
     middle = selection.with_gradient if slopes is not None else 0
     if source.dtype == torch.float16:  # whose factor follows from the slopes, before they are put into the logits
         fused = None
@@ -124,7 +122,7 @@ def forward(
             found = kernel.stats(logits, targets[at], head.cap, entropy).finish()
             if extras is not None:
                 extras.take(at, logits, targets[at], found, head.cap)
-        out.put(at, found)
+        out = out.put(at, found)
         if slopes is not None and has_gradient and fused is None:
             _put_gradient(source, kernel, at, logits, targets[at], found, head, slopes)
     return out

@@ -300,19 +300,36 @@ def _unclipped_slope(o: Objective, t: Tokens) -> Tensor:
     return _unclipped_value(o, t)  # d exp(x) = exp(x) dx
 
 
+def _stopped(o: Objective, t: Tokens, log_r: Tensor) -> list[tuple[Tensor, float]]:
+    """(where it takes the gradient away [n], the ratio there) of each bound of the clip."""
+    bounds = (o.clip_low, o.clip_high, o.dual_clip)
+    if bounds == (None, None, None):
+        return []
+    ends = (1 - (o.clip_low or 0), 1 + (o.clip_high or 0), o.dual_clip or 0)
+    found = zip(clipped_where(o, t, log_r), ends, bounds, strict=True)
+    return [(where, end) for where, end, bound in found if bound is not None]
+
+
+def _counts(advantages: Tensor, stopped: list[tuple[Tensor, float]]) -> Tensor:
+    """Where the ratio has a gradient [n]."""
+    counts = advantages != 0
+    for beyond, _ in stopped:
+        counts = counts & ~beyond
+    return counts
+
+
 def _clip_value(o: Objective, t: Tokens) -> Tensor:
     log_r, advantages = log_of_clipped_ratio(o, t), given(t.advantages)
-    low, high, dual = clipped_where(o, t, log_r)
-    r = ratio_where(~(low | high | dual) & (advantages != 0), log_r)
-    for beyond, bound in ((low, 1 - (o.clip_low or 0)), (high, 1 + (o.clip_high or 0)), (dual, o.dual_clip or 0)):
+    stopped = _stopped(o, t, log_r)
+    r = ratio_where(_counts(advantages, stopped), log_r)
+    for beyond, bound in stopped:
         r = torch.where(beyond, bound, r)
     return -r * advantages
 
 
 def _clip_slope(o: Objective, t: Tokens) -> Tensor:
     log_r, advantages = log_of_clipped_ratio(o, t), given(t.advantages)
-    low, high, dual = clipped_where(o, t, log_r)
-    counts = ~(low | high | dual) & (advantages != 0)
+    counts = _counts(advantages, _stopped(o, t, log_r))
     return (-ratio_where(counts, log_r) * advantages).masked_fill(~counts, 0)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Sequences", "Slopes", "Tokens", "given", "sums_of_later"]
+__all__ = ["Region", "Regions", "Sequences", "Slopes", "Tokens", "given", "sums_of_later"]
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,52 @@ class Tokens:
         mapped: dict[str, Any] = {name: fn(value) for name, value in given.items() if isinstance(value, Tensor)}
         return replace(self, **mapped, statistics={name: fn(value) for name, value in self.statistics.items()})
 
-    def only(self, region: Tensor) -> Tokens:
+    def only(self, region: Tensor, outside: Tensor | None = None) -> Tokens:
         """Zeros outside `region`, so that what a caller padded other tokens with can neither give nor poison
-        anything: 0 · NaN in a backward would."""
-        outside = ~region
+        anything: 0 · NaN in a backward would. `outside`: where the region is not, if that is known."""
+        outside = ~region if outside is None else outside
         return self.map(lambda t: t if t.dtype == torch.bool else t.masked_fill(outside, 0))
+
+
+class Region(NamedTuple):
+    """Some of the tokens: where they are [n] bool and where they are not (None: these are all), and the tokens as a
+    term of this region sees them, zero elsewhere."""
+
+    inside: Tensor | None
+    outside: Tensor | None
+    tokens: Tokens
+
+    def fill(self, values: Tensor) -> Tensor:
+        """`values` [n], zero outside."""
+        return values if self.outside is None else values.masked_fill(self.outside, 0)
+
+
+class Regions:
+    """The regions of some tokens, each looked for once: "expert", "own" or "all"."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        self.tokens, self.own = tokens, tokens.own_tokens
+        self._found: dict[str, Region] = {}
+
+    def __getitem__(self, name: str) -> Region:
+        if name not in self._found:
+            inside, outside = self._sides(name)
+            seen = self.tokens if inside is None else self.tokens.only(inside, outside)
+            self._found[name] = Region(inside, outside, seen)
+        return self._found[name]
+
+    def _sides(self, name: str) -> tuple[Tensor | None, Tensor | None]:
+        """Where a region is, and where it is not; None and None: it is everywhere."""
+        expert, own = self.tokens.expert, self.own
+        if self.tokens.own is None:  # every token is in one of the two
+            return {"expert": (expert, own), "own": (own, expert), "all": (None, None)}[name]
+        inside = {"expert": expert, "own": own}[name] if name != "all" else expert | own
+        return inside, ~inside
+
+    def fill(self, name: str, values: Tensor) -> Tensor:
+        """`values` [..., n], zero outside of a region."""
+        outside = self._found[name].outside if name in self._found else self._sides(name)[1]
+        return values if outside is None else values.masked_fill(outside, 0)
 
 
 class Slopes(NamedTuple):

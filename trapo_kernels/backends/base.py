@@ -41,11 +41,21 @@ class RowStats(NamedTuple):
         entropy = None if self.entropy is None else fn(self.entropy)
         return RowStats(fn(self.logprobs), fn(self.max), fn(self.log_sum), entropy)
 
-    def put(self, at: slice, found: RowStats) -> None:
-        """Write what was found of the rows `at`."""
+    @classmethod
+    def empty(cls, rows: int, dtype: torch.dtype, device: torch.device, entropy: bool) -> RowStats:
+        """Room for the statistics of so many rows."""
+        vectors = [torch.empty(rows, dtype=dtype, device=device) for _ in range(3 + entropy)]
+        return cls(vectors[0], vectors[1], vectors[2], vectors[3] if entropy else None)
+
+    def put(self, at: slice, found: RowStats) -> RowStats:
+        """These statistics with those that were `found` of the rows `at`: written in place, or, of all rows, the very
+        ones."""
+        if found.logprobs.shape == self.logprobs.shape:
+            return found
         for whole, part in zip(self, found, strict=True):
             if whole is not None and part is not None:
                 whole[at] = part
+        return self
 
 
 class RowState(NamedTuple):

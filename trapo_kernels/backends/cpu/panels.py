@@ -61,13 +61,12 @@ def forward(
     slopes: TwoSlopesOf | None = None,
 ) -> RowStats:
     """`stream.forward`."""
-    vectors = [torch.empty(selection.size, dtype=source.dtype, device=source.device) for _ in range(4)]
-    out = RowStats(vectors[0], vectors[1], vectors[2], vectors[3] if entropy else None)
+    out = RowStats.empty(selection.size, source.dtype, source.device, entropy)
     middle = selection.with_gradient if slopes is not None else 0
     sparse = Sparse(source, head) if source.tolerance else None
     for chunk in _keeping_chunks(source, middle):
         found = _stats(source, chunk, targets, head, entropy)
-        out.put(chunk.rows, found)
+        out = out.put(chunk.rows, found)
         if slopes is None:
             continue
         if sparse is None or chunk.keep is None:
@@ -77,7 +76,7 @@ def forward(
     if sparse is not None:
         source.left_out = sparse.left_out
     for chunk in _chunks(source, middle, selection.size):
-        out.put(chunk.rows, _stats(source, chunk, targets, head, entropy))
+        out = out.put(chunk.rows, _stats(source, chunk, targets, head, entropy))
     return out
 
 

@@ -1,0 +1,60 @@
+"""How many torch operations a fused loss takes around its kernels: on a GPU each is a launch of microseconds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from kernel_cases import BACKENDS, EVERYTHING, make_case, policy_loss
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import trapo_kernels as tk
+
+# Those that have the terms in their kernels.
+FUSED = [name for name in ("triton", "cpu") if name in BACKENDS]
+
+# They compute nothing: views, and memory that is not written.
+VIEWS = {"view", "slice", "select", "expand", "unsqueeze", "squeeze", "detach", "alias", "t", "unbind"}
+VIEWS |= {"empty", "new_empty", "empty_like"}
+
+
+class Operations(TorchDispatchMode):
+    """Every operation that torch dispatches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(backend: str, objective: tk.Objective, given: tuple[str, ...], **options: Any) -> tuple[int, int]:
+    """(all, those that compute something) of a forward of one chunk, metrics included."""
+    case = make_case(12, 64, width=8, dtype=torch.bfloat16)
+    case.inputs = {name: value if name in given else None for name, value in case.inputs.items()}
+    with Operations() as counted:
+        policy_loss(case, objective, backend, **options)
+    return counted.seen.total(), sum(n for name, n in counted.seen.items() if name not in VIEWS)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_fused_loss_with_all_metrics_takes_so_many_operations(backend: str) -> None:
+    trapo = operations(backend, tk.Objective.trapo(entropy_coef=0.01), ("advantages", "expert_mask"))
+    everything = operations(backend, EVERYTHING, tuple(make_case(1, 2).inputs))
+    found = (*trapo, *everything)
+    assert all(n <= most for n, most in zip(found, (145, 106, 254, 201), strict=True)), found
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_the_parts_of_a_loss_are_computed_once(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, losses = [], tk.Objective.losses
+    monkeypatch.setattr(tk.Objective, "losses", lambda o, tokens: calls.append(o) or losses(o, tokens))
+    case = make_case(12, 64, width=8, dtype=torch.bfloat16)
+    for objective in (EVERYTHING, tk.Objective.grpo()):  # in one pass
+        policy_loss(case, objective, backend)
+        policy_loss(case, objective, "reference")
+    assert len(calls) == 4
