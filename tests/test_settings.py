@@ -142,6 +142,13 @@ def test_none_is_no_term_and_an_infinite_clip_is_no_clip_whatever_the_mode_has()
     assert (grpo.clip_low, grpo.clip_high, grpo.dual_clip) == (None, None, None)
 
 
+def test_means_over_sequences_and_over_regions_are_not_mixed():
+    with pytest.raises(
+        TrapoError, match=r"train\.normalizer: got regions with objective\.reduction=sequence_mean; means"
+    ):
+        merge_config({}, ["train.normalizer=regions", "objective.reduction=sequence_mean"])
+
+
 def test_rewards_are_had_without_a_policy_term_where_guidance_depends_on_them():
     (phase,) = phases(merge_config({}, ["objective.policy=none"]))
     assert phase.needs_rewards

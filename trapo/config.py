@@ -396,6 +396,11 @@ def _check_together(config: Config) -> None:
             f"rollout.server_url: got {config.rollout.server_url} with rollout.engine={config.rollout.engine}; "
             "vllm_server needs it, the others have no server"
         )
+    if config.train.normalizer == "regions" and config.objective.reduction == "sequence_mean":
+        raise TrapoError(
+            "train.normalizer: got regions with objective.reduction=sequence_mean; means over expert and own tokens "
+            "need token_mean"
+        )
     if config.eval.samples > 1 and not config.eval.temperature:
         raise TrapoError(
             f"eval.samples: got {config.eval.samples} with eval.temperature=0, the default: greedy samples are equal"
