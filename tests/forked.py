@@ -63,7 +63,9 @@ class _Server:
     def __init__(self) -> None:
         command = [sys.executable, str(Path(__file__))]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, start_new_session=True, **pipes)  # type: ignore[call-overload]
+        # One thread: numpy's OpenBLAS starts its others when it is imported.
+        one = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        self.process = subprocess.Popen(command, start_new_session=True, env=one, **pipes)  # type: ignore[call-overload]
         atexit.register(self.stop)
 
     def ask(self, tasks: list[dict], timeout: int) -> list[int]:
