@@ -69,7 +69,7 @@ def test_bytes_of_weights_gradients_and_optimizer_are_those_of_a_real_run(name, 
 
 @pytest.mark.parametrize("overrides", [[], ["model.freeze=embed_tokens"], ["model.gradient_checkpointing=true"]])
 def test_flops_are_those_that_torch_counts_in_a_real_update(overrides, tiny_model_path):
-    settings = config(tiny_model_path, "model.attention=eager", *overrides)
+    settings = config(tiny_model_path, "model.attention=eager", "train.share_prefixes=never", *overrides)
     model, _ = load_model(settings.model)
     learner = make_learner(settings, model, pad_id=2)
     tk.set_backend("reference")  # whose products are torch's; the streamed ones do as many

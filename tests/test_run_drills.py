@@ -263,10 +263,14 @@ def test_a_second_ctrl_c_ends_the_run_at_once():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_each_signal_waits_for_work_that_can_be_abandoned(number):
-    with StopSignal() as stop:
-        os.kill(os.getpid(), number)
-        with pytest.raises(Stopped) as stopped, stop.abandonable():
-            pass
+    previous = signal.signal(number, signal.SIG_DFL)  # under nohup a hangup is ignored
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), number)
+            with pytest.raises(Stopped) as stopped, stop.abandonable():
+                pass
+    finally:
+        signal.signal(number, previous)
     assert stopped.value.number == number
     assert stop.name == number.name
 

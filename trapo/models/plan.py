@@ -2,7 +2,8 @@
 
 Shapes come from the real thing: the model is built on the `meta` device and sharded by FSDP2 over a mesh of
 torch's fake process group. Activations come from a forward of the real model on meta tensors, whose saved tensors are
-counted. FLOPs and the loss's part are arithmetic (`update_flops`, `loss_memory`). Nothing here is a measurement.
+counted. FLOPs and the loss's part are arithmetic (`update_flops`, `loss_memory`), for each rollout in a row of its own:
+what `train.share_prefixes` saves depends on what they share. Nothing here is a measurement.
 """
 
 from __future__ import annotations
