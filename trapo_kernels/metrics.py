@@ -74,13 +74,14 @@ def policy_metrics(
     number = {"expert": expert, "own": own, "all": expert + own}
     out["expert_tokens"], out["own_tokens"], out["computed_tokens"] = expert, own, number["all"]
     values = _values(objective, tokens, regions["own"].tokens)
-    means, over, rows = dict.fromkeys(values, zero), {}, []
+    means, rows = dict.fromkeys(values, zero), []
+    over: dict[str, Tensor] = {}
     for region, count in number.items():
         each = {name: value for name, (where, value) in values.items() if where == region and value is not None}
         rows.append(regions.fill(region, torch.stack(list(each.values()))))
         over |= dict.fromkeys(each, count)
-    filled, counts = torch.cat(rows), torch.stack(list(over.values())).clamp(min=1)
-    means |= dict(zip(over, filled.sum(1) / counts, strict=True))
+    filled, divisors = torch.cat(rows), torch.stack(list(over.values())).clamp(min=1)
+    means |= dict(zip(over, filled.sum(1) / divisors, strict=True))
     if filled.shape[1]:
         means["ratio_max"] = filled[list(over).index("ratio_mean")].amax()
     return out | means
