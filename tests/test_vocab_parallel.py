@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -30,13 +31,11 @@ def start(rank: int, world: int, port: int) -> subprocess.Popen:
 WORLDS = [2, 4] if DEVICE == "cpu" else [1]
 
 
-@pytest.fixture(scope="module", params=WORLDS, ids=lambda world: f"{world} ranks")
-def ranks(request):
-    """What every rank reports: by check, None or a traceback."""
+def run(world: int) -> list[dict[str, str | None]]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    running = [start(rank, request.param, port) for rank in range(request.param)]
+    running = [start(rank, world, port) for rank in range(world)]
     reports = []
     for process in running:
         out, err = process.communicate(timeout=600)
@@ -44,6 +43,21 @@ def ranks(request):
         assert lines, err[-3000:]
         reports.append(json.loads(lines[-1]))
     return reports
+
+
+@pytest.fixture(scope="module", params=WORLDS, ids=lambda world: f"{world} ranks")
+def ranks(request, tmp_path_factory):
+    """What every rank reports: by check, None or a traceback. Workers of pytest that share the checks share the run."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return run(request.param)
+    folder = tmp_path_factory.getbasetemp().parent  # of all workers
+    with open(folder / f"vocab_parallel_{request.param}.json", "a+") as kept:
+        fcntl.flock(kept, fcntl.LOCK_EX)
+        kept.seek(0)
+        if not (text := kept.read()):
+            text = json.dumps(run(request.param))
+            kept.write(text)
+    return json.loads(text)
 
 
 @pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
