@@ -25,6 +25,7 @@ __all__ = [
     "possible",
     "ratio_where",
     "tis_weight",
+    "weighted",
 ]
 
 
@@ -94,3 +95,8 @@ def tis_weight(o: Objective, t: Tokens) -> Tensor:
     old = (t.logprobs if t.old_logprobs is None else t.old_logprobs).detach()
     weight = (old - given(t.rollout_logprobs)).exp().clamp(max=o.tis_cap)
     return weight.masked_fill(old == -torch.inf, 0)
+
+
+def weighted(weight: Tensor, logprobs: Tensor) -> Tensor:
+    """Returns weight · logp, 0 where the weight is: p log p → 0 as p → 0, 0 · −inf is not."""
+    return weight * logprobs.masked_fill(weight == 0, 0)

@@ -1,4 +1,4 @@
-"""The terms of a token's loss, with their values and slopes. The one place for formulas.
+"""The terms of a token's loss, with their values and slopes. The place for formulas, with ratios.py and lco.py.
 
 Notation: y is a token's target, z the logits that the softmax sees, logp = log π(y), p = exp(logp), H the entropy of π,
 A the advantage, r = exp(logp − old_logp) the ratio (1 with the gradient of logp where no old_logprobs are given), sg
@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import lco
 from .custom_terms import OwnFunction, function_name, slopes_by_autograd
-from .ratios import clipped_where, k3, log_of_clipped_ratio, log_ratio, possible, ratio_where
+from .ratios import clipped_where, k3, log_of_clipped_ratio, log_ratio, possible, ratio_where, weighted
 from .tokens import Slopes, Tokens, given
 
 if TYPE_CHECKING:
@@ -64,11 +65,6 @@ class Term:
         return Slopes(*(None if slope is None else slope(o, t) for slope in each))
 
 
-def _weighted(weight: Tensor, logprobs: Tensor) -> Tensor:
-    """Returns weight · logp, 0 where the weight is: p log p → 0 as p → 0, 0 · −inf is not."""
-    return weight * logprobs.masked_fill(weight == 0, 0)
-
-
 # Expert terms ------------------------------------------------------------------------------------------------
 
 
@@ -91,7 +87,7 @@ def _trsft_slope(o: Objective, t: Tokens) -> Tensor:
 
 
 def _dft_value(o: Objective, t: Tokens) -> Tensor:
-    return -_weighted(t.logprobs.detach().exp(), t.logprobs)
+    return -weighted(t.logprobs.detach().exp(), t.logprobs)
 
 
 def _dft_slope(o: Objective, t: Tokens) -> Tensor:
@@ -113,7 +109,7 @@ def _chord_weight(t: Tokens) -> Tensor:
 
 
 def _chord_value(o: Objective, t: Tokens) -> Tensor:
-    return -_weighted(_chord_weight(t), t.logprobs)
+    return -weighted(_chord_weight(t), t.logprobs)
 
 
 def _chord_slope(o: Objective, t: Tokens) -> Tensor:
@@ -140,7 +136,7 @@ def _eaft_weight(o: Objective, t: Tokens) -> Tensor:
 
 
 def _eaft_value(o: Objective, t: Tokens) -> Tensor:
-    return -_weighted(_eaft_weight(o, t), t.logprobs)
+    return -weighted(_eaft_weight(o, t), t.logprobs)
 
 
 def _eaft_slope(o: Objective, t: Tokens) -> Tensor:
@@ -159,68 +155,11 @@ def _pear_weight(o: Objective, t: Tokens) -> Tensor:
 
 
 def _pear_value(o: Objective, t: Tokens) -> Tensor:
-    return -_weighted(_pear_weight(o, t), t.logprobs)
+    return -weighted(_pear_weight(o, t), t.logprobs)
 
 
 def _pear_slope(o: Objective, t: Tokens) -> Tensor:
     return -_pear_weight(o, t)
-
-
-def _lco_step(o: Objective, t: Tokens) -> Tensor:
-    """Returns A/β' [n], by which LCO wants the target's logit to move; β' = β for A > 0, else lco_neg · β."""
-    advantages = given(t.advantages)
-    return torch.where(advantages > 0, advantages / o.lco_beta, advantages / (o.lco_neg * o.lco_beta))
-
-
-def _lco_miss(o: Objective, t: Tokens) -> Tensor:
-    """Returns z_y − sg(z_y + A/β') = −A/β', with the gradient of z_y."""
-    z = given(t.target_logits)
-    z = z.masked_fill(z == -torch.inf, 0)  # ∞ − ∞
-    return (z - z.detach()) - _lco_step(o, t)
-
-
-def _lco_mse_value(o: Objective, t: Tokens) -> Tensor:
-    return _lco_miss(o, t).square()
-
-
-def _where_possible(slope: Tensor, t: Tokens) -> Tensor:
-    """Returns the slope, 0 where a bias of −inf removes the column: its logit has none."""
-    return slope.masked_fill(given(t.target_logits) == -torch.inf, 0)
-
-
-def _lco_mse_slope(o: Objective, t: Tokens) -> Tensor:
-    return _where_possible(2 * _lco_miss(o, t).detach(), t)
-
-
-def _lco_logcosh_value(o: Objective, t: Tokens) -> Tensor:
-    miss = _lco_miss(o, t)
-    return torch.logaddexp(miss, -miss) - math.log(2)  # log cosh, without its overflow
-
-
-def _lco_logcosh_slope(o: Objective, t: Tokens) -> Tensor:
-    return _where_possible(torch.tanh(_lco_miss(o, t).detach()), t)
-
-
-def _lco_kld_weight(o: Objective, t: Tokens) -> Tensor:
-    """Returns (q − p)/(1 − p) [n], where q is the probability of the target once its logit under π_old has moved by
-    A/β'."""
-    step, logprobs = _lco_step(o, t), t.logprobs.detach()
-    old = logprobs if t.old_logprobs is None else t.old_logprobs.clamp(max=0)
-    # (1 − q)/(1 − p) = (1 − p_old)/(1 − p) / (1 + p_old (e^step − 1)); of a step that overflows it is 0.
-    left = torch.expm1(old) / torch.expm1(logprobs)
-    left = torch.where(old == logprobs, 1, left).clamp(max=_MOST)  # p = 1 has no gradient, whatever its slope
-    return 1 - left / (1 + old.exp() * torch.expm1(step.clamp(max=math.log(_MOST))))
-
-
-_MOST = 1e30
-
-
-def _lco_kld_value(o: Objective, t: Tokens) -> Tensor:
-    return -_weighted(_lco_kld_weight(o, t), t.logprobs)
-
-
-def _lco_kld_slope(o: Objective, t: Tokens) -> Tensor:
-    return -_lco_kld_weight(o, t)
 
 
 EXPERT_TERMS: dict[str, Term] = {
@@ -263,24 +202,24 @@ EXPERT_TERMS: dict[str, Term] = {
         coupled=True,
     ),
     "lco_mse": Term(
-        _lco_mse_value,
+        lco.mse_value,
         None,
         source="LCO-MSE, second-hand: (z_y − sg(z_y + A/β'))²",
         needs=("advantages",),
         scales_with_advantage=True,
-        logit_slope=_lco_mse_slope,
+        logit_slope=lco.mse_slope,
     ),
     "lco_logcosh": Term(
-        _lco_logcosh_value,
+        lco.logcosh_value,
         None,
         source="LCO with log cosh (LCH), second-hand: log cosh(z_y − sg(z_y + A/β'))",
         needs=("advantages",),
         scales_with_advantage=True,
-        logit_slope=_lco_logcosh_slope,
+        logit_slope=lco.logcosh_slope,
     ),
     "lco_kld": Term(
-        _lco_kld_value,
-        _lco_kld_slope,
+        lco.kld_value,
+        lco.kld_slope,
         source="LCO-KLD, second-hand: KL(q ‖ π) for q = softmax(log π_old + A/β' at y), as −sg((q − p)/(1 − p)) log p",
         needs=("advantages",),
         reads=("old_logprobs",),
