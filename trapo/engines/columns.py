@@ -14,11 +14,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache, PreTrainedConfig, cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 # Keys and values of one sequence, [heads, tokens, width] each; None for a layer that uses another one's.
 Filled = list["tuple[torch.Tensor, torch.Tensor] | None"]
+
+
+# What a layer has that keeps nothing of its own, in versions of transformers after 5.19.
+NOTHING = getattr(cache_utils, "DummyLayer", None)
 
 
 class ColumnLayer(DynamicLayer):
@@ -81,9 +85,9 @@ class ColumnCache:
         if not self.cache.layers:
             raise TypeError("its config does not tell the layers of its cache")
         for i, layer in enumerate(self.cache.layers):
-            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
+            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, NOTHING):
                 raise TypeError(f"its cache has more than columns of keys and values ({type(layer).__name__})")
-            if type(layer) is not DummyLayer:
+            if type(layer) is not NOTHING:
                 self.cache.layers[i] = ColumnLayer(rows, capacity, getattr(layer, "sliding_window", None))
 
     @property
