@@ -278,10 +278,8 @@ class Learner:
 
     def _hidden_states(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         """[B, T, D] beside the batch's targets, what the head would be applied to."""
-        if batch.sight is not None and batch.position_ids is not None:
-            mask = prefix_tree.attention_mask(model, batch.sight, batch.position_ids)
-            told = {"position_ids": batch.position_ids, "attention_mask": mask}
-            return agreement.hidden_states(model, batch.input_ids, **told).flatten(0, 1)[batch.places][None]
+        if batch.sight is not None and batch.position_ids is not None and batch.places is not None:
+            return agreement.tree_states(model, batch.input_ids, batch.position_ids, batch.sight, batch.places)[None]
         told = {name: value for name, value in batch.layout.items() if name in (self.layout or ())}
         return agreement.hidden_states(model, batch.input_ids, **told)
 

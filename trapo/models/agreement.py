@@ -133,6 +133,12 @@ def hidden_states(model: PreTrainedModel, ids: Tensor, **layout: Any) -> Tensor:
     return decoder_of(model)(input_ids=ids, use_cache=False, **layout).last_hidden_state
 
 
+def tree_states(model: PreTrainedModel, ids: Tensor, positions: Tensor, sight: Tensor, places: Tensor) -> Tensor:
+    """Returns [sum of lengths, D]: hidden states of the sequences of a prefix_tree.Forest, one after the other."""
+    mask = prefix_tree.attention_mask(model, sight, positions)
+    return hidden_states(model, ids, position_ids=positions, attention_mask=mask).flatten(0, 1)[places]
+
+
 def difference(found: Tensor, expected: Tensor) -> float:
     """Returns the mean over tokens of |found - expected| / |expected|, of [n, D] each."""
     found, expected = found.double(), expected.double()
@@ -181,15 +187,13 @@ def shares_beginnings(model: PreTrainedModel, found: Probe, pad_id: int) -> bool
     try:
         alone = {tuple(branch): hidden_states(model, found.ids[0].new_tensor([branch]))[0]}
         alone |= {tuple(ids[0].tolist()): hidden for ids, hidden in zip(found.ids, found.hidden, strict=True)}
-        positions, sight = forest.position_ids.to(model.device), forest.sight.to(model.device)
-        mask = prefix_tree.attention_mask(model, sight, positions)
-        ids = forest.input_ids.to(model.device)
-        rows = hidden_states(model, ids, position_ids=positions, attention_mask=mask)
+        planted = (forest.input_ids, forest.position_ids, forest.sight, forest.places)
+        states = tree_states(model, *(t.to(model.device) for t in planted))
     except FAILURES as failure:
         reason = f"with a mask of {implementation} attention its forward fails: {str(failure).strip() or '-'}"
     else:
         sequences = [tuple(sequence) for tree in trees for sequence in tree]
-        parts = rows.flatten(0, 1)[forest.places.to(rows.device)].split([len(s) for s in sequences])
+        parts = states.split([len(s) for s in sequences])
         error = max(difference(part, alone[s]) for part, s in zip(parts, sequences, strict=True))
         if error <= found.tolerance:
             return True
