@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trapo.models.prefix_tree import Costs, common, grow, plant, size
+from trapo.models.prefix_tree import Costs, grow, plant, shared_beginning, size
 
 FREE = Costs(pair=0.0)  # attention costs nothing: whatever begins alike is shared
 
@@ -69,5 +69,5 @@ def test_a_sequence_stays_alone_where_the_trees_square_costs_more_than_it_saves(
 @pytest.mark.parametrize(
     ("first", "second", "count"), [([], [1], 0), ([1], [1], 1), ([1, 2], [1, 3], 1), ([2], [1], 0)]
 )
-def test_common(first, second, count):
-    assert common(first, second) == common(second, first) == count
+def test_shared_beginning(first, second, count):
+    assert shared_beginning(first, second) == shared_beginning(second, first) == count

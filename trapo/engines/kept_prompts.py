@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 
 from trapo.engines.columns import Filled, copied, first_tokens, size
+from trapo.models.prefix_tree import shared_beginning
 
 Context = tuple[int, ...]
 
@@ -60,8 +61,3 @@ class KeptPrompts:
     def _drop(self, context: Context) -> None:
         self.bytes -= size(self.kept.pop(context))
         del self.order[bisect.bisect_left(self.order, context)]
-
-
-def shared_beginning(a: Context, b: Context) -> int:
-    """Returns how many tokens two contexts begin with alike."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -22,12 +22,13 @@ from transformers import PreTrainedModel
 
 from trapo.engines.columns import ColumnCache, Filled, tokens_in
 from trapo.engines.inverse_cdf import Draws, greedy, sample
-from trapo.engines.kept_prompts import Context, KeptPrompts, shared_beginning
+from trapo.engines.kept_prompts import Context, KeptPrompts
 from trapo.engines.packed_linears import FEWEST, PackedLinears
 from trapo.engines.prefill import prefill
 from trapo.engines.protocol import Completion, Request
 from trapo.engines.transformers_loop import cache_name
 from trapo.engines.weight_marks import Mark
+from trapo.models.prefix_tree import shared_beginning
 
 KEPT_BYTES = 256 * 2**20  # of kept prompts: 5,800 tokens of SmolLM2-135M in float32
 FEWEST_TOKENS = 16  # of a call, for which weights are packed: it takes some ten steps to pay

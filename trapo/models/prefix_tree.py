@@ -98,10 +98,10 @@ def _as_taken(model: PreTrainedModel, sight: Tensor) -> Tensor:
     return torch.zeros_like(sight, dtype=torch.float32).masked_fill_(~sight, torch.finfo(torch.float32).min)
 
 
-def common(first: Sequence[int], second: Sequence[int]) -> int:
+def shared_beginning(first: Sequence[int], second: Sequence[int]) -> int:
     """Returns how many ids both begin with."""
-    limit = min(len(first), len(second))
-    return next((i for i in range(limit) if first[i] != second[i]), limit)
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def grow(sequences: Sequence[Sequence[int]], budget: int, costs: Costs) -> list[list[int]]:
@@ -111,7 +111,7 @@ def grow(sequences: Sequence[Sequence[int]], budget: int, costs: Costs) -> list[
     tokens = 0
     for index in sorted(range(len(sequences)), key=lambda i: tuple(sequences[i])):
         own = sequences[index]
-        shared = common(sequences[trees[-1][-1]], own) if trees else 0
+        shared = shared_beginning(sequences[trees[-1][-1]], own) if trees else 0
         grown = tokens + len(own) - shared
         alone = len(trees[-1]) == 1 if trees else False
         before = costs.alone(tokens) if alone else costs.tree(tokens)
@@ -126,7 +126,7 @@ def grow(sequences: Sequence[Sequence[int]], budget: int, costs: Costs) -> list[
 
 def size(sequences: Sequence[Sequence[int]]) -> int:
     """Returns the tokens of the tree of these sequences, which are in order of their ids."""
-    return sum(map(len, sequences)) - sum(itertools.starmap(common, itertools.pairwise(sequences)))
+    return sum(map(len, sequences)) - sum(itertools.starmap(shared_beginning, itertools.pairwise(sequences)))
 
 
 def plant(trees: Sequence[Sequence[Sequence[int]]], pad_id: int) -> Forest:
@@ -141,7 +141,7 @@ def plant(trees: Sequence[Sequence[Sequence[int]]], pad_id: int) -> Forest:
         path, end = torch.empty(0, dtype=torch.int64), 0
         last: Sequence[int] = ()
         for sequence in tree:
-            kept = common(last, sequence)
+            kept = shared_beginning(last, sequence)
             fresh = torch.arange(end, end + len(sequence) - kept)
             path, end, last = torch.cat([path[:kept], fresh]), end + len(fresh), sequence
             input_ids[row, fresh] = torch.tensor(sequence[kept:], dtype=torch.int64)
