@@ -299,9 +299,9 @@ def gradient(model, objective, *overrides):
 
 
 def plain_sums(model):
-    """Σ over the whole batch of the loss of expert tokens, the policy loss of own tokens and the entropy, each with its
-    number of tokens, from the model's own logits."""
-    expert, own, entropy = [], [], []
+    """Σ over the whole batch of the loss of expert tokens and of the policy loss of own tokens, each with its number of
+    tokens, and Σ of the entropy of either, from the model's own logits."""
+    expert, own, of_experts, of_own = [], [], [], []
     for r in rollouts():
         ids = torch.tensor([r.problem.prompt_ids + r.response_ids])
         log_p = model(ids).logits[0, :-1].log_softmax(-1)
@@ -309,21 +309,27 @@ def plain_sums(model):
         first, middle = len(r.problem.prompt_ids) - 1, len(r.problem.prompt_ids) + len(r.prefix_ids) - 1
         expert.append(-chosen[first:middle])
         own.append(-r.advantage * (chosen[middle:] - chosen[middle:].detach()).exp())
-        entropy.append(-(log_p.exp() * log_p).sum(-1)[first:])
-    return [(torch.cat(parts).sum(), torch.cat(parts).numel()) for parts in (expert, own, entropy)]
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        of_experts.append(entropy[first:middle])
+        of_own.append(entropy[middle:])
+    sums = [(torch.cat(parts).sum(), torch.cat(parts).numel()) for parts in (expert, own)]
+    return [*sums, (torch.cat(of_experts).sum(), torch.cat(of_own).sum())]
 
 
-@pytest.mark.parametrize("normalizer", ["regions", "constant"])
+@pytest.mark.parametrize("normalizer", ["regions", "region_mean", "constant"])
 def test_expert_and_own_tokens_and_the_entropy_bonus_have_means_of_their_own(model, normalizer):
-    objective = tk.Objective.trapo(expert="sft", expert_coef=0.7, entropy_coef=0.05)
-    overrides = [f"train.normalizer={normalizer}", "train.normalizer_constant=64"]
+    reduction = "region_mean" if normalizer == "region_mean" else "token_mean"
+    objective = tk.Objective.trapo(expert="sft", expert_coef=0.7, entropy_coef=0.05, reduction=reduction)
+    chosen = "tokens" if normalizer == "region_mean" else normalizer
+    overrides = [f"train.normalizer={chosen}", "train.normalizer_constant=64"]
     found = gradient(model, objective, *overrides)
     plain = copy.deepcopy(model)
-    (expert, n_expert), (own, n_own), (entropy, n_all) = plain_sums(plain)
+    (expert, n_expert), (own, n_own), (of_experts, of_own) = plain_sums(plain)
     assert min(n_expert, n_own) > 0
-    assert n_all == n_expert + n_own  # no prefix here is unsupervised
+    entropy = of_experts / n_expert + of_own / n_own
     if normalizer == "constant":
+        entropy = (of_experts + of_own) / (n_expert + n_own)
         n_expert = n_own = 64
-    loss = 0.7 * expert / n_expert + own / n_own - 0.05 * entropy / n_all
+    loss = 0.7 * expert / n_expert + own / n_own - 0.05 * entropy
     grads = torch.autograd.grad(loss, [p for p in plain.parameters() if p.requires_grad])
     torch.testing.assert_close(found, torch.cat([g.flatten() for g in grads]), rtol=1e-4, atol=1e-7)

@@ -116,7 +116,7 @@ def test_nan_in_a_token_stays_in_that_token():
         ),
         (
             {"reduction": "mean"},
-            "Objective: reduction must be one of 'token_mean', 'sequence_mean', 'sum'; got 'mean'",
+            "Objective: reduction must be one of 'token_mean', 'region_mean', 'sequence_mean', 'sum'; got 'mean'",
         ),
         ({"policy_coef": -1.0}, "Objective: policy_coef must be a number at least 0; got -1.0"),
         ({"sed_k": 2.5}, "Objective: sed_k must be a number that is whole and above 0; got 2.5"),

@@ -138,7 +138,7 @@ def own_loss(o, x, held, sequence):
 def published(o, rows, held, expert, shape, active):
     """The loss of a batch: rows of all tokens [B·T], those active, in B sequences."""
     length = shape[1]
-    parts = []
+    parts, regions = [], {True: [], False: []}
     for start in range(0, len(rows), length):
         mine = [i for i in range(start, start + length) if active[i]]
         experts, own = [i for i in mine if expert[i]], [i for i in mine if not expert[i]]
@@ -154,10 +154,13 @@ def published(o, rows, held, expert, shape, active):
                     loss += o.policy_coef * weight * own_loss(o, x, held[i], [held[j] for j in own])
                 loss += o.kl_coef * (math.exp(x.ref - x.lp) - (x.ref - x.lp) - 1)
             total += loss
+            regions[bool(expert[i])].append(loss)
         parts.append((total, len(mine)))
     if o.reduction == "sequence_mean":
         means = [total / count for total, count in parts if count]
         return sum(means) / len(means)
+    if o.reduction == "region_mean":
+        return sum(sum(losses) / len(losses) for losses in regions.values() if losses)
     total = sum(total for total, _ in parts)
     return total if o.reduction == "sum" else total / sum(count for _, count in parts)
 

@@ -233,7 +233,7 @@ class TrainConfig:
     normalizer: str = key(
         "tokens",
         "What the summed loss is divided by: the batch's tokens (by objective.reduction sequences or 1), expert and "
-        "own tokens apart (regions), or a constant; beside the last two the entropy bonus is a mean over tokens.",
+        "own tokens apart (regions), or a constant, beside which the entropy bonus is a mean over tokens.",
         choices=("tokens", "regions", "constant"),
     )
     normalizer_constant: float | None = key(

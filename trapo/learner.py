@@ -141,8 +141,9 @@ class Learner:
                 continue
             denominator, losses = self._denominator(minibatch, objective, len(minibatches)), []
             divided = self._own_means(minibatch, objective, denominator)
+            divisors = (denominator, self._expert_denominator(minibatch, objective, denominator))
             for group in self._micro_batches(trained):
-                loss = self._loss(group, divided, denominator, compared)
+                loss = self._loss(group, divided, divisors, compared)
                 loss.loss.backward()
                 losses.append(loss.loss.detach())
                 if group.rollouts:
@@ -233,7 +234,7 @@ class Learner:
     def _denominator(self, rollouts: Sequence[Rollout], objective: tk.Objective, minibatches: int) -> float:
         """Of the whole minibatch, rollouts that are skipped included: skipping changes cost, not the update."""
         train = self.train
-        if train.normalizer == "regions":
+        if self._by_regions(objective):
             return float(max(sum(len(r.own_ids) for r in rollouts), 1))
         if train.normalizer == "tokens":
             tokens = [loss_tokens(r) for r in rollouts]
@@ -244,17 +245,23 @@ class Learner:
         return float(len(rollouts) * self.max_response_tokens)
 
     def _own_means(self, rollouts: Sequence[Rollout], objective: tk.Objective, denominator: float) -> tk.Objective:
-        """The objective with the coefficients that give parts a divisor of their own: the entropy bonus is a mean over
-        tokens beside a constant, too (TRAPO's code, verl, TRL), and with normalizer=regions the expert part is one over
-        expert tokens (CHORD's two means)."""
-        if self.train.normalizer == "tokens" or objective.reduction == "sequence_mean":
+        """The objective whose entropy bonus is a mean over tokens where a constant divides the other parts (so do
+        TRAPO's code, verl and TRL)."""
+        if self.train.normalizer != "constant" or objective.reduction == "sequence_mean":
             return objective
         tokens = sum(loss_tokens(r) for r in rollouts)
-        entropy_coef, expert_coef = objective.entropy_coef * denominator / max(tokens, 1), objective.expert_coef
-        if self.train.normalizer == "regions":
-            expert = sum(len(r.prefix_ids) for r in rollouts if r.supervised)
-            expert_coef *= denominator / max(expert, 1)
-        return dataclasses.replace(objective, entropy_coef=entropy_coef, expert_coef=expert_coef)
+        return dataclasses.replace(objective, entropy_coef=objective.entropy_coef * denominator / max(tokens, 1))
+
+    def _by_regions(self, objective: tk.Objective) -> bool:
+        """Whether expert tokens and own tokens each have a mean of their own."""
+        chosen = self.train.normalizer
+        return chosen == "regions" or (chosen == "tokens" and objective.reduction == "region_mean")
+
+    def _expert_denominator(self, rollouts: Sequence[Rollout], objective: tk.Objective, denominator: float) -> float:
+        """What divides the losses of expert tokens."""
+        if not self._by_regions(objective):
+            return denominator
+        return float(max(sum(len(r.prefix_ids) for r in rollouts if r.supervised), 1))
 
     def _micro_batches(self, rollouts: Sequence[Rollout]) -> list[Group]:
         """This rank's."""
@@ -284,9 +291,10 @@ class Learner:
         return agreement.hidden_states(model, batch.input_ids, **told)
 
     def _loss(
-        self, group: Group, objective: tk.Objective, denominator: float, compared: Sequence[str]
+        self, group: Group, objective: tk.Objective, divisors: tuple[float, float], compared: Sequence[str]
     ) -> tk.PolicyLoss:
-        """The loss of a micro-batch. compared: the rollouts' fields of log-probabilities that it needs."""
+        """The loss of a micro-batch. divisors: of own tokens' and of expert tokens' losses. compared: the rollouts'
+        fields of log-probabilities that it needs."""
         batch = self._batch(group)
         values = {name: [target_logprobs(r, name) for r in group.rollouts] for name in compared}
         others: dict[str, Any] = {name: batch.spread(rows or [None]) for name, rows in values.items()}
@@ -301,7 +309,8 @@ class Learner:
                 advantages=batch.advantages,
                 expert_mask=batch.expert_mask,
                 mask=batch.mask,
-                normalizer=denominator,
+                normalizer=divisors[0],
+                expert_normalizer=divisors[1],
                 sequence_ids=batch.sequence_ids if objective.needs_sequences else None,
                 temperature=self.temperature,
                 **others,

@@ -58,6 +58,7 @@ class Batch:
     counts: dict[str, Tensor]
     shape: torch.Size  # of the caller's tokens
     dense: Dense | None = None
+    expert_normalizer: Tensor | None = None  # of the expert tokens, which is among the weights; None: normalizer
 
     def tokens(self, values: TokenValues, at: slice | None = None) -> Tokens:
         """Rows `at`, whose values these are; None: all."""
@@ -164,7 +165,7 @@ def make_batch(
     vocab: int | None,
     dtype: torch.dtype,
     skip_inactive: bool,
-    normalizer: float | Tensor | None,
+    divisors: dict[str, float | Tensor | None],
     floats: dict[str, Tensor | None],
     masks: dict[str, Tensor | None],
     sequence_ids: Tensor | None,
@@ -198,10 +199,18 @@ def make_batch(
     selection, dense = _select(objective, active, live, expert, skip_inactive)
     sequences = validate.sequences(caller, targets, sequence_ids, like) if objective.needs_sequences else None
     weights, count = _weights(objective, active, sequences, dtype), active.sum()
-    if normalizer is None:
-        divisor = filled(_default_normalizer(objective, active, count, sequences), dtype, flat.device)
-    else:
-        divisor = validate.divisor(caller, normalizer, dtype, flat.device)
+    given_divisors = {
+        name: None if value is None else validate.divisor(caller, name, value, dtype, flat.device)
+        for name, value in divisors.items()
+    }
+    divisor, of_experts = given_divisors["normalizer"], given_divisors["expert_normalizer"]
+    if divisor is None:
+        divisor = filled(_default_normalizer(objective, active, expert, count, sequences), dtype, flat.device)
+    if of_experts is None and objective.reduction == "region_mean":
+        of_experts = filled((active & expert).sum().clamp(min=1), dtype, flat.device)
+    if of_experts is not None:
+        beside = torch.where(expert, divisor / of_experts, 1)
+        weights = beside if weights is None else weights * beside
     take = selection.take
     return Batch(
         objective=objective,
@@ -216,6 +225,7 @@ def make_batch(
         counts={"tokens": count, "zero_gradient_tokens": (active & ~live).sum()},
         shape=targets.shape,
         dense=dense,
+        expert_normalizer=of_experts,
     )
 
 
@@ -249,11 +259,13 @@ def _weights(objective: Objective, active: Tensor, sequences: Sequences | None, 
 
 
 def _default_normalizer(
-    objective: Objective, active: Tensor, count: Tensor, sequences: Sequences | None
+    objective: Objective, active: Tensor, expert: Tensor, count: Tensor, sequences: Sequences | None
 ) -> float | Tensor:
     if objective.reduction == "sum":
         return 1.0
     if objective.reduction == "token_mean":
         return count.clamp(min=1)
+    if objective.reduction == "region_mean":
+        return (active & ~expert).sum().clamp(min=1)
     assert sequences is not None
     return sequences.with_any(active).clamp(min=1)

@@ -130,7 +130,7 @@ def linear_divergence(
     if normalizer is None:
         scale = filled(active.sum().clamp(min=1), dtype, hidden.device)
     else:
-        scale = validate.divisor(caller, normalizer, dtype, hidden.device)
+        scale = validate.divisor(caller, "normalizer", normalizer, dtype, hidden.device)
     if streamed and torch.compiler.is_compiling():
         total, tokens, *_ = torch.ops.trapo_kernels.divergence(
             *params, *ref, active, of_tokens, kind, beta, *head.options, *ref_head.options, *wants

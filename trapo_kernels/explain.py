@@ -13,6 +13,7 @@ __all__ = ["explain", "shown_setting"]
 
 _REDUCTION = {
     "token_mean": "sum over active tokens / their number",
+    "region_mean": "sum over own tokens / their number + sum over expert tokens / their number",
     "sequence_mean": "mean over sequences of the mean over their active tokens",
     "sum": "sum over active tokens",
 }

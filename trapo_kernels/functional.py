@@ -183,6 +183,7 @@ def linear_policy_loss(
     mask: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    expert_normalizer: float | Tensor | None = None,
     skip_inactive: bool = False,
     statistics: Sequence[str] = (),
     ref_hidden: Tensor | None = None,
@@ -227,6 +228,9 @@ def linear_policy_loss(
         normalizer: the weighted sum of token losses is divided by this number (above 0) or 0-dim tensor (where 0, of a
             batch without a token, counts as 1), a constant; None = what the objective's reduction says (by default the
             number of active tokens), or 1. Across micro-batches and ranks pass one global number, and sum.
+        expert_normalizer: what the losses of expert tokens are divided by in its place, where each region has a mean of
+            its own (CHORD; SFT beside RL); None = normalizer, or with reduction="region_mean" the number of active
+            expert tokens.
         skip_inactive: leave active tokens without gradient out of everything but the count (and of a coupled
             objective's sequences nothing).
         statistics: names of statistics of a row (statistics.py has them) whose means over computed tokens are added to
@@ -244,6 +248,7 @@ def linear_policy_loss(
     """
     caller = "linear_policy_loss"
     hidden, weight, bias, group = vocab_parallel.local_parts(caller, hidden, weight, bias, group)
+    divisors = {"normalizer": normalizer, "expert_normalizer": expert_normalizer}
     floats = {
         "advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
         "rollout_logprobs": rollout_logprobs, "policy_weights": policy_weights,
@@ -258,7 +263,7 @@ def linear_policy_loss(
         call = call_of_linear(caller, head, hidden, weight, bias, targets, backend, group)
         batch = make_batch(
             caller, objective, targets, head, vocab=call.columns if group is None else None, dtype=call.stats_dtype,
-            skip_inactive=skip_inactive, normalizer=normalizer, floats=floats, masks=masks, sequence_ids=sequence_ids,
+            skip_inactive=skip_inactive, divisors=divisors, floats=floats, masks=masks, sequence_ids=sequence_ids,
             statistics=statistics,
         )  # fmt: skip
         tolerance = validate.check_grad_tolerance(caller, grad_tolerance)
@@ -291,9 +296,10 @@ def _facts(
     given, inputs = sorted(name for name, t in inputs.items() if t is not None), dict(inputs)
     scales = [inputs.pop(name) for name in ("advantages", "policy_weights")]
     scale = torch.cat([t.reshape(-1).to(batch.normalizer.dtype) for t in scales if t is not None] or [targets[:0]])
+    divisors = [t for t in (batch.normalizer, batch.expert_normalizer) if t is not None]
     return call.facts(
-        targets, objectives=objective, statistics=batch.statistics, settings=settings, normalizer=batch.normalizer,
-        given=given, **{"advantages and policy_weights": scale}, **inputs,
+        targets, objectives=objective, statistics=batch.statistics, settings=settings,
+        normalizer=torch.stack(divisors), given=given, **{"advantages and policy_weights": scale}, **inputs,
     )  # fmt: skip
 
 
@@ -311,6 +317,7 @@ def policy_loss_from_logits(
     mask: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    expert_normalizer: float | Tensor | None = None,
     skip_inactive: bool = False,
     statistics: Sequence[str] = (),
     temperature: float = 1.0,
@@ -331,7 +338,7 @@ def policy_loss_from_logits(
     call = call_of_logits(caller, head, logits, targets, backend)
     batch = make_batch(
         caller, objective, targets, head, vocab=call.columns, dtype=call.stats_dtype, skip_inactive=skip_inactive,
-        normalizer=normalizer,
+        divisors={"normalizer": normalizer, "expert_normalizer": expert_normalizer},
         floats={
             "advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
             "rollout_logprobs": rollout_logprobs, "policy_weights": policy_weights,
@@ -357,6 +364,7 @@ def policy_loss_from_logprobs(
     mask: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    expert_normalizer: float | Tensor | None = None,
     skip_inactive: bool = False,
 ) -> PolicyLoss:
     """The loss of `objective` from log-probabilities that exist already: for trainers whose engines hand over those.
@@ -372,14 +380,16 @@ def policy_loss_from_logprobs(
         entropy: [...] of each token's distribution, nats; needed for an entropy bonus. None: there is no metric
             "entropy", and the result's entropies are zeros.
         mask: [...] bool, None = all; masked tokens give 0, whatever they hold.
-        advantages, old_logprobs, ref_logprobs, rollout_logprobs, policy_weights, expert_mask, sequence_ids, normalizer,
-            skip_inactive: as `linear_policy_loss`, with the shape of logprobs in the place of that of targets.
+        advantages, old_logprobs, ref_logprobs, rollout_logprobs, policy_weights, expert_mask, sequence_ids,
+            normalizer, expert_normalizer, skip_inactive: as `linear_policy_loss`, with the shape of logprobs in the
+            place of that of targets.
 
     Raises:
         TypeError, ValueError: as `linear_logprobs`.
     """
     batch, values = batch_of_logprobs(
-        "policy_loss_from_logprobs", logprobs, objective, entropy, skip_inactive=skip_inactive, normalizer=normalizer,
+        "policy_loss_from_logprobs", logprobs, objective, entropy, skip_inactive=skip_inactive,
+        divisors={"normalizer": normalizer, "expert_normalizer": expert_normalizer},
         floats={
             "advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
             "rollout_logprobs": rollout_logprobs, "policy_weights": policy_weights,

@@ -12,6 +12,7 @@ samples, and expert tokens were not sampled from the policy. The formulas are in
 The loss of a batch is Σ w_t · loss_t / normalizer, where `reduction` says what w_t and the default normalizer are:
 
     token_mean      w = 1                                      the number of active tokens
+    region_mean     w = 1                                      of own tokens their number, of expert tokens theirs
     sequence_mean   w = 1 / active tokens of the sequence      the number of sequences with an active token
     sum             w = 1                                      1
 """
@@ -35,7 +36,7 @@ from .tokens import Region, Regions, Slopes, Tokens, given
 
 __all__ = ["EXPERT_TERMS", "FIELDS", "POLICY_TERMS", "REDUCTIONS", "Objective", "Term", "Tokens"]
 
-REDUCTIONS = ("token_mean", "sequence_mean", "sum")
+REDUCTIONS = ("token_mean", "region_mean", "sequence_mean", "sum")
 _CLIPPED = ("clip", "gspo", "cispo")
 
 
@@ -55,7 +56,7 @@ class Objective:
         entropy_coef: weight of the entropy bonus, on all active tokens (expert tokens too). Nats.
         kl_coef: weight of the k3 estimate of KL(policy ‖ reference), on own tokens.
         tis_cap: cap of the weight π_old / π_rollout on the policy term, or None for no weight.
-        reduction: "token_mean", "sequence_mean" or "sum": weights of tokens and the default normalizer.
+        reduction: "token_mean", "region_mean", "sequence_mean" or "sum": weights of tokens and the default normalizers.
         luffy_gamma: γ of LUFFY's p/(p + γ).
         sed_coef, sed_k, sed_tau: λ, k and τ of SED-SFT. The authors' code has λ = 1, k = 2 in the loss (10 where it
             computes τ), and for τ a quantile of the data: see `sed_threshold`. k = 20 and τ = 0.9 are ours.
@@ -359,12 +360,14 @@ class Objective:
 
     @classmethod
     def chord(cls, mu: float = 0.1, **overrides: Any) -> Objective:
-        """CHORD-φ (arXiv 2508.11408): μ · (−sg(p(1−p)) log p) on expert tokens, (1 − μ) · GRPO on own tokens. The
-        schedule of μ is the caller's: an objective per step."""
+        """CHORD-φ (arXiv 2508.11408): μ · (−sg(p(1−p)) log p) on expert tokens, (1 − μ) · GRPO on own tokens, each a
+        mean over its own tokens, as in Trinity-RFT and ms-swift. The schedule of μ is the caller's: an objective per
+        step."""
         share = constant(mu)
         if share is None or not 0 <= share <= 1:
             raise ValueError(f"Objective.chord: mu must be a number in [0, 1]; got {shown(mu)}")
-        return cls.grpo(**{"expert": "chord", "expert_coef": share, "policy_coef": 1 - share, **overrides})
+        mixed = {"expert": "chord", "expert_coef": share, "policy_coef": 1 - share, "reduction": "region_mean"}
+        return cls.grpo(**{**mixed, **overrides})
 
     @classmethod
     def sed(cls, **overrides: Any) -> Objective:

@@ -128,8 +128,8 @@ def batch_of_logprobs(
     *,
     floats: dict[str, Tensor | None],
     masks: dict[str, Tensor | None],
+    divisors: dict[str, float | Tensor | None],
     sequence_ids: Tensor | None = None,
-    normalizer: float | Tensor | None = None,
     skip_inactive: bool = False,
 ) -> tuple[Batch, TokenValues]:
     """The batch of a loss from log-probabilities [...], and their values in it [n]; entropies of None are 0.
@@ -140,7 +140,7 @@ def batch_of_logprobs(
     validate.check_logprobs(caller, logprobs, entropy)
     batch = make_batch(
         caller, objective, torch.zeros_like(logprobs, dtype=torch.int64), Head(), vocab=None,
-        dtype=stats_dtype(logprobs.dtype), skip_inactive=skip_inactive, normalizer=normalizer, floats=floats,
+        dtype=stats_dtype(logprobs.dtype), skip_inactive=skip_inactive, divisors=divisors, floats=floats,
         masks=masks, sequence_ids=sequence_ids, statistics=(), like="logprobs",
     )  # fmt: skip
     validate.check_reads_logprobs(caller, objective, entropy)

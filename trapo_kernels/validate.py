@@ -290,25 +290,26 @@ def sequences(caller: str, targets: Tensor, sequence_ids: Tensor | None, like: s
     return Sequences.of_rows(math.prod(targets.shape[:-1]), targets.shape[-1], targets.device)
 
 
-def divisor(caller: str, normalizer: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What a sum of token losses is divided by (0-dim), a constant. A tensor may be a count of 0, of a batch without a
-    token, which counts as 1; it is looked at on the CPU, and elsewhere the device asserts that it is in range.
+def divisor(caller: str, name: str, normalizer: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What a sum of token losses is divided by (0-dim), a constant; `name` is the argument that gives
+    it. A tensor may be a count of 0, of a batch without a token, which counts as 1; it is looked at on the CPU, and
+    elsewhere the device asserts that it is in range.
     """
     accepted = "a number above 0 or a 0-dim tensor"
     if not isinstance(normalizer, Tensor):
         found = _finite(number(normalizer))
         if found is None or not 0 < found < math.inf:
-            raise ValueError(f"{caller}: normalizer must be {accepted}; got {shown(normalizer)}")
+            raise ValueError(f"{caller}: {name} must be {accepted}; got {shown(normalizer)}")
         return filled(found, dtype, device)
     if normalizer.ndim != 0 or normalizer.is_complex():
         kind = f"shape {list(normalizer.shape)}" if normalizer.ndim else _dtype(normalizer)
-        raise ValueError(f"{caller}: normalizer must be {accepted}; got {kind}")
+        raise ValueError(f"{caller}: {name} must be {accepted}; got {kind}")
     value = filled(normalizer.detach(), dtype, device)
     inside = (value >= 0) & (value < math.inf)
     if not can_look(normalizer):
-        torch._assert_async(inside, f"{caller}: normalizer must be {accepted}, finite and not negative")
+        torch._assert_async(inside, f"{caller}: {name} must be {accepted}, finite and not negative")
     elif not inside:
-        raise ValueError(f"{caller}: normalizer must be {accepted}; got {normalizer.item()!r}")
+        raise ValueError(f"{caller}: {name} must be {accepted}; got {normalizer.item()!r}")
     return value.masked_fill(value == 0, 1)
 
 

@@ -73,7 +73,8 @@ def policy_loss(inputs: Any, **settings: Any) -> LossOutputs:
             raise ValueError(f"policy_loss: {name} must be given, which {setting} needs; got None")
     logprobs, expert = inputs.trainer_logprobs.float(), getattr(inputs, "expert_mask", None)
     batch, values = batch_of_logprobs(
-        "policy_loss", logprobs, objective, None, floats=given, normalizer=1.0,
+        "policy_loss", logprobs, objective, None, floats=given,
+        divisors={"normalizer": 1.0, "expert_normalizer": 1.0},
         masks={"expert_mask": None if expert is None else expert.bool(), "mask": mask},
     )  # fmt: skip
     parts = batch.token_losses(values)

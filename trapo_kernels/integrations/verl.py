@@ -160,7 +160,8 @@ def _token_losses(
     expert = torch.zeros_like(active) if expert_mask is None else expert_mask.bool()
     given = {name: t for name, t in {**inputs, "policy_weights": weights}.items() if t is not None}
     batch, values = batch_of_logprobs(
-        "actor_loss", log_prob, replace(objective, reduction="sum"), entropy, normalizer=1.0,
+        "actor_loss", log_prob, replace(objective, reduction="sum"), entropy,
+        divisors={"normalizer": 1.0, "expert_normalizer": 1.0},
         floats={name: given[name].expand(active.shape) if name in given else None for name in INPUTS},
         masks={"expert_mask": expert, "mask": active},
     )  # fmt: skip
