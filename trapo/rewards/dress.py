@@ -140,6 +140,7 @@ _ANNOUNCED = re.compile(
     r"(?:(?:the|our|my)\s+)?(?:(?:final|correct|right|required|desired)\s+)*(?:answer|result|solution|option|choice)s?"
     r"(?:\s+(?:to|of|for)\s+(?:the|this)\s+(?:problem|question))?\s*(?:is\b|are\b|:|=)+\s*[:=]?\s*(?:\\newline)?"
 )
+_MINUS_WORD = re.compile(r"(?i)^\s*(?:negative|minus)\s+(?=[\d.]|\\frac)")
 _CONNECTIVE = re.compile(
     r"(?i)^\s*(?:(?:so|thus|hence|therefore)\b\s*[:,]?\s+|(?:\\(?:therefore|Rightarrow|implies|to|rightarrow)(?![A-Za-z])|=|[-=]>)\s*)"
 )
@@ -163,6 +164,7 @@ def undress(text: str) -> str:
         plain = pattern.sub(replacement, plain)
     plain = _ANNOUNCED.sub("", plain, count=1)
     plain = _CONNECTIVE.sub("", plain, count=1)
+    plain = _MINUS_WORD.sub("-", plain, count=1)
     plain = _brace_arguments(plain)
     plain = " ".join(plain.split()).strip(" ,;:").strip("\"'").strip()
     plain = re.sub(r"\.$", "", plain) if not plain.endswith("..") else plain

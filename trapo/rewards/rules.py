@@ -229,7 +229,7 @@ def _equation(gold: Answer, given: Answer) -> bool | None:
     if re.search(r"\\ne(?![A-Za-z])", given.text) or _ends_open(given.text):
         return False
     if len(a) < 2:
-        if gold.number is not None and re.fullmatch(r"-?\d+\s*(?:\\cdot)?\s*[a-z]", b[0]):
+        if gold.number is not None and structure.is_unsolved(b[0]):
             return False  # 3x = 24 is on its way
         if _equal(gold.text, b[-1]):
             return True
@@ -313,7 +313,13 @@ def _closings(pair: tuple[str, str, str], inside: list[str]) -> tuple[str, str]:
 def _matrix(gold: Answer, given: Answer) -> bool | None:
     a, b = structure.matrix(gold.text), structure.matrix(given.text)
     if a is None or b is None:
-        return None
+        if (vector := structure.vector(a or b)) is None:
+            return None
+        tuple_ = structure.brackets(given.text if b is None else gold.text)
+        if tuple_ is None or tuple_[0] != "(" or tuple_[2] != ")":
+            return None
+        inside = structure.items(tuple_[1], grouped=False)
+        return _in_order(vector, inside) if b is None else _in_order(inside, vector)
     return [len(row) for row in a] == [len(row) for row in b] and all(map(_in_order, a, b))
 
 
@@ -420,7 +426,7 @@ RULES: tuple[Rule, ...] = (
         _bracketed,
         "tuples and intervals: the same ends or members in order, the same brackets; (24) for 24",
     ),
-    Rule("matrix", _matrix, "the same cells, whatever the brackets"),
+    Rule("matrix", _matrix, "the same cells, whatever the brackets; (1, 2) for a column or a row of them"),
     Rule("base", _base, "52_8 for 52_{8}, 52_{eight} or 52 base 8; another base, or none, is another number"),
     Rule(
         "number",

@@ -82,6 +82,25 @@ def matrix(text: str) -> list[list[str]] | None:
     return [[cell.strip() for cell in row.split("&")] for row in rows]
 
 
+def vector(cells: list[list[str]] | None) -> list[str] | None:
+    """Returns the cells of a matrix of several rows or columns that is one column or one row."""
+    if cells is None or len(cells) * len(cells[0]) < 2 or (len(cells) > 1 and any(len(row) > 1 for row in cells)):
+        return None
+    return [cell for row in cells for cell in row]
+
+
+def is_unsolved(text: str) -> bool:
+    """Returns whether `text` is a polynomial in one letter that is not just its name: what an equation on its way to a
+    value has on its left, `3x`, `x + 3`, `2x^2`. The square of a letter other than x, y, z may be what was asked."""
+    compact = re.sub(r"\\cdot(?![A-Za-z])|[\s{}]", "", text)
+    letters = set(re.findall("[A-Za-z]", compact))
+    if len(letters) != 1 or not re.fullmatch(r"[-+*/^.\d()a-z]+", compact) or is_name(compact):
+        return False
+    if re.search(r"[a-z]\(", compact):  # f(2) + f(0)
+        return False
+    return letters <= set("xyz") or not re.fullmatch(r"[a-z]\^\d+", compact)
+
+
 def is_name(text: str) -> bool:
     r"""Returns whether `text` names what follows: `x`, `f(x)`, `X_{d}`, `(x, y)`, `\angle ABC`, `\frac{dx}{dt}`,
     words."""
@@ -113,9 +132,24 @@ def argument(name: str) -> str | None:
     return match.group(1) if match else None
 
 
+_MIRRORED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
+# |x| > 1: a number, of which the negative is plain.
+_SIZE = re.compile(
+    r"(?:\||\\[lr]?vert)\s*([A-Za-z])\s*(?:\||\\[lr]?vert)\s*(<|>|\\le|\\ge)\s*(\d[\d./]*|\\frac\{\d+\}\{\d+\})\s*"
+)
+
+
 def interval_of(text: str) -> str | None:
     r"""Returns the interval that an inequality in one name means, or the union of several: `-2 \le x < 7` is
     `[-2,7)`."""
+    if (size := _SIZE.fullmatch(text)) is not None:
+        name, order, bound = size.groups()
+        within = order in ("<", "\\le")
+        text = (
+            f"-{bound} {order} {name} {order} {bound}"
+            if within
+            else f"{name} {_MIRRORED[order]} -{bound} or {name} {order} {bound}"
+        )
     parts = items(text)
     if len(parts) > 1:  # x < 2 or x > 3
         intervals = [interval_of(part) for part in parts]
@@ -130,8 +164,7 @@ def interval_of(text: str) -> str | None:
         high = parts[1] + (")" if operators[0] == "<" else "]") if rising[0] else "\\infty)"
         return f"{low},{high}"
     if len(parts) == 2 and is_name(parts[1]):
-        mirrored = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}[operators[0]]
-        return interval_of(f"{parts[1]} {mirrored} {parts[0]}")
+        return interval_of(f"{parts[1]} {_MIRRORED[operators[0]]} {parts[0]}")
     if len(parts) == 3 and is_name(parts[1]) and rising[0] == rising[1]:
         if not rising[0]:
             parts.reverse()
