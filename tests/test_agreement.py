@@ -9,7 +9,7 @@ from model_types import LONG, learner, off, own_logprobs, rollout, tiny_model
 from torch import nn
 
 import trapo.learner
-from trapo.batching import one_copy
+from trapo.batching.batch import one_copy
 from trapo.config import LoraConfig
 from trapo.engines.hf import HFEngine
 from trapo.engines.protocol import Request

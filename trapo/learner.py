@@ -26,6 +26,7 @@ from trapo.batching import (
     collate,
     filler,
     groups,
+    has_gradient,
     layout,
     loss_tokens,
     pack,
@@ -33,7 +34,6 @@ from trapo.batching import (
     share,
     target_logprobs,
 )
-from trapo.config import OptimConfig, TrainConfig
 from trapo.models import agreement, prefix_tree
 from trapo.models.checkpointing import prepare_checkpointing
 from trapo.models.loading import head_of
@@ -43,6 +43,7 @@ from trapo.models.sharding import as_forward, is_sharded, load_shards, scatter_o
 from trapo.report.metrics import ProbabilityHistogram, added_up, merged_metrics
 from trapo.rollouts import Rollout
 from trapo.runs.ranks import ALONE, Ranks
+from trapo.settings.groups import OptimConfig, TrainConfig
 from trapo.tools.timing import StepTimer
 from trapo_kernels.integrations.transformers import LinearHead
 
@@ -136,7 +137,7 @@ class Learner:
         metrics: list[dict[str, torch.Tensor]] = []
         steps, skipped, norm, tokens = 0, 0, 0.0, 0
         for minibatch in minibatches:
-            trained = [r for r in minibatch if self._has_gradient(r, objective)]
+            trained = [r for r in minibatch if has_gradient(r, objective, self.train.skip_inactive)]
             if not trained:
                 continue
             denominator, losses = self._denominator(minibatch, objective, len(minibatches)), []
@@ -215,21 +216,6 @@ class Learner:
         if count > 1:
             random.Random(seed).shuffle(shuffled)
         return [shuffled[i::count] for i in range(count)]
-
-    def _has_gradient(self, rollout: Rollout, objective: tk.Objective) -> bool:
-        """False for a rollout whose every token has a zero gradient: A = 0, no expert term, no entropy or KL term."""
-        if not self.train.skip_inactive:
-            return loss_tokens(rollout) > 0
-        if rollout.supervised and objective.expert is not None and objective.expert_coef > 0:
-            return True
-        if objective.entropy_coef or (objective.kl_coef and rollout.own_ids):
-            return loss_tokens(rollout) > 0
-        # A function of the user's may have a gradient without an advantage.
-        return (
-            bool(rollout.own_ids)
-            and objective.has_policy_term
-            and (callable(objective.policy) or rollout.advantage != 0.0)
-        )
 
     def _denominator(self, rollouts: Sequence[Rollout], objective: tk.Objective, minibatches: int) -> float:
         """Of the whole minibatch, rollouts that are skipped included: skipping changes cost, not the update."""

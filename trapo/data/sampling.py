@@ -10,11 +10,11 @@ from typing import Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from trapo.config import DataConfig
 from trapo.data.encode import EncodedProblem, encode_problems
 from trapo.data.loading import load_problems
 from trapo.errors import TrapoError
 from trapo.modes import Phase
+from trapo.settings.groups import DataConfig
 
 
 def derive_seed(*parts: object) -> int:

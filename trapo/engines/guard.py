@@ -16,13 +16,13 @@ import torch
 from transformers import PreTrainedModel
 
 import trapo_kernels as tk
-from trapo.config import RolloutConfig
 from trapo.data.encode import EncodedProblem
 from trapo.engines.protocol import Engine, Request
 from trapo.errors import TrapoError
 from trapo.models.agreement import hidden_states
 from trapo.models.loading import head_of
 from trapo.rollouts import Rollout
+from trapo.settings.groups import RolloutConfig
 
 # The learner's log-probabilities of each rollout's own tokens, [tokens] each.
 Scorer = Callable[[Sequence[Rollout]], list[torch.Tensor]]

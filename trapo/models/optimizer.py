@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from trapo.config import OptimConfig
 from trapo.errors import TrapoError
 from trapo.models.sharding import is_sharded
+from trapo.settings.groups import OptimConfig
 
 
 def make_optimizer(

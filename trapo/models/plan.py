@@ -23,12 +23,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import trapo_kernels as tk
-from trapo.config import PRESETS, LoraConfig, ModelConfig, TrainConfig
+from trapo.config import PRESETS
 from trapo.errors import TrapoError
 from trapo.models import lora as adapters
 from trapo.models.loading import freeze
 from trapo.models.precision import resolve
 from trapo.models.sharding import decoder_layers, shard
+from trapo.settings.groups import LoraConfig, ModelConfig, TrainConfig
 
 OURS = "ours: the loss's buffer"
 ATTENTION = "trapo_plan"  # registered with transformers, for meta tensors alone

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from trapo.config import LogConfig
 from trapo.errors import TrapoError, words_of
 from trapo.evaluation.evaluate import EvalResult
 from trapo.runs.run_dir import RunDir
+from trapo.settings.groups import LogConfig
 from trapo.settings.text import Tree, plain_tree
 from trapo.tools.files import write_atomic
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import trapo_kernels as tk
-from trapo.config import ModelConfig
 from trapo.evaluation.evaluate import EvalResult
 from trapo.models.loading import device_of
 from trapo.report.metrics import peak_gpu_memory_gb, peak_memory_gb
 from trapo.runs.run_dir import RunDir
+from trapo.settings.groups import ModelConfig
 from trapo.tools.timing import PARTS
 
 

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trapo.config import RewardConfig
 from trapo.data.problem import Problem
 from trapo.errors import TrapoError
 from trapo.rewards import Reward, RewardPool
 from trapo.runs.ranks import Scorer
+from trapo.settings.groups import RewardConfig
 
 
 def make_pool(reward: RewardConfig) -> RewardPool:

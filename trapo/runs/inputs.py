@@ -13,8 +13,8 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
-from trapo.config import DataConfig
 from trapo.errors import TrapoError
+from trapo.settings.groups import DataConfig
 from trapo.tools.files import file_digest, write_json
 from trapo.tools.imports import source_file
 

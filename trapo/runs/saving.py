@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trapo.config import CheckpointConfig
 from trapo.learner import Learner
 from trapo.models.finite import refuse_not_finite
 from trapo.models.sharding import save_shards
@@ -17,6 +16,7 @@ from trapo.runs import checkpoint
 from trapo.runs.manifest import write_manifest
 from trapo.runs.ranks import Ranks, lost_rank
 from trapo.runs.run_dir import RunDir
+from trapo.settings.groups import CheckpointConfig
 
 Note = Callable[[str], None]
 

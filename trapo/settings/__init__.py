@@ -1,1 +1,1 @@
-"""The parts of trapo/config.py that are no keys: how a key is written down, checked, hinted at and listed."""
+"""The keys of a configuration, and how a key is written down, checked, hinted at and listed."""

@@ -1,4 +1,4 @@
-"""From rollouts to tensors: micro-batches under a token budget, packed, shared or padded.
+"""The rollouts of a micro-batch become tensors: padded, packed or shared.
 
 packed   one row of concatenated sequences, no padding; position ids start anew with each sequence, from which
          transformers makes cu_seqlens for varlen (flash) attention and a block-diagonal causal mask for the others
@@ -6,9 +6,6 @@ padded   one row a sequence, of about equal lengths, padding on the right: no to
          it, so that none needs a mask (with one, SDPA is slower and flash attention unpads and pads again)
 shared   one row a tree of sequences that begin alike (models/prefix_tree.py); their hidden states are then laid end to
          end as in a packed row
-
-Varlen attention pays for each sequence's own square. A block mask pays for the square of the whole row, most of which
-it throws away: on a CPU, rows of equal lengths cost less than that, and little of them is padding.
 """
 
 from __future__ import annotations
@@ -77,74 +74,6 @@ class Batch:
             if row is not None:
                 place.copy_(row)
         return values.to(device)
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """The rollouts of a micro-batch; [] on a rank that has none left for a collective that the others need."""
-
-    rollouts: Sequence[Rollout] = ()
-    trees: tuple[int, ...] = ()  # how many of them are in each tree; (): each is a row of its own
-
-
-def groups(
-    rollouts: Sequence[Rollout], token_budget: int, packed: bool, costs: prefix_tree.Costs | None
-) -> list[Group]:
-    """Returns micro-batches of at most so many tokens, padding included; a longer sequence goes alone. costs: of trees;
-    None: nothing is shared."""
-    trees, single = shared(rollouts, token_budget, costs) if costs is not None else ([], rollouts)
-    made = []
-    for chosen in micro_batches([size for size, _ in trees], token_budget):
-        members = [trees[i][1] for i in chosen]
-        made.append(Group([r for tree in members for r in tree], tuple(map(len, members))))
-    cut = packs if packed else micro_batches
-    return made + [Group([single[i] for i in chosen]) for chosen in cut([len(r) for r in single], token_budget)]
-
-
-def shared(
-    rollouts: Sequence[Rollout], token_budget: int, costs: prefix_tree.Costs
-) -> tuple[list[tuple[int, list[Rollout]]], list[Rollout]]:
-    """Returns (trees of several rollouts with their tokens, rollouts that are cheaper alone, in their order)."""
-    sequences = [(r.problem.prompt_ids + r.response_ids)[:-1] for r in rollouts]
-    grown = prefix_tree.grow(sequences, token_budget, costs)
-    trees = [(prefix_tree.size([sequences[i] for i in tree]), tree) for tree in grown if len(tree) > 1]
-    inside = {i for _, tree in trees for i in tree}
-    return [(n, [rollouts[i] for i in tree]) for n, tree in trees], [
-        r for i, r in enumerate(rollouts) if i not in inside
-    ]
-
-
-def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Returns the indices grouped so that (longest length × count) stays within the budget; a longer one goes alone.
-
-    Sorted by length, so that little is padding; longest first, so that a memory limit shows at once.
-    """
-    groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        longest = lengths[groups[-1][0]] if groups else 0
-        if groups and longest * (len(groups[-1]) + 1) <= token_budget:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups
-
-
-def packs(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Returns the indices grouped so that the lengths of a group add up to at most the budget; a longer one goes alone.
-
-    First fit, longest first.
-    """
-    groups: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = next((g for g, left in enumerate(room) if lengths[index] <= left), None)
-        if place is None:
-            groups.append([index])
-            room.append(token_budget - lengths[index])
-        else:
-            groups[place].append(index)
-            room[place] -= lengths[index]
-    return groups
 
 
 def collate(rollouts: Sequence[Rollout], pad_id: int, device: torch.device) -> Batch:
@@ -219,11 +148,6 @@ def filler(pad_id: int, device: torch.device) -> Batch:
     token = torch.full((1, 1), pad_id, dtype=torch.int64)
     none = torch.zeros(1, 1, dtype=torch.bool)
     return _to(Batch(token, None, token, none, none, torch.zeros(1), None, (1,)), device)
-
-
-def loss_tokens(rollout: Rollout) -> int:
-    """Returns how many of a rollout's tokens are in the loss: the share it adds to the token normaliser."""
-    return len(rollout.own_ids) + (len(rollout.prefix_ids) if rollout.supervised else 0)
 
 
 def target_logprobs(rollout: Rollout, name: str) -> torch.Tensor | None:
