@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: setup setup-cuda-torch test-cuda-torch test-extras setup-integrations setup-log setup-verl setup-vllm setup-docs setup-bench demo test test-verl test-vllm
-.PHONY: test-slow bench bench-rows check docs format clean gpu gpu-evidence
+.PHONY: wheel test-wheel test-torch test-slow bench bench-rows check docs format clean gpu gpu-evidence
 
 setup: $(STAMP)
 
@@ -118,6 +118,52 @@ test-extras: $(STAMP)
 	    $(BIN)/python tests/extras.py $$extras > build/extras.txt && $(BIN)/pip install -q --disable-pip-version-check \
 	    --dry-run --ignore-installed -r build/extras.txt || exit 1; \
 	done
+
+# A release as users get it: the sdist, and the wheel that is built from it for the torch of .venv, with a build tag that tells
+# wheels of one version for several torches apart. Two minutes on two cores. cibuildwheel does the same (pyproject.toml).
+DIST := build/dist
+REPAIR := auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude libgomp.so.1
+
+$(VENV)/.release: $(STAMP)
+	$(call EXTRA,release)
+	touch $@
+
+wheel: $(VENV)/.release
+	rm -rf $(DIST) && mkdir -p $(DIST)
+	TRAPO_KERNELS_BUILD=none $(BIN)/python setup.py -q egg_info --egg-base $(DIST) sdist --formats gztar --dist-dir $(DIST) > $(DIST)/sdist.log 2>&1 \
+	    || { cat $(DIST)/sdist.log; exit 1; }
+	rm -rf $(DIST)/*.egg-info
+	TRAPO_KERNELS_BUILD=required $(BIN)/pip wheel -q --disable-pip-version-check --no-deps --no-cache-dir --no-build-isolation \
+	    -w $(DIST) $(DIST)/*.tar.gz
+	PATH=$(CURDIR)/$(BIN):$$PATH $(REPAIR) -w $(DIST) $(DIST)/*-linux_*.whl > $(DIST)/repair.log 2>&1 || { cat $(DIST)/repair.log; exit 1; }
+	rm $(DIST)/*-linux_*.whl
+	$(BIN)/python release/check_wheel.py $(DIST)/*.whl
+
+# Into a venv that holds torch alone: the wheel, then the sdist with build isolation, which has no torch to compile against
+# and must not download one. From a folder where the sources are not.
+test-wheel: wheel
+	rm -rf build/venv-wheel && $(PYTHON) -m venv build/venv-wheel
+	build/venv-wheel/bin/pip install -q --disable-pip-version-check "$(TORCH)"
+	cp release/smoke.py $(DIST)/smoke.py
+	build/venv-wheel/bin/pip install -q --disable-pip-version-check --no-index $(DIST)/*.whl
+	cd $(DIST) && env -u PYTHONPATH ../venv-wheel/bin/python smoke.py cpu
+	build/venv-wheel/bin/pip install -q --disable-pip-version-check --force-reinstall --no-deps --no-cache-dir $(DIST)/*.tar.gz
+	cd $(DIST) && env -u PYTHONPATH ../venv-wheel/bin/python smoke.py torch
+
+# The losses alone on another torch: `make test-torch TORCH=torch==2.11.0`. Compiles the extension for it in a copy of the tree,
+# in a venv that holds nothing of the trainer. Three minutes on two cores.
+TORCH_TREE := build/torch
+TORCH_TESTS := tests/test_backends.py tests/test_reference.py tests/test_objective.py tests/test_terms.py tests/test_compile.py
+
+test-torch:
+	rm -rf $(TORCH_TREE) && mkdir -p $(TORCH_TREE)
+	cp -r bench csrc tests trapo trapo_kernels setup.py pyproject.toml README.md LICENSE $(TORCH_TREE)
+	find $(TORCH_TREE) -name "*.so" -delete
+	$(PYTHON) -m venv $(TORCH_TREE)/.venv
+	$(TORCH_TREE)/.venv/bin/pip install -q --disable-pip-version-check "setuptools>=77" "$(TORCH)" pytest pytest-timeout numpy hypothesis
+	cd $(TORCH_TREE) && TRAPO_KERNELS_BUILD=required .venv/bin/python setup.py -q build_ext --inplace > build.log 2>&1 \
+	    || { tail -n 40 build.log; exit 1; }
+	cd $(TORCH_TREE) && .venv/bin/python -m pytest -q -p no:cacheprovider $(TORCH_TESTS)
 
 setup-docs: $(VENV)/.docs
 

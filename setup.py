@@ -21,6 +21,7 @@ import sys
 from glob import glob
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 CAPABILITIES = {
     "default": [],
@@ -45,6 +46,21 @@ CUDA_CODE = [
 STABLE_ABI = (2, 10)  # the oldest torch that the CUDA extension serves
 
 
+class Wheel(bdist_wheel):
+    """A wheel whose tags say what is in it. The extensions are libraries of operators that torch loads, not modules of
+    Python's: they serve every Python, and one torch, which the build tag names (213torch). Where none was compiled, the
+    wheel serves every machine."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        build = self.get_finalized_command("build")
+        if not glob(os.path.join(build.build_lib, "trapo_kernels", "_c*.so")):
+            return ("py3", "none", "any")
+        import torch
+
+        self.build_number = "".join(torch.__version__.split(".")[:2]) + "torch"
+        return ("py3", "none", super().get_tag()[2])
+
+
 def build_options() -> dict:
     """ext_modules and cmdclass of `setup`; empty where nothing can be compiled."""
     if WANTED == "none":
@@ -61,7 +77,7 @@ def build_options() -> dict:
         extensions.append(Extension(CUDA_NAME, [], optional=True))
     else:
         print(f"trapo_kernels: without the CUDA extension: {reason}", file=sys.stderr)
-    return {"ext_modules": extensions, "cmdclass": {"build_ext": _optional(BuildExtension)}}
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": _optional(BuildExtension), "bdist_wheel": Wheel}}
 
 
 def _no_cuda() -> str | None:

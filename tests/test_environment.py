@@ -35,7 +35,7 @@ def test_a_missing_extension_is_named_with_the_command_that_mends_it(monkeypatch
     said = environment.describe()
     assert "  cpu: not here: it was not compiled" in said
     assert "(it was not compiled): " in said
-    assert "pip install --no-build-isolation" in said
+    assert "`pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation trapo-kernels`" in said
     assert "install a C++17 compiler, then" not in said or environment._compiler() is None
 
 

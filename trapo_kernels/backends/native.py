@@ -10,7 +10,10 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["built_for", "load", "misfit"]
+__all__ = ["REINSTALL", "built_for", "load", "misfit"]
+
+# What builds the extensions for the torch that is here. pip would take a wheel that it has built before from its cache.
+REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation trapo-kernels"
 
 _MARK = rb"trapo_kernels_built_for:(\d+)\.(\d+);"  # csrc/built_for.h
 
@@ -41,17 +44,15 @@ def misfit(name: str, library: Path, register_fakes: Callable[[], None], stable:
         built, now = built_for(library), _numbers(here)
         if built is not None and (now < built if stable else now != built):
             wanted = "{}.{}".format(*built) + (" and newer" if stable else "")
-            return f"the {name} extension was compiled for torch {wanted}, this is torch {here}; {_REINSTALL}"
+            again = f"`{REINSTALL}` compiles it again"
+            return f"the {name} extension was compiled for torch {wanted}, this is torch {here}; {again}"
         if built is None:
             raise RuntimeError("it does not say for which torch it was compiled")
         load(library, register_fakes)
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        return f"the {name} extension does not fit torch {here} and this version; reinstall ({reason})"
+        return f"the {name} extension does not fit torch {here} and this version; `{REINSTALL}` ({reason})"
     return None
-
-
-_REINSTALL = "reinstall with --no-build-isolation"
 
 
 def _numbers(version: str) -> tuple[int, int]:

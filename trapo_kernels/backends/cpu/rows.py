@@ -35,7 +35,7 @@ def missing() -> str | None:
     """Loads the library; returns why it cannot be here, or None."""
     found = library()
     if found is None:
-        return "the C++ extension is not compiled; reinstall with a C++17 compiler and --no-build-isolation"
+        return f"the C++ extension is not compiled; where there is a C++17 compiler, `{native.REINSTALL}` does it"
     return native.misfit("C++", found, _register_fakes)
 
 
