@@ -56,6 +56,7 @@ def main() -> None:
     import torch
 
     from trapo import learner, trainer
+    from trapo.evaluation import held_out
     from trapo.runs import run_dir as run_dir_module
 
     calls: dict[str, int] = {}
@@ -80,6 +81,6 @@ def main() -> None:
     # Between a step's row in metrics.jsonl and its checkpoint.
     run_dir_module.RunDir.log = deadly("log", run_dir_module.RunDir.log, after=True)
     # Between a checkpoint and the evaluation that follows it, and at the very end.
-    trainer.evaluate = deadly("eval", trainer.evaluate)
+    held_out.evaluate = deadly("eval", held_out.evaluate)
     trainer.write_report = deadly("report", trainer.write_report) if kind == "report" else lambda *_: None
     trainer.train(settings(model, run_dir, *overrides), console=Console(width=160))

@@ -19,7 +19,7 @@ from trapo import rollouts, trainer
 from trapo.config import load_config, save_config
 from trapo.engines.hf import HFEngine
 from trapo.errors import TrapoError
-from trapo.evaluation import evaluate
+from trapo.evaluation import evaluate, held_out
 from trapo.learner import Learner
 from trapo.runs import checkpoint
 from trapo.runs.manifest import find_damage, write_manifest
@@ -259,12 +259,12 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_anew_unasked(unf
 
 def test_the_best_checkpoint_by_held_out_accuracy_outlives_newer_ones(monkeypatch, tiny_model_path, tmp_path):
     accuracies = iter([0.9, 0.1, 0.6, 0.3, 0.2, 0.1, 0.4])  # the first is of the untrained model
-    real = trainer.evaluate
+    real = held_out.evaluate
 
     def scripted(*args, **kwargs):
         return dataclasses.replace(real(*args, **kwargs), accuracy=next(accuracies))
 
-    monkeypatch.setattr(trainer, "evaluate", scripted)
+    monkeypatch.setattr(held_out, "evaluate", scripted)
     train(
         tiny_model_path,
         tmp_path / "run",

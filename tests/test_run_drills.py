@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from trapo import trainer
 from trapo.config import merge_config, save_config
 from trapo.errors import TrapoError
+from trapo.evaluation import held_out
 from trapo.learner import Learner
 from trapo.models.finite import not_finite
 from trapo.models.loading import load_model
@@ -56,7 +57,7 @@ def train(model, run_dir, *overrides, report=False, **options):
 @contextlib.contextmanager
 def interrupted_evaluation(number, how):
     """The N-th evaluation is begun and not finished."""
-    real, calls = trainer.evaluate, []
+    real, calls = held_out.evaluate, []
 
     def evaluate(*args, **kwargs):
         calls.append(None)
@@ -65,7 +66,7 @@ def interrupted_evaluation(number, how):
         return real(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "evaluate", evaluate)
+        patch.setattr(held_out, "evaluate", evaluate)
         yield
 
 
@@ -147,8 +148,8 @@ def test_the_schedule_of_a_lengthened_run_is_the_longer_one_s(tiny_model_path):
         for steps in (4, 8)
     )
     for _ in range(3):
-        short.optimizer.step(), short.scheduler.step()
-        long.optimizer.step(), long.scheduler.step()
+        short.optimizer.step(), short.schedule.step()
+        long.optimizer.step(), long.schedule.step()
     expected = long.lr
     long.load_state_dict(short.state_dict())
     assert long.lr == expected != short.lr

@@ -10,34 +10,34 @@ import dataclasses
 import functools
 import math
 import random
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 import trapo_kernels as tk
 from trapo.batching import (
     Batch,
+    Divisors,
     Group,
     collate,
+    divisors,
     filler,
     groups,
     has_gradient,
     layout,
-    loss_tokens,
     pack,
     refuse_unsampled,
     share,
     target_logprobs,
+    with_entropy_mean,
 )
 from trapo.models import agreement, prefix_tree
 from trapo.models.checkpointing import prepare_checkpointing
 from trapo.models.loading import head_of
-from trapo.models.optimizer import lr_factor, make_optimizer
+from trapo.models.optimizer import Schedule, make_optimizer
 from trapo.models.precision import compute_in, resolve
 from trapo.models.sharding import as_forward, is_sharded, load_shards, scatter_optimizer_state, whole
 from trapo.report.metrics import ProbabilityHistogram, added_up, merged_metrics
@@ -94,7 +94,7 @@ class Learner:
         self.expert_histogram = ProbabilityHistogram()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(model, self.parameters, optim)
-        self.scheduler = LambdaLR(self.optimizer, lambda step: lr_factor(step, optim, train.steps))
+        self.schedule = Schedule(self.optimizer, optim, train.steps)
 
     def _agreed(self) -> frozenset[str] | None:
         """Check that the model does what the learner takes for granted; how to tell it of packed rows, None to pad."""
@@ -125,26 +125,25 @@ class Learner:
 
     @property
     def lr(self) -> float:
-        return float(self.scheduler.get_last_lr()[0])
+        return self.schedule.lr
 
     def update(
         self, rollouts: Sequence[Rollout], objective: tk.Objective, *, seed: int, timer: StepTimer | None = None
     ) -> Update:
         """`train.updates_per_step` optimizer steps on the rollouts, then one step of the learning-rate schedule."""
-        timer = timer or StepTimer()
+        timer, train, limit = timer or StepTimer(), self.train, self.max_response_tokens
         minibatches = self._minibatches(rollouts, seed)
         compared = self._set_logprobs(rollouts, objective, updates=len(minibatches), timer=timer)
         metrics: list[dict[str, torch.Tensor]] = []
         steps, skipped, norm, tokens = 0, 0, 0.0, 0
         for minibatch in minibatches:
-            trained = [r for r in minibatch if has_gradient(r, objective, self.train.skip_inactive)]
+            trained = [r for r in minibatch if has_gradient(r, objective, train.skip_inactive)]
             if not trained:
                 continue
-            denominator, losses = self._denominator(minibatch, objective, len(minibatches)), []
-            divided = self._own_means(minibatch, objective, denominator)
-            divisors = (denominator, self._expert_denominator(minibatch, objective, denominator))
+            by = divisors(minibatch, objective, train, minibatches=len(minibatches), max_response_tokens=limit)
+            divided, losses = with_entropy_mean(minibatch, objective, train, by.own), []
             for group in self._micro_batches(trained):
-                loss = self._loss(group, divided, divisors, compared)
+                loss = self._loss(group, divided, by, compared)
                 loss.loss.backward()
                 losses.append(loss.loss.detach())
                 if group.rollouts:
@@ -153,9 +152,7 @@ class Learner:
             norm = self._step(float(torch.stack(losses).sum()))
             finite = math.isfinite(norm)
             steps, skipped = steps + finite, skipped + (not finite)
-        with warnings.catch_warnings():  # a first step with nothing to learn has a schedule step, no optimizer step
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-            self.scheduler.step()
+        self.schedule.step()
         if self.ranks.world > 1:
             metrics = self.ranks.gather([{k: v.cpu() for k, v in m.items()} for m in metrics])
         merged = merged_metrics(metrics, steps + skipped)
@@ -192,7 +189,7 @@ class Learner:
     def state_dict(self) -> dict[str, object]:
         """Of a sharded model without the optimizer's: see sharding.save_shards."""
         optimizer = {} if is_sharded(self.model) else {"optimizer": self.optimizer.state_dict()}
-        return {**optimizer, "scheduler": self.scheduler.state_dict()}
+        return {**optimizer, "scheduler": self.schedule.state_dict()}
 
     def load_state_dict(self, state: dict, shards: Path | None = None) -> None:
         """shards: where the optimizer's state is, if it was a sharded model's."""
@@ -203,12 +200,7 @@ class Learner:
             if is_sharded(self.model):
                 optimizer = scatter_optimizer_state(optimizer, self.parameters)
             self.optimizer.load_state_dict(optimizer)
-        self.scheduler.load_state_dict(state["scheduler"])
-        # What it was, unless train.steps has grown: then the next step's rate is that of the longer schedule.
-        factor = lr_factor(self.scheduler.last_epoch, self.optim, self.train.steps)
-        self.scheduler._last_lr = [base * factor for base in self.scheduler.base_lrs]
-        for group, lr in zip(self.optimizer.param_groups, self.scheduler._last_lr, strict=True):
-            group["lr"] = lr
+        self.schedule.resume(state["scheduler"])
 
     def _minibatches(self, rollouts: Sequence[Rollout], seed: int) -> list[list[Rollout]]:
         count = min(self.train.updates_per_step, len(rollouts))
@@ -216,38 +208,6 @@ class Learner:
         if count > 1:
             random.Random(seed).shuffle(shuffled)
         return [shuffled[i::count] for i in range(count)]
-
-    def _denominator(self, rollouts: Sequence[Rollout], objective: tk.Objective, minibatches: int) -> float:
-        """Of the whole minibatch, rollouts that are skipped included: skipping changes cost, not the update."""
-        train = self.train
-        if self._by_regions(objective):
-            return float(max(sum(len(r.own_ids) for r in rollouts), 1))
-        if train.normalizer == "tokens":
-            tokens = [loss_tokens(r) for r in rollouts]
-            counted = {"token_mean": sum(tokens), "sequence_mean": sum(n > 0 for n in tokens), "sum": 1}
-            return float(max(counted[objective.reduction], 1))
-        if train.normalizer_constant is not None:
-            return train.normalizer_constant / minibatches
-        return float(len(rollouts) * self.max_response_tokens)
-
-    def _own_means(self, rollouts: Sequence[Rollout], objective: tk.Objective, denominator: float) -> tk.Objective:
-        """The objective whose entropy bonus is a mean over tokens where a constant divides the other parts (so do
-        TRAPO's code, verl and TRL)."""
-        if self.train.normalizer != "constant" or objective.reduction == "sequence_mean":
-            return objective
-        tokens = sum(loss_tokens(r) for r in rollouts)
-        return dataclasses.replace(objective, entropy_coef=objective.entropy_coef * denominator / max(tokens, 1))
-
-    def _by_regions(self, objective: tk.Objective) -> bool:
-        """Whether expert tokens and own tokens each have a mean of their own."""
-        chosen = self.train.normalizer
-        return chosen == "regions" or (chosen == "tokens" and objective.reduction == "region_mean")
-
-    def _expert_denominator(self, rollouts: Sequence[Rollout], objective: tk.Objective, denominator: float) -> float:
-        """What divides the losses of expert tokens."""
-        if not self._by_regions(objective):
-            return denominator
-        return float(max(sum(len(r.prefix_ids) for r in rollouts if r.supervised), 1))
 
     def _micro_batches(self, rollouts: Sequence[Rollout]) -> list[Group]:
         """This rank's."""
@@ -276,11 +236,8 @@ class Learner:
         told = {name: value for name, value in batch.layout.items() if name in (self.layout or ())}
         return agreement.hidden_states(model, batch.input_ids, **told)
 
-    def _loss(
-        self, group: Group, objective: tk.Objective, divisors: tuple[float, float], compared: Sequence[str]
-    ) -> tk.PolicyLoss:
-        """The loss of a micro-batch. divisors: of own tokens' and of expert tokens' losses. compared: the rollouts'
-        fields of log-probabilities that it needs."""
+    def _loss(self, group: Group, objective: tk.Objective, by: Divisors, compared: Sequence[str]) -> tk.PolicyLoss:
+        """The loss of a micro-batch. compared: the rollouts' fields of log-probabilities that it needs."""
         batch = self._batch(group)
         values = {name: [target_logprobs(r, name) for r in group.rollouts] for name in compared}
         others: dict[str, Any] = {name: batch.spread(rows or [None]) for name, rows in values.items()}
@@ -295,8 +252,8 @@ class Learner:
                 advantages=batch.advantages,
                 expert_mask=batch.expert_mask,
                 mask=batch.mask,
-                normalizer=divisors[0],
-                expert_normalizer=divisors[1],
+                normalizer=by.own,
+                expert_normalizer=by.expert,
                 sequence_ids=batch.sequence_ids if objective.needs_sequences else None,
                 temperature=self.temperature,
                 **others,

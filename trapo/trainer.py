@@ -16,25 +16,25 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo.config import Config
 from trapo.data.encode import EncodedProblem, decode_text
-from trapo.data.sampling import derive_seed, load_eval_set, load_train_set, problems_at
+from trapo.data.sampling import derive_seed, load_eval_set, load_train_set, longest_sequence, problems_at
 from trapo.engines.guard import AgreementGuard, unanswered
 from trapo.engines.make import make_engine
 from trapo.engines.protocol import Engine
-from trapo.evaluation.evaluate import evaluate
+from trapo.evaluation.held_out import HeldOut
 from trapo.learner import Learner, Update
 from trapo.models import lora
 from trapo.models.finite import refuse_not_finite
-from trapo.models.loading import check_positions, load_model
+from trapo.models.loading import check_positions, load_model, load_reference
 from trapo.models.precision import resolve
 from trapo.models.sharding import shard_over
 from trapo.modes import Phase, phase_at, phases
 from trapo.report.display import Display
 from trapo.report.loggers import Loggers, check_loggers
-from trapo.report.rollout_log import rollout_row, sample_rollouts
+from trapo.report.rollout_log import RolloutLog
 from trapo.report.step_row import StepClock, training_row
 from trapo.report.summary import summarise
 from trapo.report.write import write_report
@@ -44,7 +44,7 @@ from trapo.rollouts import Rollout, assign_advantages, collect
 from trapo.runs.checkpoint import Checkpoint
 from trapo.runs.inputs import fingerprints
 from trapo.runs.ranks import ALONE, Ranks, Scorer, SharedRewards, join, leave, lost_rank
-from trapo.runs.run_dir import RunDir, append_rows
+from trapo.runs.run_dir import RunDir
 from trapo.runs.run_lock import RunLock
 from trapo.runs.saving import Saver
 from trapo.runs.skips import SkipLimit
@@ -212,32 +212,29 @@ class Trainer:
     ) -> None:
         self.config, self.phases, self.run_dir, self.pool = config, plan, run_dir, pool
         self.stop, self.ranks = stop, ranks
-        source, log = config.model, functools.partial(console.print, markup=False, highlight=False)
+        log = functools.partial(console.print, markup=False, highlight=False)
         self.failures = FailureNotes(log)
-        if resume_from is not None:
-            source = dataclasses.replace(source, path=str(resume_from.path))
-            log(f"continuing {run_dir.path} after step {resume_from.step}")
-        self.model, self.tokenizer = load_model(source, check=resume_from is None)  # `look` has checked it
-        lora.attach(self.model, config.lora, base=config.model.path, seed=derive_seed(config.seed, "lora"))
-        shard_over(self.model, ranks, resolve(config.train.precision, self.model.device))
-        longest = config.rollout.max_response_tokens
+        self.model, self.tokenizer = self._load_model(resume_from, log)
+        limit = config.rollout.max_response_tokens
         self.train_set = load_train_set(
-            config.data, plan, self.tokenizer, log, mode=config.mode, max_response_tokens=longest
+            config.data, plan, self.tokenizer, log, mode=config.mode, max_response_tokens=limit
         )
-        self.eval_set = load_eval_set(config.data, self.tokenizer, log)
-        check_positions(self.model, self._longest_sequence())
+        eval_set, eval_limit = load_eval_set(config.data, self.tokenizer, log), config.eval.max_response_tokens or limit
+        longest = max(longest_sequence(self.train_set, limit), longest_sequence(eval_set, eval_limit))
+        check_positions(self.model, longest)
         self.engine = make_engine(
             config.rollout,
             self.model,
             self.tokenizer,
-            max_tokens=config.data.max_prompt_tokens + max(longest, config.eval.max_response_tokens or 0),
+            max_tokens=config.data.max_prompt_tokens + max(limit, config.eval.max_response_tokens or 0),
             precision=config.train.precision,
             run_dir=run_dir.path,
             ranks=ranks,
         )
-        self.learner = make_learner(
-            config, self.model, pad_id=self.tokenizer.pad_token_id, reference=self._reference_model(), ranks=ranks
-        )
+        needs_reference = any("ref_logprobs" in phase.objective.needs for phase in plan)
+        reference = load_reference(config.model, ranks, config.train.precision) if needs_reference else None
+        pad_id = self.tokenizer.pad_token_id
+        self.learner = make_learner(config, self.model, pad_id=pad_id, reference=reference, ranks=ranks)
         self.guard = AgreementGuard(config.rollout, config.model.dtype)
         self.step, self.seconds_before = 0, 0.0
         if resume_from is not None:
@@ -245,20 +242,46 @@ class Trainer:
             self.learner.load_state_dict(state["learner"], resume_from.shards)
             self.step = resume_from.step
             self.seconds_before = state["seconds"]
-        self.saver = Saver(
-            config.checkpoint, tree_of(config), run_dir, self.model, self.tokenizer, self.learner, ranks, self.step
-        )
+        self._write_in(run_dir, eval_set)
         self.started = time.monotonic()
         self.timer = StepTimer(self.model.device)
         self.clock = StepClock(self.timer)
-        self.skips = SkipLimit(config.train.max_skipped_steps, run_dir)
 
-    def _longest_sequence(self) -> int:
-        """The longest prompt with the longest response, in tokens."""
-        rollout, evaluation = self.config.rollout, self.config.eval
-        train = max((len(p.prompt_ids) for p in self.train_set), default=0) + rollout.max_response_tokens
-        asked = max((len(p.prompt_ids) for p in self.eval_set or ()), default=0)
-        return max(train, asked + (evaluation.max_response_tokens or rollout.max_response_tokens) if asked else 0)
+    def _load_model(
+        self, resume_from: Checkpoint | None, log: Callable[[str], None]
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model to train, that of the checkpoint where the run goes on."""
+        config, source = self.config, self.config.model
+        if resume_from is not None:
+            source = dataclasses.replace(source, path=str(resume_from.path))
+            log(f"continuing {self.run_dir.path} after step {resume_from.step}")
+        model, tokenizer = load_model(source, check=resume_from is None)  # `look` has checked it
+        lora.attach(model, config.lora, base=config.model.path, seed=derive_seed(config.seed, "lora"))
+        shard_over(model, self.ranks, resolve(config.train.precision, model.device))
+        return model, tokenizer
+
+    def _write_in(self, run_dir: RunDir, eval_set: Sequence[EncodedProblem] | None) -> None:
+        """Make what writes into the run's folder beside its metrics."""
+        config, ranks = self.config, self.ranks
+        self.saver = Saver(
+            config.checkpoint, tree_of(config), run_dir, self.model, self.tokenizer, self.learner, ranks, self.step
+        )
+        self.held_out = HeldOut(
+            eval_set,
+            config.eval,
+            self.engine,
+            self.pool,
+            self.tokenizer,
+            run_dir,
+            self.stop,
+            ranks,
+            self.failures,
+            max_response_tokens=config.rollout.max_response_tokens,
+            steps=config.train.steps,
+            seed=config.seed,
+        )
+        self.samples = RolloutLog(config.log, run_dir.rollouts if ranks.first else None, self.tokenizer)
+        self.skips = SkipLimit(config.train.max_skipped_steps, run_dir)
 
     @property
     def ratios(self) -> list[float]:
@@ -283,11 +306,12 @@ class Trainer:
             raise Stopped(what, number=stopped.number) from None
 
     def _run(self, display: Display, loggers: Loggers) -> None:
+        steps, evaluations = self.config.train.steps, self.config.eval.every
         self._check_engine(unanswered(self.train_set[:4]))
         # An interruption may have fallen into the evaluation that follows a step, or a save and that.
-        if self._evaluation_due():
+        if self.held_out.is_due(self.step):
             self._evaluate(display, loggers)
-        while self.step < self.config.train.steps:
+        while self.step < steps:
             display.status("training")
             row = self._train_step(phase_at(self.step, self.phases), self._problems())
             self.step += 1
@@ -296,20 +320,15 @@ class Trainer:
             display.update(row)
             loggers.update(row)
             self.skips.check(row, display.note)
-            if self._save_due():
+            if self.saver.is_due(self.step, steps, evaluations):
                 self._save(display)
-            if self._evaluation_due():
+            if self.held_out.is_due(self.step):
                 self._evaluate(display, loggers)
         self.ranks.once(self.skips.refuse_nothing_learnt)
         self._evaluate(display, loggers)
 
-    def _evaluation_due(self) -> bool:
-        """Whether an evaluation belongs between the step that was made last and the next one."""
-        if self.step == 0:
-            return self.config.eval.before
-        return self._due(self.config.eval.every) and self.step < self.config.train.steps
-
     def _train_step(self, phase: Phase, problems: Sequence[EncodedProblem]) -> dict[str, Any]:
+        """One step of the run; returns its line of metrics.jsonl."""
         seed = derive_seed(self.config.seed, "step", self.step)
         started = time.monotonic()
         lr = self.learner.lr
@@ -335,58 +354,33 @@ class Trainer:
         took, left = time.monotonic() - started, self.config.train.steps - self.step - 1
         return row | self.clock.row(rollouts, update, took=took, seconds=self.seconds, steps_left=left)
 
-    def _check_engine(self, rollouts: Sequence[Rollout]) -> float | None:
-        """Mean difference of the engine's log-probabilities from the learner's; too large a one stops the run."""
-        seed = derive_seed(self.config.seed, "guard", self.step)
-        return self.guard.check(self.engine, rollouts, self.learner.own_logprobs, seed=seed)
-
-    def _note_rollouts(self, phase: Phase, seed: int, rollouts: Sequence[Rollout]) -> None:
-        """Write a sample of them to rollouts.jsonl, and say which rewards failed."""
-        if self._due(self.config.log.rollouts_every):
-            chosen = sample_rollouts(rollouts, self.config.log.rollouts, seed)
-            rows = [rollout_row(self.step + 1, r, self.tokenizer, scored=phase.needs_rewards) for r in chosen]
-            if self.ranks.first:
-                append_rows(self.run_dir.rollouts, rows)
-        if phase.needs_rewards:
-            self.failures.check([Reward(r.reward, r.status, r.detail) for r in rollouts], f"step {self.step + 1}")
+    def _problems(self) -> list[EncodedProblem]:
+        """The problems of the next step."""
+        count, config = self.config.train.prompts_per_step, self.config
+        return problems_at(self.step, self.train_set, count, seed=config.seed, shuffle=config.data.shuffle)
 
     def _score(self, rollouts: Sequence[Rollout]) -> list[Reward]:
         texts = [decode_text(self.tokenizer, r.response_ids) for r in rollouts]
         return score_texts(self.pool, texts, [r.problem.problem for r in rollouts])
 
+    def _note_rollouts(self, phase: Phase, seed: int, rollouts: Sequence[Rollout]) -> None:
+        """Write a sample of them to rollouts.jsonl, and say which rewards failed."""
+        self.samples.note(self.step, rollouts, scored=phase.needs_rewards, seed=seed)
+        if phase.needs_rewards:
+            self.failures.check([Reward(r.reward, r.status, r.detail) for r in rollouts], f"step {self.step + 1}")
+
+    def _check_engine(self, rollouts: Sequence[Rollout]) -> float | None:
+        """Mean difference of the engine's log-probabilities from the learner's; too large a one stops the run."""
+        seed = derive_seed(self.config.seed, "guard", self.step)
+        return self.guard.check(self.engine, rollouts, self.learner.own_logprobs, seed=seed)
+
     def _evaluate(self, display: Display, loggers: Loggers) -> None:
         """Held-out accuracy now; left alone when an interrupted run already has it."""
-        path = self.run_dir.evaluation(self.step)
-        if self.eval_set is None or path.exists():
+        if (result := self.held_out.evaluate(self.step, display.status)) is None:
             return
-        display.status(f"evaluating {len(self.eval_set)} problems")
-        asked, seed = self.config.eval, derive_seed(self.config.seed, "eval", self.step)
-        rows = path.with_suffix(".jsonl") if self.ranks.first else None
-        with self.stop.abandonable():
-            result = evaluate(
-                self.eval_set,
-                self.engine,
-                self.pool,
-                self.tokenizer,
-                max_response_tokens=asked.max_response_tokens or self.config.rollout.max_response_tokens,
-                temperature=asked.temperature,
-                samples=asked.samples,
-                seed=seed,
-                rows_path=rows,
-                failures=self.failures,
-            )
-        if self.ranks.first:
-            result.save(path)
         loggers.evaluation(self.step, result)
         display.note(f"held-out accuracy after step {self.step}: {result}")
         self.saver.prune(display.note)
-
-    def _save_due(self) -> bool:
-        """At checkpoint.every, at the end, and wherever an evaluation may find the best weights so far."""
-        settings, last = self.config.checkpoint, self.step == self.config.train.steps
-        if settings.keep_best and (last or self._due(self.config.eval.every)):
-            return True
-        return settings.every > 0 and (last or self._due(settings.every))
 
     def _save(self, display: Display, *, must: bool = False) -> None:
         display.status("saving")
@@ -401,20 +395,3 @@ class Trainer:
         write_report(self.run_dir.path, summary)
         self.run_dir.finish(summary)
         return summary
-
-    def _problems(self) -> list[EncodedProblem]:
-        """Those of the next step."""
-        count, config = self.config.train.prompts_per_step, self.config
-        return problems_at(self.step, self.train_set, count, seed=config.seed, shuffle=config.data.shuffle)
-
-    def _due(self, every: int) -> bool:
-        return every > 0 and self.step % every == 0
-
-    def _reference_model(self) -> PreTrainedModel | None:
-        """A frozen copy of the initial weights where an objective has a KL term or another that needs it."""
-        if not any("ref_logprobs" in phase.objective.needs for phase in self.phases):
-            return None
-        # Of the initial weights, so a resumed run loads them again.
-        reference = load_model(self.config.model)[0].requires_grad_(False)
-        shard_over(reference, self.ranks, resolve(self.config.train.precision, reference.device))
-        return reference

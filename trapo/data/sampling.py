@@ -82,6 +82,11 @@ def load_eval_set(
     return _load(data, data.eval, data.eval_limit, tokenizer, log)
 
 
+def longest_sequence(problems: Sequence[EncodedProblem] | None, max_response_tokens: int) -> int:
+    """Returns the tokens of the longest prompt with the longest response; 0 where there is no problem."""
+    return max((len(p.prompt_ids) + max_response_tokens for p in problems or ()), default=0)
+
+
 def _load(
     data: DataConfig,
     path: str,

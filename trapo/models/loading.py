@@ -21,7 +21,10 @@ from transformers import (
 from trapo.errors import TrapoError
 from trapo.models import agreement, lora
 from trapo.models.checkpointing import enable_checkpointing
+from trapo.models.precision import resolve
+from trapo.models.sharding import shard_over
 from trapo.runs.manifest import refuse_damaged
+from trapo.runs.ranks import Ranks
 from trapo.settings.groups import ModelConfig
 from trapo_kernels.integrations.transformers import LinearHead, linear_head
 
@@ -72,6 +75,16 @@ def _from_pretrained(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTo
     _check_loaded(config.path, model, info)
     _ensure_ends(config.path, model, tokenizer)
     return model, tokenizer
+
+
+def load_reference(config: ModelConfig, ranks: Ranks, precision: str) -> PreTrainedModel:
+    """Returns a frozen copy of a run's initial weights, sharded as the trained ones are. precision: as train.precision.
+
+    A run that goes on loads them again.
+    """
+    reference = load_model(config)[0].requires_grad_(False)
+    shard_over(reference, ranks, resolve(precision, reference.device))
+    return reference
 
 
 def _check_loaded(path: str, model: PreTrainedModel, info: dict[str, Any]) -> None:

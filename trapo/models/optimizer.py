@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from trapo.errors import TrapoError
@@ -42,3 +45,34 @@ def lr_factor(step: int, optim: OptimConfig, steps: int) -> float:
     done = min(max(step - optim.warmup_steps, 0) / max(steps - optim.warmup_steps, 1), 1.0)
     decay = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
     return warmup * decay[optim.schedule]
+
+
+class Schedule:
+    """The learning rate of an optimizer over `steps` steps of a run, by `lr_factor`."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, optim: OptimConfig, steps: int) -> None:
+        self.optimizer, self.optim, self.steps = optimizer, optim, steps
+        self.scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, optim, steps))
+
+    @property
+    def lr(self) -> float:
+        """The rate of the next step."""
+        return float(self.scheduler.get_last_lr()[0])
+
+    def step(self) -> None:
+        """Go on to the next step's rate."""
+        with warnings.catch_warnings():  # a first step with nothing to learn has a schedule step, no optimizer step
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self.scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.scheduler.state_dict()
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Take over the state of a run that goes on; where train.steps has grown, the next step's rate is that of the
+        longer schedule."""
+        self.scheduler.load_state_dict(state)
+        factor = lr_factor(self.scheduler.last_epoch, self.optim, self.steps)
+        self.scheduler._last_lr = [base * factor for base in self.scheduler.base_lrs]
+        for group, lr in zip(self.optimizer.param_groups, self.scheduler._last_lr, strict=True):
+            group["lr"] = lr

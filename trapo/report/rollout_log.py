@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +12,22 @@ from transformers import PreTrainedTokenizerBase
 from trapo.data.encode import decode_text
 from trapo.data.problem import Problem
 from trapo.rollouts import Rollout
+from trapo.runs.run_dir import append_rows
+from trapo.settings.groups import LogConfig
+
+
+class RolloutLog:
+    """The file of a run. path: None where another rank writes it."""
+
+    def __init__(self, log: LogConfig, path: Path | None, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.log, self.path, self.tokenizer = log, path, tokenizer
+
+    def note(self, step: int, rollouts: Sequence[Rollout], *, scored: bool, seed: int) -> None:
+        """Write a sample of a step's rollouts, every log.rollouts_every steps. step: counted from 0."""
+        if self.path is None or not self.log.rollouts_every or step % self.log.rollouts_every:
+            return
+        chosen = sample_rollouts(rollouts, self.log.rollouts, seed)
+        append_rows(self.path, [rollout_row(step + 1, r, self.tokenizer, scored=scored) for r in chosen])
 
 
 def sample_rollouts(rollouts: Sequence[Rollout], count: int, seed: int) -> list[Rollout]:

@@ -41,6 +41,18 @@ class Saver:
         self.config, self.tree, self.run_dir, self.ranks, self.step = config, tree, run_dir, ranks, step
         self.model, self.tokenizer, self.learner = model, tokenizer, learner
 
+    def is_due(self, step: int, steps: int, evaluations: int) -> bool:
+        """Returns whether a checkpoint is written after this step of `steps`: at checkpoint.every, at the end, and, to
+        keep the best, wherever an evaluation (one every so many steps; 0: none) may find the best weights so far."""
+        last = step == steps
+
+        def at(every: int) -> bool:
+            return every > 0 and step % every == 0
+
+        if self.config.keep_best and (last or at(evaluations)):
+            return True
+        return self.config.every > 0 and (last or at(self.config.every))
+
     def save(self, step: int, seconds: float, note: Note, *, must: bool = False) -> None:
         """Write a checkpoint of now. One that cannot be written is reported and training goes on (unless it `must`)."""
         refuse_not_finite(self.model, self.ranks, step, self.step)
