@@ -38,7 +38,7 @@ def test_the_loss_inside_a_checkpoint_has_the_same_gradients(reentrant, backend)
         assert_close(p.grad, right, 1e-11, "gradient")
 
 
-HEADS = ("loss", "gspo", "asft", "logprobs", "forward_kl", "reverse_kl", "jsd")
+HEADS = ("loss", "gspo", "asft", "logprobs", "support", "restricted", "forward_kl", "reverse_kl", "jsd")
 
 
 def through(head, case, backend):
@@ -53,6 +53,11 @@ def through(head, case, backend):
         ).loss  # fmt: skip
     if head == "logprobs":
         return lambda h, w, b: tk.linear_logprobs(h, w, case.targets, bias=b, backend=backend).logprobs.sum()
+    if head in ("support", "restricted"):
+        ids = torch.stack([case.targets.clamp(min=0), (case.targets + 1) % case.weight.shape[0]], 1)
+        return lambda h, w, b: tk.linear_support_logprobs(
+            h, w, ids, bias=b, backend=backend, restrict=head == "restricted"
+        ).logprobs.sum()
     return lambda h, w, b: tk.linear_divergence(h, w, ref_hidden, ref_weight, bias=b, kind=head, backend=backend).loss
 
 

@@ -54,6 +54,18 @@ def statistics(case, backend):
     return list(found.values())
 
 
+def support(restrict):
+    def call(case, backend):
+        ids = torch.stack([case.targets.clamp(min=0), (case.targets + 3) % V], 1)
+        out = tk.linear_support_logprobs(
+            case.hidden, case.weight, ids, bias=case.bias, backend=backend, entropy=True, restrict=restrict
+        )
+        total = out.logprobs.sum() + out.entropy.sum()
+        return [out.logprobs, out.entropy, *torch.autograd.grad(total, case.params())]
+
+    return call
+
+
 def divergence(kind):
     def call(case, backend):
         out = tk.linear_divergence(
@@ -81,6 +93,8 @@ CALLS = {
     "logprobs": logprobs,
     "from logits": from_logits,
     "statistics": statistics,
+    "a support": support(False),
+    "a sampling mask": support(True),
     **{kind: divergence(kind) for kind in ("forward_kl", "reverse_kl", "jsd")},
 }
 

@@ -78,6 +78,17 @@ def divergence(given, hidden, weight, backend):
     return tk.linear_divergence(hidden, weight, *ref, mask=given.inputs["mask"], backend=backend).loss
 
 
+def support(restrict):
+    def call(given, hidden, weight, backend):
+        ids = torch.stack([given.targets, (given.targets + 3) % V, torch.full_like(given.targets, -1)], -1)
+        out = tk.linear_support_logprobs(
+            hidden, weight, ids, mask=given.inputs["mask"], entropy=True, restrict=restrict, backend=backend
+        )
+        return out.logprobs.sum() + out.entropy.sum()
+
+    return call
+
+
 def statistics(given, hidden, weight, backend):
     names = ["top5_mass", "sum_sq", "mean_logit"]
     found = tk.linear_statistics(hidden, weight, given.targets, names, backend=backend)
@@ -90,8 +101,10 @@ CALLS = (
     | {f"logits {name}": policy_from_logits(name) for name in PRESETS if name != "asft"}
     | {"linear_logprobs": logprobs, "logprobs_from_logits": logprobs_from_logits}
     | {"linear_divergence": divergence, "linear_statistics": statistics}
+    | {"linear_support_logprobs": support(False), "a sampling mask": support(True)}
 )
 CORE = ("linear grpo", "linear gspo", "linear asft", "logits trapo", "linear_logprobs", "linear_divergence")
+CORE += ("linear_support_logprobs",)
 
 
 # Situations: each runs `fn(hidden, weight)` and gives (value, gradients or None) -----------------------------------

@@ -292,7 +292,37 @@ def ranks_that_differ_are_told_so_and_never_wait(group, rank, world):
         out.logprobs[: 20 - rank].sum().backward()
 
 
+def log_probabilities_on_a_support_are_those_of_the_whole_head(group, rank, world):
+    g = torch.Generator().manual_seed(3)
+    ids = torch.stack([torch.randperm(VOCAB, generator=g)[:9] for _ in range(20)])
+    ids[0], ids[1, 2:] = -1, -1
+    every = torch.arange(VOCAB).expand(20, VOCAB)
+    for head, support, restrict in ((h, ids, r) for h in ({}, {"softcap": 3.0}) for r in (False, True)):
+        case = make_case(20, VOCAB, with_bias=True, **head)
+        for chosen, backend in ((support, "torch"), (support, "cpu"), (support[:, :1], "torch"), (every, "torch")):
+            hidden = case.hidden.detach().clone().requires_grad_()
+            parts = [shard(p, rank, world) for p in case.params()[1:]]
+            options = {"entropy": True, "restrict": restrict, **case.head}
+            if DEVICE != "cpu":
+                backend = "torch"
+            found = tk.linear_support_logprobs(
+                hidden, parts[0], chosen, bias=parts[1], group=group, backend=backend, **options
+            )
+            right = tk.linear_support_logprobs(
+                case.hidden, case.weight, chosen, bias=case.bias, backend="reference", **options
+            )
+            whole_tail = chosen is every or restrict
+            totals = [f.logprobs.sum() + f.entropy.sum() + (0 if whole_tail else f.tail.sum()) for f in (found, right)]
+            mine = torch.autograd.grad(totals[0], [hidden, *parts])
+            mine = [mine[0], *(whole(g, p, world) for g, p in zip(mine[1:], case.params()[1:], strict=True))]
+            pairs = [(found.logprobs, right.logprobs), (found.entropy, right.entropy)]
+            pairs += [] if whole_tail else [(found.tail, right.tail)]
+            for a, b in [*pairs, *zip(mine, torch.autograd.grad(totals[1], case.params()), strict=True)]:
+                assert_close(a, b, TOLERANCE[torch.float64], "support", floor=1.0)
+
+
 CHECKS = [
+    log_probabilities_on_a_support_are_those_of_the_whole_head,
     loss_and_gradients_are_the_oracles_in_every_dtype,
     loss_and_gradients_are_the_oracles_under_every_head,
     memory_that_nobody_wrote_does_not_matter,

@@ -26,6 +26,7 @@ from .functional import (
 from .metrics import METRICS, Metric, merge_metrics
 from .objective import Objective
 from .statistics import sed_threshold
+from .support import SupportLogprobs, linear_support_logprobs
 from .terms import EXPERT_TERMS, POLICY_TERMS, Term
 from .tokens import Sequences, Tokens
 from .verify import verify
@@ -40,6 +41,7 @@ __all__ = [
     "Objective",
     "PolicyLoss",
     "Sequences",
+    "SupportLogprobs",
     "Term",
     "TokenLogprobs",
     "Tokens",
@@ -53,6 +55,7 @@ __all__ = [
     "linear_logprobs",
     "linear_policy_loss",
     "linear_statistics",
+    "linear_support_logprobs",
     "logprobs_from_logits",
     "merge_metrics",
     "policy_loss_from_logits",

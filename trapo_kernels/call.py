@@ -15,7 +15,8 @@ from .backends.base import RowKernel, stats_dtype
 from .backends.dispatch import backend_name, pick
 from .head import Head
 
-__all__ = ["Call", "Named", "Params", "call_of_linear", "call_of_logits", "in_one_dtype", "over_shards", "wanted"]
+__all__ = ["Call", "Named", "Params", "call_of_head", "call_of_linear", "call_of_logits", "in_one_dtype", "over_shards"]
+__all__ += ["wanted"]
 
 # (hidden [N, D], weight [V, D], bias [V] or None), or (logits [N, V],)
 Params = tuple[Tensor | None, ...]
@@ -93,14 +94,36 @@ class Call:
 def call_of_linear(
     caller: str, head: Head, hidden: Any, weight: Any, bias: Any, targets: Any, backend: str | None, group: Any = None
 ) -> Call:
-    """Makes the call of a linear head on hidden states.
+    """Makes the call of a linear head on hidden states that have targets.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: an argument is wrong; one line names it.
+    """
+
+    def check(hidden: Tensor) -> None:
+        validate.check_targets(caller, targets, "hidden", hidden)
+
+    return call_of_head(caller, head, hidden, weight, bias, backend, group, check)
+
+
+def call_of_head(
+    caller: str,
+    head: Head,
+    hidden: Any,
+    weight: Any,
+    bias: Any,
+    backend: str | None,
+    group: Any = None,
+    check: Callable[[Tensor], None] = lambda hidden: None,
+) -> Call:
+    """Makes the call of a linear head on hidden states; `check` looks at what else there is of their tokens.
 
     Raises:
         TypeError, ValueError, NotImplementedError: an argument is wrong; one line names it.
     """
     hidden, weight, bias = validate.under_autocast(hidden, weight, bias)
     validate.check_linear(caller, hidden, weight, bias, sharded=group is not None)
-    validate.check_targets(caller, targets, "hidden", hidden)
+    check(hidden)
     return Call(head, *_pick(backend, caller, hidden.device), (hidden.reshape(-1, hidden.shape[-1]), weight, bias))
 
 

@@ -15,6 +15,8 @@ accumulator that goes through memory once per block:
 
 With one budget for the buffer (C·V = n·B) blocks of columns move n / V times the bytes, so `pays` compares those.
 
+A loss on a support (support_rows.py) has K columns a row that are written over what the kernel leaves there.
+
 A target outside the block must not be written: every row kernel puts its gradient at one column, so the buffer ends in
 columns nobody reads, and that is where those targets point.
 """
@@ -32,6 +34,7 @@ from .backends.base import RowKernel, RowStats, stats_dtype
 from .budget import get_budget_mb
 from .head import Head
 from .products import WIDE_BYTES, add_product
+from .support_rows import Columns, capped_slope
 
 __all__ = ["Recompute", "block_columns", "pays"]
 
@@ -57,7 +60,8 @@ def pays(rows: int, vocab: int, itemsize: int, device_type: str) -> bool:
 
 @dataclass(frozen=True)
 class Recompute:
-    """A backward pass: compact hidden [n, D], weight [V, D], bias [V] or None; everything per row is compact [n]."""
+    """A backward pass: compact hidden [n, D], weight [V, D], bias [V] or None; everything per row is compact [n].
+    `support`: ids [n, K] and the derivatives of the loss by their logits [n, K]; the others are then of the rest."""
 
     kernel: RowKernel
     head: Head
@@ -68,6 +72,7 @@ class Recompute:
     stats: RowStats
     g_lp: Tensor
     g_entropy: Tensor | None
+    support: tuple[Tensor, Tensor] | None = None
 
     def gradients(self, wants: tuple[bool, ...]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Returns (d_hidden [n, D], d_weight [V, D], d_bias [V]) of those `wants` names; the last is in fp32."""
@@ -99,10 +104,24 @@ class Recompute:
             torch.addmm(bias, self.hidden, self.weight[columns].t(), beta=beta, alpha=scale, out=x)
             local = self.targets - start
             local = torch.where((local >= 0) & (local < size), local, size)
+            taken = self._of_support(x, start)
             self.kernel.grad_(buffer[:, : size + _SPARE], local, self.stats, g_lp, g_entropy, self.head.cap)
+            if taken is not None:
+                taken[0].put_(x, taken[1])
             # Products on a CPU may read past their operand (buffers.py), where by now there can be an infinity.
             buffer[:, size : size + _SPARE].zero_()
             yield columns, x
+
+    def _of_support(self, x: Tensor, start: int) -> tuple[Columns, Tensor] | None:
+        """Returns (where the support's ids are in a block of logits x, the gradient there [n, K])."""
+        if self.support is None:
+            return None
+        ids, slopes = self.support
+        columns, cap = Columns.of(ids, start, x.shape[1]), self.head.cap
+        if cap is not None:
+            own = columns.take(x).to(slopes.dtype)
+            slopes = slopes * capped_slope(cap * torch.tanh(own / cap), cap)
+        return columns, slopes * self.head.scale
 
 
 def _column_sums(a: Tensor, out: Tensor) -> None:

@@ -37,8 +37,17 @@ from .sources import d_hidden_dtype
 from .statistics import Collector
 from .tokens import Slopes
 
-__all__ = ["divergence", "objective_key", "policy_loss", "run_policy_loss", "run_token_values", "sums_of_later"]
-__all__ += ["token_values", "token_values_backward"]
+__all__ = [
+    "divergence",
+    "fake_gradients",
+    "finish",
+    "objective_key",
+    "policy_loss",
+    "run_policy_loss",
+    "run_token_values",
+    "sums_of_later",
+]
+__all__ += ["three", "token_values", "token_values_backward"]
 
 _HEAD = "float temperature, float? softcap, float logit_scale, str backend"
 _PARAMS = "Tensor first, Tensor? weight, Tensor? bias"
@@ -122,24 +131,26 @@ def _job(selection: Selection, targets: Tensor, params: Any, *head_and_wants: An
     return Job(kernel, Head(*options), selection, selection.counting(selection.take(targets)), wants)
 
 
-def _three(found: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def three(found: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients as an operator returns them: what there is none of is empty."""
     first, weight, bias = (like.new_empty(0) if d is None else d for d in (*found, None, None)[:3])
     return first, weight, bias
 
 
-def _fake_gradients(
+def fake_gradients(
     first: Tensor, weight: Any, bias: Any, wants: Any, wide_chunks: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """What `three` returns, for a compiler; `wide_chunks`: the gradient of hidden states is in fp32 too."""
     wide = stats_dtype(first.dtype)
     dtypes = (first.dtype if weight is None else d_hidden_dtype(first.dtype, wide_chunks), wide, wide)
     found = [
         torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format) if wanted else None
         for t, dtype, wanted in zip((first, weight, bias), dtypes, wants, strict=True)
     ]
-    return _three(tuple(found), first.new_empty(0, dtype=wide))
+    return three(tuple(found), first.new_empty(0, dtype=wide))
 
 
-def _finish(grads: Any, params: Any, wants: Any, scale: Tensor | None) -> tuple[Tensor | None, ...]:
+def finish(grads: Any, params: Any, wants: Any, scale: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients in the dtypes of the parameters; scaled in the accumulators' precision. An operator's outputs stay."""
     found = [grad if wanted else None for grad, wanted in zip(grads, wants, strict=True)]
     return finish_all(found, params, scale, give=False)
@@ -238,12 +249,12 @@ def token_values_backward(
         lambda at, _: Slopes(rows_of(g_lp, at), rows_of(g_h, at), rows_of(g_z, at)),
         by_logit=g_z is not None,
     )  # fmt: skip
-    return _three(source.gradients(), logprobs)
+    return three(source.gradients(), logprobs)
 
 
 @token_values_backward.register_fake
 def _(first: Tensor, weight: Any, bias: Any, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_gradients(first, weight, bias, others[-3:])
+    return fake_gradients(first, weight, bias, others[-3:])
 
 
 def _save_token_values(ctx: Any, inputs: Any, output: Any) -> None:
@@ -257,7 +268,7 @@ def _save_token_values(ctx: Any, inputs: Any, output: Any) -> None:
 def _token_values_backward(ctx: Any, *incoming: Tensor | None) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     found = token_values_backward(*saved, *incoming[:3], *ctx.others)
-    return *_finish(found, saved[:3], ctx.others[-3:], None), *(None,) * (4 + len(ctx.others))
+    return *finish(found, saved[:3], ctx.others[-3:], None), *(None,) * (4 + len(ctx.others))
 
 
 token_values.register_autograd(_token_values_backward, setup_context=_save_token_values)
@@ -315,7 +326,7 @@ def policy_loss(
     )
     values, grads, _ = run_loss(job, batch, params)
     total = batch.loss(batch.parts(batch.values(*values)))
-    return total, torch.stack([selection.spread(t) for t in values]), *_three(grads, total)
+    return total, torch.stack([selection.spread(t) for t in values]), *three(grads, total)
 
 
 @policy_loss.register_fake
@@ -323,7 +334,7 @@ def _(first: Tensor, weight: Any, bias: Any, *others: Any) -> tuple[Tensor, ...]
     objective, statistics = others[10:12]
     count = 2 + _objectives[objective].reads_logit + len(statistics)
     wide = first.new_empty((), dtype=stats_dtype(first.dtype))
-    return wide, wide.new_empty(count, first.shape[0]), *_fake_gradients(first, weight, bias, others[-3:])
+    return wide, wide.new_empty(count, first.shape[0]), *fake_gradients(first, weight, bias, others[-3:])
 
 
 def _save_policy_loss(ctx: Any, inputs: Any, output: Any) -> None:
@@ -338,7 +349,7 @@ def _policy_loss_backward(ctx: Any, g_total: Tensor | None, *_: Any) -> tuple[An
     if g_total is None:
         return (None,) * ctx.inputs
     saved = ctx.saved_tensors
-    return *_finish(saved[3:], saved[:3], ctx.wants, g_total), *(None,) * (ctx.inputs - 3)
+    return *finish(saved[3:], saved[:3], ctx.wants, g_total), *(None,) * (ctx.inputs - 3)
 
 
 policy_loss.register_autograd(_policy_loss_backward, setup_context=_save_policy_loss)
@@ -374,13 +385,13 @@ def divergence(
     job = divergences.Job(kind, beta, head, ref_head, selection, of_rows, weights.new_ones(()), wants)
     tokens, grads = divergences.run(job, (ref_hidden, ref_weight, ref_bias), (hidden, weight, bias))
     total = divergences.weighted_sum(of_rows, tokens)
-    return total, selection.spread(tokens).clone(), *_three(grads, total)
+    return total, selection.spread(tokens).clone(), *three(grads, total)
 
 
 @divergence.register_fake
 def _(hidden: Tensor, weight: Any, bias: Any, *others: Any) -> tuple[Tensor, ...]:
     wide = hidden.new_empty((), dtype=stats_dtype(hidden.dtype))
-    return wide, wide.new_empty(hidden.shape[0]), *_fake_gradients(hidden, weight, bias, others[-3:], wide_chunks=True)
+    return wide, wide.new_empty(hidden.shape[0]), *fake_gradients(hidden, weight, bias, others[-3:], wide_chunks=True)
 
 
 # Saved and differentiated as a policy loss is: (total, values, three gradients).

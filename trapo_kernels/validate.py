@@ -18,7 +18,16 @@ from .objective import Objective
 from .scalars import filled, number, shown
 from .tokens import Sequences
 
-__all__ = ["check_flag", "check_head", "check_linear", "check_logits", "check_reference", "check_targets", "divisor"]
+__all__ = [
+    "check_flag",
+    "check_head",
+    "check_ids",
+    "check_linear",
+    "check_logits",
+    "check_reference",
+    "check_targets",
+    "divisor",
+]
 __all__ += ["check_sequence_ids", "check_token_inputs", "refuse_batched", "sequences", "under_autocast"]
 __all__ += ["one_dtype"]
 
@@ -170,6 +179,23 @@ def check_targets(caller: str, targets: Any, like_name: str, like: Tensor) -> No
             f"got {list(targets.shape)}"
         )
     _same(caller, "targets", targets, like_name, like, dtype=False)
+
+
+def check_ids(caller: str, ids: Any, hidden: Tensor, vocab: int | None) -> None:
+    """int64 ids [..., K] in [0, V), or -1 for none; `vocab` None: they are looked at later."""
+    if _tensor(caller, "ids", ids).dtype != torch.int64:
+        raise TypeError(f"{caller}: ids must be int64; got {_dtype(ids)}")
+    if ids.ndim != hidden.ndim or ids.shape[:-1] != hidden.shape[:-1]:
+        tokens = ", ".join(map(str, [*hidden.shape[:-1], "K"]))
+        raise ValueError(f"{caller}: ids must be [{tokens}] for the tokens of hidden; got {list(ids.shape)}")
+    _same(caller, "ids", ids, "hidden", hidden, dtype=False)
+    if vocab is not None and can_look(ids) and ids.numel():
+        least, most = ids.min(), ids.max()
+        if least < -1 or most >= vocab:
+            end, worst = ("max", most) if most >= vocab else ("min", least)
+            raise ValueError(
+                f"{caller}: ids must be int64 in [0, V) or -1 for none; got {end} {int(worst)} with V={vocab}"
+            )
 
 
 def check_logprobs(caller: str, logprobs: Any, entropy: Any) -> None:
