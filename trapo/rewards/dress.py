@@ -71,6 +71,11 @@ def _power(match: re.Match[str]) -> str:
     return "^{" + next(g for g in match.groups() if g is not None).replace(" ", "") + "}"
 
 
+def _in_base(match: re.Match[str]) -> str:
+    base = next(g for g in match.groups() if g is not None)
+    return "_" + _BASES.get(base, base)
+
+
 def _mark_bold(match: re.Match[str]) -> str:
     return match.group(1)
 
@@ -129,9 +134,9 @@ REWRITES: tuple[tuple[str, re.Pattern[str], _Replacement], ...] = tuple(
         ("plain powers", _PLAIN_POWER.pattern, _power),
         ("times of programs", r"(?<=[\w)}\s])\*(?=[\s\w(\\])", r"\\cdot "),
         ("times ten", r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times "),
-        ("bases", rf"(?<=\d)\s*_\s*\{{?\s*\(?\s*(?:base\s*)?{_BASE}\s*\)?\s*\}}?\s*(?:base)?$"
+        ("bases", rf"(?<=\d)\s*_\s*\{{?\s*(?:\(\s*(?:base\s*)?{_BASE}\s*\)|(?:base\s*)?{_BASE})\s*\}}?\s*(?:base)?$"
          rf"|(?<=\d)\s*,?\s*\(?(?:in\s+)?base[\s-]*\{{?{_BASE}\}}?\)?\s*$",
-         lambda m: "_" + _BASES.get(m.group(1) or m.group(2), m.group(1) or m.group(2))),
+         _in_base),
     )
 )  # fmt: skip
 # What a sentence puts before its answer.

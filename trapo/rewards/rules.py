@@ -32,7 +32,7 @@ class Answer:
 
     def __init__(self, raw: str) -> None:
         self.raw = raw
-        self.text = undress(raw)
+        self.text = structure.without_outer_brackets(undress(raw))
         self.key = _key(self.text)
 
     @functools.cached_property

@@ -69,6 +69,16 @@ def brackets(text: str) -> tuple[str, str, str] | None:
     return None
 
 
+def without_outer_brackets(text: str) -> str:
+    """Returns what is in a pair of round brackets around a whole formula; (a, b) and the letter of a choice keep
+    theirs."""
+    while (pair := brackets(text)) is not None and (pair[0], pair[2]) == ("(", ")"):
+        if len(items(pair[1], grouped=False)) != 1 or re.fullmatch("[A-Za-z]?", pair[1]):
+            break
+        text = pair[1]
+    return text
+
+
 def union(text: str) -> list[str]:
     return split_at(text, re.compile(r"\\cup(?![A-Za-z])"))
 
