@@ -26,6 +26,7 @@ import trapo_kernels as tk
 from trapo.config import PRESETS
 from trapo.errors import TrapoError
 from trapo.models import lora as adapters
+from trapo.models.layers import attention_width
 from trapo.models.loading import freeze
 from trapo.models.precision import resolve
 from trapo.models.sharding import decoder_layers, shard
@@ -297,14 +298,12 @@ def loss_memory(train: TrainConfig, vocab: int) -> dict[str, int]:
 
 def update_flops(model: PreTrainedModel, step: StepTokens, *, checkpointing: bool) -> Flops:
     """Of the forward and backward of one step's update."""
-    text = model.config.get_text_config()
     head = model.get_output_embeddings()
     linears = [m for m in model.get_decoder().modules() if isinstance(m, nn.Linear) and m is not head]
     forward = sum(2 * m.weight.numel() for m in linears)
     to_weights = sum(2 * m.weight.numel() for m in linears if m.weight.requires_grad)
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     # Q Kᵀ and P V, of the whole square: no causal half taken off.
-    square = 4 * text.num_hidden_layers * text.num_attention_heads * width * step.longest
+    square = 4 * attention_width(model.config) * step.longest
     again = step.through_model * (forward + square) if checkpointing else 0
     of_head = 2 * head.weight.numel() * (3 if head.weight.requires_grad else 2)
     through = step.through_model

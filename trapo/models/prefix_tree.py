@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trapo.models.layers import attention_width, layer_configs, sliding_windows
 from trapo_kernels.integrations.transformers import decoder_of
 
 TAKE_A_MASK = ("sdpa", "eager")  # implementations of attention that are told by a mask who sees whom
@@ -61,18 +62,16 @@ class Forest:
 def costs_of(model: PreTrainedModel) -> Costs:
     """Computes the costs from the sizes of the model: a token's products are those with the layers' weights, a pair's
     two dot products of a head's width in each head of each layer."""
-    decoder, config = decoder_of(model), model.config.get_text_config()
+    decoder = decoder_of(model)
     embedded = cast(Tensor, model.get_input_embeddings().weight).numel()
     weights = max(sum(p.numel() for p in decoder.parameters()) - embedded, 1)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Costs(2 * width * config.num_attention_heads * config.num_hidden_layers / weights)
+    return Costs(2 * attention_width(model.config) / weights)
 
 
 def window(model: PreTrainedModel) -> float:
     """Returns the longest sequence that a tree can hold: beyond, some layer's tokens would not see what they see in a
     row."""
-    config = model.config.get_text_config()
-    found = [getattr(config, name, None) for name in WINDOWS]
+    found = {getattr(layer, name, None) for layer in layer_configs(model.config) for name in WINDOWS}
     return min((float(size) for size in found if isinstance(size, int) and size > 0), default=float("inf"))
 
 
@@ -82,10 +81,10 @@ def attention_mask(model: PreTrainedModel, sight: Tensor, position_ids: Tensor) 
 
     Sliding layers see as many positions back as they do in a row; a model that has full ones, too, takes a mask each.
     """
-    config = model.config.get_text_config()
-    sliding, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    sliding = next(iter(sliding_windows(model.config)), None)
     full = _as_taken(model, sight)
-    if not isinstance(sliding, int) or (kinds and "sliding_attention" not in kinds):
+    if sliding is None or (kinds and "sliding_attention" not in kinds):
         return full
     apart = position_ids[:, None, :, None] - position_ids[:, None, None, :]
     near = _as_taken(model, sight & (apart < sliding))
