@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 import torch
@@ -196,3 +196,71 @@ def test_a_new_term_is_one_entry_in_one_place(monkeypatch):
     assert expected.grads[0].any()
     for backend in BACKENDS:
         assert_same_result(run(case, o, backend), expected, torch.float64)
+
+
+# Another value of each field than the default, which changes the loss of a term that reads it.
+OTHER = {
+    "alpha": 0.9,
+    "expert_coef": 0.5,
+    "policy_coef": 0.5,
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "dual_clip": 1.5,
+    "entropy_coef": 0.1,
+    "kl_coef": 0.1,
+    "tis_cap": 0.5,
+    "reduction": "sequence_mean",
+    "luffy_gamma": 0.7,
+    "sed_coef": 3.0,
+    "sed_k": 45,
+    "sed_tau": 0.2,
+    "eaft_power": 2.0,
+    "asft_kl": 0.5,
+    "pear_gamma": 0.5,
+    "pear_low": -1.0,
+    "pear_high": 1.0,
+    "pear_floor": 0.5,
+    "pear_ceil": -0.1,
+    "lco_beta": 0.3,
+    "lco_neg": 0.3,
+    "sapo_tau_pos": 0.3,
+    "sapo_tau_neg": 0.3,
+}
+
+
+def loss_of(o):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, ref = (0.6 * torch.randn(n, 6, generator=g, dtype=torch.float64) for n in (64, 60, 64))
+    targets, sequences = torch.randint(0, 60, (64,), generator=g), torch.arange(64) // 9
+    off = torch.randn(64, generator=g, dtype=torch.float64) + (sequences - 3) / 2  # whole sequences too, for GSPO
+    old = tk.linear_logprobs(hidden, weight, targets).logprobs + off
+    head = {"ref_hidden": ref, "ref_weight": weight} if o.reference_head else {}
+    return tk.linear_policy_loss(
+        hidden,
+        weight,
+        targets,
+        o,
+        advantages=torch.randn(64, generator=g, dtype=torch.float64),
+        old_logprobs=old,
+        ref_logprobs=old.flip(0) if o.kl_coef else None,
+        rollout_logprobs=old - 0.4 if o.tis_cap else None,
+        expert_mask=torch.arange(64) % 3 == 0,
+        sequence_ids=sequences,
+        backend="reference",
+        **head,
+    ).loss.item()
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_the_effective_fields_are_those_that_change_the_loss(name):
+    o = TERMS[name]
+    before = loss_of(o)
+    for field, value in OTHER.items():
+        try:
+            changed = replace(o, **{field: value if getattr(o, field) != value else 2 * value})
+        except ValueError:  # a bound of another term's, a cap without a term: refused, not ignored
+            assert field not in o.effective
+            continue
+        assert (loss_of(changed) != before) == (field in o.effective), field
+    assert {"expert", "policy"} <= o.effective
+    assert set(OTHER) | {"expert", "policy"} == {f.name for f in fields(tk.Objective)}

@@ -188,6 +188,16 @@ class Objective:
         return frozenset(self.needed) | {name for _, _, _, term in self.parts for name in term.reads}
 
     @property
+    def effective(self) -> frozenset[str]:
+        """Names of the fields that can change the loss; what the others hold makes no difference."""
+        found = {"expert", "policy", "entropy_coef", "kl_coef", "reduction"}
+        for _, name, _, term in self.parts:
+            if name in ("expert", "policy"):
+                found |= {f"{name}_coef", *term.fields}
+        found |= {f"{name}_coef" for name in ("expert", "policy") if getattr(self, name) is not None}
+        return frozenset(found | ({"tis_cap"} if self.has_policy_term else set()))
+
+    @property
     def statistics(self) -> tuple[str, ...]:
         """Statistics of a row that the terms read, beside log-probability, log-sum-exp and entropy."""
         return tuple(dict.fromkeys(name for _, _, _, term in self.parts for name in term.statistics(self)))

@@ -51,6 +51,7 @@ class Term:
     coupled: bool = False  # the value of a token depends on others of its sequence: no gradient in a single pass
     reference_head: bool = False  # a divergence from a reference head is added to it
     own: frozenset[str] | None = None  # a user's function: which of the three its value depends on
+    fields: tuple[str, ...] = ()  # fields of the objective that change the value
     fused: int = 0  # the term's number in row kernels that compute slopes themselves; 0: none of them knows it
 
     @property
@@ -164,7 +165,13 @@ def _pear_slope(o: Objective, t: Tokens) -> Tensor:
 
 EXPERT_TERMS: dict[str, Term] = {
     "sft": Term(_sft_value, _sft_slope, source="negative log-likelihood", fused=1),
-    "trsft": Term(_trsft_value, _trsft_slope, source="TRAPO, arXiv 2512.17636: weight 1/max(p, α) on ∇p", fused=2),
+    "trsft": Term(
+        _trsft_value,
+        _trsft_slope,
+        source="TRAPO, arXiv 2512.17636: weight 1/max(p, α) on ∇p",
+        fields=("alpha",),
+        fused=2,
+    ),
     "dft": Term(_dft_value, _dft_slope, source="Dynamic Fine-Tuning, the authors' code: −sg(p) log p", fused=3),
     "luffy": Term(
         _luffy_value,
@@ -172,6 +179,7 @@ EXPERT_TERMS: dict[str, Term] = {
         source="LUFFY, the authors' code: off-policy shaping p/(p+γ), A over on- and off-policy rollouts",
         needs=("advantages",),
         scales_with_advantage=True,
+        fields=("luffy_gamma",),
         fused=4,
     ),
     "chord": Term(_chord_value, _chord_slope, source="CHORD-φ, the authors' code: −sg(p(1−p)) log p"),
@@ -180,18 +188,21 @@ EXPERT_TERMS: dict[str, Term] = {
         _sed_slope,
         source="SED-SFT, the authors' code: −log p + λ·1[top-k mass < τ]·(p − ½)²",
         statistics=lambda o: (f"top{o.sed_k}_mass",),
+        fields=("sed_coef", "sed_k", "sed_tau"),
     ),
     "eaft": Term(
         _eaft_value,
         _eaft_slope,
         source="EAFT, the authors' code: −sg((H_top20/3)^a) log p",
         statistics=lambda o: ("top20_entropy",),
+        fields=("eaft_power",),
     ),
     "asft": Term(
         _dft_value,
         _dft_slope,
         source="ASFT, the authors' code: −sg(p) log p + λ·KL(π_ref ‖ π), the latter by divergence.py",
         reference_head=True,
+        fields=("asft_kl",),
         fused=3,
     ),
     "pear": Term(
@@ -200,6 +211,7 @@ EXPERT_TERMS: dict[str, Term] = {
         source="PEAR, arXiv 2602.01058, second-hand: discounted suffix importance ratios to the behaviour policy",
         needs=("old_logprobs",),
         coupled=True,
+        fields=("pear_gamma", "pear_low", "pear_high", "pear_floor", "pear_ceil"),
     ),
     "lco_mse": Term(
         lco.mse_value,
@@ -208,6 +220,7 @@ EXPERT_TERMS: dict[str, Term] = {
         needs=("advantages",),
         scales_with_advantage=True,
         logit_slope=lco.mse_slope,
+        fields=("lco_beta", "lco_neg"),
     ),
     "lco_logcosh": Term(
         lco.logcosh_value,
@@ -216,6 +229,7 @@ EXPERT_TERMS: dict[str, Term] = {
         needs=("advantages",),
         scales_with_advantage=True,
         logit_slope=lco.logcosh_slope,
+        fields=("lco_beta", "lco_neg"),
     ),
     "lco_kld": Term(
         lco.kld_value,
@@ -223,6 +237,7 @@ EXPERT_TERMS: dict[str, Term] = {
         source="LCO-KLD, second-hand: KL(q ‖ π) for q = softmax(log π_old + A/β' at y), as −sg((q − p)/(1 − p)) log p",
         needs=("advantages",),
         reads=("old_logprobs",),
+        fields=("lco_beta", "lco_neg"),
     ),
 }
 
@@ -326,6 +341,7 @@ POLICY_TERMS: dict[str, Term] = {
         _clip_value,
         _clip_slope,
         source="PPO, arXiv 1707.06347; dual clip: arXiv 1912.09729; asymmetric: DAPO, arXiv 2503.14476",
+        fields=("clip_low", "clip_high", "dual_clip"),
         fused=1,
         **_POLICY_INPUTS,
     ),
@@ -334,18 +350,21 @@ POLICY_TERMS: dict[str, Term] = {
         _clip_slope,
         source="GSPO, arXiv 2507.18071, token form: the ratio of a sequence, sg(s)·p/sg(p), clipped",
         coupled=True,
+        fields=("clip_low", "clip_high"),
         **_POLICY_INPUTS,
     ),
     "cispo": Term(
         _cispo_value,
         _cispo_slope,
         source="CISPO (MiniMax-M1, arXiv 2506.13585): −sg(clip r)·A·log p",
+        fields=("clip_low", "clip_high"),
         **_POLICY_INPUTS,
     ),
     "sapo": Term(
         _sapo_value,
         _sapo_slope,
         source="SAPO: −(4/τ)·σ(τ(r−1))·A, τ by the sign of A",
+        fields=("sapo_tau_pos", "sapo_tau_neg"),
         **_POLICY_INPUTS,
     ),
 }
