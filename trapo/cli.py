@@ -212,9 +212,9 @@ def plan_of(settings: Config, ranks: int, response_tokens: int | None = None) ->
     from trapo.models.plan import StepTokens, make_plan
     from trapo.modes import phases
 
-    rollouts = max(phase.schedule.rollouts_per_prompt for phase in phases(settings))
+    rollouts = max(phase.prompts_per_step * phase.schedule.rollouts_per_prompt for phase in phases(settings))
     step = StepTokens(
-        settings.train.prompts_per_step * rollouts,
+        rollouts,
         settings.data.max_prompt_tokens,
         response_tokens or settings.rollout.max_response_tokens,
     )

@@ -31,6 +31,7 @@ from trapo.settings.groups import (
     OptimConfig,
     RewardConfig,
     RolloutConfig,
+    SftConfig,
     TrainConfig,
 )
 from trapo.settings.keys import check_values, key
@@ -67,6 +68,7 @@ class Config:
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    sft: SftConfig = dataclasses.field(default_factory=SftConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)

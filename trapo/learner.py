@@ -64,7 +64,8 @@ class Learner:
     """Owns the optimizer and its schedule. `reference` gives ref_logprobs when the objective has a KL term.
 
     temperature: that of the rollouts. max_response_tokens: their limit, by which train.normalizer=constant divides
-    unless it has a constant of its own. checkpointing: as model.gradient_checkpointing. With several ranks all of them
+    unless it has a constant of its own. checkpointing: as model.gradient_checkpointing. steps: of the learning rate's
+    schedule; None: train.steps. With several ranks all of them
     call the same methods with the same rollouts, and their models are sharded.
     """
 
@@ -80,10 +81,11 @@ class Learner:
         checkpointing: bool = False,
         reference: PreTrainedModel | None = None,
         ranks: Ranks = ALONE,
+        steps: int | None = None,
     ) -> None:
         self.model = model
         self.reference = reference
-        self.train, self.optim = train, optim
+        self.train = train
         self.temperature, self.max_response_tokens = temperature, max_response_tokens
         self.checkpointing = checkpointing
         self.precision = resolve(train.precision, model.device)
@@ -93,8 +95,13 @@ class Learner:
         self.layout = self._agreed()  # of packed rows; None: padded
         self.expert_histogram = ProbabilityHistogram()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(model, self.parameters, optim)
-        self.schedule = Schedule(self.optimizer, optim, train.steps)
+        self.begin(optim, train.steps if steps is None else steps)
+
+    def begin(self, optim: OptimConfig, steps: int) -> None:
+        """Take a new optimizer, without a past, and a schedule of its learning rate over so many steps."""
+        self.optim = optim
+        self.optimizer = make_optimizer(self.model, self.parameters, optim)
+        self.schedule = Schedule(self.optimizer, optim, steps)
 
     def _agreed(self) -> frozenset[str] | None:
         """Check that the model does what the learner takes for granted; how to tell it of packed rows, None to pad."""

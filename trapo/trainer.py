@@ -20,7 +20,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo.config import Config
 from trapo.data.encode import EncodedProblem, decode_text
-from trapo.data.sampling import derive_seed, load_eval_set, load_train_set, longest_sequence, problems_at
+from trapo.data.sampling import (
+    derive_seed,
+    load_eval_set,
+    load_train_set,
+    longest_sequence,
+    problems_at,
+    to_imitate,
+)
 from trapo.engines.guard import AgreementGuard, unanswered
 from trapo.engines.make import make_engine
 from trapo.engines.protocol import Engine
@@ -31,7 +38,7 @@ from trapo.models.finite import refuse_not_finite
 from trapo.models.loading import check_positions, load_model, load_reference
 from trapo.models.precision import resolve
 from trapo.models.sharding import shard_over
-from trapo.modes import Phase, phase_at, phases
+from trapo.modes import Phase, cut_at_plateau, phase_at, phases
 from trapo.report.display import Display
 from trapo.report.loggers import Loggers, check_loggers
 from trapo.report.rollout_log import RolloutLog
@@ -161,20 +168,22 @@ def make_learner(
     model: PreTrainedModel,
     *,
     pad_id: int,
+    phase: Phase | None = None,
     reference: PreTrainedModel | None = None,
     ranks: Ranks = ALONE,
 ) -> Learner:
-    """The learner of a configuration."""
+    """The learner of a configuration, in this phase of it; None: in one that is the whole run."""
     return Learner(
         model,
         config.train,
-        config.optim,
+        config.optim if phase is None else phase.optim,
         temperature=config.rollout.temperature,
         max_response_tokens=config.rollout.max_response_tokens,
         pad_id=pad_id,
         checkpointing=config.model.gradient_checkpointing,
         reference=reference,
         ranks=ranks,
+        steps=None if phase is None else phase.steps,
     )
 
 
@@ -219,6 +228,7 @@ class Trainer:
         self.train_set = load_train_set(
             config.data, plan, self.tokenizer, log, mode=config.mode, max_response_tokens=limit
         )
+        self.imitated = to_imitate(self.train_set, limit)  # what phases that only imitate draw from
         eval_set, eval_limit = load_eval_set(config.data, self.tokenizer, log), config.eval.max_response_tokens or limit
         longest = max(longest_sequence(self.train_set, limit), longest_sequence(eval_set, eval_limit))
         check_positions(self.model, longest)
@@ -234,13 +244,16 @@ class Trainer:
         needs_reference = any("ref_logprobs" in phase.objective.needs for phase in plan)
         reference = load_reference(config.model, ranks, config.train.precision) if needs_reference else None
         pad_id = self.tokenizer.pad_token_id
-        self.learner = make_learner(config, self.model, pad_id=pad_id, reference=reference, ranks=ranks)
+        self.step, self.seconds_before = 0 if resume_from is None else resume_from.step, 0.0
+        self._cut_plan()
+        self.learner = make_learner(
+            config, self.model, pad_id=pad_id, phase=self._place()[0], reference=reference, ranks=ranks
+        )
         self.guard = AgreementGuard(config.rollout, config.model.dtype)
-        self.step, self.seconds_before = 0, 0.0
         if resume_from is not None:
             state = resume_from.load_state()
-            self.learner.load_state_dict(state["learner"], resume_from.shards)
-            self.step = resume_from.step
+            if self._place()[1] > 0:  # else a phase begins here, with an optimizer of its own
+                self.learner.load_state_dict(state["learner"], resume_from.shards)
             self.seconds_before = state["seconds"]
         self._write_in(run_dir, eval_set)
         self.started = time.monotonic()
@@ -269,6 +282,8 @@ class Trainer:
         self.held_out = HeldOut(
             eval_set,
             config.eval,
+            self.model,
+            config.train.precision,
             self.engine,
             self.pool,
             self.tokenizer,
@@ -313,8 +328,9 @@ class Trainer:
             self._evaluate(display, loggers)
         while self.step < steps:
             display.status("training")
-            row = self._train_step(phase_at(self.step, self.phases), self._problems())
+            row = self._train_step(*self._place())
             self.step += 1
+            self._begin_phase()
             if self.ranks.first:
                 self.run_dir.log(row)
             display.update(row)
@@ -327,13 +343,31 @@ class Trainer:
         self.ranks.once(self.skips.refuse_nothing_learnt)
         self._evaluate(display, loggers)
 
-    def _train_step(self, phase: Phase, problems: Sequence[EncodedProblem]) -> dict[str, Any]:
-        """One step of the run; returns its line of metrics.jsonl."""
-        seed = derive_seed(self.config.seed, "step", self.step)
+    def _place(self) -> tuple[Phase, int]:
+        """The phase of the next step (of the last one, at the end), and the step's number in it."""
+        return phase_at(min(self.step, self.config.train.steps - 1), self.phases)
+
+    def _begin_phase(self) -> None:
+        """Take a new optimizer where the next step is the first of another phase."""
+        phase, number = self._place()
+        if number == 0 and 0 < self.step < self.config.train.steps:
+            self.learner.begin(phase.optim, phase.steps)
+
+    def _cut_plan(self) -> bool:
+        """End an SFT phase that lasts until a plateau, where the evaluations so far show one."""
+        if not self.phases[0].ends_at_plateau:
+            return False
+        found = self.ranks.once(lambda: self.run_dir.trace_nlls(self.step))
+        self.phases = cut_at_plateau(self.phases, found)
+        return not self.phases[0].ends_at_plateau
+
+    def _train_step(self, phase: Phase, number: int) -> dict[str, Any]:
+        """The step of this number of a phase; returns its line of metrics.jsonl."""
+        seed = derive_seed(self.config.seed, "step", number)
         started = time.monotonic()
         lr = self.learner.lr
         rollouts, update = train_step(
-            problems,
+            self._problems(phase, number),
             phase,
             self.engine,
             self._score,
@@ -354,10 +388,11 @@ class Trainer:
         took, left = time.monotonic() - started, self.config.train.steps - self.step - 1
         return row | self.clock.row(rollouts, update, took=took, seconds=self.seconds, steps_left=left)
 
-    def _problems(self) -> list[EncodedProblem]:
-        """The problems of the next step."""
-        count, config = self.config.train.prompts_per_step, self.config
-        return problems_at(self.step, self.train_set, count, seed=config.seed, shuffle=config.data.shuffle)
+    def _problems(self, phase: Phase, number: int) -> list[EncodedProblem]:
+        """The problems of the step of this number of a phase."""
+        count, config = phase.prompts_per_step, self.config
+        some = self.train_set if phase.schedule.generates else self.imitated
+        return problems_at(number, some, count, seed=config.seed, shuffle=config.data.shuffle)
 
     def _score(self, rollouts: Sequence[Rollout]) -> list[Reward]:
         texts = [decode_text(self.tokenizer, r.response_ids) for r in rollouts]
@@ -380,6 +415,9 @@ class Trainer:
             return
         loggers.evaluation(self.step, result)
         display.note(f"held-out accuracy after step {self.step}: {result}")
+        if self._cut_plan():
+            self._begin_phase()
+            display.note(f"the traces get no likelier: the phase {self._place()[0].name} begins")
         self.saver.prune(display.note)
 
     def _save(self, display: Display, *, must: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import random
@@ -53,17 +54,19 @@ def load_train_set(
     mode: str,
     max_response_tokens: int,
 ) -> list[EncodedProblem]:
-    """Returns data.train as token ids. A plan that only imitates leaves problems without an expert trace out."""
+    """Returns data.train as token ids. A plan that only imitates leaves problems without an expert trace out; of one
+    with other phases, `to_imitate` does for the phases that only imitate."""
     if data.train is None:
         raise TrapoError("data.train: missing; give a JSONL or parquet file or a task:// name")
     trace_part = plan[0].schedule.trace_part
-    imitates = any(not phase.schedule.generates for phase in plan)
+    imitates = not any(phase.schedule.generates for phase in plan)
     problems = _load(data, data.train, data.train_limit, tokenizer, log, max_response_tokens, trace_part, imitates)
     with_traces = [p for p in problems if p.traces]
     limit = data.max_trace_tokens
-    if imitates:
+    if some := any(not phase.schedule.generates for phase in plan):
         limit = min(limit, max_response_tokens)
-    if not with_traces and any(phase.schedule.guides for phase in plan):
+    none = not (to_imitate(problems, max_response_tokens) if some else with_traces)
+    if none and any(phase.schedule.guides for phase in plan):
         raise TrapoError(
             f"data.train: {data.train} has no expert trace (of at most {limit} tokens); mode {mode} needs some"
         )
@@ -71,6 +74,12 @@ def load_train_set(
         log(f"data.train: {len(problems) - len(with_traces)} problems without an expert trace left out")
         return with_traces
     return problems
+
+
+def to_imitate(problems: Sequence[EncodedProblem], max_response_tokens: int) -> list[EncodedProblem]:
+    """Returns the problems with an expert trace that a response can hold, with those traces."""
+    fitting = [tuple(t for t in p.traces if len(t.token_ids) <= max_response_tokens) for p in problems]
+    return [dataclasses.replace(p, traces=traces) for p, traces in zip(problems, fitting, strict=True) if traces]
 
 
 def load_eval_set(

@@ -18,6 +18,7 @@ from trapo.engines.guard import AgreementGuard, plain_scorer, unanswered
 from trapo.engines.make import make_engine
 from trapo.engines.protocol import Engine, Request
 from trapo.errors import TrapoError
+from trapo.evaluation.likelihood import Likelihood, trace_likelihood
 from trapo.evaluation.stats import bootstrap_interval, mean_interval, pass_at_k, wilson_interval
 from trapo.models import agreement
 from trapo.models.loading import check_positions, load_model
@@ -46,6 +47,8 @@ class EvalResult:
     reward_failures: dict[str, int]
     bootstrap: tuple[float, float] | None = None
     pass_at_interval: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    trace_nll: float | None = None  # of a token of the problems' expert traces, nats; None: they have none
+    trace_tokens: int = 0
 
     @classmethod
     def load(cls, path: Path) -> EvalResult:
@@ -62,7 +65,17 @@ class EvalResult:
     def save(self, path: Path) -> None:
         write_json(path, dataclasses.asdict(self))
 
+    def with_traces(self, likely: Likelihood | None) -> EvalResult:
+        """Returns the result with the likelihood of the problems' expert traces."""
+        if likely is None:
+            return self
+        return dataclasses.replace(self, trace_nll=likely.nll, trace_tokens=likely.tokens)
+
     def __str__(self) -> str:
+        traces = "" if self.trace_nll is None else f", traces {self.trace_nll:.3f} nats a token"
+        return self._accuracy() + traces
+
+    def _accuracy(self) -> str:
         low, high = self.interval
         if not 0 <= self.accuracy <= 1:  # rewards that are no shares of 1
             return f"mean reward {self.accuracy:.3g} [{low:.3g}, {high:.3g}] of {self.problems} problems"
@@ -138,6 +151,8 @@ def evaluate_model(job: EvalJob, log: Callable[[str], None]) -> EvalResult:
             rows_path=path.with_suffix(".jsonl"),
             failures=FailureNotes(log),
         )
+    likely = trace_likelihood(model, problems, job.precision)
+    result = result.with_traces(likely)
     result.save(path)
     return result
 

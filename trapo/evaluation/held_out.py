@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo.data.encode import EncodedProblem
 from trapo.data.sampling import derive_seed
 from trapo.engines.protocol import Engine
 from trapo.evaluation.evaluate import EvalResult, evaluate
+from trapo.evaluation.likelihood import trace_likelihood
 from trapo.rewards.scoring import FailureNotes
 from trapo.runs.ranks import Ranks, Scorer
 from trapo.runs.run_dir import RunDir
@@ -28,6 +29,8 @@ class HeldOut:
 
     problems: Sequence[EncodedProblem] | None
     config: EvalConfig
+    model: PreTrainedModel
+    precision: str  # of forwards, as train.precision
     engine: Engine
     pool: Scorer
     tokenizer: PreTrainedTokenizerBase
@@ -65,6 +68,7 @@ class HeldOut:
                 rows_path=path.with_suffix(".jsonl") if self.ranks.first else None,
                 failures=self.failures,
             )
+        result = result.with_traces(trace_likelihood(self.model, self.problems, self.precision))
         if self.ranks.first:
             result.save(path)
         return result

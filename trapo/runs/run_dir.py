@@ -80,6 +80,11 @@ class RunDir:
         named = [(p, _EVALUATION.fullmatch(p.name)) for p in sorted((self.path / "eval").glob("step-*.json"))]
         return {int(m[1]): p for p, m in named if m}
 
+    def trace_nlls(self, last: int) -> dict[int, float]:
+        """The negative log-likelihood of held-out traces in each evaluation up to step `last` that has it, by step."""
+        found = {step: read_json(path).get("trace_nll") for step, path in self.evaluations().items() if step <= last}
+        return {step: nll for step, nll in found.items() if nll is not None}
+
     def best_steps(self, count: int) -> list[int]:
         """Steps of the `count` best evaluations of trained weights, the best first; of equal ones the later."""
         accuracy = {step: read_json(path)["accuracy"] for step, path in self.evaluations().items() if step}

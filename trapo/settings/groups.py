@@ -16,6 +16,7 @@ from trapo.data.problem import COLUMNS
 from trapo.settings.keys import Rule, key
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclasses.dataclass
@@ -173,9 +174,18 @@ class OptimConfig:
     schedule: str = key(
         "constant",
         "What the learning rate does after the warmup, until train.steps.",
-        choices=("constant", "linear", "cosine"),
+        choices=_SCHEDULES,
     )
     warmup_steps: int = key(0, "Steps in which the learning rate rises to its full value.", least=0)
+
+
+@dataclasses.dataclass
+class SftConfig:
+    """Of the SFT phase of mode sft_then_rl; what is null is as in `optim` and `train`."""
+
+    lr: float | None = key(None, "Its learning rate: SFT bears one 10 to 100 times that of RL.", above=0)
+    schedule: str | None = key(None, "What its learning rate does until its last step.", choices=_SCHEDULES)
+    prompts_per_step: int | None = key(None, "Prompts of a step of it.", least=1)
 
 
 @dataclasses.dataclass
@@ -183,7 +193,11 @@ class TrainConfig:
     steps: int = key(
         100, "Steps of the run: each draws rollouts of prompts_per_step prompts and learns from them.", least=1
     )
-    sft_steps: int | None = key(None, "How many of the steps are SFT, in mode sft_then_rl.", least=1)
+    sft_steps: int | str | None = key(
+        None,
+        "How many of the steps are SFT, in mode sft_then_rl; auto ends it when the held-out traces get no likelier.",
+        rule=Rule("must be a whole number above 0 or auto", lambda n: n == "auto" or (isinstance(n, int) and n > 0)),
+    )
     prompts_per_step: int = key(8, "Prompts of a step.", least=1)
     updates_per_step: int = key(1, "Optimizer steps on one batch of rollouts (minibatches).", least=1)
     micro_batch_tokens: int = key(

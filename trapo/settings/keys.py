@@ -65,7 +65,8 @@ class Key:
             if low is not None and not (holds(value, low) and (isinstance(value, int) or math.isfinite(value))):
                 raise TrapoError(f"{self.name}: got {value}; must be {sign} {low}, and finite")
         if self.rule is not None and not self.rule.holds(value):
-            raise TrapoError(f"{self.name}: got {list(value)}; {self.rule.words}")
+            shown = list(value) if isinstance(value, (list, tuple, dict)) else value
+            raise TrapoError(f"{self.name}: got {shown}; {self.rule.words}")
 
     def _check_text(self, text: str) -> None:
         if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):

@@ -27,6 +27,7 @@ from trapo.settings.words import meant_key
 
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _NULL = "null"
+_WHOLE = r"[+-]?[0-9]+(_[0-9]+)*"
 _MARK = re.compile(r"(\\*)\$\{")  # an odd number of backslashes makes it text
 _RESOLVER = re.compile(r"\$\{\s*[\w.]+\s*:")
 Tree = dict[str, Any]
@@ -197,6 +198,8 @@ def _typed(key: str, text: str, hint: Any) -> Any:
         return None
     if kind is str:
         return escape(text)
+    if str in kinds and not re.fullmatch(_WHOLE, text.strip()):  # a number or a word
+        return escape(text)
     if kind in (int, float, bool):
         return text if is_expression(text) else _number(key, text, kind)
     try:
@@ -215,7 +218,7 @@ def _number(key: str, text: str, kind: type) -> Any:
         if kind is bool:
             return _BOOLS[bare.lower()]
         if kind is int:
-            if not re.fullmatch(r"[+-]?[0-9]+(_[0-9]+)*", bare):
+            if not re.fullmatch(_WHOLE, bare):
                 raise ValueError
             return int(bare)
         return float(bare.replace(".inf", "inf").replace(".nan", "nan"))

@@ -1,0 +1,73 @@
+"""How likely a model finds texts that it did not write: held-out expert traces, and what the base model knew before."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+import trapo_kernels as tk
+from trapo.batching import micro_batches
+from trapo.data.encode import EncodedProblem
+from trapo.models import agreement
+from trapo.models.loading import head_of
+from trapo.models.precision import compute_in
+from trapo.models.sharding import as_forward
+
+IGNORED = -100
+TOKENS = 4096  # of a forward
+
+
+class Likelihood(NamedTuple):
+    """The mean negative log-likelihood of a token, in nats at temperature 1, and over how many tokens it is."""
+
+    nll: float
+    tokens: int
+
+
+def trace_likelihood(model: PreTrainedModel, problems: Sequence[EncodedProblem], precision: str) -> Likelihood | None:
+    """Returns the likelihood of all expert traces of these problems, their ends included; None where there is none.
+
+    precision: a value of train.precision.
+    """
+    return likelihood(model, [(p.prompt_ids, trace.token_ids) for p in problems for trace in p.traces], precision)
+
+
+@torch.no_grad()
+def likelihood(
+    model: PreTrainedModel, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], precision: str
+) -> Likelihood | None:
+    """Returns the likelihood of (given token ids, token ids that follow) pairs, of the latter; None where there is no
+    pair. The first token of all has nothing before it, and does not count."""
+    rows = [([*given, *ids], max(len(given), 1)) for given, ids in sequences]
+    rows = [(ids, start) for ids, start in rows if len(ids) > start]
+    if not rows:
+        return None
+    total, count = 0.0, 0
+    for chosen in micro_batches([len(ids) - 1 for ids, _ in rows], TOKENS):
+        inputs, targets = _padded([rows[i] for i in chosen], model.device)
+        logprobs = as_forward(model, functools.partial(_logprobs, model, inputs, targets, precision))
+        total -= float(logprobs.double().sum())
+        count += int((targets != IGNORED).sum())
+    return Likelihood(total / count, count)
+
+
+def _padded(rows: Sequence[tuple[list[int], int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns (what is fed in, what must be predicted) [rows, longest − 1]; padding on the right, where no token of a
+    causal model sees it."""
+    longest = max(len(ids) for ids, _ in rows) - 1
+    inputs = torch.zeros(len(rows), longest, dtype=torch.int64)
+    targets = torch.full_like(inputs, IGNORED)
+    for i, (ids, start) in enumerate(rows):
+        inputs[i, : len(ids) - 1] = torch.tensor(ids[:-1])
+        targets[i, start - 1 : len(ids) - 1] = torch.tensor(ids[start:])
+    return inputs.to(device), targets.to(device)
+
+
+def _logprobs(model: PreTrainedModel, inputs: torch.Tensor, targets: torch.Tensor, precision: str) -> torch.Tensor:
+    with compute_in(precision, model):
+        hidden, head = head_of(model).with_hidden(agreement.hidden_states(model, inputs))
+    return tk.linear_logprobs(hidden, head.weight, targets, **head.options).logprobs

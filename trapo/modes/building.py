@@ -1,0 +1,97 @@
+"""From a configuration to a phase: what a mode asks for, changed by the keys that are set."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import trapo_kernels as tk
+from trapo.errors import TrapoError
+from trapo.guidance import PRESETS, Schedule, schedule
+from trapo.modes.phase import Phase
+from trapo.settings.groups import OptimConfig
+from trapo.settings.objective import given_fields, make_objective, overruled
+
+if TYPE_CHECKING:
+    from trapo.config import Config
+
+
+def guided_schedule(config: Config) -> Schedule:
+    """The guidance preset with the fields that the configuration sets."""
+    g = config.guidance
+    base = PRESETS[g.preset]
+    given = {k: getattr(g, k) for k in ("cut", "traces", "trace_part", "supervise") if getattr(g, k) is not None}
+    groups = base.micro_groups
+    groups = schedule(
+        [m.size for m in groups] if g.sizes is None else g.sizes,
+        [m.ratio for m in groups] if g.ratios is None else g.ratios,
+        [m.threshold for m in groups] if g.thresholds is None else g.thresholds,
+    ).micro_groups
+    return dataclasses.replace(base, micro_groups=groups, stop_decided=g.stop_decided, **given)
+
+
+def replace_groups(config: Config, columns: list[tuple[int, float, float]]) -> Schedule:
+    """The configured schedule's rules with other micro-groups: (size, ratio, threshold) each."""
+    sizes, ratios, thresholds = zip(*columns, strict=True)
+    groups = schedule(sizes, ratios, thresholds).micro_groups
+    return dataclasses.replace(guided_schedule(config), micro_groups=groups)
+
+
+def group_size(config: Config, least: int = 1) -> int:
+    """Rollouts of a prompt, whatever micro-groups they are in."""
+    size = guided_schedule(config).rollouts_per_prompt
+    if size < least:
+        raise TrapoError(f"guidance.sizes: mode {config.mode} needs at least {least} rollouts per prompt, got {size}")
+    return size
+
+
+def make_phase(
+    config: Config,
+    name: str,
+    schedule: Schedule,
+    preset: Callable[..., tk.Objective],
+    of_mode: Mapping[str, object] = MappingProxyType({}),
+    *,
+    std: bool,
+    steps: int | None = None,
+    optim: OptimConfig | None = None,
+    prompts_per_step: int | None = None,
+) -> Phase:
+    """A phase with a preset of trapo_kernels, changed by the mode and then by what the configuration sets. optim and
+    prompts_per_step: the phase's own; None: the configuration's."""
+    given = given_fields(config.objective)
+    objective = make_objective(preset, of_mode, given, config.mode)
+    _refuse_what_is_missing(objective, config)
+    return Phase(
+        name,
+        config.train.steps if steps is None else steps,
+        schedule,
+        objective,
+        std if config.advantage.std is None else config.advantage.std,
+        optim=config.optim if optim is None else optim,
+        prompts_per_step=config.train.prompts_per_step if prompts_per_step is None else prompts_per_step,
+        overruled=overruled(preset(**of_mode), given, config.mode),
+    )
+
+
+def _refuse_what_is_missing(objective: tk.Objective, config: Config) -> None:
+    """Raises TrapoError for an objective that needs what the trainer does not give to the loss."""
+    if objective.reference_head:
+        raise TrapoError(
+            f"objective.expert: {objective.expert} needs a reference's head, which the trainer does not give"
+        )
+    expert = tk.Objective(expert=objective.expert, expert_coef=objective.expert_coef, policy=None)
+    for name in expert.reads if callable(objective.expert) else expert.needed:
+        if name in ("old_logprobs", "rollout_logprobs"):
+            raise TrapoError(f"objective.expert: needs {name} of expert tokens, which the trainer does not have")
+    for name, needed_by in objective.needs.items():
+        if name == "rollout_logprobs" and config.rollout.engine == "hf":
+            raise TrapoError(
+                f"objective: {needed_by} needs the engine's log-probabilities, which rollout.engine=hf does not give"
+            )
+        if name == "old_logprobs" and config.train.updates_per_step == 1:
+            raise TrapoError(
+                f"objective: {needed_by} needs old log-probabilities, which there are from train.updates_per_step=2 on"
+            )

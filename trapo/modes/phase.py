@@ -1,0 +1,68 @@
+"""What a run's steps are: phases, one after the other, each with a schedule, an objective and an optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import trapo_kernels as tk
+from trapo.guidance import Schedule
+from trapo.settings.groups import OptimConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of steps with one schedule, one objective and an optimizer that it begins with.
+
+    Its steps are counted from 0 for themselves: problems, random numbers and learning rates are those of a run that is
+    this phase alone and starts from the model that the phase before it left.
+    """
+
+    name: str
+    steps: int
+    schedule: Schedule
+    objective: tk.Objective
+    std: bool  # advantages divided by the group's standard deviation
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    prompts_per_step: int = 8
+    ends_at_plateau: bool = False  # when held-out traces get no likelier, however many of its steps are left
+    overruled: tuple[str, ...] = ()  # a line for each choice of the mode that the configuration changes
+
+    @property
+    def needs_rewards(self) -> bool:
+        """For advantages, or to know who needs guidance."""
+        return "advantages" in self.objective.needs or self.schedule.generates
+
+
+def phase_at(step: int, plan: Sequence[Phase]) -> tuple[Phase, int]:
+    """Returns the phase that a step of the run, counted from 0, belongs to, and the step's number in it."""
+    for phase in plan:
+        if step < phase.steps:
+            return phase, step
+        step -= phase.steps
+    raise AssertionError(f"{step} steps past the last phase's end")
+
+
+def cut_at_plateau(plan: Sequence[Phase], found: Mapping[int, float]) -> list[Phase]:
+    """Returns the plan whose first phase, where it `ends_at_plateau`, ends there.
+
+    found: the negative log-likelihood of held-out traces after so many steps of the run.
+    """
+    first, *others = plan
+    end = plateau(found)
+    if not first.ends_at_plateau or end is None or not 0 < end < first.steps:
+        return list(plan)
+    (rest,) = others
+    cut = dataclasses.replace(rest, steps=rest.steps + first.steps - end)
+    return [dataclasses.replace(first, steps=end, ends_at_plateau=False), cut]
+
+
+def plateau(found: Mapping[int, float], within: int = 3, by: float = 0.02) -> int | None:
+    """Returns the step of the first evaluation at which the best of the last `within` is not lower than the best before
+    them by a share `by` (arXiv 2512.11470: SFT ends where its validation loss is stable or rises); None: not yet."""
+    steps = sorted(found)
+    values = [found[step] for step in steps]
+    for i in range(within, len(steps)):
+        if min(values[i + 1 - within : i + 1]) > (1 - by) * min(values[: i + 1 - within]):
+            return steps[i]
+    return None

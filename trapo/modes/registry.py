@@ -1,0 +1,55 @@
+"""The table of modes: the line above a function puts it in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from trapo.errors import TrapoError
+from trapo.modes.phase import Phase
+
+if TYPE_CHECKING:
+    from trapo.config import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """A way to train: what it does, in one sentence, and what makes a configuration's phases of it."""
+
+    name: str
+    doc: str
+    phases: Callable[[Config], list[Phase]]
+    check: Callable[[Config], None]  # raises TrapoError, in one line, for keys that do not go with the mode
+
+
+MODES: dict[str, Mode] = {}
+Phases = TypeVar("Phases", bound=Callable[..., "list[Phase]"])
+
+
+def phases(config: Config) -> list[Phase]:
+    """The phases of a run, in order; their steps add up to train.steps."""
+    return MODES[config.mode].phases(config)
+
+
+def check_mode(config: Config) -> None:
+    """Raises TrapoError, in one line, for keys that do not go with the mode."""
+    MODES[config.mode].check(config)
+
+
+def has_no_sft_steps(config: Config) -> None:
+    """Raises TrapoError for keys of an SFT phase in a mode without one."""
+    given = {"train.sft_steps": config.train.sft_steps, **{f"sft.{k}": v for k, v in vars(config.sft).items()}}
+    for name, value in given.items():
+        if value is not None:
+            raise TrapoError(f"{name}: only mode sft_then_rl has SFT steps; got mode {config.mode}")
+
+
+def mode(doc: str, check: Callable[[Config], None] = has_no_sft_steps) -> Callable[[Phases], Phases]:
+    """Puts the function below it into MODES, under its name."""
+
+    def register(function: Phases) -> Phases:
+        MODES[function.__name__] = Mode(function.__name__, doc, function, check)
+        return function
+
+    return register
