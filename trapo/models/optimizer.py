@@ -69,7 +69,7 @@ class Schedule:
         return self.scheduler.state_dict()
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Take over the state of a run that goes on; where there are more steps now, the next step's rate is that of the
+        """Take over the state of a run that goes on; of more steps than there were, the next step's rate is that of the
         longer schedule."""
         self.scheduler.load_state_dict(state)
         factor = lr_factor(self.scheduler.last_epoch, self.optim, self.steps)
