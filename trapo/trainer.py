@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trapo.config import Config
+from trapo.config import Config, default_tree
 from trapo.data.encode import EncodedProblem, decode_text
 from trapo.data.sampling import (
     derive_seed,
@@ -57,7 +57,8 @@ from trapo.runs.saving import Saver
 from trapo.runs.skips import SkipLimit
 from trapo.runs.stopping import Stopped, StopSignal
 from trapo.settings.objective import own_terms
-from trapo.settings.text import tree_of
+from trapo.settings.text import flat, tree_of
+from trapo.settings.unused import unused
 from trapo.tools.timing import StepTimer
 
 
@@ -141,6 +142,10 @@ def _train(
     log = functools.partial(console.print, markup=False, highlight=False)
     for line in dict.fromkeys(line for phase in plan for line in phase.overruled):
         log(line)
+    schedules = [phase.schedule for phase in plan]
+    objectives = [phase.objective for phase in plan]
+    if warning := unused(flat(settings), flat(default_tree()), objectives, schedules, config.mode):
+        log(warning)
     resume_from = ranks.once(lambda: run_dir.look(settings, restart_finished=restart_finished, log=log))
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
