@@ -7,6 +7,7 @@ alone (`if TYPE_CHECKING:`) does not count.
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -152,4 +153,49 @@ def test_an_adapter_needs_its_framework_and_nothing_else(adapter: str) -> None:
 
 def test_every_adapter_is_on_the_list() -> None:
     folder = ROOT / "trapo_kernels" / "integrations"
-    assert {path.stem for path in folder.glob("*.py")} - {"__init__"} == set(ADAPTERS)
+    names = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
+    assert names - {"__init__"} == set(ADAPTERS)
+
+
+# What nothing but the trainer, or one framework, may bring in.
+ELSEWHERE = {"pebble", "omegaconf", "math_verify", "typer", "matplotlib", "plotly", "gguf", "liger_kernel", "trapo"}
+ELSEWHERE |= {"cut_cross_entropy", "trl", "verl", "peft", "datasets", "transformers", "accelerate", "pyarrow"}
+# What a framework imports itself.
+BROUGHT = {"transformers": {"accelerate", "peft", "pyarrow"}, "verl": {"omegaconf", "pyarrow", "peft", "accelerate"}}
+BROUGHT["trl"] = {*BROUGHT["transformers"], "datasets", "matplotlib", "liger_kernel"}
+
+IMPORTS_WITH_LITTLE_ELSE = """
+import importlib, importlib.util, sys
+class Blocked:
+    names = ()
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in self.names:
+            raise ImportError("blocked: " + name)
+stages = {stages!r}
+stages = [each for each in stages if all(importlib.util.find_spec(name) for name in each[0])]
+sys.meta_path.insert(0, Blocked())
+for frameworks, blocked, adapters in stages:
+    Blocked.names = blocked
+    for adapter in adapters:
+        importlib.import_module("trapo_kernels.integrations." + adapter)
+        print(adapter)
+"""
+
+
+def test_an_adapter_is_imported_where_little_else_is_installed() -> None:
+    """In one fresh interpreter, those of fewest frameworks first: an import of anything else fails."""
+    stages = []
+    for frameworks in ([], ["transformers"], ["transformers", "trl"], ["verl"]):
+        names = [name for name, needed in ADAPTERS.items() if needed == set(frameworks)]
+        allowed = set(frameworks).union(*(BROUGHT[name] for name in frameworks))
+        stages.append((frameworks, sorted(ELSEWHERE - allowed), names))
+    assert sum(len(names) for *_, names in stages) == len(ADAPTERS)
+    command = [sys.executable, "-W", "ignore", "-c", IMPORTS_WITH_LITTLE_ELSE.format(stages=stages)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert {"liger", "prime_rl"} <= set(done.stdout.split())
+
+
+def test_guided_rollouts_for_trl_need_no_part_of_the_command_line() -> None:
+    """TrapoGRPOTrainer is in `trapo`, but imports neither its configuration nor its rewards."""
+    assert needed("trapo.integrations.trl") <= {"trl", "transformers", "trapo"}

@@ -5,8 +5,8 @@
     TrapoGRPOTrainer(model, reward_funcs, args=GRPOConfig(num_generations=8, loss_type="dapo", ...),
                      train_dataset=dataset, guidance="paper").train()      # dataset columns: prompt, trace
 
-Without `guidance` it is GRPOTrainer, with the same metrics. The loss is trapo_kernels/integrations/trl.py's; here are
-the rollouts.
+Without `guidance` it is GRPOTrainer, with the same metrics. The loss is trapo_kernels/integrations/trl/'s; here are the
+rollouts.
 """
 
 from __future__ import annotations

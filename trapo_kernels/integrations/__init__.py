@@ -1,8 +1,8 @@
 """Adapters: the losses of this package inside other people's trainers.
 
     transformers.py   patch_causal_lm_loss: HF Trainer with a fused SFT, TrSFT or DFT loss
-    trl.py            FusedGRPOTrainer: GRPO with the fused loss; TrapoGRPOTrainer, which adds expert prefixes, lives in
-                      trapo/integrations/, and can be imported from here
+    trl/              fuse(trainer): SFT, DPO, KTO, RLOO, GRPO, distillation; FusedGRPOTrainer; TrapoGRPOTrainer, which
+                      adds expert prefixes, lives in trapo/integrations/, and can be imported from here
     liger.py          FusedLinearGRPOLoss: Liger's GRPO head, and what that one refuses; grpo_terms.py has its formulas
     verl.py           an actor loss with an expert mask, in verl's registry; verl's fused head
     prime_rl.py       a loss from log-probabilities, for an import path

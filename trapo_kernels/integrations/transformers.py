@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -114,9 +115,8 @@ class PatchedForward:
         """Calls the forward that was patched."""
         return self._stock(**kwargs)
 
-    def hidden_states(self, kwargs: dict[str, Any]) -> tuple[Tensor, LinearHead, Any]:
-        """Returns (what the head is applied to [B, T, D], the head, both in the dtype of the product; the stock
-        outputs).
+    def hidden_states(self, kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """Returns (what the head is applied to [B, T, D], the stock outputs).
 
         The first call asks for the logits of a few positions, to check the head, the others for none.
         """
@@ -130,25 +130,47 @@ class PatchedForward:
         finally:
             self._capturing = False
         assert hidden is not None  # the hook ran
-        head = linear_head(self.model)
-        whole = head.cast(hidden) if self.follows_autocast and not self._checked else head
-        if self.follows_autocast:
-            hidden, head = head.with_hidden(hidden)
-        else:
-            hidden = hidden.to(head.weight.dtype)
         if not self._checked:
-            self._check(whole, hidden[:, : len(keep)].detach(), outputs.logits.detach())
+            some = hidden[:, : len(keep)].detach()
+            self.in_head(some, lambda hidden, _: self._check(hidden, outputs.logits.detach()), cast=False)
             self._checked = True
-            found = linear_head(self.model)
-            head = head._replace(softcap=found.softcap, logit_scale=found.logit_scale)
-        return hidden, head, outputs
+        return hidden.to(self.model.get_output_embeddings().weight.device), outputs
+
+    def in_head(self, hidden: Tensor, compute: Callable[[Tensor, LinearHead], Any], cast: bool = True) -> Any:
+        """Returns compute(hidden states, head), both in the dtype of the product unless `cast` is False.
+
+        Where the head's module has hooks (FSDP2, ZeRO-3, offloading), it runs as that module's forward: only inside of
+        it are the parameters whole, and only what goes through it has them gathered again for its backward.
+        """
+
+        def forward(hidden: Tensor) -> Any:
+            head = linear_head(self.model)
+            if cast and self.follows_autocast:
+                hidden, head = head.with_hidden(hidden)
+            elif cast:
+                hidden = hidden.to(head.weight.dtype)
+            return compute(hidden, head)
+
+        module: Any = self.model.get_output_embeddings()
+        if not (module._forward_pre_hooks or module._forward_hooks):
+            return forward(hidden)
+        before = module.__dict__.get("forward")
+        module.forward = forward
+        try:
+            return module(hidden)
+        finally:
+            del module.forward
+            if before is not None:
+                module.forward = before
 
     def _capture(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._capturing:
             self._hidden = output[0]
 
-    def _check(self, head: LinearHead, hidden: Tensor, expected: Tensor) -> None:
-        error = fit_head(self.model, head, hidden, expected)
+    def _check(self, hidden: Tensor, expected: Tensor) -> None:
+        head = linear_head(self.model)
+        head = head.cast(hidden) if self.follows_autocast else head
+        error = fit_head(self.model, head, hidden.to(head.weight.dtype), expected)
         if not error <= tolerance(head.weight.dtype):
             raise ValueError(
                 f"{type(self).__name__}: model must have a head with bias, logit scale and soft-cap alone; got "
@@ -175,8 +197,9 @@ class PatchedLoss(PatchedForward):
             return self.stock(kwargs)
         count, as_tuple = kwargs.get("num_items_in_batch"), kwargs.get("return_dict") is False
         dropped = ("shift_labels", "num_items_in_batch", "return_dict")
-        hidden, head, outputs = self.hidden_states({k: v for k, v in kwargs.items() if k not in dropped})
-        loss = self._loss(hidden, head, targets.to(hidden.device), count)
+        hidden, outputs = self.hidden_states({k: v for k, v in kwargs.items() if k not in dropped})
+        targets = targets.to(hidden.device)
+        loss = self.in_head(hidden, lambda hidden, head: self._loss(hidden, head, targets, count))
         if getattr(outputs, "aux_loss", None) is not None:
             loss = loss + self.model.router_aux_loss_coef * outputs.aux_loss.to(loss.device)
         outputs = type(outputs)(**{**outputs, "loss": loss, "logits": None})

@@ -1,4 +1,4 @@
-"""TRL: GRPOTrainer with the fused loss.
+"""GRPOTrainer with the fused loss, and with expert tokens.
 
     from trapo_kernels.integrations.trl import FusedGRPOTrainer
 
@@ -23,60 +23,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from trl import GRPOTrainer
-from trl.trainer.utils import FusedCausalLMOutput
 
-from ..functional import PolicyLoss, linear_logprobs, linear_policy_loss, policy_loss_from_logprobs
-from ..objective import Objective
-from ..ratios import outside_clip
-from .grpo_terms import two_pass_masks, two_pass_reason
-from .transformers import IGNORED, LinearHead, PatchedForward
+from ...functional import PolicyLoss, linear_policy_loss, policy_loss_from_logprobs
+from ...objective import Objective
+from ...ratios import outside_clip
+from ..transformers import LinearHead
+from .head import FusedHead
+from .settings import objective_of, per_token, reduction_of, token_normalizer, why_two_passes
 
 __all__ = ["FusedGRPOTrainer"]
 
 TOKEN_LOSSES = ("bnpo", "dr_grpo", "dapo")  # one normalizer for every token
-
-
-def __getattr__(name: str) -> Any:
-    """`TrapoGRPOTrainer`, where it is asked for."""
-    if name == "TrapoGRPOTrainer":
-        from trapo.integrations.trl import TrapoGRPOTrainer
-
-        return TrapoGRPOTrainer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-class FusedHead(PatchedForward):
-    """TRL's `model(..., labels=labels, fused_lm_head=True)`, computed here; and `model(..., fused_loss=fn)`."""
-
-    def __init__(self, model: Any, temperature: float, entropy: bool, float32: bool, backend: str | None) -> None:
-        super().__init__(model)
-        self.follows_autocast = not float32
-        self.temperature, self.entropy, self.backend = temperature, entropy, backend
-
-    def forward(self, kwargs: dict[str, Any]) -> Any:
-        fused_loss, wanted = kwargs.pop("fused_loss", None), kwargs.pop("fused_lm_head", False)
-        if fused_loss is None and not wanted:
-            return self.stock(kwargs)
-        labels, targets = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
-        count = kwargs.pop("num_items_in_batch", None)
-        hidden, head, outputs = self.hidden_states({**kwargs, "use_cache": False})
-        aux_loss = getattr(outputs, "aux_loss", None)
-        if fused_loss is not None:
-            out = fused_loss(hidden, head)
-            return FusedCausalLMOutput(loss=out.loss, log_probs=out.logprobs, entropy=out.entropy, aux_loss=aux_loss)
-        shifted = targets is not None
-        if targets is None:
-            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        logprobs, entropy = linear_logprobs(
-            hidden, head.weight, targets, temperature=self.temperature, entropy=self.entropy, ignore_index=IGNORED,
-            backend=self.backend, **head.options,
-        )  # fmt: skip
-        mask = targets != IGNORED
-        if not shifted:
-            mask, logprobs = mask[:, :-1], logprobs[:, :-1]
-            entropy = None if entropy is None else entropy[:, :-1]
-        loss = -logprobs.sum() / (mask.sum().clamp(min=1) if count is None else count)
-        return FusedCausalLMOutput(loss=loss, log_probs=logprobs, entropy=entropy, label_mask=mask, aux_loss=aux_loss)
 
 
 class FusedGRPOTrainer(GRPOTrainer):
@@ -104,16 +61,13 @@ class FusedGRPOTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         self.backend = backend
         self._own_objective = objective is not None
-        self.objective = objective or self._objective_of_args()
+        self.objective = objective or objective_of(self, "trsft" if self.guided else None)
         self._check_settings()
         self.loss_path = self._loss_path()
-        self._fused_heads = [
-            FusedHead(
-                self.accelerator.unwrap_model(model), self.temperature, entropy, self.args.cast_lm_head_to_fp32, backend
-            )
-            for model, entropy in ((self._base_model(), True), (self.ref_model, False))
-            if model is not None
-        ]
+        for model, outputs in ((self._base_model(), ("log_probs", "entropy")), (self.ref_model, ("log_probs",))):
+            if model is not None:
+                model = self.accelerator.unwrap_model(model)
+                FusedHead(model, self.temperature, self.args.cast_lm_head_to_fp32, outputs, backend)
         self._scored: tuple[Tensor, Tensor | None] | None = None
 
     def _base_model(self) -> Any:
@@ -121,18 +75,6 @@ class FusedGRPOTrainer(GRPOTrainer):
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     # What the loss is
-
-    def _objective_of_args(self) -> Objective:
-        a = self.args
-        return Objective(
-            expert="trsft" if self.guided else None,
-            policy="clip",
-            clip_low=self.epsilon_low,
-            clip_high=self.epsilon_high,
-            dual_clip=a.delta if a.delta is not None and a.delta > 1 + self.epsilon_high else None,
-            entropy_coef=a.entropy_coef,
-            kl_coef=self.beta,
-        )
 
     def _check_settings(self) -> None:
         caller, o = type(self).__name__, self.objective
@@ -146,17 +88,7 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     def _loss_path(self) -> str:
         """One pass, or two passes and the reason."""
-        a, reason = self.args, None
-        if not self._own_objective:
-            reason = two_pass_reason(
-                self.loss_type, self.importance_sampling_level, delta=a.delta, epsilon_high=self.epsilon_high,
-                beta=self.beta, use_bias_correction_kl=a.use_bias_correction_kl, entropy=self._entropy_bonus_enabled,
-                expert=self.guided,
-            )  # fmt: skip
-            reason = reason or ("use_adaptive_entropy" if self.use_adaptive_entropy else None)
-        if reason is None:
-            masked = two_pass_masks(self.top_entropy_quantile, self.off_policy_mask_threshold)
-            reason = "images" if self._is_vlm else masked and f"{masked}={getattr(self, masked)}"
+        reason = why_two_passes(self, own_objective=self._own_objective, expert=self.guided)
         if reason is not None and self._own_objective:
             raise ValueError(f"{type(self).__name__}: objective must be None with what takes two passes; got {reason}")
         return "one pass" if reason is None else f"two passes: {reason}"
@@ -188,18 +120,11 @@ class FusedGRPOTrainer(GRPOTrainer):
             kl_coef=0.0,
         )  # fmt: skip
         loss = policy_loss_from_logprobs(
-            logprobs, alone, entropy=entropy, advantages=_per_token(inputs["advantages"], expert), mask=expert,
-            normalizer=self._token_normalizer(inputs),
+            logprobs, alone, entropy=entropy, advantages=per_token(inputs["advantages"], expert), mask=expert,
+            normalizer=token_normalizer(self, inputs),
         ).loss  # fmt: skip
         self._log_expert(logprobs[expert].detach(), loss.detach())
         return loss
-
-    def _token_normalizer(self, inputs: dict[str, Any]) -> Tensor:
-        """TRL's for "dapo": tokens of the accumulation window, per process."""
-        count = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        if self.model.training:
-            count = count * self.current_gradient_accumulation_steps / self.args.steps_per_generation
-        return count
 
     def _one_pass_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         prompt_length = inputs["prompt_ids"].shape[1]
@@ -208,9 +133,12 @@ class FusedGRPOTrainer(GRPOTrainer):
         if "tool_mask" in inputs:
             mask = mask & inputs["tool_mask"].bool()
         expert = inputs.get("expert_mask")
-        (weights, normalizer), objective = self._weights(inputs, mask), self.objective
+        objective = self.objective
+        weights, normalizer = reduction_of(
+            self, inputs, mask, own_objective=self._own_objective, expert=self.guided
+        )  # fmt: skip
         given = {
-            "advantages": _per_token(inputs["advantages"], mask), "policy_weights": weights, "expert_mask": expert,
+            "advantages": per_token(inputs["advantages"], mask), "policy_weights": weights, "expert_mask": expert,
             "mask": mask,
             "old_logprobs": inputs.get("old_per_token_logps"), "ref_logprobs": inputs.get("ref_per_token_logps"),
         }  # fmt: skip
@@ -222,13 +150,13 @@ class FusedGRPOTrainer(GRPOTrainer):
         targets = F.pad(input_ids[:, 1:], (0, 1))
         found: list[PolicyLoss] = []
 
-        def fused_loss(hidden: Tensor, head: LinearHead) -> PolicyLoss:
+        def fused_loss(hidden: Tensor, head: LinearHead) -> tuple[Tensor, Tensor, Tensor]:
             out = linear_policy_loss(
                 hidden, head.weight, targets, objective, normalizer=normalizer, temperature=self.temperature,
                 backend=self.backend, **given, **head.options,
             )  # fmt: skip
             found.append(out)
-            return out
+            return out.loss, out.logprobs, out.entropy
 
         extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
@@ -240,33 +168,6 @@ class FusedGRPOTrainer(GRPOTrainer):
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         self._log_one_pass(inputs, found[0], mask)
         return loss
-
-    def _weights(self, inputs: dict[str, Any], mask: Tensor) -> tuple[Tensor | None, Tensor]:
-        """(weights of the policy term [B, C] or None, normalizer) that give TRL's reduction.
-
-        TRL weighs the policy term alone by its weight of a sequence, by its importance ratio between engine and
-        trainer, and by the ratio of its normalizer to that of the entropy bonus.
-        """
-        steps = self.current_gradient_accumulation_steps if self.model.training else 1.0
-        tokens = mask.sum().clamp(min=1).float()
-        if self.loss_type == "dapo":
-            normalizer = self._token_normalizer(inputs).float()
-        elif self.loss_type == "dr_grpo":
-            count = float(mask.shape[0] * self.max_completion_length * steps)
-            normalizer = torch.full((), count, dtype=torch.float32, device=mask.device)
-        else:
-            normalizer = tokens * steps
-        if self._own_objective:
-            return None, normalizer
-        weights = None
-        if self.loss_type == "grpo":
-            weights = tokens / mask.shape[0] / mask.sum(-1, keepdim=True).clamp(min=1)
-        elif self._entropy_bonus_enabled and not self.guided:
-            weights, normalizer = tokens * steps / normalizer, tokens * steps
-        if self.use_vllm and self.vllm_importance_sampling_correction:
-            ratio = inputs["importance_sampling_ratio"]  # 1 on expert tokens
-            weights = ratio if weights is None else weights * ratio
-        return None if weights is None else weights.expand(mask.shape), normalizer
 
     # Metrics, by TRL's names
 
@@ -291,7 +192,7 @@ class FusedGRPOTrainer(GRPOTrainer):
             log["kl"].append(self._mean(torch.exp(ref - logprobs) - (ref - logprobs) - 1, own))
         log["entropy"].append(self._mean(entropy, own))
         old = inputs.get("old_per_token_logps", logprobs)
-        self._log_clipping(log, torch.exp(logprobs - old), _per_token(inputs["advantages"], own), own)
+        self._log_clipping(log, torch.exp(logprobs - old), per_token(inputs["advantages"], own), own)
         if expert is not None:
             self._log_expert(logprobs[mask & expert], out.metrics["loss_expert"])
 
@@ -320,11 +221,6 @@ class FusedGRPOTrainer(GRPOTrainer):
         sums = torch.stack([(values * mask).sum(), mask.sum().float()])
         total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         return total / max(count, 1.0)
-
-
-def _per_token(advantages: Tensor, like: Tensor) -> Tensor:
-    """Advantages [B] or [B, C] as [B, C]."""
-    return (advantages[:, None] if advantages.ndim == 1 else advantages).expand(like.shape).float()
 
 
 def _nan_extreme(values: Tensor, extreme: Callable[[Tensor], Tensor]) -> float:

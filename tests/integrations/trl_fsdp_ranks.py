@@ -1,0 +1,50 @@
+"""Run by test_trl_fuse.py under torchrun: TRL's fused head, computed here, under FSDP2 on two ranks against one."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trapo_kernels import Objective
+from trapo_kernels.foreseen import Foreseen
+from trapo_kernels.integrations.trl import FusedHead
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    ids = torch.randint(0, 101, (4, 13), generator=torch.Generator().manual_seed(1))
+    mine = ids[2 * dist.get_rank() :][:2]
+    for foreseen in (True, False):
+        for shard_head in (True, False):  # a group of its own, or the root's
+            torch.manual_seed(0)
+            config = LlamaConfig(
+                vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, tie_word_embeddings=False,
+            )  # fmt: skip
+            whole = LlamaForCausalLM(config).train()
+            sharded = copy.deepcopy(whole)
+            head = FusedHead(sharded, outputs=("log_probs", "entropy"))
+            if foreseen:
+                head.foresee = lambda _: Foreseen(Objective.sft(), missed=lambda: sys.exit("missed"))
+            for module in (*sharded.model.layers, *([sharded.lm_head] if shard_head else []), sharded):
+                fully_shard(module, mesh=mesh)
+            whole(input_ids=ids, labels=ids).loss.backward()
+            for _ in range(2):
+                sharded.zero_grad()
+                out = sharded(input_ids=mine, labels=mine, fused_lm_head=True)
+                (-out.log_probs.sum() / 24).backward()
+            for (name, p), q in zip(sharded.named_parameters(), whole.parameters(), strict=True):
+                error = (p.grad.full_tensor() - q.grad).abs().max()
+                assert error <= 1e-5 * q.grad.abs().max(), (foreseen, shard_head, name, float(error))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
