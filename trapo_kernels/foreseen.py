@@ -120,7 +120,8 @@ def _batch(caller: str, call: Call, targets: Tensor, foreseen: Foreseen, statist
         raise TypeError(f"{caller}: foreseen.inputs must be among {', '.join(FLOATS + MASKS)}; got {', '.join(inputs)}")
     return make_batch(
         caller, objective, targets, call.head, vocab=call.columns, dtype=call.stats_dtype, skip_inactive=False,
-        normalizer=1.0, floats=floats, masks={**masks, "mask": None}, sequence_ids=None, statistics=statistics,
+        divisors={"normalizer": 1.0, "expert_normalizer": None}, floats=floats, masks={**masks, "mask": None},
+        sequence_ids=None, statistics=statistics,
     )  # fmt: skip
 
 
