@@ -1,1 +1,1 @@
-"""A thin TRAPO trainer on top of trapo_kernels."""
+"""This package is a thin TRAPO trainer on top of trapo_kernels."""

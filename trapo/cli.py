@@ -1,4 +1,4 @@
-"""`trapo train|eval|grade|plan|compare|report|config|presets|doctor`: the command line. Heavy imports wait until a
+"""The command line is `trapo train|eval|grade|plan|compare|report|config|presets|doctor`. Heavy imports wait until a
 command needs them, so that --help and the reward workers, which import this module again, start fast."""
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def evaluate(config: ConfigArgument, overrides: Overrides = None) -> None:
 
 
 def eval_job(settings: Config) -> EvalJob:
-    """What an evaluation needs of a configuration."""
+    """Returns what an evaluation needs of a configuration."""
     from trapo.evaluation.evaluate import EvalJob
 
     return EvalJob(
@@ -152,7 +152,7 @@ def compare(
     second: Annotated[Path, typer.Argument(metavar="B", help="another one, over the same problems")],
     out: Annotated[Path | None, typer.Option(help="also write the numbers to this JSON file")] = None,
 ) -> None:
-    """Paired test of two evaluations: B minus A, problem by problem."""
+    """Test two evaluations, paired: B minus A, problem by problem."""
     from trapo.evaluation import compare as comparison
     from trapo.tools.files import write_json
 
@@ -196,7 +196,7 @@ def plan(
         int | None, typer.Option(min=1, help="assume responses of this length instead of the limit")
     ] = None,
 ) -> None:
-    """Shapes, memory by part and FLOPs of a configuration, by arithmetic: needs no GPU and no weights."""
+    """Print shapes, memory by part and FLOPs of a configuration, by arithmetic: that needs no GPU and no weights."""
     from trapo.config import load_config
 
     settings = load_config(config, overrides or [])
@@ -208,7 +208,7 @@ def plan(
 
 
 def plan_of(settings: Config, ranks: int, response_tokens: int | None = None) -> Plan:
-    """What a configuration needs. response_tokens: of every rollout, in place of the limit."""
+    """Returns what a configuration needs. response_tokens: of every rollout, in place of the limit."""
     from trapo.models.plan import StepTokens, make_plan
     from trapo.modes import phases
 
@@ -286,11 +286,11 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
     ] = False,
 ) -> None:
-    """TRAPO: SFT on expert prefixes inside a trust region, RL on the model's own continuation."""
+    """Train with TRAPO: SFT on expert prefixes inside a trust region, RL on the model's own continuation."""
 
 
 def main() -> None:
-    """Entry point: errors of the user's are one line on stderr and exit code 2."""
+    """Runs the command line: errors of the user's are one line on stderr and exit code 2."""
     replace_what_cannot_be_shown()
     # Progress bars would break the live display. Both are read when torch or transformers is imported.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -313,7 +313,7 @@ def _console() -> Console:
 
 
 def _quiet_transformers() -> None:
-    """Its progress bars would break the live display; its warnings stay."""
+    """Turns transformers' progress bars off, which would break the live display; its warnings stay."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

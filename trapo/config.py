@@ -1,4 +1,4 @@
-"""The run's configuration: a typed dataclass tree, read from YAML, changed by `key=value` overrides.
+"""The run's configuration is a typed dataclass tree, read from YAML, changed by `key=value` overrides.
 
 The keys stand in settings/groups.py, each with its default, one sentence and what it accepts. OmegaConf does the
 merging and the type checks. Unknown keys are refused with the name that was probably meant, because a silently ignored
@@ -55,7 +55,7 @@ PRESETS = Path(__file__).parent / "presets"
 
 @dataclasses.dataclass
 class Config:
-    """All keys of a run. Parts of the trainer take the groups that they need, never the whole."""
+    """Holds all keys of a run. Parts of the trainer take the groups that they need, never the whole."""
 
     mode: str = key("trapo", "The way to train (`trapo config` and docs/config.md say what each is).", choices=MODES)
     seed: int = key(0, "All random numbers of the run follow from it.", least=0)
@@ -82,7 +82,8 @@ def preset_names() -> list[str]:
 
 
 def find_config(name: str) -> Path:
-    """A file if there is one; else the installed preset of that name (`demo`, `presets/demo.yaml`)."""
+    """Returns a file if there is one of this name; else the installed preset of that name (`demo`,
+    `presets/demo.yaml`)."""
     path = Path(name)
     if path.is_file():
         return path
@@ -104,7 +105,7 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def merge_config(base: DictConfig | Mapping[str, Any], overrides: Iterable[str] = ()) -> Config:
-    """Configuration from a mapping and `key=value` overrides; the checks of `load_config`."""
+    """Makes a configuration of a mapping and `key=value` overrides; the checks of `load_config`."""
     try:
         # By value, so that expressions stay what they are.
         tree = OmegaConf.to_container(OmegaConf.create(base if isinstance(base, DictConfig) else dict(base)))
@@ -135,17 +136,17 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def load_tree(path: Path) -> Tree:
-    """A saved configuration, checked, as nested dicts: what a run's folder compares and writes."""
+    """Returns a saved configuration, checked, as nested dicts: what a run's folder compares and writes."""
     return tree_of(load_config(path))
 
 
 def default_tree() -> Tree:
-    """Every key's default, as nested dicts."""
+    """Returns every key's default, as nested dicts."""
     return tree_of(Config())
 
 
 def changed_keys(old: Config | Tree, new: Config | Tree) -> list[str]:
-    """Dotted names of the keys in which two configurations, or their trees, differ."""
+    """Returns the dotted names of the keys in which two configurations, or their trees, differ."""
     a, b = flat(tree_of(old)), flat(tree_of(new))
     return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
 

@@ -1,8 +1,9 @@
-"""The one exception that the command line prints as a single line instead of a traceback, and how others become one."""
+"""This file has the one exception that the command line prints as a single line instead of a traceback, and says how
+others become one."""
 
 
 class TrapoError(ValueError):
-    """Bad input from the user: the message names the argument, what was got and what is accepted."""
+    """Says that the user's input is bad: the message names the argument, what was got and what is accepted."""
 
 
 def words_of(error: BaseException, longest: int | None = None) -> str:

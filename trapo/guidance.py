@@ -1,4 +1,4 @@
-"""When a rollout gets an expert prefix, and how much of it: TRAPO's micro-groups as pure functions.
+"""This file decides when a rollout gets an expert prefix, and how much of it: TRAPO's micro-groups as pure functions.
 
 The rollouts of one prompt are drawn in micro-groups, one after the other. A micro-group is guided, that is, its
 rollouts continue a prefix of an expert trace, while the mean reward of all earlier rollouts of that prompt is below
@@ -27,7 +27,7 @@ class MicroGroup:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """One prompt's rollouts, in the order in which they are drawn."""
+    """Holds the micro-groups of one prompt, in the order in which they are drawn."""
 
     micro_groups: tuple[MicroGroup, ...]
     cut: str = "token"  # token: int(len * ratio); blank_line: at the next step of the trace, if one is near
@@ -51,12 +51,12 @@ class Schedule:
 
     @property
     def guides(self) -> bool:
-        """Whether any rollout can get an expert prefix."""
+        """Returns whether any rollout can get an expert prefix."""
         return any(g.ratio > 0 and g.threshold > NEVER for g in self.micro_groups)
 
     @property
     def generates(self) -> bool:
-        """Whether any rollout can have tokens of the model's own."""
+        """Returns whether any rollout can have tokens of the model's own."""
         return any(g.ratio < 1 or g.threshold < ALWAYS for g in self.micro_groups)
 
 
@@ -89,11 +89,11 @@ PRESETS = {"paper": PAPER, "official": OFFICIAL}
 
 
 class Prompt(Protocol):
-    """A prompt that can be guided."""
+    """Is a prompt that can be guided."""
 
     @property
     def traces(self) -> Sequence[Any]:
-        """Its expert traces, each with `token_ids`."""
+        """Returns its expert traces, each with `token_ids`."""
         ...
 
     def prefix(self, schedule: Schedule, micro_group: int, rng: random.Random) -> tuple[int, ...]:
@@ -103,7 +103,7 @@ class Prompt(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Opening:
-    """How a rollout begins, before anything is generated."""
+    """Says how a rollout begins, before anything is generated."""
 
     prompt: int  # which one of the batch
     ratio: float  # of the expert trace that is given; 0: unguided

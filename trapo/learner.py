@@ -1,4 +1,4 @@
-"""One update: hidden states of the rollouts -> fused loss -> optimizer step.
+"""The learner makes one update: hidden states of the rollouts -> fused loss -> optimizer step.
 
 Every micro-batch divides by the same denominator, that of the whole batch, so how rollouts are cut into micro-batches,
 and which rank computes which, does not change the update.
@@ -50,7 +50,7 @@ from trapo_kernels.integrations.transformers import LinearHead
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """What one call of `Learner.update` did."""
+    """Says what one call of `Learner.update` did."""
 
     metrics: dict[str, float | None]  # of trapo_kernels, over the rollouts that were not skipped; None: not finite
     optimizer_steps: int
@@ -127,7 +127,7 @@ class Learner:
 
     @property
     def packed(self) -> bool:
-        """Whether micro-batches are rows of concatenated sequences."""
+        """Returns whether micro-batches are rows of concatenated sequences."""
         return self.layout is not None
 
     @property
@@ -137,7 +137,8 @@ class Learner:
     def update(
         self, rollouts: Sequence[Rollout], objective: tk.Objective, *, seed: int, timer: StepTimer | None = None
     ) -> Update:
-        """`train.updates_per_step` optimizer steps on the rollouts, then one step of the learning-rate schedule."""
+        """Makes `train.updates_per_step` optimizer steps on the rollouts, then one step of the learning-rate
+        schedule."""
         timer, train, limit = timer or StepTimer(), self.train, self.max_response_tokens
         minibatches = self._minibatches(rollouts, seed)
         compared = self._set_logprobs(rollouts, objective, updates=len(minibatches), timer=timer)
@@ -167,7 +168,7 @@ class Learner:
         return Update(merged, steps, skipped, norm, tokens, histogram)
 
     def own_logprobs(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
-        """What the model gives each rollout's own tokens, [tokens] each, at the rollouts' temperature."""
+        """Returns what the model gives each rollout's own tokens, [tokens] each, at the rollouts' temperature."""
         found = self._logprobs(self.model, rollouts)
         return [row[len(row) - len(r.own_ids) :] for r, row in zip(rollouts, found, strict=True)]
 
@@ -194,12 +195,13 @@ class Learner:
         return compared
 
     def state_dict(self) -> dict[str, object]:
-        """Of a sharded model without the optimizer's: see sharding.save_shards."""
+        """Returns the state of optimizer and schedule; of a sharded model without the optimizer's: see
+        sharding.save_shards."""
         optimizer = {} if is_sharded(self.model) else {"optimizer": self.optimizer.state_dict()}
         return {**optimizer, "scheduler": self.schedule.state_dict()}
 
     def load_state_dict(self, state: dict, shards: Path | None = None) -> None:
-        """shards: where the optimizer's state is, if it was a sharded model's."""
+        """Takes over what `state_dict` gave. shards: where the optimizer's state is, if it was a sharded model's."""
         if shards is not None:
             load_shards(shards, self.model, self.optimizer)
         else:
@@ -217,12 +219,13 @@ class Learner:
         return [shuffled[i::count] for i in range(count)]
 
     def _micro_batches(self, rollouts: Sequence[Rollout]) -> list[Group]:
-        """This rank's."""
+        """Returns this rank's micro-batches."""
         made = groups(rollouts, self.train.micro_batch_tokens, self.packed, self._costs(rollouts))
         return self.ranks.deal(made, Group())
 
     def _costs(self, rollouts: Sequence[Rollout]) -> prefix_tree.Costs | None:
-        """Of sharing the rollouts' beginnings; None where the model cannot, or its layers see less than a rollout."""
+        """Returns what sharing the rollouts' beginnings costs; None where the model cannot, or its layers see less than
+        a rollout."""
         longest = max((len(r) for r in rollouts), default=0)
         return self.costs if longest <= prefix_tree.window(self.model) else None
 
@@ -237,14 +240,14 @@ class Learner:
         return collate(rollouts, self.pad_id, self.model.device)
 
     def _hidden_states(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-        """[B, T, D] beside the batch's targets, what the head would be applied to."""
+        """Returns [B, T, D] beside the batch's targets, what the head would be applied to."""
         if batch.sight is not None and batch.position_ids is not None and batch.places is not None:
             return agreement.tree_states(model, batch.input_ids, batch.position_ids, batch.sight, batch.places)[None]
         told = {name: value for name, value in batch.layout.items() if name in (self.layout or ())}
         return agreement.hidden_states(model, batch.input_ids, **told)
 
     def _loss(self, group: Group, objective: tk.Objective, by: Divisors, compared: Sequence[str]) -> tk.PolicyLoss:
-        """The loss of a micro-batch. compared: the rollouts' fields of log-probabilities that it needs."""
+        """Returns the loss of a micro-batch. compared: the rollouts' fields of log-probabilities that it needs."""
         batch = self._batch(group)
         values = {name: [target_logprobs(r, name) for r in group.rollouts] for name in compared}
         others: dict[str, Any] = {name: batch.spread(rows or [None]) for name, rows in values.items()}
@@ -273,7 +276,7 @@ class Learner:
 
     @torch.no_grad()
     def _logprobs(self, model: PreTrainedModel, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
-        """Logprobs [len − 1] of each rollout's targets."""
+        """Returns logprobs [len − 1] of each rollout's targets."""
         place = {id(rollout): i for i, rollout in enumerate(rollouts)}
         found: list[tuple[int, torch.Tensor]] = []
         for group in self._micro_batches(rollouts):
@@ -287,14 +290,15 @@ class Learner:
         return [row for _, row in sorted(found, key=lambda pair: pair[0])]
 
     def _batch_logprobs(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-        """[B, T]; 0 outside the loss."""
+        """Returns [B, T]; 0 outside the loss."""
         hidden, head = self._hidden_and_head(model, batch)
         targets = batch.targets.masked_fill(~batch.mask, -100)
         temperature = self.temperature
         return tk.linear_logprobs(hidden, head.weight, targets, temperature=temperature, **head.options).logprobs
 
     def _hidden_and_head(self, model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, LinearHead]:
-        """Hidden states in the dtype of train.precision, in which the loss multiplies them with the head."""
+        """Returns the hidden states in the dtype of train.precision, in which the loss multiplies them with the
+        head."""
         with compute_in(self.precision, model):
             return head_of(model).with_hidden(self._hidden_states(model, batch))
 
@@ -313,6 +317,7 @@ class Learner:
 
 
 def is_packed(model: PreTrainedModel, packing: str) -> bool:
-    """train.packing; `auto` packs where attention is varlen: a block mask's squares cost more than padding does."""
+    """Returns what train.packing says of a model; `auto` packs where attention is varlen: a block mask's squares cost
+    more than padding does."""
     varlen = "flash" in (model.config._attn_implementation or "")
     return {"always": True, "never": False, "auto": varlen}[packing]

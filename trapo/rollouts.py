@@ -1,5 +1,5 @@
-"""The rollouts of one step: drawn micro-group after micro-group, each for the whole batch of prompts at once, and then
-their group-relative advantages."""
+"""This file draws the rollouts of one step, micro-group after micro-group, each for the whole batch of prompts at
+once, and then their group-relative advantages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Scorer = Callable[[Sequence["Rollout"]], list[Reward]]
 
 @dataclasses.dataclass
 class Rollout:
-    """One response to one prompt: an expert prefix (maybe empty), then the model's own tokens (maybe none)."""
+    """Is one response to one prompt: an expert prefix (maybe empty), then the model's own tokens (maybe none)."""
 
     problem: EncodedProblem
     group: int  # which prompt of the step
@@ -54,7 +54,7 @@ class Rollout:
         return self.prefix_ids + self.own_ids
 
     def __len__(self) -> int:
-        """Tokens of prompt and response."""
+        """Returns the tokens of prompt and response."""
         return len(self.problem.prompt_ids) + len(self.prefix_ids) + len(self.own_ids)
 
 

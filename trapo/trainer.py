@@ -1,4 +1,4 @@
-"""The training loop. SFT, GRPO, SFT -> RL, LUFFY and TRAPO are configurations of it (see modes.py).
+"""The trainer runs the loop. SFT, GRPO, SFT -> RL, LUFFY and TRAPO are configurations of it (see modes.py).
 
 A step: take prompts; draw their rollouts in micro-groups, guided by an expert prefix where the earlier ones failed;
 score; turn rewards into group-relative advantages; one update of the fused loss over expert and own tokens.
@@ -77,7 +77,7 @@ def train_step(
     drawing: AbstractContextManager[None] | None = None,
     drawn: Callable[[list[Rollout]], None] | None = None,
 ) -> tuple[list[Rollout], Update]:
-    """The algorithm: draw the rollouts of these problems, give them advantages, update the model once.
+    """Runs the algorithm once: draw the rollouts of these problems, give them advantages, update the model once.
 
     It returns the rollouts and what the update did. The engine has the old weights still: `engine.sync` is the
     caller's, who may want to look at the new ones first.
@@ -177,7 +177,7 @@ def make_learner(
     reference: PreTrainedModel | None = None,
     ranks: Ranks = ALONE,
 ) -> Learner:
-    """The learner of a configuration, in this phase of it; None: in one that is the whole run."""
+    """Returns the learner of a configuration, in this phase of it; None: in one that is the whole run."""
     return Learner(
         model,
         config.train,
@@ -200,7 +200,8 @@ def _inputs(
     accept_changed: bool,
     log: Callable[[str], None],
 ) -> dict[str, str]:
-    """SHA-256 of the files that the run reads. Raises TrapoError where a run that goes on would read others."""
+    """Returns the SHA-256 of the files that the run reads. Raises TrapoError where a run that goes on would read
+    others."""
     again = (
         resume_from is None or config.lora.rank > 0 or any("ref_logprobs" in phase.objective.needs for phase in plan)
     )
@@ -211,7 +212,7 @@ def _inputs(
 
 
 class Trainer:
-    """All parts of one run, and the loop over its steps."""
+    """Holds all parts of one run, and runs the loop over its steps."""
 
     def __init__(
         self,
@@ -268,7 +269,7 @@ class Trainer:
     def _load_model(
         self, resume_from: Checkpoint | None, log: Callable[[str], None]
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The model to train, that of the checkpoint where the run goes on."""
+        """Returns the model to train, that of the checkpoint where the run goes on."""
         config, source = self.config, self.config.model
         if resume_from is not None:
             source = dataclasses.replace(source, path=str(resume_from.path))
@@ -305,12 +306,12 @@ class Trainer:
 
     @property
     def ratios(self) -> list[float]:
-        """Prefix ratios that a phase can use, for the columns of the display."""
+        """Returns the prefix ratios that a phase can use, for the columns of the display."""
         return sorted({g.ratio for phase in self.phases for g in phase.schedule.micro_groups})
 
     @property
     def seconds(self) -> float:
-        """Wall-clock seconds of the run so far, those before an interruption included."""
+        """Returns the wall-clock seconds of the run so far, those before an interruption included."""
         return self.seconds_before + time.monotonic() - self.started
 
     def run(self, display: Display, loggers: Loggers) -> None:
@@ -349,7 +350,7 @@ class Trainer:
         self._evaluate(display, loggers)
 
     def _place(self) -> tuple[Phase, int]:
-        """The phase of the next step (of the last one, at the end), and the step's number in it."""
+        """Returns the phase of the next step (of the last one, at the end), and the step's number in it."""
         return phase_at(min(self.step, self.config.train.steps - 1), self.phases)
 
     def _begin_phase(self) -> None:
@@ -359,7 +360,7 @@ class Trainer:
             self.learner.begin(phase.optim, phase.steps)
 
     def _cut_plan(self) -> bool:
-        """End an SFT phase that lasts until a plateau, where the evaluations so far show one."""
+        """Ends an SFT phase that lasts until a plateau, where the evaluations so far show one."""
         if not self.phases[0].ends_at_plateau:
             return False
         found = self.ranks.once(lambda: self.run_dir.trace_nlls(self.step))
@@ -367,7 +368,7 @@ class Trainer:
         return not self.phases[0].ends_at_plateau
 
     def _train_step(self, phase: Phase, number: int) -> dict[str, Any]:
-        """The step of this number of a phase; returns its line of metrics.jsonl."""
+        """Makes the step of this number of a phase; returns its line of metrics.jsonl."""
         seed = derive_seed(self.config.seed, "step", number)
         started = time.monotonic()
         lr = self.learner.lr
@@ -394,7 +395,7 @@ class Trainer:
         return row | self.clock.row(rollouts, update, took=took, seconds=self.seconds, steps_left=left)
 
     def _problems(self, phase: Phase, number: int) -> list[EncodedProblem]:
-        """The problems of the step of this number of a phase."""
+        """Returns the problems of the step of this number of a phase."""
         count, config = phase.prompts_per_step, self.config
         some = self.train_set if phase.schedule.generates else self.imitated
         return problems_at(number, some, count, seed=config.seed, shuffle=config.data.shuffle)
@@ -410,12 +411,13 @@ class Trainer:
             self.failures.check([Reward(r.reward, r.status, r.detail) for r in rollouts], f"step {self.step + 1}")
 
     def _check_engine(self, rollouts: Sequence[Rollout]) -> float | None:
-        """Mean difference of the engine's log-probabilities from the learner's; too large a one stops the run."""
+        """Returns the mean difference of the engine's log-probabilities from the learner's; too large a one stops the
+        run."""
         seed = derive_seed(self.config.seed, "guard", self.step)
         return self.guard.check(self.engine, rollouts, self.learner.own_logprobs, seed=seed)
 
     def _evaluate(self, display: Display, loggers: Loggers) -> None:
-        """Held-out accuracy now; left alone when an interrupted run already has it."""
+        """Evaluates now, and shows the held-out accuracy; left alone when an interrupted run already has it."""
         if (result := self.held_out.evaluate(self.step, display.status)) is None:
             return
         loggers.evaluation(self.step, result)

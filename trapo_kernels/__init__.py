@@ -1,4 +1,4 @@
-"""Fused policy losses over huge vocabularies: exact gradients, and never the `[tokens, vocab]` logits.
+"""This package computes policy losses over huge vocabularies: exact gradients, and never the `[tokens, vocab]` logits.
 
 import trapo_kernels as tk
 

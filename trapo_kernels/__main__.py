@@ -1,4 +1,5 @@
-"""python -m trapo_kernels: what this machine has, which backends there are, and what to do about those that are not."""
+"""`python -m trapo_kernels` prints what this machine has, which backends there are, and what to do about those that are
+not."""
 
 from trapo_kernels.environment import describe
 

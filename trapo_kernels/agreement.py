@@ -1,5 +1,6 @@
-"""What the ranks of a vocabulary-parallel head must have in common, compared in one gather a call: whatever changes
-which collectives follow, or what they mean. A rank whose arguments are refused says so here: the others do not wait.
+"""The ranks of a vocabulary-parallel head must have some things in common, which are compared in one gather a call:
+whatever changes which collectives follow, or what they mean. A rank whose arguments are refused says so here: the
+others do not wait.
 
 Numbers travel as they are, all else as a hash of 64 bits.
 """
@@ -39,8 +40,8 @@ _GOLDEN, _FIRST, _SECOND = (
 
 
 def shards_of(caller: str, group: Any, weight: Any, prepare: Callable[[], tuple[Prepared, Mapping[str, Any]]]) -> Any:
-    """(what `prepare` made, the number of rows of the weight on every rank). `prepare` also gives what ranks must have
-    in common, by the names above.
+    """Returns (what `prepare` made, the number of rows of the weight on every rank). `prepare` also gives what ranks
+    must have in common, by the names above.
 
     Raises:
         TypeError, ValueError: the group is none, `prepare` raised on this rank or on another, or the ranks differ; on
@@ -94,7 +95,7 @@ def _gather(
 
 
 def _digests(facts: Mapping[str, Any], device: torch.device) -> Tensor:
-    """[names]: one number each."""
+    """Returns [names]: one number each."""
     plain = [0 if isinstance(value, Tensor) else _number(value) for value in facts.values()]
     out = torch.tensor(plain, dtype=torch.int64, device=device)
     tensors = {i: _bits(value) for i, value in enumerate(facts.values()) if isinstance(value, Tensor)}
@@ -117,8 +118,8 @@ def _bits(values: Tensor) -> Tensor:
 
 
 def _hashes(rows: Tensor) -> Tensor:
-    """A number of each row [k, n], by which rows that differ anywhere, or in their order, differ: SplitMix64 of every
-    element and its place, summed up; all of it wraps around."""
+    """Returns a number of each row [k, n], by which rows that differ anywhere, or in their order, differ: SplitMix64 of
+    every element and its place, summed up; all of it wraps around."""
     places = torch.arange(1, rows.shape[1] + 1, device=rows.device)
     mixed = rows ^ (places * _GOLDEN)
     mixed = (mixed ^ (mixed >> 30)) * _FIRST

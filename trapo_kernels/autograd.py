@@ -1,4 +1,5 @@
-"""The two functions of autograd, by the chunk loop of stream.py, and what they are told beside their parameters.
+"""This file has the two functions of autograd, by the chunk loop of stream.py, and what they are told beside their
+parameters.
 
     StreamedLogprobs   values of tokens in one pass; the backward recomputes the logits of rows with a gradient
     StreamedLoss       the loss and its gradients in one pass; the backward hands the gradients over
@@ -33,7 +34,7 @@ __all__ += ["run_loss"]
 
 @dataclass(frozen=True)
 class Ask:
-    """What is wanted of each token beside its log-probability."""
+    """Says what is wanted of each token beside its log-probability."""
 
     entropy: bool = False
     target_logits: bool = False
@@ -46,7 +47,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Job:
-    """One call of the stream: everything but the tensors that have a gradient."""
+    """Describes one call of the stream: everything but the tensors that have a gradient."""
 
     kernel: RowKernel
     head: Head
@@ -56,7 +57,7 @@ class Job:
     tolerance: float = 0.0  # share of the gradient's mass that may be left out
 
     def source(self, params: Params, selection: Selection, wants: tuple[bool, ...]) -> Source:
-        """Where logits come from and gradients go."""
+        """Returns where logits come from and gradients go."""
         if len(params) == 1:
             (logits,) = params
             assert logits is not None
@@ -72,7 +73,8 @@ class Job:
         return LinearSource(hidden, weight, bias, self.head, selection, wants=which, tolerance=self.tolerance)
 
     def forward_only(self, params: Params, ask: Ask) -> RowStats:
-        """Statistics of the rows, by the kernel that writes no logits where there is one and nothing else is asked."""
+        """Returns the statistics of the rows, by the kernel that writes no logits where there is one and nothing else
+        is asked."""
         linear_stats = self.kernel.linear_stats
         if linear_stats is not None and len(params) == 3 and ask.stats_alone:
             hidden, weight, bias = in_one_dtype(params)
@@ -88,7 +90,7 @@ class Job:
         )
 
     def by_columns(self, params: Params, selection: Selection) -> bool:
-        """Whether to recompute over blocks of the vocabulary rather than over chunks of rows."""
+        """Returns whether to recompute over blocks of the vocabulary rather than over chunks of rows."""
         if len(params) != 3 or not self.kernel.by_columns:
             return False
         hidden, weight, _ = params
@@ -100,12 +102,12 @@ class Job:
 
 
 def rows_of(values: Tensor | None, rows: slice) -> Tensor | None:
-    """Those rows of what may not be there."""
+    """Returns those rows of what may not be there."""
     return None if values is None else values[rows]
 
 
 def apply(function: Any, caller: str, *args: Any) -> Any:
-    """The result of a function of autograd.
+    """Returns the result of a function of autograd.
 
     Raises:
         RuntimeError: inside a transform of torch.func.
@@ -121,7 +123,7 @@ def apply(function: Any, caller: str, *args: Any) -> Any:
 def finish_all(
     grads: Sequence[Tensor | None], params: Params, scale: Tensor | None, give: bool = True
 ) -> tuple[Tensor | None, ...]:
-    """Accumulated gradients as those of the parameters, multiplied by `scale`; `give`: as `sources.finish`."""
+    """Returns accumulated gradients as those of the parameters, multiplied by `scale`; `give`: as `sources.finish`."""
     return tuple(
         None if grad is None or like is None else finish(grad, like, scale, give)
         for grad, like in zip(grads, params, strict=True)
@@ -129,7 +131,7 @@ def finish_all(
 
 
 def check_backward(caller: str, *incoming: Tensor | None) -> None:
-    """The backward of a streamed loss takes one gradient, and has none of its own.
+    """Checks that the backward of a streamed loss is asked for one gradient, and for none of its own.
 
     Raises:
         RuntimeError: it is asked for more.
@@ -143,7 +145,7 @@ def check_backward(caller: str, *incoming: Tensor | None) -> None:
 
 
 class StreamedLogprobs(torch.autograd.Function):
-    """Statistics in one pass; the backward recomputes the logits of rows that have an incoming gradient."""
+    """Computes statistics in one pass; the backward recomputes the logits of rows that have an incoming gradient."""
 
     @staticmethod
     def forward(ctx: Any, job: Job, ask: Ask, *params: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -189,8 +191,8 @@ class StreamedLogprobs(torch.autograd.Function):
 def run_loss(
     job: Job, batch: Batch, params: Params
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...], Tensor | None]:
-    """(values of the tokens as `Batch.flat` has them, gradients of the sum of their losses, undivided; the share of
-    the gradients' mass that was left out, or None)."""
+    """Returns (values of the tokens as `Batch.flat` has them, gradients of the sum of their losses, undivided; the
+    share of the gradients' mass that was left out, or None)."""
     source = job.source(params, job.selection, job.wants)
     extras = Collector(batch.statistics, job.selection.size, stats_dtype(source.dtype), source.device)
     if not any(job.wants):
@@ -206,8 +208,9 @@ def run_loss(
 
 
 class StreamedLoss(torch.autograd.Function):
-    """Loss and gradients in one pass over the logits; the backward hands the gradients over. The other outputs have no
-    gradient: the share that was left out, each part of the loss [n], and the values as `Batch.flat` has them."""
+    """Computes loss and gradients in one pass over the logits; the backward hands the gradients over. The other outputs
+    have no gradient: the share that was left out, each part of the loss [n], and the values as `Batch.flat` has
+    them."""
 
     @staticmethod
     def forward(ctx: Any, job: Job, batch: Batch, *params: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -1,4 +1,5 @@
-"""The tokens of a policy loss: which take part, what the objective reads of each, and what their sum is divided by."""
+"""This file gathers the tokens of a policy loss: which take part, what the objective reads of each, and what their sum
+is divided by."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ __all__ = ["Batch", "Dense", "PolicyLoss", "active_tokens", "make_batch"]
 
 
 class PolicyLoss(NamedTuple):
-    """A loss (scalar, fp32; fp64 for fp64 inputs), its metrics (METRICS has the names), and the detached
+    """Holds a loss (scalar, fp32; fp64 for fp64 inputs), its metrics (METRICS has the names), and the detached
     log-probabilities and entropies [...] it was computed from, zero at tokens that were left out."""
 
     loss: Tensor
@@ -35,7 +36,7 @@ class PolicyLoss(NamedTuple):
 
 
 class Dense(NamedTuple):
-    """Under torch.compile all rows are computed, and these say which count [N] bool."""
+    """Says which rows count [N] bool under torch.compile, where all of them are computed."""
 
     own: Tensor
     active: Tensor
@@ -44,7 +45,7 @@ class Dense(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """Everything of a policy loss but its head: per-token tensors are of the selected rows, compact [n]."""
+    """Holds everything of a policy loss but its head: per-token tensors are of the selected rows, compact [n]."""
 
     objective: Objective
     selection: Selection
@@ -61,7 +62,7 @@ class Batch:
     expert_normalizer: Tensor | None = None  # of the expert tokens, which is among the weights; None: normalizer
 
     def tokens(self, values: TokenValues, at: slice | None = None) -> Tokens:
-        """Rows `at`, whose values these are; None: all."""
+        """Returns the tokens of rows `at`, whose values these are; None: all."""
 
         def part(t: Tensor | None) -> Tensor | None:
             return t if t is None or at is None else t[at]
@@ -84,18 +85,18 @@ class Batch:
         )
 
     def values(self, logprobs: Tensor, entropy: Tensor, *others: Tensor) -> TokenValues:
-        """As `flat` gave them."""
+        """Returns values as `flat` gave them."""
         target, found = (others[0], others[1:]) if self.objective.reads_logit else (None, others)
         return TokenValues(logprobs, entropy, target, dict(zip(self.statistics, found, strict=True)))
 
     def flat(self, stats: RowStats, extras: Collector) -> tuple[Tensor, ...]:
-        """The values of all rows, one after the other."""
+        """Returns the values of all rows, one after the other."""
         assert stats.entropy is not None
         target = [stream.target_logits(stats)] if self.objective.reads_logit else []
         return (stats.logprobs, stats.entropy, *target, *extras.values.values())
 
     def slopes(self, at: slice, stats: RowStats, extras: Collector) -> Slopes:
-        """The slopes of the loss of rows `at`, undivided."""
+        """Returns the slopes of the loss of rows `at`, undivided."""
         target = stream.target_logits(stats) if self.objective.reads_logit else None
         values = TokenValues(stats.logprobs, stats.entropy, target, extras.at(at))
         slopes = self.objective.all_slopes(self.tokens(values, at))
@@ -105,7 +106,7 @@ class Batch:
         return Slopes(*(None if slope is None else slope * weights for slope in slopes))
 
     def fused(self, kernel: RowKernel) -> stream.Fused | None:
-        """For kernels that compute the slopes of these terms themselves."""
+        """Returns what kernels need that compute the slopes of these terms themselves."""
         verb, terms = kernel.fused_, self.objective.fused()
         if verb is None or terms is None or self.statistics:
             return None
@@ -118,8 +119,8 @@ class Batch:
         return stream.Fused(verb, terms, RowInputs(self.expert, **self._fused_inputs(), weights=weights))
 
     def _fused_inputs(self) -> dict[str, Tensor | None]:
-        """The inputs as kernels take them, which know no weight of the policy term: it is put into the advantage, to
-        whose size the policy term of these kernels is proportional, and whose sign it leaves alone."""
+        """Returns the inputs as kernels take them, which know no weight of the policy term: it is put into the
+        advantage, to whose size the policy term of these kernels is proportional, and whose sign it leaves alone."""
         inputs = dict(self.inputs)
         given, advantages = inputs.pop("policy_weights"), inputs["advantages"]
         if given is not None and advantages is not None and self.objective.has_policy_term:
@@ -128,16 +129,16 @@ class Batch:
         return inputs
 
     def parts(self, values: TokenValues) -> dict[str, Tensor]:
-        """The weighted parts of the loss per token [n]."""
+        """Returns the weighted parts of the loss per token [n]."""
         parts = self.objective.losses(self.tokens(values))
         return parts if self.weights is None else {name: part * self.weights for name, part in parts.items()}
 
     def token_losses(self, values: TokenValues) -> dict[str, Tensor]:
-        """The parts in the caller's shape [...], zero at tokens that do not count."""
+        """Returns the parts in the caller's shape [...], zero at tokens that do not count."""
         return {n: self.selection.spread(part).reshape(self.shape) for n, part in self.parts(values).items()}
 
     def loss(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """The sum of the tokens' losses, given in parts [n], over the normalizer."""
+        """Returns the sum of the tokens' losses, given in parts [n], over the normalizer."""
         if not parts:
             return torch.zeros_like(self.normalizer)
         return functools.reduce(torch.add, parts.values()).sum() / self.normalizer
@@ -145,7 +146,8 @@ class Batch:
     def result(
         self, loss: Tensor, values: TokenValues, parts: Mapping[str, Tensor], left_out: Tensor | None = None
     ) -> PolicyLoss:
-        """What the caller gets; `left_out`: the share of the gradients' mass that was, where some might be left out."""
+        """Returns what the caller gets; `left_out`: the share of the gradients' mass that was, where some might be left
+        out."""
         counts = self.counts if left_out is None else {**self.counts, "grad_left_out": left_out}
         logprobs, entropy, target, statistics = values
         with torch.no_grad():
@@ -172,8 +174,8 @@ def make_batch(
     statistics: Sequence[str],
     like: str = "targets",
 ) -> Batch:
-    """The batch of these arguments of a public function, checked. `vocab` None: it is not known, targets may be any.
-    `like`: the argument whose shape per-token inputs must have, for messages.
+    """Makes the batch of these arguments of a public function, checked. `vocab` None: it is not known, targets may be
+    any. `like`: the argument whose shape per-token inputs must have, for messages.
 
     Raises:
         TypeError, ValueError: an argument is wrong; one line names it.
@@ -199,15 +201,11 @@ def make_batch(
     selection, dense = _select(objective, active, live, expert, skip_inactive)
     sequences = validate.sequences(caller, targets, sequence_ids, like) if objective.needs_sequences else None
     weights, count = _weights(objective, active, sequences, dtype), active.sum()
-    given_divisors = {
+    checked = {
         name: None if value is None else validate.divisor(caller, name, value, dtype, flat.device)
         for name, value in divisors.items()
     }
-    divisor, of_experts = given_divisors["normalizer"], given_divisors["expert_normalizer"]
-    if divisor is None:
-        divisor = filled(_default_normalizer(objective, active, expert, count, sequences), dtype, flat.device)
-    if of_experts is None and objective.reduction == "region_mean":
-        of_experts = filled((active & expert).sum().clamp(min=1), dtype, flat.device)
+    divisor, of_experts = _divisors(objective, checked, active, expert, count, sequences, dtype)
     if of_experts is not None:
         beside = torch.where(expert, divisor / of_experts, 1)
         weights = beside if weights is None else weights * beside
@@ -230,7 +228,7 @@ def make_batch(
 
 
 def active_tokens(targets: Tensor, head: Head, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(targets [N], which of them take part [N])."""
+    """Returns (targets [N], which of them take part [N])."""
     flat = targets.reshape(-1)
     active = flat != head.ignore_index
     return flat, active if mask is None else active & (mask.reshape(-1) != 0)
@@ -239,7 +237,7 @@ def active_tokens(targets: Tensor, head: Head, mask: Tensor | None) -> tuple[Ten
 def _select(
     objective: Objective, active: Tensor, live: Tensor, expert: Tensor, skip_inactive: bool
 ) -> tuple[Selection, Dense | None]:
-    """Of the tokens that are `active` those to compute, first the ones that have a gradient."""
+    """Returns the tokens to compute of those that are `active`, first the ones that have a gradient."""
     if torch.compiler.is_compiling():
         computed = active & live if skip_inactive and not objective.coupled else active
         return Selection.every(active), Dense(computed & ~expert, computed, live)
@@ -251,11 +249,29 @@ def _select(
 
 
 def _weights(objective: Objective, active: Tensor, sequences: Sequences | None, dtype: torch.dtype) -> Tensor | None:
-    """By what the loss of each token is multiplied [N]."""
+    """Returns by what the loss of each token is multiplied [N]."""
     if objective.reduction != "sequence_mean":
         return None
     assert sequences is not None
     return 1 / sequences.total(active.to(dtype)).clamp(min=1)
+
+
+def _divisors(
+    objective: Objective,
+    given: Mapping[str, Tensor | None],
+    active: Tensor,
+    expert: Tensor,
+    count: Tensor,
+    sequences: Sequences | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """Returns what the sum of the losses is divided by, and that of expert tokens where it has another divisor."""
+    divisor, of_experts = given["normalizer"], given["expert_normalizer"]
+    if divisor is None:
+        divisor = filled(_default_normalizer(objective, active, expert, count, sequences), dtype, active.device)
+    if of_experts is None and objective.reduction == "region_mean":
+        of_experts = filled((active & expert).sum().clamp(min=1), dtype, active.device)
+    return divisor, of_experts
 
 
 def _default_normalizer(

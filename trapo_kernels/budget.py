@@ -1,4 +1,4 @@
-"""How many rows of logits are held at once, and where that number comes from.
+"""This file says how many rows of logits are held at once, and where that number comes from.
 
 Everything that grows with rows × vocabulary counts against the budget: the reused logits buffer, the row kernel's
 scratch, the block in which low-precision gradients are widened. Outputs, and gradients of the size of the
@@ -39,8 +39,8 @@ _chosen_mb: float | None = None
 
 
 def get_budget_mb(device_type: str = "cpu") -> float:
-    """The budget in MiB: what `set_budget_mb` chose, else TRAPO_KERNELS_BUDGET_MB, else 144; on CUDA 2% of the card's
-    memory, between 768 and 4096 (1536 where no card is seen)."""
+    """Returns the budget in MiB: what `set_budget_mb` chose, else TRAPO_KERNELS_BUDGET_MB, else 144; on CUDA 2% of the
+    card's memory, between 768 and 4096 (1536 where no card is seen)."""
     if _chosen_mb is not None:
         return _chosen_mb
     if ENV in os.environ:
@@ -56,13 +56,13 @@ def _share_of_card(index: int) -> float:
 
 
 def share_of(memory: int) -> float:
-    """The budget of a card of so many bytes, in MiB."""
+    """Returns the budget of a card of so many bytes, in MiB."""
     # Whole steps, so that cards of one kind agree: ranks that share a vocabulary need the same chunks.
     return float(min(max(int(_SHARE * memory / 2**20) // 64 * 64, _LEAST_MB), _MOST_MB))
 
 
 def set_budget_mb(megabytes: float | None) -> None:
-    """Bound the temporaries that grow with rows × vocabulary, in MiB, for this process; None = back to the default.
+    """Bounds the temporaries that grow with rows × vocabulary, in MiB, for this process; None = back to the default.
 
     A budget below one row of logits is exceeded by that one row.
 
@@ -75,7 +75,7 @@ def set_budget_mb(megabytes: float | None) -> None:
 
 @contextmanager
 def budget_mb(megabytes: float | None) -> Iterator[None]:
-    """`set_budget_mb` for the length of a `with` block."""
+    """Sets the budget, as `set_budget_mb` does, for the length of a `with` block."""
     before = _chosen_mb
     set_budget_mb(megabytes)
     try:
@@ -85,7 +85,8 @@ def budget_mb(megabytes: float | None) -> Iterator[None]:
 
 
 def chunk_rows(rows: int, row_bytes: int, scratch_bytes: int, device_type: str, most: int | None = None) -> int:
-    """Rows per chunk, so that rows · row_bytes + scratch_bytes keeps to the budget and the chunks are about equal.
+    """Returns how many rows a chunk has, so that rows · row_bytes + scratch_bytes keeps to the budget and the chunks
+    are about equal.
 
     `most`: the number beyond which more rows win nothing; None = what is known of whole GEMMs on such a device.
     """

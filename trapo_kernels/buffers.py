@@ -1,5 +1,5 @@
-"""Buffers of logits [C, V], whose rows are padded, and the rows of a scratch block: one rule for every kernel, chunk
-loop and device.
+"""This file makes buffers of logits [C, V], whose rows are padded, and says how many rows a scratch block has: one rule
+for every kernel, chunk loop and device.
 
 A row starts at a multiple of 128 bytes, whatever V is:
 
@@ -25,23 +25,23 @@ _BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
 
 
 def _stride(vocab: int, itemsize: int) -> int:
-    """Elements from one row to the next."""
+    """Returns the number of elements from one row to the next."""
     unit = max(1, _ALIGNMENT // itemsize)
     return -(-vocab // unit) * unit
 
 
 def row_bytes(vocab: int, dtype: torch.dtype) -> int:
-    """What a row of logits holds, padding included."""
+    """Returns what a row of logits holds, padding included."""
     return _stride(vocab, dtype.itemsize) * dtype.itemsize
 
 
 def logits_buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A buffer [rows, V] for logits that are yet to be written, its padding zero."""
+    """Returns a buffer [rows, V] for logits that are yet to be written, its padding zero."""
     whole = torch.empty(rows, _stride(vocab, dtype.itemsize), dtype=dtype, device=device)
     whole[:, vocab:].zero_()
     return whole[:, :vocab]
 
 
 def block_rows(vocab: int, device: torch.device) -> int:
-    """Rows of logits that elementwise torch passes take at a time, over scratch blocks of so many rows."""
+    """Returns rows of logits that elementwise torch passes take at a time, over scratch blocks of so many rows."""
     return max(1, _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS["cuda"]) // vocab)

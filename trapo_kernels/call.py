@@ -1,4 +1,5 @@
-"""A call's head and what it is applied to, checked: which kernel does it, and which parameters have a gradient."""
+"""This file checks a call's head and what it is applied to: which kernel does it, and which parameters have a
+gradient."""
 
 from __future__ import annotations
 
@@ -26,14 +27,14 @@ Prepared = TypeVar("Prepared")
 
 @dataclass(frozen=True)
 class Named:
-    """A row kernel inside a compiled graph, which holds no Python object: the name of its backend."""
+    """Stands for a row kernel inside a compiled graph, which holds no Python object: the name of its backend."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Call:
-    """A head, its kernel and its parameters. `kernel` None: the logits are materialised."""
+    """Holds a head, its kernel and its parameters. `kernel` None: the logits are materialised."""
 
     head: Head
     backend: str  # its name
@@ -42,7 +43,7 @@ class Call:
 
     @property
     def first(self) -> Tensor:
-        """Hidden states, or logits."""
+        """Returns the hidden states, or the logits."""
         assert self.params[0] is not None
         return self.params[0]
 
@@ -52,7 +53,7 @@ class Call:
 
     @property
     def columns(self) -> int:
-        """How many logits a token has here: of a sharded vocabulary those of this rank."""
+        """Returns how many logits a token has here: of a sharded vocabulary those of this rank."""
         weight = self.params[1] if len(self.params) > 1 else None
         return self.first.shape[1] if weight is None else weight.shape[0]
 

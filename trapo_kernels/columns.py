@@ -1,4 +1,4 @@
-"""The recomputing backward over blocks of the vocabulary: each row of d_weight is written once.
+"""The recomputing backward can go over blocks of the vocabulary: each row of d_weight is written once.
 
     for columns in blocks:
         x = scale · (hidden W[columns]ᵀ + b[columns])    GEMM, into one reused buffer                        [n, B]
@@ -60,7 +60,7 @@ def pays(rows: int, vocab: int, itemsize: int, device_type: str) -> bool:
 
 @dataclass(frozen=True)
 class Recompute:
-    """A backward pass: compact hidden [n, D], weight [V, D], bias [V] or None; everything per row is compact [n].
+    """Is a backward pass: compact hidden [n, D], weight [V, D], bias [V] or None; everything per row is compact [n].
     `support`: ids [n, K] and the derivatives of the loss by their logits [n, K]; the others are then of the rest."""
 
     kernel: RowKernel

@@ -1,4 +1,4 @@
-"""A function of the user's as a term: what it reads, how it is called, and its slopes by autograd.
+"""A function of the user's becomes a term here: what it reads, how it is called, and its slopes by autograd.
 
 The one place that needs private names of torch: autograd has to work inside an operator (ops.py), which runs below it.
 """
@@ -50,7 +50,7 @@ def _read_by(fn: Callable[..., Tensor]) -> str:
 
 @dataclass(frozen=True)
 class OwnFunction:
-    """A function of per-token tensors [n]: the names that it reads, and those without which it has no value."""
+    """Is a function of per-token tensors [n]: the names that it reads, and those without which it has no value."""
 
     fn: Callable[..., Tensor]
     names: tuple[str, ...]
@@ -73,7 +73,7 @@ class OwnFunction:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Inputs that are used where given."""
+        """Returns the inputs that are used where given."""
         return tuple(sorted({n for n in self.names if n in _INPUTS} - set(self.needs)))
 
     @property
@@ -82,7 +82,7 @@ class OwnFunction:
 
     @property
     def differentiable(self) -> frozenset[str]:
-        """Which of log-probability, entropy and logit the value depends on."""
+        """Returns which of log-probability, entropy and logit the value depends on."""
         return frozenset(n for n in self.names if n in _DIFFERENTIABLE)
 
     def value(self, t: Tokens) -> Tensor:

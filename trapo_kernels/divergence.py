@@ -1,5 +1,5 @@
-"""Divergences over the whole vocabulary between two heads, a student π and a frozen reference p, without either's
-`[tokens, vocab]` logits: for distillation, and for ASFT's anchor.
+"""This file computes divergences over the whole vocabulary between two heads, a student π and a frozen reference p,
+without either's `[tokens, vocab]` logits: for distillation, and for ASFT's anchor.
 
     forward_kl   KL(p ‖ π) = Σ p (log p − log π)                         dD/dz = π − p
     reverse_kl   KL(π ‖ p) = Σ π (log π − log p)                         dD/dz_j = π_j (log π_j − log p_j − D)
@@ -40,8 +40,8 @@ KINDS = ("forward_kl", "reverse_kl", "jsd")
 
 
 class Divergence(NamedTuple):
-    """A loss (scalar, fp32; fp64 for fp64 inputs), and the detached divergence of each token [...] in nats, zero at
-    masked ones."""
+    """Holds a loss (scalar, fp32; fp64 for fp64 inputs), and the detached divergence of each token [...] in nats, zero
+    at masked ones."""
 
     loss: Tensor
     tokens: Tensor
@@ -49,7 +49,7 @@ class Divergence(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """What the stream has to know beside the parameters."""
+    """Holds what the stream has to know beside the parameters."""
 
     kind: str
     beta: float
@@ -80,7 +80,8 @@ def linear_divergence(
     ref_options: Mapping[str, float | None] | None = None,
     backend: str | None = None,
 ) -> Divergence:
-    """Σ weights · D(student, reference) / normalizer over tokens, with exact gradients of hidden, weight and bias.
+    """Returns Σ weights · D(student, reference) / normalizer over tokens, with exact gradients of hidden, weight and
+    bias.
 
     The reference is frozen: no gradient flows into its tensors. Gradients are computed in the forward and handed over
     in the backward, as by `linear_policy_loss`.
@@ -111,10 +112,7 @@ def linear_divergence(
     if not isinstance(others, Mapping) or not set(others) <= set(options):
         raise TypeError(f"{caller}: ref_options must map some of {', '.join(options)} to numbers; got {shown(others)}")
     ref_head = validate.check_head(f"{caller}: ref_options", **{**options, **others})
-    found = number(beta)
-    if found is None or not 0 < found < 1:
-        raise ValueError(f"{caller}: beta must be a number in (0, 1); got {shown(beta)}")
-    beta = found
+    beta = _check_beta(caller, beta)
     _check(caller, (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias), kind)
     shape = hidden.shape[:-1]
     floats, masks = validate.check_token_inputs(caller, hidden[..., 0], {"weights": weights}, {"mask": mask}, "hidden")
@@ -156,7 +154,7 @@ def anchor(
     ref: Any,
     streamed: bool,
 ) -> Tensor:
-    """Σ weights · KL(reference ‖ student) / normalizer over rows that are chosen, with compact weights [n]."""
+    """Returns Σ weights · KL(reference ‖ student) / normalizer over rows that are chosen, with compact weights [n]."""
     params = validate.one_dtype(*params)
     ref = ref_hidden, ref_weight, ref_bias = validate.one_dtype(*ref)
     _check(caller, params, ref, "forward_kl")
@@ -167,10 +165,17 @@ def anchor(
 
 
 def _run(caller: str, job: Job, ref: Params, params: Params, streamed: bool) -> tuple[Tensor, Tensor]:
-    """(the loss, the divergence of each token [n])."""
+    """Returns (the loss, the divergence of each token [n])."""
     found: tuple[Tensor, Tensor] = (
         apply(_StreamedDivergence, caller, job, ref, *params) if streamed else _materialise(job, ref, *params)
     )
+    return found
+
+
+def _check_beta(caller: str, beta: Any) -> float:
+    found = number(beta)
+    if found is None or not 0 < found < 1:
+        raise ValueError(f"{caller}: beta must be a number in (0, 1); got {shown(beta)}")
     return found
 
 
@@ -228,12 +233,12 @@ def _materialise(job: Job, ref: tuple[Any, ...], *params: Any) -> tuple[Tensor, 
 
 
 def weighted_sum(weights: Tensor, tokens: Tensor) -> Tensor:
-    """Σ weights · tokens, to which a token without weight adds nothing, not even one that is infinite."""
+    """Returns Σ weights · tokens, to which a token without weight adds nothing, not even one that is infinite."""
     return (weights * tokens.masked_fill(weights == 0, 0)).sum()
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """Σ a (log a − log b); a class with a = 0 gives 0, and nothing to the gradient."""
+    """Returns Σ a (log a − log b); a class with a = 0 gives 0, and nothing to the gradient."""
     none = log_a == -torch.inf
     return (log_a.exp() * (log_a.masked_fill(none, 0) - log_b.masked_fill(none, 0))).sum(-1)
 
@@ -242,7 +247,7 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 class _StreamedDivergence(torch.autograd.Function):
-    """Loss and gradients in one pass over the logits; the backward hands the gradients over."""
+    """Computes loss and gradients in one pass over the logits; the backward hands the gradients over."""
 
     @staticmethod
     def forward(ctx: Any, job: Job, ref: tuple[Any, ...], *params: Any) -> tuple[Tensor, Tensor]:
@@ -267,7 +272,7 @@ class _StreamedDivergence(torch.autograd.Function):
 
 
 def run(job: Job, ref: Any, params: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Divergences of the compact rows [n], and the gradients of their weighted sum."""
+    """Returns divergences of the compact rows [n], and the gradients of their weighted sum."""
     hidden, weight, bias = params
     selection, counting = job.selection, job.selection.counting
     source = LinearSource(counting(hidden), weight, bias, job.head, selection, wants=job.wants, wide_chunks=True)
@@ -296,7 +301,7 @@ def _chunk(job: Job, source: LinearSource, other: LinearSource) -> int:
 
 
 def _blocks(x: Tensor, wide: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, four scratch blocks [4, rows, V]) over all rows; the scratch is reused."""
+    """Yields (rows, four scratch blocks [4, rows, V]) over all rows; the scratch is reused."""
     rows, vocab = x.shape
     step = min(block_rows(vocab, x.device), max(rows, 1))
     scratch = x.new_empty(4, step, vocab, dtype=wide)
@@ -306,7 +311,7 @@ def _blocks(x: Tensor, wide: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _log_softmax(x: Tensor, cap: float | None, out: Tensor, spare: Tensor) -> Tensor:
-    """log π of a block of logits, before the soft-cap, written to `out`."""
+    """Writes log π of a block of logits, before the soft-cap, to `out`."""
     out.copy_(x)
     if cap is not None:
         out.div_(cap).tanh_().mul_(cap)
@@ -315,8 +320,8 @@ def _log_softmax(x: Tensor, cap: float | None, out: Tensor, spare: Tensor) -> Te
 
 
 def _divergence_(job: Job, x: Tensor, r: Tensor, at: slice, tokens: Tensor, with_gradient: bool) -> None:
-    """Divergences of a chunk into `tokens`; with the gradient, the student's logits x become that of their weighted
-    sum."""
+    """Writes the divergences of a chunk into `tokens`; with the gradient, the student's logits x become that of their
+    weighted sum."""
     values, weights = tokens[at], job.weights[at] * job.head.scale
     for rows, (log_pi, log_p, a, b) in _blocks(x, tokens.dtype):
         _log_softmax(x[rows], job.head.cap, log_pi, a)

@@ -1,4 +1,5 @@
-"""What this machine has of what the package can use, for people: `python -m trapo_kernels`, `trapo doctor`."""
+"""This file says what this machine has of what the package can use, for people: `python -m trapo_kernels`, `trapo
+doctor`."""
 
 from __future__ import annotations
 
@@ -63,7 +64,7 @@ def _nvcc() -> str | None:
 
 
 def _advice() -> list[str]:
-    """What stands between this machine and its fastest backends, a line each."""
+    """Returns what stands between this machine and its fastest backends, a line each."""
     lines = []
     found = backends()
     if (reason := found["cpu"].missing) is not None:

@@ -1,4 +1,5 @@
-"""What an objective computes, by which path and at what cost, in words: the text of `Objective.explain`."""
+"""This file says what an objective computes, by which path and at what cost, in words: the text of
+`Objective.explain`."""
 
 from __future__ import annotations
 
@@ -20,12 +21,12 @@ _REDUCTION = {
 
 
 def shown_setting(setting: Any) -> str:
-    """A field of an objective in a message."""
+    """Returns a field of an objective in a message."""
     return function_name(setting) if callable(setting) else repr(setting)
 
 
 def explain(o: Objective) -> str:
-    """The text, a line a fact."""
+    """Returns the text, a line a fact."""
     lines = ["loss of a token:"]
     for region, name, coef, term in o.parts:
         where = {"expert": "expert tokens", "own": "own tokens", "all": "all active tokens"}[region]

@@ -1,4 +1,4 @@
-"""What users call. Arguments become a `Call` and a `Batch` (call.py, batch.py); paths.py computes."""
+"""This file has what users call. Arguments become a `Call` and a `Batch` (call.py, batch.py); paths.py computes."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ __all__ = [
 
 
 class TokenLogprobs(NamedTuple):
-    """Log-probabilities of the targets [...] and entropies [...] (None where not asked for), in nats, fp32 (fp64 for
-    fp64 inputs). Zero at ignored tokens."""
+    """Holds log-probabilities of the targets [...] and entropies [...] (None where not asked for), in nats, fp32 (fp64
+    for fp64 inputs). Zero at ignored tokens."""
 
     logprobs: Tensor
     entropy: Tensor | None
@@ -53,7 +53,7 @@ def linear_logprobs(
     backend: str | None = None,
     group: Any = None,
 ) -> TokenLogprobs:
-    """Log-probabilities (and entropies) of targets under a linear head, without the `[tokens, vocab]` logits.
+    """Computes log-probabilities (and entropies) of targets under a linear head, without the `[tokens, vocab]` logits.
 
     One GEMM forward; the backward recomputes the logits chunk by chunk (three GEMMs), and skips tokens whose incoming
     gradient is zero. Both outputs are differentiable once in hidden, weight and bias.
@@ -103,7 +103,8 @@ def logprobs_from_logits(
     entropy: bool = False,
     backend: str | None = None,
 ) -> TokenLogprobs:
-    """`linear_logprobs` for logits [..., V] that exist already. Beside their gradient nothing of their size is made.
+    """Computes what `linear_logprobs` does, of logits [..., V] that exist already. Beside their gradient nothing of
+    their size is made.
 
     Raises:
         TypeError, ValueError: as `linear_logprobs`.
@@ -144,8 +145,8 @@ def linear_statistics(
     ignore_index: int = -100,
     backend: str | None = None,
 ) -> dict[str, Tensor]:
-    """Statistics of each token's distribution under a linear head [...], without the `[tokens, vocab]` logits and
-    without gradient: "top20_mass", "top20_entropy" (any k), "sum_sq", "argmax_match", "mean_logit". One GEMM.
+    """Computes statistics of each token's distribution under a linear head [...], without the `[tokens, vocab]` logits
+    and without gradient: "top20_mass", "top20_entropy" (any k), "sum_sq", "argmax_match", "mean_logit". One GEMM.
 
     Args:
         statistics: names; statistics.py says what each is. Zero at ignored tokens.
@@ -198,7 +199,7 @@ def linear_policy_loss(
     backend: str | None = None,
     group: Any = None,
 ) -> PolicyLoss:
-    """The loss of `objective` over a linear head, without the `[tokens, vocab]` logits: three GEMMs in all.
+    """Computes the loss of `objective` over a linear head, without the `[tokens, vocab]` logits: three GEMMs in all.
 
     The gradients are computed in the forward and handed over in the backward, scaled by what comes in; a second
     backward through the same graph (retain_graph) recomputes them. Frozen parameters and `no_grad` cost less.
@@ -266,26 +267,30 @@ def linear_policy_loss(
             skip_inactive=skip_inactive, divisors=divisors, floats=floats, masks=masks, sequence_ids=sequence_ids,
             statistics=statistics,
         )  # fmt: skip
-        tolerance = validate.check_grad_tolerance(caller, grad_tolerance)
-        if group is None:
-            validate.check_reference(caller, ref, targets, objective.reference_head, call.columns)
-            return (call, batch, tolerance), {}
-        return (call, batch, tolerance), _facts(
-            caller, call, batch, targets, (skip_inactive, tolerance), {**floats, **masks, "sequence_ids": sequence_ids}
-        )
+        made = call, batch, validate.check_grad_tolerance(caller, grad_tolerance)
+        if group is not None:
+            inputs = {**floats, **masks, "sequence_ids": sequence_ids}
+            return made, _facts(caller, call, batch, targets, (skip_inactive, made[2]), inputs)
+        validate.check_reference(caller, ref, targets, objective.reference_head, call.columns)
+        return made, {}
 
     (call, batch, tolerance), sizes = over_shards(caller, group, weight, prepare)
     if group is not None:
-        call = call.sharded(group, sizes)
-        flat, active = active_tokens(targets, call.head, mask)
-        validate.check_range(caller, flat, active, sum(sizes), call.head.ignore_index)
+        call = _sharded(caller, call, targets, mask, group, sizes)
     return policy_loss(caller, call, batch, ref, tolerance)
+
+
+def _sharded(caller: str, call: Call, targets: Tensor, mask: Tensor | None, group: Any, sizes: list[int]) -> Call:
+    """Returns the call over all ranks' parts of the vocabulary, in which the targets have to be."""
+    flat, active = active_tokens(targets, call.head, mask)
+    validate.check_range(caller, flat, active, sum(sizes), call.head.ignore_index)
+    return call.sharded(group, sizes)
 
 
 def _facts(
     caller: str, call: Call, batch: Batch, targets: Tensor, settings: Any, inputs: dict[str, Tensor | None]
 ) -> dict[str, Any]:
-    """What the ranks of a group must have in common, for an objective that a group can do."""
+    """Returns what the ranks of a group must have in common, for an objective that a group can do."""
     if batch.statistics:
         names = ", ".join(batch.statistics)
         raise NotImplementedError(f"{caller}: group must be None where statistics of a row are read; got {names}")
@@ -326,7 +331,8 @@ def policy_loss_from_logits(
     ignore_index: int = -100,
     backend: str | None = None,
 ) -> PolicyLoss:
-    """`linear_policy_loss` for logits [..., V] that exist already. Beside their gradient nothing of their size is made.
+    """Computes what `linear_policy_loss` does, of logits [..., V] that exist already. Beside their gradient nothing of
+    their size is made.
 
     Raises:
         TypeError, ValueError: as `linear_logprobs`.
@@ -367,7 +373,8 @@ def policy_loss_from_logprobs(
     expert_normalizer: float | Tensor | None = None,
     skip_inactive: bool = False,
 ) -> PolicyLoss:
-    """The loss of `objective` from log-probabilities that exist already: for trainers whose engines hand over those.
+    """Computes the loss of `objective` from log-probabilities that exist already: for trainers whose engines hand over
+    those.
 
     It is the same function of them as in `linear_policy_loss` (terms.py has the formulas), differentiable any number of
     times in logprobs and entropy. Where hidden states are at hand, `linear_policy_loss` costs a GEMM less.
@@ -408,7 +415,8 @@ _OPTIONS = tuple(name for name in inspect.signature(linear_policy_loss).paramete
 
 
 class TrapoLoss(nn.Module):
-    """`linear_policy_loss` with its objective and head options held: `TrapoLoss(Objective.trapo(), temperature=0.6)`.
+    """Is `linear_policy_loss` with its objective and head options held: `TrapoLoss(Objective.trapo(),
+    temperature=0.6)`.
 
     Args:
         objective: the terms.
@@ -426,7 +434,7 @@ class TrapoLoss(nn.Module):
         self.options = options
 
     def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, **inputs: Any) -> PolicyLoss:
-        """Arguments and errors of `linear_policy_loss`, less the objective."""
+        """Takes the arguments of `linear_policy_loss`, less the objective, and raises its errors."""
         return linear_policy_loss(hidden, weight, targets, self.objective, **{**self.options, **inputs})
 
     def extra_repr(self) -> str:
@@ -434,7 +442,7 @@ class TrapoLoss(nn.Module):
 
 
 def _check_options(objective: Any, options: dict[str, Any]) -> None:
-    """What can be checked before there are tensors."""
+    """Checks what can be checked before there are tensors."""
     caller = "TrapoLoss"
     if not isinstance(objective, Objective):
         raise TypeError(f"{caller}: objective must be an Objective; got {type(objective).__name__}")

@@ -1,4 +1,4 @@
-"""The output head, as data: what turns hidden states into the logits that the softmax sees."""
+"""The output head stands here as data: what turns hidden states into the logits that the softmax sees."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ __all__ = ["Head"]
 
 @dataclass(frozen=True)
 class Head:
-    """z = softcap · tanh(logit_scale · (h Wᵀ + b) / softcap) / temperature; without softcap the tanh is left out.
+    """Turns hidden states into z = softcap · tanh(logit_scale · (h Wᵀ + b) / softcap) / temperature; without softcap
+    the tanh is left out.
 
     A row kernel gets x = scale · (h Wᵀ + b), which the GEMM scales for free, and applies z = cap · tanh(x / cap).
     """
@@ -42,15 +43,15 @@ class Head:
 
     @property
     def scale(self) -> float:
-        """dx/d(h Wᵀ + b)."""
+        """Returns dx/d(h Wᵀ + b)."""
         return self.logit_scale / self.temperature
 
     @property
     def cap(self) -> float | None:
-        """The soft-cap of z, temperature included."""
+        """Returns the soft-cap of z, temperature included."""
         return None if self.softcap is None else self.softcap / self.temperature
 
     @property
     def options(self) -> tuple[float, float | None, float]:
-        """(temperature, softcap, logit_scale), as an operator takes them."""
+        """Returns (temperature, softcap, logit_scale), as an operator takes them."""
         return self.temperature, self.softcap, self.logit_scale

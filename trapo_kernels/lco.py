@@ -1,4 +1,4 @@
-"""LCO's expert terms, by which the target's logit moves towards z_y + A/β'; terms.py has the notation."""
+"""LCO's expert terms move the target's logit towards z_y + A/β'; terms.py has the notation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a loss reports beside its value: 0-dim tensors on the loss's device, computed without a host sync."""
+"""This file computes what a loss reports beside its value: 0-dim tensors on the loss's device, computed without a host
+sync."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ __all__ = ["METRICS", "Metric", "merge_metrics", "policy_metrics"]
 
 
 class Metric(NamedTuple):
-    """How a metric of several calls (micro-batches, ranks) becomes one: `over` is the count a mean is weighted by."""
+    """Says how a metric of several calls (micro-batches, ranks) becomes one: `over` is the count a mean is weighted
+    by."""
 
     reduce: Literal["sum", "mean", "max"]
     over: str | None
@@ -92,7 +94,7 @@ _Values = dict[str, tuple[str, Tensor | None]]
 
 
 def _values(objective: Objective, tokens: Tokens, mine: Tokens) -> _Values:
-    """What there are means of; `mine` are the own tokens. "ratio_max" holds its place among the names."""
+    """Returns what there are means of; `mine` are the own tokens. "ratio_max" holds its place among the names."""
     p, delta = tokens.logprobs.exp(), log_ratio(mine)
     values: _Values = {
         "entropy": ("all", tokens.entropy),
@@ -112,7 +114,7 @@ def _values(objective: Objective, tokens: Tokens, mine: Tokens) -> _Values:
 
 
 def _clipped(objective: Objective, own: Tokens) -> dict[str, Tensor | None]:
-    """1 where a bound takes the gradient away [n], for each bound that there is."""
+    """Returns 1 where a bound takes the gradient away [n], for each bound that there is."""
     bounds = {"low": objective.clip_low, "high": objective.clip_high, "dual": objective.dual_clip}
     if own.advantages is None or not objective.has_policy_term or not any(b is not None for b in bounds.values()):
         return dict.fromkeys(bounds)

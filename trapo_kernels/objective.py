@@ -1,4 +1,4 @@
-"""The objective: which terms a token's loss is made of, as data; what it needs and what it costs.
+"""The objective says which terms a token's loss is made of, as data; what it needs and what it costs.
 
 The loss of a token is
 
@@ -42,8 +42,8 @@ _CLIPPED = ("clip", "gspo", "cispo")
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of a token, as data: an expert term, a policy term and what is added to them. `explain()` says what it
-    needs and what it costs.
+    """Is the loss of a token, as data: an expert term, a policy term and what is added to them. `explain()` says what
+    it needs and what it costs.
 
     Args:
         expert: term on expert-prefix tokens: a name in EXPERT_TERMS, a function of yours (`own_term`), or None.
@@ -152,7 +152,7 @@ class Objective:
 
     @property
     def parts(self) -> list[tuple[str, str, float, Term]]:
-        """(region, name, weight, term) of everything with a weight."""
+        """Returns (region, name, weight, term) of everything with a weight."""
         parts = []
         if self.expert is not None:
             parts.append(("expert", "expert", self.expert_coef, self._term("expert", EXPERT_TERMS)))
@@ -166,8 +166,8 @@ class Objective:
 
     @property
     def needs(self) -> dict[str, str]:
-        """Inputs that must be given (some of advantages, old_logprobs, ref_logprobs, rollout_logprobs), each with what
-        needs it."""
+        """Returns the inputs that must be given (some of advantages, old_logprobs, ref_logprobs, rollout_logprobs),
+        each with what needs it."""
         needs: dict[str, str] = {}
         for _, part, _, term in self.parts:
             setting = "kl_coef" if part == "kl" else part
@@ -178,7 +178,7 @@ class Objective:
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """The names of `needs`."""
+        """Returns the names of `needs`."""
         names = [name for _, _, _, term in self.parts for name in term.needs]
         return tuple(dict.fromkeys(names if self.tis_cap is None else [*names, "rollout_logprobs"]))
 
@@ -199,17 +199,17 @@ class Objective:
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """Statistics of a row that the terms read, beside log-probability, log-sum-exp and entropy."""
+        """Returns statistics of a row that the terms read, beside log-probability, log-sum-exp and entropy."""
         return tuple(dict.fromkeys(name for _, _, _, term in self.parts for name in term.statistics(self)))
 
     @property
     def reads_logit(self) -> bool:
-        """A term is a function of z_y."""
+        """Returns whether a term is a function of z_y."""
         return any(term.reads_logit for _, _, _, term in self.parts)
 
     @property
     def reads_entropy(self) -> str | None:
-        """What makes the loss a function of entropies, as a message shows it; None: nothing does."""
+        """Returns what makes the loss a function of entropies, as a message shows it; None: nothing does."""
         for _, part, _, term in self.parts:
             if term.entropy_slope is not None or (term.own is not None and "entropy" in term.own):
                 setting = "entropy_coef" if part == "entropy" else part
@@ -218,12 +218,13 @@ class Objective:
 
     @property
     def reference_head(self) -> bool:
-        """A divergence from a reference's whole distribution is part of the loss."""
+        """Returns whether a divergence from a reference's whole distribution is part of the loss."""
         return any(term.reference_head for _, _, _, term in self.parts)
 
     @property
     def coupled(self) -> bool:
-        """A token's loss depends on others of its sequence: no gradient is known before all log-probabilities are."""
+        """Returns whether a token's loss depends on others of its sequence: no gradient is known before all
+        log-probabilities are."""
         return any(term.coupled for _, _, _, term in self.parts)
 
     @property
@@ -232,23 +233,23 @@ class Objective:
 
     @property
     def has_policy_term(self) -> bool:
-        """A policy term with a weight."""
+        """Returns whether there is a policy term with a weight."""
         return self.policy is not None and self.policy_coef != 0
 
     @property
     def supervised(self) -> bool:
-        """No policy term: without an expert_mask every token is an expert token."""
+        """Returns whether there is no policy term: without an expert_mask every token is an expert token."""
         return self.policy is None and self.expert is not None
 
     def explain(self) -> str:
-        """What this objective computes, by which path, and at what cost, as text."""
+        """Returns what this objective computes, by which path, and at what cost, as text."""
         return explain(self)
 
     # What it gives
 
     def losses(self, tokens: Tokens) -> dict[str, Tensor]:
-        """Weighted loss per token [n] of each part ("expert", "policy", "kl", "entropy"); their sum is the token's
-        loss. Differentiable in `tokens.logprobs`, `tokens.entropy` and `tokens.target_logits`."""
+        """Returns the weighted loss per token [n] of each part ("expert", "policy", "kl", "entropy"); their sum is the
+        token's loss. Differentiable in `tokens.logprobs`, `tokens.entropy` and `tokens.target_logits`."""
         out, regions = {}, Regions(tokens)
         for name_of_region, name, coef, term in self.parts:
             region, weight = self._seen(regions[name_of_region], name, term)
@@ -258,7 +259,8 @@ class Objective:
         return out
 
     def all_slopes(self, tokens: Tokens) -> Slopes:
-        """∂loss/∂logp, ∂loss/∂H and ∂loss/∂z_y per token [n]; the last two are None where no part depends on them."""
+        """Returns ∂loss/∂logp, ∂loss/∂H and ∂loss/∂z_y per token [n]; the last two are None where no part depends on
+        them."""
         total: list[Tensor | None] = [torch.zeros_like(tokens.logprobs), None, None]
         regions = Regions(tokens)
         for name_of_region, name, coef, term in self.parts:
@@ -271,7 +273,8 @@ class Objective:
         return Slopes(*total)
 
     def _seen(self, region: Region, name: str, term: Term) -> tuple[Region, Tensor | None]:
-        """(where a part counts, and the tokens as its term sees them; what multiplies its value, a constant)."""
+        """Returns (where a part counts, and the tokens as its term sees them; what multiplies its value, a
+        constant)."""
         if name != "policy":
             return region, None
         seen, weight = region.tokens, region.tokens.policy_weights
@@ -289,12 +292,13 @@ class Objective:
         return region, weight
 
     def slopes(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
-        """The first two of `all_slopes`."""
+        """Returns the first two of `all_slopes`."""
         g_lp, g_entropy, _ = self.all_slopes(tokens)
         return given(g_lp), g_entropy
 
     def fused(self) -> FusedTerms | None:
-        """This objective as numbers for row kernels that compute slopes themselves; None: they cannot express it."""
+        """Returns this objective as numbers for row kernels that compute slopes themselves; None: they cannot express
+        it."""
         parts = {name: term for _, name, _, term in self.parts}
         numbers = [parts[name].fused if name in parts else None for name in ("expert", "policy")]
         if 0 in numbers or self.policy_coef not in (0, 1):
@@ -314,8 +318,8 @@ class Objective:
         )
 
     def has_gradient(self, expert: Tensor, advantages: Tensor | None, policy_weights: Tensor | None = None) -> Tensor:
-        """Which tokens can have a gradient at all [n] bool: known before any logit is, so that the others are spared
-        the backward. A clipped ratio is not among the reasons: that takes the logprob to know."""
+        """Returns which tokens can have a gradient at all [n] bool: known before any logit is, so that the others are
+        spared the backward. A clipped ratio is not among the reasons: that takes the logprob to know."""
         if any(region == "all" for region, *_ in self.parts):
             return torch.ones_like(expert)
         live = torch.zeros_like(expert)
@@ -331,48 +335,50 @@ class Objective:
 
     @classmethod
     def trapo(cls, **overrides: Any) -> Objective:
-        """TRAPO (arXiv 2512.17636): TrSFT with α = 0.1 on expert tokens, unclipped policy gradient on own tokens.
-        A = R − mean over the group, no std; normaliser: the active tokens of the global batch."""
+        """Makes TRAPO's loss (arXiv 2512.17636): TrSFT with α = 0.1 on expert tokens, unclipped policy gradient on own
+        tokens. A = R − mean over the group, no std; normaliser: the active tokens of the global batch."""
         return cls(**{"expert": "trsft", "alpha": 0.1, "policy": "clip", **overrides})
 
     @classmethod
     def grpo(cls, **overrides: Any) -> Objective:
-        """GRPO (arXiv 2402.03300): ratio clipped at 1 ± 0.2. A = (R − mean)/(std + 1e-6); normaliser: as published a
-        mean over sequences of token means; pass what you use."""
+        """Makes GRPO's loss (arXiv 2402.03300): ratio clipped at 1 ± 0.2. A = (R − mean)/(std + 1e-6); normaliser: as
+        published a mean over sequences of token means; pass what you use."""
         return cls(**{"expert": None, "policy": "clip", "clip_low": 0.2, "clip_high": 0.2, **overrides})
 
     @classmethod
     def dr_grpo(cls, **overrides: Any) -> Objective:
-        """Dr.GRPO (arXiv 2503.20783): GRPO's clip; A = R − mean, no std; normaliser: sequences × the longest length
-        allowed, a constant."""
+        """Makes Dr.GRPO's loss (arXiv 2503.20783): GRPO's clip; A = R − mean, no std; normaliser: sequences × the
+        longest length allowed, a constant."""
         return cls.grpo(**overrides)
 
     @classmethod
     def dapo(cls, **overrides: Any) -> Objective:
-        """DAPO (arXiv 2503.14476): clip 0.2 below, 0.28 above; normaliser: the active tokens of the global batch."""
+        """Makes DAPO's loss (arXiv 2503.14476): clip 0.2 below, 0.28 above; normaliser: the active tokens of the global
+        batch."""
         return cls.grpo(**{"clip_high": 0.28, **overrides})
 
     @classmethod
     def sft(cls, **overrides: Any) -> Objective:
-        """Negative log-likelihood; without an expert_mask on every token. Normaliser: active tokens."""
+        """Makes the negative log-likelihood; without an expert_mask on every token. Normaliser: active tokens."""
         return cls(**{"expert": "sft", "policy": None, **overrides})
 
     @classmethod
     def dft(cls, **overrides: Any) -> Objective:
-        """Dynamic Fine-Tuning (arXiv 2508.05629): −sg(p) log p; without an expert_mask on every token."""
+        """Makes the loss of Dynamic Fine-Tuning (arXiv 2508.05629): −sg(p) log p; without an expert_mask on every
+        token."""
         return cls(**{"expert": "dft", "policy": None, **overrides})
 
     @classmethod
     def luffy(cls, **overrides: Any) -> Objective:
-        """LUFFY (arXiv 2504.14945): p/(p + 0.1) shaping on expert tokens, scaled by their advantage; unclipped policy
-        gradient on own tokens. A over on- and off-policy rollouts together, no std."""
+        """Makes LUFFY's loss (arXiv 2504.14945): p/(p + 0.1) shaping on expert tokens, scaled by their advantage;
+        unclipped policy gradient on own tokens. A over on- and off-policy rollouts together, no std."""
         return cls(**{"expert": "luffy", "luffy_gamma": 0.1, "policy": "clip", **overrides})
 
     @classmethod
     def chord(cls, mu: float = 0.1, **overrides: Any) -> Objective:
-        """CHORD-φ (arXiv 2508.11408): μ · (−sg(p(1−p)) log p) on expert tokens, (1 − μ) · GRPO on own tokens, each a
-        mean over its own tokens, as in Trinity-RFT and ms-swift. The schedule of μ is the caller's: an objective per
-        step."""
+        """Makes CHORD-φ's loss (arXiv 2508.11408): μ · (−sg(p(1−p)) log p) on expert tokens, (1 − μ) · GRPO on own
+        tokens, each a mean over its own tokens, as in Trinity-RFT and ms-swift. The schedule of μ is the caller's: an
+        objective per step."""
         share = constant(mu)
         if share is None or not 0 <= share <= 1:
             raise ValueError(f"Objective.chord: mu must be a number in [0, 1]; got {shown(mu)}")
@@ -381,29 +387,30 @@ class Objective:
 
     @classmethod
     def sed(cls, **overrides: Any) -> Objective:
-        """SED-SFT: −log p + λ (p − ½)² where the k likeliest classes hold less than τ."""
+        """Makes SED-SFT's loss: −log p + λ (p − ½)² where the k likeliest classes hold less than τ."""
         return cls(**{"expert": "sed", "policy": None, **overrides})
 
     @classmethod
     def eaft(cls, **overrides: Any) -> Objective:
-        """EAFT: −log p weighted by the entropy of the 20 likeliest classes, over 3."""
+        """Makes EAFT's loss: −log p weighted by the entropy of the 20 likeliest classes, over 3."""
         return cls(**{"expert": "eaft", "policy": None, **overrides})
 
     @classmethod
     def asft(cls, **overrides: Any) -> Objective:
-        """ASFT: DFT anchored by 0.05 · KL(reference ‖ policy) over the whole vocabulary; the loss takes ref_hidden and
-        ref_weight."""
+        """Makes ASFT's loss: DFT anchored by 0.05 · KL(reference ‖ policy) over the whole vocabulary; the loss takes
+        ref_hidden and ref_weight."""
         return cls(**{"expert": "asft", "policy": None, **overrides})
 
     @classmethod
     def pear(cls, **overrides: Any) -> Objective:
-        """PEAR (arXiv 2602.01058), token level: old_logprobs are those of the behaviour policy. Two passes."""
+        """Makes PEAR's loss (arXiv 2602.01058), token level: old_logprobs are those of the behaviour policy. Two
+        passes."""
         return cls(**{"expert": "pear", "policy": None, **overrides})
 
     @classmethod
     def lco(cls, loss: str = "mse", **overrides: Any) -> Objective:
-        """LCO (arXiv 2603.00963): the target's logit is moved towards z_y + A/β', by a regression on it ("mse",
-        "logcosh") or by the KL divergence from the distribution it would have ("kld", with β = 0.1 and 10)."""
+        """Makes LCO's loss (arXiv 2603.00963): the target's logit is moved towards z_y + A/β', by a regression on it
+        ("mse", "logcosh") or by the KL divergence from the distribution it would have ("kld", with β = 0.1 and 10)."""
         if loss not in ("mse", "logcosh", "kld"):
             raise ValueError(f"Objective.lco: loss must be 'mse', 'logcosh' or 'kld'; got {shown(loss)}")
         defaults = {"lco_beta": 0.1, "lco_neg": 100.0} if loss == "kld" else {}
@@ -411,21 +418,21 @@ class Objective:
 
     @classmethod
     def gspo(cls, **overrides: Any) -> Objective:
-        """GSPO (arXiv 2507.18071): the sequence's ratio clipped at 1 − 3e-4, 1 + 4e-4; mean over sequences of token
-        means. Two passes."""
+        """Makes GSPO's loss (arXiv 2507.18071): the sequence's ratio clipped at 1 − 3e-4, 1 + 4e-4; mean over sequences
+        of token means. Two passes."""
         defaults = {"policy": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "reduction": "sequence_mean"}
         return cls(**{"expert": None, **defaults, **overrides})
 
     @classmethod
     def cispo(cls, **overrides: Any) -> Objective:
-        """CISPO (arXiv 2506.13585): −sg(clip r)·A·log p; as published only the upper side is clipped, at a value that
-        is tuned: 1 + clip_high."""
+        """Makes CISPO's loss (arXiv 2506.13585): −sg(clip r)·A·log p; as published only the upper side is clipped, at a
+        value that is tuned: 1 + clip_high."""
         return cls(**{"expert": None, "policy": "cispo", "clip_high": 0.28, **overrides})
 
     @classmethod
     def sapo(cls, **overrides: Any) -> Objective:
-        """SAPO: a soft gate instead of the clip, τ = 1 for A > 0 and 1.05 for the others; mean over sequences of token
-        means."""
+        """Makes SAPO's loss: a soft gate instead of the clip, τ = 1 for A > 0 and 1.05 for the others; mean over
+        sequences of token means."""
         return cls(**{"expert": None, "policy": "sapo", "reduction": "sequence_mean", **overrides})
 
 

@@ -1,5 +1,5 @@
-"""The streamed losses as operators of torch.library, for torch.compile: what a compiled graph calls instead of tracing
-into chunk loops whose sizes depend on data.
+"""This file makes the streamed losses operators of torch.library, for torch.compile: what a compiled graph calls
+instead of tracing into chunk loops whose sizes depend on data.
 
     trapo_kernels::token_values            log π(y), H, z_y and statistics of every row
     trapo_kernels::token_values_backward   its gradients, by recomputing the logits
@@ -61,7 +61,7 @@ torch.utils._pytree.register_constant(Objective)
 
 
 def objective_key(objective: Objective) -> str:
-    """A name for an objective inside a graph. Equal objectives have equal names."""
+    """Returns a name for an objective inside a graph. Equal objectives have equal names."""
     # Field by field: an object that is made inside of what is compiled does not exist while that is traced.
     return _key(*(_setting(getattr(objective, name)) for name in FIELDS))
 
@@ -73,7 +73,7 @@ def _setting(value: Any) -> Any:
 
 @torch.compiler.assume_constant_result
 def _key(*settings: Any) -> str:
-    """The name of the objective of these settings, which stays alive here."""
+    """Returns the name of the objective of these settings, which stays alive here."""
     shown = [f"{id(value):x}" if callable(value) else repr(value) for value in settings]
     key = ", ".join(shown)
     _objectives[key] = Objective(*settings)
@@ -86,7 +86,7 @@ def _key(*settings: Any) -> str:
 def run_token_values(
     call: Call, kernel: Named, active: Tensor, targets: Tensor, entropy: bool, statistics: tuple[str, ...]
 ) -> TokenValues:
-    """Values of all rows [N], zero where not active."""
+    """Returns the values of all rows [N], zero where not active."""
     logprobs, entropies, target, _, _, found = torch.ops.trapo_kernels.token_values(
         *_three_params(call.params), targets, active, entropy, list(statistics), *_last(call, kernel)
     )
@@ -95,7 +95,7 @@ def run_token_values(
 
 
 def run_policy_loss(call: Call, kernel: Named, batch: Batch) -> tuple[Tensor, TokenValues]:
-    """A loss in a single pass, and the values of all rows [N]."""
+    """Returns a loss in a single pass, and the values of all rows [N]."""
     assert batch.dense is not None
     total, values, *_ = torch.ops.trapo_kernels.policy_loss(
         *_three_params(call.params), batch.targets, batch.dense.active, batch.dense.live, batch.expert,
@@ -106,12 +106,12 @@ def run_policy_loss(call: Call, kernel: Named, batch: Batch) -> tuple[Tensor, To
 
 
 def _three_params(params: Params) -> Params:
-    """(first, weight, bias): logits have neither of the others."""
+    """Returns (first, weight, bias): logits have neither of the others."""
     return params if len(params) == 3 else (params[0], None, None)
 
 
 def _last(call: Call, kernel: Named) -> tuple[Any, ...]:
-    """The last arguments of all operators."""
+    """Returns the last arguments of all operators."""
     first, weight, bias = (*wanted(call.params), False, False)[:3]
     return *call.head.options, kernel.name, first, weight, bias
 
@@ -132,7 +132,7 @@ def _job(selection: Selection, targets: Tensor, params: Any, *head_and_wants: An
 
 
 def three(found: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients as an operator returns them: what there is none of is empty."""
+    """Returns gradients as an operator does: what there is none of is empty."""
     first, weight, bias = (like.new_empty(0) if d is None else d for d in (*found, None, None)[:3])
     return first, weight, bias
 
@@ -140,7 +140,7 @@ def three(found: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, Tenso
 def fake_gradients(
     first: Tensor, weight: Any, bias: Any, wants: Any, wide_chunks: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `three` returns, for a compiler; `wide_chunks`: the gradient of hidden states is in fp32 too."""
+    """Returns what `three` returns, for a compiler; `wide_chunks`: the gradient of hidden states is in fp32 too."""
     wide = stats_dtype(first.dtype)
     dtypes = (first.dtype if weight is None else d_hidden_dtype(first.dtype, wide_chunks), wide, wide)
     found = [
@@ -151,7 +151,8 @@ def fake_gradients(
 
 
 def finish(grads: Any, params: Any, wants: Any, scale: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients in the dtypes of the parameters; scaled in the accumulators' precision. An operator's outputs stay."""
+    """Returns gradients in the dtypes of the parameters; scaled in the accumulators' precision. An operator's outputs
+    stay."""
     found = [grad if wanted else None for grad, wanted in zip(grads, wants, strict=True)]
     return finish_all(found, params, scale, give=False)
 
@@ -165,7 +166,7 @@ def _op(name: str, schema: str) -> Any:
 
 @_op("sums_of_later", "(Tensor values, Tensor row) -> Tensor")
 def sums_of_later(values: Tensor, row: Tensor) -> Tensor:
-    """Σ over the later tokens of the same sequence [n]."""
+    """Returns Σ over the later tokens of the same sequence [n]."""
     return tokens.sums_of_later(values, row)
 
 
@@ -192,7 +193,7 @@ def token_values(
     statistics: list[str],
     *head_and_wants: Any,
 ) -> tuple[Tensor, ...]:
-    """(log π(y), H or empty, z_y, max z, log Σ e^(z − max z), statistics [s, N]) of all selection."""
+    """Returns (log π(y), H or empty, z_y, max z, log Σ e^(z − max z), statistics [s, N]) of all selection."""
     params, selection = _params(first, weight, bias), Selection.choose(active)
     job = _job(selection, targets, params, *head_and_wants)
     source = job.source(params, selection, (False,) * len(params))
@@ -234,7 +235,7 @@ def token_values_backward(
     g_target: Tensor | None,
     *head_and_wants: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of first, weight and bias, accumulated in the statistics' precision."""
+    """Returns the gradients of first, weight and bias, accumulated in the statistics' precision."""
     params, incoming, live = _params(first, weight, bias), (g_logprobs, g_entropy, g_target), torch.zeros_like(active)
     for g in incoming:
         live = live if g is None else live | (g != 0)
@@ -301,7 +302,7 @@ def policy_loss(
     statistics: list[str],
     *head_and_wants: Any,
 ) -> tuple[Tensor, ...]:
-    """(Σ of token losses, its values [k, N] as `_Batch.flat` has them, and the gradients of the sum)."""
+    """Returns (Σ of token losses, its values [k, N] as `_Batch.flat` has them, and the gradients of the sum)."""
     params, selection = _params(first, weight, bias), Selection.choose(active, live)
     job = _job(selection, targets, params, *head_and_wants)
     inputs = {
@@ -378,7 +379,7 @@ def divergence(
     beta: float,
     *heads_and_wants: Any,
 ) -> tuple[Tensor, ...]:
-    """(Σ of the active tokens' weighted divergences, each token's [N], and the gradients of the sum)."""
+    """Returns (Σ of the active tokens' weighted divergences, each token's [N], and the gradients of the sum)."""
     selection, wants = Selection.choose(active, weights != 0), heads_and_wants[-3:]
     of_rows = selection.counting(selection.take(weights))
     head, ref_head = Head(*heads_and_wants[:3]), Head(*heads_and_wants[3:6])

@@ -1,4 +1,4 @@
-"""The ways in which values of tokens and policy losses are computed, and which of them a call takes.
+"""This file has the ways in which values of tokens and policy losses are computed, and says which of them a call takes.
 
                      one pass                    two passes (tokens coupled, or logits given)
     streamed         autograd.StreamedLoss       autograd.StreamedLogprobs, then terms.py by autograd
@@ -31,7 +31,7 @@ __all__ = ["batch_of_logprobs", "from_values", "policy_loss", "select", "token_v
 
 
 def select(active: Tensor) -> tuple[Selection, Tensor | None]:
-    """(the `active` tokens [N]; None). For a compiler (every token; `active`)."""
+    """Returns (the `active` tokens [N]; None). For a compiler (every token; `active`)."""
     if torch.compiler.is_compiling():
         return Selection.every(active), active
     return Selection.choose(active), None
@@ -48,8 +48,8 @@ def token_values(
     statistics: tuple[str, ...] = (),
     active: Tensor | None = None,
 ) -> TokenValues:
-    """What is asked for of the compact rows [n]; all but the statistics differentiable. With `active`, for a compiler:
-    of all rows [N], zero where not active."""
+    """Returns what is asked for of the compact rows [n]; all but the statistics differentiable. With `active`, for a
+    compiler: of all rows [N], zero where not active."""
     if isinstance(call.kernel, Named):
         assert active is not None
         return ops.run_token_values(call, call.kernel, active, targets, entropy, statistics)
@@ -67,7 +67,7 @@ def token_values(
 
 
 def _logits(call: Call, first: Tensor) -> Tensor:
-    """All logits of these hidden states; or these logits."""
+    """Returns all logits of these hidden states; or these logits."""
     if len(call.params) == 1:
         return first
     _, weight, bias = in_one_dtype(call.params)
@@ -86,7 +86,7 @@ def _materialise_dense(
 
 
 def policy_loss(caller: str, call: Call, batch: Batch, ref: Params, tolerance: float) -> PolicyLoss:
-    """The loss of a linear head; with the divergence from a reference head where the objective has one."""
+    """Computes the loss of a linear head; with the divergence from a reference head where the objective has one."""
     left_out = torch.zeros((), dtype=torch.float32, device=call.first.device) if tolerance else None
     if call.kernel is None or batch.objective.coupled:
         out = two_passes(caller, call, batch, left_out)
@@ -103,7 +103,7 @@ def policy_loss(caller: str, call: Call, batch: Batch, ref: Params, tolerance: f
 
 
 def two_passes(caller: str, call: Call, batch: Batch, left_out: Tensor | None = None) -> PolicyLoss:
-    """Log-probabilities first, then the objective on vectors, by autograd."""
+    """Computes log-probabilities first, then the objective on vectors, by autograd."""
     values = token_values(
         caller, call, batch.selection, batch.targets, entropy=True, target_logits=batch.objective.reads_logit,
         statistics=batch.statistics, active=None if batch.dense is None else batch.dense.active,
@@ -112,7 +112,7 @@ def two_passes(caller: str, call: Call, batch: Batch, left_out: Tensor | None = 
 
 
 def from_values(batch: Batch, values: TokenValues, left_out: Tensor | None = None) -> PolicyLoss:
-    """The objective on vectors, by autograd."""
+    """Computes the objective on vectors, by autograd."""
     parts = batch.parts(values)
     loss = batch.loss(parts)
     if values.logprobs.requires_grad and not loss.requires_grad:  # no part has a weight: a gradient of zeros
@@ -132,7 +132,7 @@ def batch_of_logprobs(
     sequence_ids: Tensor | None = None,
     skip_inactive: bool = False,
 ) -> tuple[Batch, TokenValues]:
-    """The batch of a loss from log-probabilities [...], and their values in it [n]; entropies of None are 0.
+    """Makes the batch of a loss from log-probabilities [...], and their values in it [n]; entropies of None are 0.
 
     Raises:
         TypeError, ValueError: an argument is wrong; one line names it.
@@ -156,7 +156,7 @@ def batch_of_logprobs(
 
 
 def _add_anchor(out: PolicyLoss, call: Call, batch: Batch, ref: Params) -> PolicyLoss:
-    """The loss and the divergence of its expert tokens from a reference."""
+    """Returns the loss with the divergence of its expert tokens from a reference added."""
     o, head = batch.objective, call.head
     weights = batch.expert.to(batch.normalizer.dtype) * (o.expert_coef * o.asft_kl)
     weights = weights if batch.weights is None else weights * batch.weights

@@ -1,4 +1,4 @@
-"""Matrix products of 16-bit operands whose results are wide, and what keeps fp16 operands in range.
+"""This file multiplies matrices of 16-bit operands whose results are wide, and keeps fp16 operands in range.
 
 Only CUDA has such products; elsewhere operands are widened, a block of columns at a time (sources.py).
 """

@@ -1,4 +1,5 @@
-"""Ratios of the policy to others, and where a clip cuts them: what the terms and the metrics both need.
+"""This file has the ratios of the policy to others, and where a clip cuts them: what the terms and the metrics both
+need.
 
 r = exp(logp − old_logp) is the ratio, A the advantage.
 """
@@ -30,12 +31,13 @@ __all__ = [
 
 
 def possible(logprobs: Tensor) -> Tensor:
-    """logp with 0 for −inf."""
+    """Returns logp with 0 for −inf."""
     return logprobs.masked_fill(logprobs == -torch.inf, 0)
 
 
 def log_ratio(t: Tokens) -> Tensor:
-    """log r = logp − old_logp [n]. A token of probability zero has log r = −inf whatever the old probability."""
+    """Returns log r = logp − old_logp [n]. A token of probability zero has log r = −inf whatever the old
+    probability."""
     impossible = t.logprobs == -torch.inf
     # Filled before the subtraction: −inf − −inf would leave NaN in its backward.
     filled = t.logprobs.masked_fill(impossible, 0)
@@ -44,13 +46,13 @@ def log_ratio(t: Tokens) -> Tensor:
 
 
 def ratio_where(counts: Tensor, log_r: Tensor) -> Tensor:
-    """r where it `counts`, else 1: an overflown r times a zero, here or in a backward, would be NaN."""
+    """Returns r where it `counts`, else 1: an overflown r times a zero, here or in a backward, would be NaN."""
     return log_r.masked_fill(~counts, 0).exp()
 
 
 def log_of_clipped_ratio(o: Objective, t: Tokens) -> Tensor:
-    """Logarithm of the ratio that the policy term clips [n], with the gradient of logp: log r; for GSPO its mean over
-    the own tokens of the sequence, as sg(mean) + logp − sg(logp)."""
+    """Returns the logarithm of the ratio that the policy term clips [n], with the gradient of logp: log r; for GSPO its
+    mean over the own tokens of the sequence, as sg(mean) + logp − sg(logp)."""
     if o.policy != "gspo":
         return log_ratio(t)
     assert t.sequences is not None
@@ -64,8 +66,8 @@ def log_of_clipped_ratio(o: Objective, t: Tokens) -> Tensor:
 def outside_clip(
     ratio: Tensor, advantages: Tensor, low: float | None, high: float | None, dual: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Where a clip to [1 − low, 1 + high] takes the gradient away, for A < 0 and A > 0, and where the dual one does.
-    A bound of None is none."""
+    """Returns where a clip to [1 − low, 1 + high] takes the gradient away, for A < 0 and A > 0, and where the dual one
+    does. A bound of None is none."""
     none = torch.zeros_like(ratio, dtype=torch.bool)
     return (
         none if low is None else (advantages < 0) & (ratio < 1 - low),
@@ -75,7 +77,8 @@ def outside_clip(
 
 
 def clipped(o: Objective, t: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the clip takes the gradient away [n]: ratio too low (A < 0), too high (A > 0), beyond the dual clip."""
+    """Returns where the clip takes the gradient away [n]: ratio too low (A < 0), too high (A > 0), beyond the dual
+    clip."""
     return clipped_where(o, t, log_of_clipped_ratio(o, t))
 
 
@@ -84,14 +87,14 @@ def clipped_where(o: Objective, t: Tokens, log_r: Tensor) -> tuple[Tensor, Tenso
 
 
 def k3(difference: Tensor) -> Tensor:
-    """e^d − 1 − d [n], of a difference of log-probabilities."""
+    """Returns e^d − 1 − d [n], of a difference of log-probabilities."""
     # Beyond 80 the exponential has absorbed the rest; unclamped, inf − inf would be NaN at d = inf.
     return torch.expm1(difference) - difference.clamp(max=80)
 
 
 def tis_weight(o: Objective, t: Tokens) -> Tensor:
-    """sg(min(π_old / π_rollout, C)) [n]: truncated importance sampling of the engine that sampled the tokens; 0 where
-    π_old is, whatever π_rollout."""
+    """Returns sg(min(π_old / π_rollout, C)) [n]: truncated importance sampling of the engine that sampled the tokens; 0
+    where π_old is, whatever π_rollout."""
     old = (t.logprobs if t.old_logprobs is None else t.old_logprobs).detach()
     weight = (old - given(t.rollout_logprobs)).exp().clamp(max=o.tis_cap)
     return weight.masked_fill(old == -torch.inf, 0)

@@ -1,4 +1,5 @@
-"""The oracle: all logits at once, plain autograd, any float dtype. Correct by being short; never picked by itself."""
+"""The oracle computes all logits at once, by plain autograd, in any float dtype. It is right by being short, and is
+never picked by itself."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ __all__ = ["TokenValues", "linear_logits", "token_values"]
 
 
 class TokenValues(NamedTuple):
-    """What a loss is a function of [n]: log π(y), H, z_y (None where not asked for) and statistics of the row."""
+    """Holds what a loss is a function of [n]: log π(y), H, z_y (None where not asked for) and statistics of the row."""
 
     logprobs: Tensor
     entropy: Tensor | None
@@ -36,7 +37,7 @@ def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 
 
 class _Product(torch.autograd.Function):
-    """a b, in their dtype inside torch.autocast too, and so are its derivatives, of any order, wherever taken."""
+    """Computes a b, in their dtype inside torch.autocast too, and so its derivatives, of any order, wherever taken."""
 
     generate_vmap_rule = True
 

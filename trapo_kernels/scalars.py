@@ -1,4 +1,5 @@
-"""Numbers that a caller gives: of Python, of numpy, or a symbol inside torch.compile; and how messages show a value."""
+"""This file takes numbers that a caller gives: of Python, of numpy, or a symbol inside torch.compile. It also says how
+messages show a value."""
 
 from __future__ import annotations
 

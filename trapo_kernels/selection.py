@@ -1,4 +1,4 @@
-"""Which rows of the input take part in a loss: the one place where rows are left out."""
+"""This file says which rows of the input take part in a loss: the one place where rows are left out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Selection"]
 
 @dataclass(frozen=True)
 class Selection:
-    """Which rows of the input take part, and in which order: those with a gradient first, then the others.
+    """Says which rows of the input take part, and in which order: those with a gradient first, then the others.
 
     `order` None = every row, as it lies, so that chunks are views. Leaving rows out takes their number, for which a GPU
     is waited for once per call; inside a CUDA graph capture, where nothing may be waited for, every row takes part, and

@@ -1,4 +1,4 @@
-"""Where chunks of logits come from, and where their gradients go: a linear head, or logits that exist.
+"""This file says where chunks of logits come from, and where their gradients go: a linear head, or logits that exist.
 
 fp16 represents nothing below 6e-8, and an entry of dL/dz is a probability times a slope. A loss scale cannot help
 there: gradients are made in the forward, and it comes in the backward. So before the gradient of a chunk of fp16 logits
@@ -35,7 +35,7 @@ class Source(Protocol):
     def logits(self, rows: slice, out: Tensor) -> Tensor: ...
 
     def magnify(self, largest: Tensor) -> Tensor:
-        """For chunks in fp16: what the gradient of the next chunk is to be multiplied by; `largest` bounds it."""
+        """Magnifies chunks in fp16: what the gradient of the next chunk is to be multiplied by; `largest` bounds it."""
         ...
 
     def put(self, rows: slice, grad: Tensor) -> None: ...
@@ -44,13 +44,14 @@ class Source(Protocol):
 
 
 def d_hidden_dtype(operands: torch.dtype, wide_chunks: bool = False) -> torch.dtype:
-    """Of the gradient of hidden states, before it is scaled: theirs, or wide where that would lose what was kept."""
+    """Returns the dtype of the gradient of hidden states, before it is scaled: theirs, or wide where that would lose
+    what was kept."""
     return stats_dtype(operands) if wide_chunks or operands == torch.float16 else operands
 
 
 def finish(grad: Tensor, like: Tensor, scale: Tensor | None, give: bool = True) -> Tensor:
-    """An accumulated gradient in the dtype of its parameter, scaled in the accumulator's precision. `give`: in place
-    where the dtype is right, so that autograd can keep the very tensor as `.grad`."""
+    """Returns an accumulated gradient in the dtype of its parameter, scaled in the accumulator's precision. `give`: in
+    place where the dtype is right, so that autograd can keep the very tensor as `.grad`."""
     if scale is None:
         return grad.to(like.dtype)
     wide = stats_dtype(grad.dtype)
@@ -61,7 +62,7 @@ def finish(grad: Tensor, like: Tensor, scale: Tensor | None, give: bool = True) 
 
 
 class LinearSource:
-    """Logits of hidden [N, D], weight [V, D], bias [V] or None; gradients of those `wants` names, in that order.
+    """Makes logits of hidden [N, D], weight [V, D], bias [V] or None; gradients of those `wants` names, in that order.
 
     `wide_chunks`: 16-bit operands give chunks of fp32 logits, whose gradient is not rounded before it has to be.
     """
@@ -169,7 +170,7 @@ class LinearSource:
             self.d_bias += found if self.unit is None else found.div_(self.unit)
 
     def _put_widened(self, rows: slice, grad: Tensor) -> None:
-        """All products with operands widened, a block of columns at a time."""
+        """Computes all products with operands widened, a block of columns at a time."""
         chunk, count = self._chunk.to(self.wide), grad.shape[0]
         if self.unit is not None:
             chunk = chunk / self.unit
@@ -194,13 +195,14 @@ class LinearSource:
             self._store(rows, total)
 
     def _blocks(self, widened: int) -> Iterator[slice]:
-        """Blocks of columns, each of which has so many elements to widen."""
+        """Yields blocks of columns, each of which has so many elements to widen."""
         step = max(1, min(self.vocab, WIDE_BYTES // (self.wide.itemsize * max(1, widened))))  # a shard may be empty
         for start in range(0, self.vocab, step):
             yield slice(start, min(start + step, self.vocab))
 
     def _narrow(self, grad: Tensor) -> Tensor:
-        """The gradient of a chunk in the operands' dtype: of wide logits it takes the first half of their rows."""
+        """Returns the gradient of a chunk in the operands' dtype: of wide logits it takes the first half of their
+        rows."""
         if grad.dtype == self.operands or grad.numel() == 0:
             return grad.to(self.operands)
         unit = self.magnify(torch.maximum(grad.amax(), -grad.amin())) if self.operands == torch.float16 else None
@@ -212,7 +214,7 @@ class LinearSource:
         return narrow
 
     def begin_sum(self) -> bool:
-        """Whether d_weight holds a sum that the next one is added to; from now on it does."""
+        """Returns whether d_weight holds a sum that the next one is added to; from now on it does."""
         before, self._beta = self._beta != 0, 1.0
         return before
 
@@ -225,7 +227,8 @@ class LinearSource:
 
 
 class LogitsSource:
-    """Logits that exist already [N, V]: no GEMM; chunks are in the statistics' dtype, the gradient in the logits'."""
+    """Takes logits that exist already [N, V]: no GEMM; chunks are in the statistics' dtype, the gradient in the
+    logits'."""
 
     extra_bytes = 0
 

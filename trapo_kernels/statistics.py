@@ -1,4 +1,5 @@
-"""Statistics of a row of logits beside those that every loss needs: computed where an objective or a caller asks.
+"""This file computes statistics of a row of logits beside those that every loss needs: computed where an objective or a
+caller asks.
 
     top{k}_mass      Σ π over the k likeliest classes
     top{k}_entropy   entropy of π restricted to the k likeliest classes and renormalised, nats
@@ -33,7 +34,7 @@ def is_statistic(name: str) -> bool:
 
 
 def check_statistics(caller: str, names: Iterable[str]) -> tuple[str, ...]:
-    """The names, without repetition."""
+    """Returns the names, without repetition."""
     accepted = "'top20_mass', 'top20_entropy' (any k), " + ", ".join(map(repr, _FIXED))
     if not isinstance(names, (str, list, tuple, set, frozenset, dict)):
         raise TypeError(f"{caller}: statistics must be a sequence of names among {accepted}; got {shown(names)}")
@@ -45,7 +46,7 @@ def check_statistics(caller: str, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def sed_threshold(masses: Tensor, share: float = 0.7) -> float:
-    """τ of SED-SFT read off data: this share of the tokens has at least that mass on its k likeliest classes.
+    """Returns τ of SED-SFT read off data: this share of the tokens has at least that mass on its k likeliest classes.
 
     masses [...]: "top{k}_mass" of held-out expert tokens, by `linear_statistics`. The authors' script takes a share of
     0.7. Raises ValueError where there is no token, or share is not in (0, 1].
@@ -59,8 +60,8 @@ def sed_threshold(masses: Tensor, share: float = 0.7) -> float:
 def row_statistics(
     names: Iterable[str], shifted: Tensor, targets: Tensor, top: Tensor, log_sum: Tensor
 ) -> dict[str, Tensor]:
-    """`names` of rows of logits, given as z − max z [n, V] in the statistics' dtype, soft-cap applied, with max z [n]
-    and log Σ e^(z − max z) [n]."""
+    """Returns `names` of rows of logits, given as z − max z [n, V] in the statistics' dtype, soft-cap applied, with max
+    z [n] and log Σ e^(z − max z) [n]."""
     return {name: _one(name, shifted, targets, top, log_sum) for name in names}
 
 
@@ -81,19 +82,21 @@ def _one(name: str, shifted: Tensor, targets: Tensor, top: Tensor, log_sum: Tens
 
 
 class Collector:
-    """The statistics `names` of compact rows [n], filled in chunk by chunk by the stream."""
+    """Collects the statistics `names` of compact rows [n], filled in chunk by chunk by the stream."""
 
     def __init__(self, names: tuple[str, ...], rows: int, dtype: torch.dtype, device: torch.device) -> None:
         self.values = {name: torch.empty(rows, dtype=dtype, device=device) for name in names}
 
     def scratch_bytes(self, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-        """A block of z, one of what is computed from it, and what a top-k selection takes."""
+        """Returns the bytes of a block of z, of one of what is computed from it, and of what a top-k selection
+        takes."""
         if not self.values:
             return 0
         return block_rows(vocab, device) * vocab * (2 * stats_dtype(dtype).itemsize + 8)
 
     def take(self, at: slice, logits: Tensor, targets: Tensor, stats: RowStats, cap: float | None) -> None:
-        """Compact rows `at`, whose logits [C, V] the stream holds; targets and stats are those of the chunk."""
+        """Takes the statistics of compact rows `at`, whose logits [C, V] the stream holds; targets and stats are those
+        of the chunk."""
         if not self.values:
             return
         for rows in _row_blocks(logits):

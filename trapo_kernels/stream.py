@@ -1,4 +1,4 @@
-"""The chunk loop: every exact gradient from three GEMMs, with one chunk of logits in memory.
+"""The chunk loop computes every exact gradient from three GEMMs, with one chunk of logits in memory.
 
     for rows in chunks:
         x = scale · (hidden[rows] Wᵀ + b)        GEMM 1, into one reused buffer           [C, V]
@@ -43,21 +43,21 @@ TwoSlopesOf = Callable[[slice, RowStats], tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class Fused:
-    """What stands for slopes that a kernel computes itself: its verb, the terms and their compact inputs [n]."""
+    """Stands for slopes that a kernel computes itself: its verb, the terms and their compact inputs [n]."""
 
     verb: FusedVerb
     terms: FusedTerms
     inputs: RowInputs
 
     def __call__(self, at: slice, logits: Tensor, targets: Tensor, head: Head) -> RowStats:
-        """Statistics of the rows, whose logits become their gradient."""
+        """Computes statistics of the rows, whose logits become their gradient."""
         return self.verb(logits, targets[at], self.inputs.at(at), self.terms, head.scale, head.cap)
 
 
 def _chunks(
     source: Source, kernel: RowKernel, *spans: tuple[int, int], extras: Collector | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, buffer [C, V]) over the spans, none of which shares a chunk with another; one buffer for all."""
+    """Yields (rows, buffer [C, V]) over the spans, none of which shares a chunk with another; one buffer for all."""
     scratch = kernel.scratch_bytes(source.vocab, source.dtype, source.device) + source.extra_bytes
     if extras is not None:
         scratch += extras.scratch_bytes(source.vocab, source.dtype, source.device)
@@ -71,12 +71,12 @@ def _chunks(
 
 
 def _own_passes(kernel: RowKernel, source: Source) -> Passes | None:
-    """What a kernel has in place of the two functions below, for the sources that it takes."""
+    """Returns what a kernel has in place of the two functions below, for the sources that it takes."""
     return kernel.passes if kernel.passes is not None and kernel.passes.takes(source) else None
 
 
 def _without_logit(slopes: SlopesOf) -> TwoSlopesOf:
-    """Slopes of a loss that has none in the target's logit."""
+    """Returns slopes of a loss that has none in the target's logit."""
 
     def two(at: slice, stats: RowStats) -> tuple[Tensor, Tensor | None]:
         g_lp, g_entropy, _ = slopes(at, stats)
@@ -98,8 +98,8 @@ def forward(
     extras: Collector | None = None,
     by_logit: bool = False,
 ) -> RowStats:
-    """Statistics of the compact rows [n]; with `slopes` also the gradients, put into the source, in the same pass;
-    `extras` collects further statistics. `by_logit`: there are slopes in the target's logit.
+    """Computes statistics of the compact rows [n]; with `slopes` also the gradients, put into the source, in the same
+    pass; `extras` collects further statistics. `by_logit`: there are slopes in the target's logit.
 
     `targets` [n] are compact, as everything that `slopes` reads. With `fused` the kernel does both verbs at once.
     """
@@ -139,7 +139,7 @@ def backward(
     *,
     by_logit: bool = False,
 ) -> None:
-    """The gradients of compact rows whose statistics `forward` gave, by recomputing their logits."""
+    """Computes the gradients of compact rows whose statistics `forward` gave, by recomputing their logits."""
     passes = None if by_logit else _own_passes(kernel, source)
     if passes is not None:
         return passes.backward(source, selection, targets, head, stats, _without_logit(slopes))
@@ -159,7 +159,7 @@ def _put_gradient(
     head: Head,
     slopes: SlopesOf,
 ) -> None:
-    """The logits of a chunk, rows `at`, become their gradient, which the source gets; targets and stats are the
+    """Turns the logits of a chunk, rows `at`, into their gradient, which the source gets; targets and stats are the
     chunk's."""
     g_lp, g_entropy, g_logit = (None if g is None else g * head.scale for g in slopes(at, stats))
     g_lp = torch.zeros_like(stats.logprobs) if g_lp is None else g_lp
@@ -175,7 +175,7 @@ def _put_gradient(
 
 
 def _bound(stats: RowStats, g_lp: Tensor, g_entropy: Tensor | None, g_logit: Tensor | None) -> Tensor:
-    """No entry of the gradient is larger, in rows where all is finite: π |log π + H| <= 1/e + H."""
+    """Returns a bound that no entry of the gradient is above, in rows where all is finite: π |log π + H| <= 1/e + H."""
     found = g_lp.abs()
     if g_entropy is not None and stats.entropy is not None:
         found = found + g_entropy.abs() * (0.5 + stats.entropy)
@@ -185,7 +185,7 @@ def _bound(stats: RowStats, g_lp: Tensor, g_entropy: Tensor | None, g_logit: Ten
 
 
 def _add_at_target(logits: Tensor, targets: Tensor, stats: RowStats, g_logit: Tensor, cap: float | None) -> None:
-    """The gradient of z_y: on one column of each row, so that row kernels need not know of it."""
+    """Adds the gradient of z_y: on one column of each row, so that row kernels need not know of it."""
     if logits.shape[1] == 0:
         return
     z = target_logits(stats)
@@ -198,5 +198,5 @@ def _add_at_target(logits: Tensor, targets: Tensor, stats: RowStats, g_logit: Te
 
 
 def target_logits(stats: RowStats) -> Tensor:
-    """z_y [C]."""
+    """Returns z_y [C]."""
     return stats.logprobs + (stats.max + stats.log_sum)

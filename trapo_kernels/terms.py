@@ -1,4 +1,5 @@
-"""The terms of a token's loss, with their values and slopes. The place for formulas, with ratios.py and lco.py.
+"""This file has the terms of a token's loss, with their values and slopes. The place for formulas, with ratios.py and
+lco.py.
 
 Notation: y is a token's target, z the logits that the softmax sees, logp = log π(y), p = exp(logp), H the entropy of π,
 A the advantage, r = exp(logp − old_logp) the ratio (1 with the gradient of logp where no old_logprobs are given), sg
@@ -36,7 +37,7 @@ __all__ = ["EXPERT_TERMS", "POLICY_TERMS", "Term", "own_term"]
 
 @dataclass(frozen=True)
 class Term:
-    """A loss of one token. `slope` is ∂value/∂logp; `entropy_slope` and `logit_slope` are ∂value/∂H and ∂value/∂z_y,
+    """Is a loss of one token. `slope` is ∂value/∂logp; `entropy_slope` and `logit_slope` are ∂value/∂H and ∂value/∂z_y,
     where the value depends on them. A term with `own` has no slopes in closed form: autograd finds them."""
 
     value: Callable[[Objective, Tokens], Tensor]
@@ -255,7 +256,7 @@ def _unclipped_slope(o: Objective, t: Tokens) -> Tensor:
 
 
 def _stopped(o: Objective, t: Tokens, log_r: Tensor) -> list[tuple[Tensor, float]]:
-    """(where it takes the gradient away [n], the ratio there) of each bound of the clip."""
+    """Returns (where it takes the gradient away [n], the ratio there) of each bound of the clip."""
     bounds = (o.clip_low, o.clip_high, o.dual_clip)
     if bounds == (None, None, None):
         return []
@@ -265,7 +266,7 @@ def _stopped(o: Objective, t: Tokens, log_r: Tensor) -> list[tuple[Tensor, float
 
 
 def _counts(advantages: Tensor, stopped: list[tuple[Tensor, float]]) -> Tensor:
-    """Where the ratio has a gradient [n]."""
+    """Returns where the ratio has a gradient [n]."""
     counts = advantages != 0
     for beyond, _ in stopped:
         counts = counts & ~beyond

@@ -1,4 +1,5 @@
-"""The tokens of a loss: what a term may read of them, which sequence each belongs to, and the slopes that come back."""
+"""This file describes the tokens of a loss: what a term may read of them, which sequence each belongs to, and the
+slopes that come back."""
 
 from __future__ import annotations
 
@@ -14,45 +15,47 @@ __all__ = ["Region", "Regions", "Sequences", "Slopes", "Tokens", "given", "sums_
 
 @dataclass(frozen=True)
 class Sequences:
-    """Which sequence each token belongs to: its number [n], below `rows`. In a sequence, tokens stand in order."""
+    """Says which sequence each token belongs to: its number [n], below `rows`. In a sequence, tokens stand in order."""
 
     row: Tensor  # int64
     rows: int  # at least as many as there are sequences
 
     @classmethod
     def of(cls, ids: Tensor) -> Sequences:
-        """Tokens with one id [n] are a sequence, in the order in which they stand. Nothing waits for a device."""
+        """Makes the sequences of ids [n]: tokens with one id are a sequence, in the order in which they stand. Nothing
+        waits for a device."""
         ordered, order = ids.sort(stable=True)
         first = torch.nn.functional.pad((ordered[1:] != ordered[:-1]).long(), (1, 0))[: ids.numel()]
         return cls(torch.zeros_like(order).scatter(0, order, first.cumsum(0)), ids.numel())
 
     @classmethod
     def of_rows(cls, rows: int, length: int, device: torch.device | str = "cpu") -> Sequences:
-        """A sequence is a row of [rows, length] tokens."""
+        """Makes a sequence of each row of [rows, length] tokens."""
         return cls(torch.arange(rows, device=device)[:, None].expand(rows, length).reshape(-1), rows)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Sequences:
-        """The sequences of those tokens that `fn` takes from a tensor [n]."""
+        """Returns the sequences of those tokens that `fn` takes from a tensor [n]."""
         return replace(self, row=fn(self.row))
 
     def _sums(self, values: Tensor) -> Tensor:
-        """Of each sequence [rows]. In a fixed order: on CUDA an accumulating index_put sorts, where index_add races."""
+        """Returns the sum of each sequence [rows]. In a fixed order: on CUDA an accumulating index_put sorts, where
+        index_add races."""
         sums = values.new_zeros(self.rows)
         if values.is_cuda:
             return sums.index_put((self.row,), values, accumulate=True)
         return sums.index_add(0, self.row, values)
 
     def total(self, values: Tensor) -> Tensor:
-        """Σ over the tokens of a token's sequence [n]."""
+        """Returns Σ over the tokens of a token's sequence [n]."""
         wide = values if values.device.type == "mps" else values.double()  # thousands of tokens, one by one
         return self._sums(wide)[self.row].to(values.dtype)
 
     def with_any(self, chosen: Tensor) -> Tensor:
-        """How many sequences have a `chosen` token (0-dim)."""
+        """Returns how many sequences have a `chosen` token (0-dim)."""
         return (self._sums(chosen.long()) > 0).sum()
 
     def later(self, values: Tensor) -> Tensor:
-        """Σ over the tokens that come later in a token's sequence [n]; no gradient."""
+        """Returns Σ over the tokens that come later in a token's sequence [n]; no gradient."""
         if torch.compiler.is_compiling():  # the number of steps is one of the lengths that a graph is not for
             found: Tensor = torch.ops.trapo_kernels.sums_of_later(values, self.row)
             return found
@@ -60,7 +63,8 @@ class Sequences:
 
 
 def sums_of_later(values: Tensor, row: Tensor) -> Tensor:
-    """Σ of `values` [n] over the later tokens of the same `row` [n], by doubling: log n steps, in a fixed order."""
+    """Returns Σ of `values` [n] over the later tokens of the same `row` [n], by doubling: log n steps, in a fixed
+    order."""
     order = row.argsort(stable=True)
     row, sums, step = row[order], values.detach()[order], 1
     while step < row.numel():
@@ -73,7 +77,7 @@ def sums_of_later(values: Tensor, row: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Everything a term may read, one entry per token [n]; `None` where the caller gave nothing."""
+    """Holds everything a term may read, one entry per token [n]; `None` where the caller gave nothing."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -93,33 +97,33 @@ class Tokens:
         return ~self.expert if self.own is None else self.own
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Tokens:
-        """The same tokens with `fn` applied to every tensor."""
+        """Returns the same tokens with `fn` applied to every tensor."""
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         mapped: dict[str, Any] = {name: fn(value) for name, value in given.items() if isinstance(value, Tensor)}
         return replace(self, **mapped, statistics={name: fn(value) for name, value in self.statistics.items()})
 
     def only(self, region: Tensor, outside: Tensor | None = None) -> Tokens:
-        """Zeros outside `region`, so that what a caller padded other tokens with can neither give nor poison
+        """Puts zeros outside `region`, so that what a caller padded other tokens with can neither give nor poison
         anything: 0 · NaN in a backward would. `outside`: where the region is not, if that is known."""
         outside = ~region if outside is None else outside
         return self.map(lambda t: t if t.dtype == torch.bool else t.masked_fill(outside, 0))
 
 
 class Region(NamedTuple):
-    """Some of the tokens: where they are [n] bool and where they are not (None: these are all), and the tokens as a
-    term of this region sees them, zero elsewhere."""
+    """Holds some of the tokens: where they are [n] bool and where they are not (None: these are all), and the tokens as
+    a term of this region sees them, zero elsewhere."""
 
     inside: Tensor | None
     outside: Tensor | None
     tokens: Tokens
 
     def fill(self, values: Tensor) -> Tensor:
-        """`values` [n], zero outside."""
+        """Returns `values` [n], zero outside."""
         return values if self.outside is None else values.masked_fill(self.outside, 0)
 
 
 class Regions:
-    """The regions of some tokens, each looked for once: "expert", "own" or "all"."""
+    """Holds the regions of some tokens, each looked for once: "expert", "own" or "all"."""
 
     def __init__(self, tokens: Tokens) -> None:
         self.tokens, self.own = tokens, tokens.own_tokens
@@ -133,7 +137,7 @@ class Regions:
         return self._found[name]
 
     def _sides(self, name: str) -> tuple[Tensor | None, Tensor | None]:
-        """Where a region is, and where it is not; None and None: it is everywhere."""
+        """Returns where a region is, and where it is not; None and None: it is everywhere."""
         expert, own = self.tokens.expert, self.own
         if self.tokens.own is None:  # every token is in one of the two
             return {"expert": (expert, own), "own": (own, expert), "all": (None, None)}[name]
@@ -141,13 +145,13 @@ class Regions:
         return inside, ~inside
 
     def fill(self, name: str, values: Tensor) -> Tensor:
-        """`values` [..., n], zero outside of a region."""
+        """Returns `values` [..., n], zero outside of a region."""
         outside = self._found[name].outside if name in self._found else self._sides(name)[1]
         return values if outside is None else values.masked_fill(outside, 0)
 
 
 class Slopes(NamedTuple):
-    """∂loss/∂logp, ∂loss/∂H and ∂loss/∂z_y per token [n]; None: there is none."""
+    """Holds ∂loss/∂logp, ∂loss/∂H and ∂loss/∂z_y per token [n]; None: there is none."""
 
     logprobs: Tensor | None
     entropy: Tensor | None = None
@@ -155,6 +159,6 @@ class Slopes(NamedTuple):
 
 
 def given(values: Tensor | None) -> Tensor:
-    """A per-token input that a term needs, which the loss has checked (`Objective.needs`)."""
+    """Returns a per-token input that a term needs, which the loss has checked (`Objective.needs`)."""
     assert values is not None
     return values

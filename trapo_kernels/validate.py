@@ -1,4 +1,4 @@
-"""Argument checks. Each error is one line: the function, the argument, what it accepts, what it got.
+"""This file checks arguments. Each error is one line: the function, the argument, what it accepts, what it got.
 
 Checks of values read tensors on the CPU only: on an accelerator they would stall the stream, and the device's own
 index assertion, or a NaN, reports a target out of range.
@@ -52,19 +52,19 @@ def _tensor(caller: str, name: str, value: Any) -> Tensor:
 
 
 def can_look(values: Tensor) -> bool:
-    """Whether values may be looked at: a device would be waited for, and a compiler has none."""
+    """Returns whether values may be looked at: a device would be waited for, and a compiler has none."""
     return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_flag(caller: str, name: str, value: Any) -> None:
-    """True or False."""
+    """Checks that a value is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{caller}: {name} must be True or False; got {shown(value)}")
 
 
 def under_autocast(hidden: Any, *of_head: Any) -> tuple[Any, ...]:
-    """Hidden states, and the weight and bias of a head, as torch.autocast asks for on their device where their dtypes
-    differ: float64 stays, and so does what is of one dtype, as its caller chose it.
+    """Returns hidden states, and the weight and bias of a head, as torch.autocast asks for on their device where their
+    dtypes differ: float64 stays, and so does what is of one dtype, as its caller chose it.
 
     A float32 weight or bias beside 16-bit hidden states stays as it is: the loss rounds it to their dtype itself, so
     that its gradient comes from the fp32 sums and is never rounded.
@@ -76,13 +76,13 @@ def under_autocast(hidden: Any, *of_head: Any) -> tuple[Any, ...]:
 
 
 def one_dtype(hidden: Any, *of_head: Any) -> tuple[Any, ...]:
-    """The same with a head in the dtype of the hidden states; gradients come back in the parameters' own."""
+    """Returns the same with a head in the dtype of the hidden states; gradients come back in the parameters' own."""
     hidden, *of_head = under_autocast(hidden, *of_head)  # type: ignore[assignment]
     return hidden, *(t.to(hidden.dtype) if _is_master(t, hidden) else t for t in of_head)
 
 
 def _is_master(value: Any, hidden: Any) -> bool:
-    """Whether this is a float32 parameter of 16-bit products."""
+    """Returns whether this is a float32 parameter of 16-bit products."""
     if not isinstance(value, Tensor) or not isinstance(hidden, Tensor):
         return False
     return value.dtype == torch.float32 and hidden.dtype in (torch.float16, torch.bfloat16)
@@ -99,7 +99,7 @@ def _cast(tensor: Any) -> Any:
 
 
 def refuse_batched(caller: str, *incoming: Tensor | None) -> None:
-    """A backward is for one gradient at a time."""
+    """Refuses a batch of gradients: a backward is for one at a time."""
     # By name: is_grads_batched has a key of its own, which Python does not know.
     if any(g is not None and "Batched" in str(torch._C._dispatch_keys(g)) for g in incoming):
         raise RuntimeError(
@@ -117,7 +117,7 @@ def _dtype(value: Tensor) -> str:
 
 
 def _same(caller: str, name: str, value: Tensor, like_name: str, like: Tensor, dtype: bool = True) -> None:
-    """On the device, and of the dtype, of another argument."""
+    """Checks that a tensor is on the device, and of the dtype, of another argument."""
     if dtype and value.dtype != like.dtype:
         raise TypeError(
             f"{caller}: {name} must have the dtype of {like_name}; got {_dtype(value)} with {_dtype(like)} {like_name}"
@@ -127,8 +127,8 @@ def _same(caller: str, name: str, value: Tensor, like_name: str, like: Tensor, d
 
 
 def check_linear(caller: str, hidden: Any, weight: Any, bias: Any, sharded: bool = False, prefix: str = "") -> None:
-    """hidden [..., D], weight [V, D], bias [V] or None: on one device, and of one dtype unless the hidden states have
-    16 bits and the parameters 32. A shard may have no rows."""
+    """Checks hidden [..., D], weight [V, D], bias [V] or None: on one device, and of one dtype unless the hidden states
+    have 16 bits and the parameters 32. A shard may have no rows."""
     h, w, b = (f"{prefix}{name}" for name in ("hidden", "weight", "bias"))
     for name, value in ((h, hidden), (w, weight)):
         _float_tensor(caller, name, value)
@@ -147,7 +147,8 @@ def check_linear(caller: str, hidden: Any, weight: Any, bias: Any, sharded: bool
 
 
 def check_reference(caller: str, ref: tuple[Any, Any, Any], targets: Tensor, needed: bool, vocab: int) -> None:
-    """ref_hidden [..., D'], ref_weight [V, D'] and ref_bias [V] or None of a reference head, where needed or given."""
+    """Checks ref_hidden [..., D'], ref_weight [V, D'] and ref_bias [V] or None of a reference head, where needed or
+    given."""
     for name, value in zip(("ref_hidden", "ref_weight"), ref[:2], strict=True):
         if value is None and needed:
             raise ValueError(f"{caller}: {name} must be a tensor, which expert='asft' needs; got None")
@@ -163,14 +164,14 @@ def check_reference(caller: str, ref: tuple[Any, Any, Any], targets: Tensor, nee
 
 
 def check_logits(caller: str, logits: Any) -> None:
-    """logits [..., V]."""
+    """Checks logits [..., V]."""
     _float_tensor(caller, "logits", logits)
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"{caller}: logits must be [..., V] with V >= 1; got {list(logits.shape)}")
 
 
 def check_targets(caller: str, targets: Any, like_name: str, like: Tensor) -> None:
-    """int64 targets of the shape of `like` without its last dimension."""
+    """Checks int64 targets of the shape of `like` without its last dimension."""
     if _tensor(caller, "targets", targets).dtype != torch.int64:
         raise TypeError(f"{caller}: targets must be int64; got {_dtype(targets)}")
     if targets.shape != like.shape[:-1]:
@@ -182,7 +183,7 @@ def check_targets(caller: str, targets: Any, like_name: str, like: Tensor) -> No
 
 
 def check_ids(caller: str, ids: Any, hidden: Tensor, vocab: int | None) -> None:
-    """int64 ids [..., K] in [0, V), or -1 for none; `vocab` None: they are looked at later."""
+    """Checks int64 ids [..., K] in [0, V), or -1 for none; `vocab` None: they are looked at later."""
     if _tensor(caller, "ids", ids).dtype != torch.int64:
         raise TypeError(f"{caller}: ids must be int64; got {_dtype(ids)}")
     if ids.ndim != hidden.ndim or ids.shape[:-1] != hidden.shape[:-1]:
@@ -199,7 +200,7 @@ def check_ids(caller: str, ids: Any, hidden: Tensor, vocab: int | None) -> None:
 
 
 def check_logprobs(caller: str, logprobs: Any, entropy: Any) -> None:
-    """logprobs [...], and entropy of its shape or None."""
+    """Checks logprobs [...], and entropy of its shape or None."""
     _float_tensor(caller, "logprobs", logprobs)
     if entropy is None:
         return
@@ -210,7 +211,7 @@ def check_logprobs(caller: str, logprobs: Any, entropy: Any) -> None:
 
 
 def check_reads_logprobs(caller: str, objective: Objective, entropy: Tensor | None) -> None:
-    """The objective is a function of log-probabilities, and of entropies where those are given."""
+    """Checks that the objective is a function of log-probabilities, and of entropies where those are given."""
     more = {
         "a reference head": objective.reference_head,
         "target logits": objective.reads_logit,
@@ -227,7 +228,7 @@ def check_reads_logprobs(caller: str, objective: Objective, entropy: Tensor | No
 
 
 def check_range(caller: str, targets: Tensor, active: Tensor, vocab: int, ignore_index: int) -> None:
-    """Active targets lie in [0, V)."""
+    """Checks that active targets lie in [0, V)."""
     if not can_look(targets):
         return
     wrong = active & ((targets < 0) | (targets >= vocab))
@@ -243,8 +244,8 @@ def check_range(caller: str, targets: Tensor, active: Tensor, vocab: int, ignore
 def check_token_inputs(
     caller: str, targets: Tensor, floats: Mapping[str, Any], masks: Mapping[str, Any], like: str = "targets"
 ) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
-    """Per-token inputs of the shape of targets; advantages and policy_weights may also be one per sequence, which is
-    broadcast here. Masks may be 0 and 1 of any integer dtype."""
+    """Checks per-token inputs of the shape of targets; advantages and policy_weights may also be one per sequence,
+    which is broadcast here. Masks may be 0 and 1 of any integer dtype."""
     out: dict[str, Tensor | None] = {}
     shape = targets.shape
     for name, value in {**floats, **masks}.items():
@@ -268,8 +269,9 @@ def check_token_inputs(
 
 
 def policy_weights(caller: str, values: Tensor, own: Tensor) -> Tensor:
-    """Weights of the policy term [n], at least 0 at `own` tokens [n]: the clip goes by the sign of the advantage alone,
-    and kernels take the two as one. Where values cannot be looked at, a weight below 0 becomes NaN, and so the loss."""
+    """Returns the weights of the policy term [n], at least 0 at `own` tokens [n]: the clip goes by the sign of the
+    advantage alone, and kernels take the two as one. Where values cannot be looked at, a weight below 0 becomes NaN,
+    and so the loss."""
     if not can_look(values):
         return values.masked_fill(values < 0, torch.nan)
     wrong = own & (values < 0)
@@ -292,7 +294,7 @@ def _mask(caller: str, name: str, value: Any) -> Tensor:
 
 
 def check_sequence_ids(caller: str, targets: Tensor, sequence_ids: Any, like: str = "targets") -> None:
-    """int64 of the shape of targets, or None."""
+    """Checks that ids are int64 of the shape of targets, or None."""
     if sequence_ids is None:
         return
     if _tensor(caller, "sequence_ids", sequence_ids).dtype != torch.int64:
@@ -305,7 +307,7 @@ def check_sequence_ids(caller: str, targets: Tensor, sequence_ids: Any, like: st
 
 
 def sequences(caller: str, targets: Tensor, sequence_ids: Tensor | None, like: str = "targets") -> Sequences:
-    """Which sequence each token belongs to: the last dimension of targets, or what `sequence_ids` say."""
+    """Returns which sequence each token belongs to: the last dimension of targets, or what `sequence_ids` say."""
     if sequence_ids is not None:
         return Sequences.of(sequence_ids.reshape(-1))
     if targets.ndim < 2:
@@ -317,9 +319,9 @@ def sequences(caller: str, targets: Tensor, sequence_ids: Tensor | None, like: s
 
 
 def divisor(caller: str, name: str, normalizer: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What a sum of token losses is divided by (0-dim), a constant; `name` is the argument that gives
-    it. A tensor may be a count of 0, of a batch without a token, which counts as 1; it is looked at on the CPU, and
-    elsewhere the device asserts that it is in range.
+    """Returns what a sum of token losses is divided by (0-dim), a constant; `name` is the argument that gives it. A
+    tensor may be a count of 0, of a batch without a token, which counts as 1; it is looked at on the CPU, and elsewhere
+    the device asserts that it is in range.
     """
     accepted = "a number above 0 or a 0-dim tensor"
     if not isinstance(normalizer, Tensor):
@@ -340,7 +342,7 @@ def divisor(caller: str, name: str, normalizer: Any, dtype: torch.dtype, device:
 
 
 def _finite(value: Any) -> Any:
-    """The number, or None where a float cannot hold it."""
+    """Returns the number, or None where a float cannot hold it."""
     try:
         return None if value is None else value * 1.0
     except OverflowError:
@@ -348,7 +350,7 @@ def _finite(value: Any) -> Any:
 
 
 def check_grad_tolerance(caller: str, tolerance: Any) -> float:
-    """A number in [0, 1)."""
+    """Returns a number in [0, 1)."""
     found = number(tolerance)
     if found is None or not 0 <= found < 1:
         raise ValueError(f"{caller}: grad_tolerance must be a number in [0, 1); got {shown(tolerance)}")

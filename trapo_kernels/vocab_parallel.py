@@ -1,5 +1,6 @@
-"""Heads whose vocabulary is sharded over the ranks of a group (tensor parallel): rank r holds the rows from offset_r to
-offset_r + V_r of the weight, of any sizes; hidden states and targets (ids in the whole vocabulary) are the same on all.
+"""This file is for heads whose vocabulary is sharded over the ranks of a group (tensor parallel): rank r holds the rows
+from offset_r to offset_r + V_r of the weight, of any sizes; hidden states and targets (ids in the whole vocabulary) are
+the same on all.
 
     per chunk, forward     all-reduce max z                              C numbers, maximum
                            all-reduce Σ e^(z−m), Σ e^(z−m)(z−m), z_y     4 C numbers, sum
@@ -36,7 +37,8 @@ _FLOOR = -1e4  # e^-1e4 is 0 in fp64 too; 0 · −∞ is not
 
 @dataclass(frozen=True)
 class Shard:
-    """This rank's part of a vocabulary of `vocab`: `size` rows from `offset` on; `largest` is the largest part."""
+    """Describes this rank's part of a vocabulary of `vocab`: `size` rows from `offset` on; `largest` is the largest
+    part."""
 
     group: Any
     offset: int
@@ -46,26 +48,27 @@ class Shard:
     sizes: tuple[int, ...]
 
     def columns(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(the column of each target here [n], whether it is here at all [n]); somewhere in range where it is not."""
+        """Returns (the column of each target here [n], whether it is here at all [n]); somewhere in range where it is
+        not."""
         here = (targets >= self.offset) & (targets < self.offset + self.size)
         return (targets - self.offset).clamp(0, max(self.size - 1, 0)), here
 
 
 def shard_of(group: Any, sizes: list[int]) -> Shard:
-    """This rank's part, of parts of these sizes."""
+    """Returns this rank's part, of parts of these sizes."""
     rank = dist.get_rank(group)
     return Shard(group, sum(sizes[:rank]), sizes[rank], sum(sizes), max(sizes), tuple(sizes))
 
 
 def sharded(kernel: RowKernel, shard: Shard) -> RowKernel:
-    """A row kernel over the whole vocabulary, made of one over this rank's columns."""
+    """Returns a row kernel over the whole vocabulary, made of one over this rank's columns."""
     verbs = _Verbs(kernel, shard)
     return RowKernel(verbs.stats, verbs.grad_, verbs.scratch_bytes, shard=shard)
 
 
 @dataclass(frozen=True)
 class _Verbs:
-    """The verbs over the whole vocabulary, by those of `kernel` on this rank's columns."""
+    """Has the verbs over the whole vocabulary, by those of `kernel` on this rank's columns."""
 
     kernel: RowKernel
     shard: Shard
@@ -90,7 +93,7 @@ class _Verbs:
         return RowState(whole, sums[0] + (sums[1] - 1).clamp(min=0), sums[2] if entropy else None, sums[-1])
 
     def _local(self, logits: Tensor, column: Tensor, cap: float | None, entropy: bool) -> RowState:
-        """The state of this shard's columns, of which there may be none."""
+        """Returns the state of this shard's columns, of which there may be none."""
         if self.shard.size:
             return self.kernel.stats(logits, column, cap, entropy)
         zero = logits.new_zeros(logits.shape[0], dtype=stats_dtype(logits.dtype))
@@ -117,7 +120,7 @@ class _Verbs:
 
 
 def _not_target(x: Tensor, stats: RowStats, g_lp: Tensor, g_entropy: Tensor | None, cap: float | None) -> Tensor:
-    """−π_j (g_lp + g_H (log π_j + H)), times the slope of the soft-cap, of one logit a row [C]."""
+    """Returns −π_j (g_lp + g_H (log π_j + H)), times the slope of the soft-cap, of one logit a row [C]."""
     z = x if cap is None else cap * torch.tanh(x / cap)
     log_p = (z - stats.max) - stats.log_sum
     pull = g_lp
@@ -129,7 +132,7 @@ def _not_target(x: Tensor, stats: RowStats, g_lp: Tensor, g_entropy: Tensor | No
 
 
 class ShardedSource(LinearSource):
-    """Logits of this rank's columns; the gradient of the hidden states is summed over the ranks."""
+    """Makes logits of this rank's columns; the gradient of the hidden states is summed over the ranks."""
 
     def __init__(self, shard: Shard, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -147,7 +150,7 @@ class ShardedSource(LinearSource):
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of all shards [V, ...]. Every rank computes the whole gradient, and keeps its rows."""
+    """Gathers rows of all shards [V, ...]. Every rank computes the whole gradient, and keeps its rows."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, shard: Shard) -> Tensor:
@@ -164,14 +167,14 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(part: Tensor, shard: Shard) -> Tensor:
-    """The whole of a sharded weight or bias, for the backend that materialises."""
+    """Returns the whole of a sharded weight or bias, for the backend that materialises."""
     whole: Tensor = _Gather.apply(part, shard)
     return whole
 
 
 def local_parts(caller: str, hidden: Any, weight: Any, bias: Any, group: Any) -> tuple[Any, Any, Any, Any]:
-    """(hidden, weight, bias, group) with DTensors unwrapped: a weight that is Shard(0) brings its group along. Their
-    gradients become DTensors again on the way back."""
+    """Returns (hidden, weight, bias, group) with DTensors unwrapped: a weight that is Shard(0) brings its group along.
+    Their gradients become DTensors again on the way back."""
     if "torch.distributed.tensor" not in sys.modules:  # then there are none
         return hidden, weight, bias, group
     from torch.distributed.tensor import DTensor

@@ -1,5 +1,5 @@
-"""From rollouts to what an update computes: micro-batches (micro_batches.py), their tensors (batch.py), what counts in
-them (counting.py), and what their losses are divided by (divisors.py)."""
+"""This folder turns rollouts into what an update computes: micro-batches (micro_batches.py), their tensors (batch.py),
+what counts in them (counting.py), and what their losses are divided by (divisors.py)."""
 
 from __future__ import annotations
 

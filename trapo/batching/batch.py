@@ -23,8 +23,8 @@ from trapo.rollouts import Rollout
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """A micro-batch of rollouts. Column t of a sequence holds the token that is fed in at t and the token (`targets`)
-    that must be predicted from there: n = length of the rollout − 1.
+    """Holds a micro-batch of rollouts. Column t of a sequence holds the token that is fed in at t and the token
+    (`targets`) that must be predicted from there: n = length of the rollout − 1.
 
     padded: B = rollouts, T = the largest n, padding on the right. packed: B = 1, T = sum of all n. shared: as packed,
     but input_ids and position_ids are rows [trees, width].
@@ -46,9 +46,9 @@ class Batch:
 
     @property
     def layout(self) -> dict[str, Any]:
-        """Where the sequences of a packed row begin, in every way that transformers' layers are told: attention masks
-        by positions, flash and linear attention by cu_seq_lens, state-space layers by seq_idx. {}: padded. What a tree
-        is told by is `sight`."""
+        """Returns where the sequences of a packed row begin, in every way that transformers' layers are told: attention
+        masks by positions, flash and linear attention by cu_seq_lens, state-space layers by seq_idx. {}: padded. What a
+        tree is told by is `sight`."""
         if self.sequence_ids is None or self.sight is not None:
             return {}
         longest = max(self.lengths)

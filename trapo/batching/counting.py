@@ -1,4 +1,5 @@
-"""What counts in an update: which rollouts have a gradient, and which of their tokens are in the loss."""
+"""This file says what counts in an update: which rollouts have a gradient, and which of their tokens are in the
+loss."""
 
 from __future__ import annotations
 

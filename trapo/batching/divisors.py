@@ -1,4 +1,4 @@
-"""What the summed losses of a minibatch are divided by: the key train.normalizer.
+"""This file says what the summed losses of a minibatch are divided by: the key train.normalizer.
 
 A divisor is that of the whole minibatch, rollouts that are skipped included, so that neither skipping nor the cut into
 micro-batches changes the update.
@@ -17,7 +17,7 @@ from trapo.settings.groups import TrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class Divisors:
-    """The divisors of own tokens' and of expert tokens' losses."""
+    """Holds the divisors of own tokens' and of expert tokens' losses."""
 
     own: float
     expert: float

@@ -15,7 +15,7 @@ from trapo.rollouts import Rollout
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The rollouts of a micro-batch; [] on a rank that has none left for a collective that the others need."""
+    """Holds the rollouts of a micro-batch; [] on a rank that has none left for a collective that the others need."""
 
     rollouts: Sequence[Rollout] = ()
     trees: tuple[int, ...] = ()  # how many of them are in each tree; (): each is a row of its own

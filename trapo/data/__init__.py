@@ -1,1 +1,2 @@
-"""What a run learns from: problems of files or generators, their token ids, and which of them a step draws."""
+"""This folder has what a run learns from: problems of files or generators, their token ids, and which of them a step
+draws."""

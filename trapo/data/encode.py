@@ -1,4 +1,4 @@
-"""Problems as token ids: the chat template around the prompt, the end-of-sequence token after each trace."""
+"""Problems become token ids here: the chat template around the prompt, the end-of-sequence token after each trace."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def prefix_of(traces: Sequence[Trace], schedule: Schedule, micro_group: int, rng
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-    """What `encode_problems` did not keep or not take as it stands, for a few lines in the log."""
+    """Counts what `encode_problems` did not keep or not take as it stands, for a few lines in the log."""
 
     long_prompts: int
     long_traces: int
@@ -130,7 +130,7 @@ def encode_problems(
 
 
 class PromptEncoder:
-    """Prompts as token ids, under the tokenizer's chat template.
+    """Turns prompts into token ids, under the tokenizer's chat template.
 
     A template without a place for a system message (Gemma's raises, others drop it) gets it in front of the first user
     message. Raises TrapoError for a tokenizer without a template, and for a template that fails.
@@ -147,7 +147,7 @@ class PromptEncoder:
 
     @functools.cached_property
     def opening(self) -> str:
-        """The tag and the blanks that a prompt ends in, such as "<think>\\n", where it ends in one."""
+        """Returns the tag and the blanks that a prompt ends in, such as "<think>\\n", where it ends in one."""
         end = re.search(r"<[^<>\s]+>\s*$", self._render([{"role": "user", "content": "x"}], "a one-word prompt"))
         return end[0] if end else ""
 
@@ -210,7 +210,7 @@ def decode_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) ->
 
 
 class TraceEncoder:
-    """Expert traces as token ids.
+    """Turns expert traces into token ids.
 
     part: the Schedule's trace_part. opening: the tag and the blanks that the prompt ends in, such as "<think>\\n"; a
     trace that begins with that tag is taken from behind it, or the model would learn to open a thought twice.

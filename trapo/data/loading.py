@@ -1,4 +1,4 @@
-"""Problems: prompts with their answers and expert traces, from files or from a generator.
+"""Problems are loaded here: prompts with their answers and expert traces, from files or from a generator.
 
     load_problems("train.jsonl")                                        # our own layout, or GSM8K's
     load_problems("aime.parquet", dedup=True)                           # verl's layout

@@ -1,4 +1,4 @@
-"""What a problem is: a prompt, its answer and expert traces."""
+"""This file says what a problem is: a prompt, its answer and expert traces."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ COLUMNS = ("prompt", "answer", "traces", "trace", "id", "source")  # of our own 
 
 @dataclass(frozen=True)
 class Problem:
-    """prompt: chat messages. traces: expert solutions, as the assistant would write them; may be empty."""
+    """Holds a problem. prompt: chat messages. traces: expert solutions, as the assistant would write them; may be
+    empty."""
 
     id: str
     prompt: tuple[Message, ...]
@@ -23,7 +24,7 @@ class Problem:
 
 
 class DataError(TrapoError):
-    """A data set that cannot be used; one line with the file, the row, what is wrong and what is accepted."""
+    """Says that a data set cannot be used; one line with the file, the row, what is wrong and what is accepted."""
 
 
 def problem_id(source: str, question: str, answer: str) -> str:

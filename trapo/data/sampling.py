@@ -1,4 +1,5 @@
-"""Which problems a step sees, and with which seeds: functions of (seed, step) alone, so that a run can resume."""
+"""This file says which problems a step sees, and with which seeds: functions of (seed, step) alone, so that a run can
+resume."""
 
 from __future__ import annotations
 

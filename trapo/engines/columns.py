@@ -1,4 +1,4 @@
-"""A cache of keys and values whose rows come and go: buffers that are written in place.
+"""This cache of keys and values lets rows come and go: buffers that are written in place.
 
 A row is a sequence, a column a token. All rows end in the same column, the last one that was filled; a row's tokens are
 the columns from its start on, and a mask hides those before. So a step writes one column of all rows, a sequence that
@@ -26,7 +26,7 @@ NOTHING = getattr(cache_utils, "DummyLayer", None)
 
 
 class ColumnLayer(DynamicLayer):
-    """Keys and values [rows, heads, capacity, width] of one layer; `update` returns views of what is filled.
+    """Holds keys and values [rows, heads, capacity, width] of one layer; `update` returns views of what is filled.
 
     rows: the most there can be; window: of a sliding layer, which sees the last window - 1 columns and its own.
     """
@@ -76,7 +76,7 @@ class ColumnLayer(DynamicLayer):
 
 
 class ColumnCache:
-    """The layers of a model, `cache` being what its forward takes."""
+    """Holds the layers of a model, `cache` being what its forward takes."""
 
     def __init__(self, config: PreTrainedConfig, rows: int, capacity: int) -> None:
         """Raises TypeError for a model that keeps more than columns of keys and values."""
@@ -96,7 +96,7 @@ class ColumnCache:
 
     @property
     def length(self) -> int:
-        """Columns that are filled; the next `update` writes behind them."""
+        """Returns how many columns are filled; the next `update` writes behind them."""
         return self.layers[0].length
 
     @length.setter

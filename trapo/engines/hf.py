@@ -1,4 +1,4 @@
-"""Generation in the trainer's process, on the learner's own weights.
+"""The engine `hf` generates in the trainer's process, on the learner's own weights.
 
 Two loops can do it: our own around transformers' model code (own_loop.py), and transformers' `generate`
 (transformers_loop.py), which knows caches that ours does not. Weights that FSDP2 has sharded are whole while a call
@@ -29,7 +29,7 @@ from trapo.models.sharding import is_sharded, whole_weights
 
 
 class HFEngine:
-    """Engine protocol over a transformers causal LM. `eos_ids`: tokens that end a completion."""
+    """Speaks the engine protocol over a transformers causal LM. `eos_ids`: tokens that end a completion."""
 
     def __init__(
         self,

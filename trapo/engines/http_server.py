@@ -1,4 +1,5 @@
-"""JSON over HTTP with a server that may be gone, slow or wrong: every failure is one line that says how to go on.
+"""This file speaks JSON over HTTP with a server that may be gone, slow or wrong: every failure is one line that says
+how to go on.
 
 The connection goes to the address that is given and nowhere else: no proxy of the environment, no redirect. A key in
 VLLM_API_KEY is sent as `vllm serve` wants it.
@@ -25,7 +26,7 @@ LARGEST = 2**28  # bytes of an answer
 
 
 class Server:
-    """A server at http(s)://host:port. timeout: seconds for a whole call, however slowly the answer trickles.
+    """Calls a server at http(s)://host:port. timeout: seconds for a whole call, however slowly the answer trickles.
 
     Raises TrapoError, one line that names rollout.server_url, for an address of another kind, a server that does not
     answer, an answer that is an error, and one that is not JSON.

@@ -1,4 +1,4 @@
-"""Sampling a token with one uniform number a row.
+"""A token is sampled here with one uniform number a row.
 
 The inverse of the cumulative distribution, in two levels: the sums of blocks of 256 probabilities say which block the
 number falls in, the probabilities of that block which token. One pass over the logits for the softmax, one over the
@@ -17,7 +17,7 @@ DRAWN = 64  # numbers at a time
 
 
 class Draws:
-    """Uniform numbers in [0, 1) of one sequence: the i-th depends on the seed and on i alone."""
+    """Gives uniform numbers in [0, 1) of one sequence: the i-th depends on the seed and on i alone."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)

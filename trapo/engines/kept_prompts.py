@@ -1,4 +1,4 @@
-"""Keys and values of contexts that were prefilled, for later contexts that begin with the same tokens.
+"""This file keeps keys and values of contexts that were prefilled, for later contexts that begin with the same tokens.
 
 The rollouts of a step are drawn in several calls, of the same prompts: one with an expert prefix begins with its
 prompt, and a longer prefix with a shorter one. So a context needs only what no kept one has.
@@ -15,7 +15,7 @@ Context = tuple[int, ...]
 
 
 class KeptPrompts:
-    """Contexts in sorted order: the one that shares the longest beginning with another is next to it there.
+    """Keeps contexts in sorted order: the one that shares the longest beginning with another is next to it there.
 
     limit: bytes; those that were not used for longest go first. None of the contexts is the beginning of another.
     """

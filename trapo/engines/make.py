@@ -1,4 +1,4 @@
-"""Which engine a run generates with."""
+"""This file makes the engine that a run generates with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make_engine(
     run_dir: Path,
     ranks: Ranks = ALONE,
 ) -> Engine:
-    """The engine that `rollout.engine` names (config.py has checked it), on the model; ranks share it.
+    """Returns the engine that `rollout.engine` names (config.py has checked it), on the model; ranks share it.
 
     max_tokens: of a prompt and its response together. precision: as train.precision. run_dir: where weights go that a
     server reads, unless rollout.sync_folder says.

@@ -1,4 +1,4 @@
-"""Decoding with a loop of our own around transformers' model code.
+"""This file decodes with a loop of our own around transformers' model code.
 
 What it does that `generate` does not:
 
@@ -39,7 +39,7 @@ SPARE_COLUMNS = 32  # so that rows which are filled again do not move at every s
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What holds for a whole call."""
+    """Holds what is the same in a whole call."""
 
     temperature: float  # 0: greedy
     eos_ids: frozenset[int]
@@ -49,7 +49,7 @@ class Settings:
 
 @dataclasses.dataclass
 class Row:
-    """A request that is being decoded."""
+    """Holds a request that is being decoded."""
 
     index: int  # of the request
     context: Context
@@ -68,7 +68,7 @@ class Row:
 
     @property
     def filled(self) -> int:
-        """Tokens whose keys and values are in the cache: all but the last."""
+        """Returns the tokens whose keys and values are in the cache: all but the last."""
         return len(self.context) + len(self.tokens) - 1
 
 
@@ -142,7 +142,7 @@ class OwnLoop:
 
 
 class _Call:
-    """The state of one call of `decode`."""
+    """Holds the state of one call of `decode`."""
 
     def __init__(self, loop: OwnLoop, requests: Sequence[Request], seeds: Sequence[int], settings: Settings) -> None:
         self.loop, self.requests, self.seeds, self.settings = loop, requests, seeds, settings
@@ -171,7 +171,7 @@ class _Call:
         return [self.completions[i] for i in range(len(self.requests))]
 
     def _step(self) -> torch.Tensor:
-        """Logits [rows, V] of each row's next token; its last one is in the cache then."""
+        """Returns the logits [rows, V] of each row's next token; its last one is in the cache then."""
         if self.cache.length == self.cache.capacity:
             self._align(max(row.filled for row in self.rows))
         length = self.cache.length
@@ -202,7 +202,7 @@ class _Call:
         return sample(logits, self.settings.temperature, numbers).tolist()
 
     def _drop(self) -> None:
-        """Rows that are done leave; others take their places, so that those that stay are the first."""
+        """Lets rows that are done leave; others take their places, so that those that stay are the first."""
         for row in self.rows:
             if row.done:
                 self.completions[row.index] = Completion(tuple(row.tokens), finished=row.ended)
@@ -215,7 +215,8 @@ class _Call:
         del self.rows[staying:]
 
     def _common_beginning(self) -> Filled | None:
-        """Keys and values of what all contexts begin with, such as a system prompt, if that is worth a forward."""
+        """Returns the keys and values of what all contexts begin with, such as a system prompt, if that is worth a
+        forward."""
         contexts = [r.context[:-1] for r in self.requests]
         first, last = min(contexts), max(contexts)
         count = shared_beginning(first, last)
@@ -224,7 +225,7 @@ class _Call:
         return self.loop.prefill([first[:count]], [False])[0]
 
     def _fill(self) -> None:
-        """Waiting requests into the rows that are free."""
+        """Puts waiting requests into the rows that are free."""
         taken = [self.waiting.pop() for _ in range(min(self.settings.rows - len(self.rows), len(self.waiting)))]
         if not taken:
             return

@@ -1,4 +1,4 @@
-"""Products of few rows with weights that were laid out for them once.
+"""This file multiplies few rows with weights that were laid out for them once.
 
 MKL lays a weight out anew in each call, which costs as much as a product of a few rows; oneDNN takes a layout that was
 made before. Measured, float32, one thread, packed against plain (`bench/decode.py` has whole steps):
@@ -39,8 +39,8 @@ def pays(rows: int, elements: int) -> bool:
 
 
 class PackedLinear:
-    """The forward of an nn.Linear, y = x Wᵀ + b, for inputs of `dtype` and row counts that a packed weight pays for;
-    the linear's own for others. The weight is packed when first needed."""
+    """Computes the forward of an nn.Linear, y = x Wᵀ + b, for inputs of `dtype` and row counts that a packed weight
+    pays for; the linear's own for others. The weight is packed when first needed."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         self.linear, self.dtype = linear, dtype
@@ -61,8 +61,8 @@ class PackedLinear:
 
 
 class PackedLinears:
-    """The packed linears of a model; `clear` when its weights have changed. Products are in autocast's dtype, in the
-    weights' own without it."""
+    """Holds the packed linears of a model; `clear` when its weights have changed. Products are in autocast's dtype, in
+    the weights' own without it."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

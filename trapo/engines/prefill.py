@@ -1,4 +1,4 @@
-"""Keys and values of contexts, of which some beginnings are known.
+"""This file computes keys and values of contexts, of which some beginnings are known.
 
 Contexts that need about as many new tokens are computed together: the last T of each, T being what the neediest one
 needs, so that no row is padded on the right of what it knows. What a row knows beyond that is computed again.

@@ -1,4 +1,4 @@
-"""Generation engines behind one protocol. An engine knows token ids, not problems, prefixes or rewards."""
+"""Generation engines stand behind one protocol. An engine knows token ids, not problems, prefixes or rewards."""
 
 from __future__ import annotations
 

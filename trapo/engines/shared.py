@@ -1,4 +1,4 @@
-"""One engine per rank, as one: each generates its part of the requests, and every rank gets all completions.
+"""The engines of all ranks act as one: each generates its part of the requests, and every rank gets all completions.
 
 Each request brings the seed of its own random numbers, so that neither the number of ranks nor the engine's batch size
 decides what is sampled. What is left to differ is rounding: a batch of another shape can give logits that differ in
@@ -18,7 +18,7 @@ from trapo.runs.ranks import Ranks
 
 
 class SharedEngine:
-    """Engine protocol over this rank's `engine`; all ranks must ask for the same requests."""
+    """Speaks the engine protocol over this rank's `engine`; all ranks must ask for the same requests."""
 
     def __init__(self, engine: Engine, ranks: Ranks) -> None:
         self.engine, self.ranks = engine, ranks

@@ -1,4 +1,4 @@
-"""Generation with transformers' `generate` and its own cache, for families that own_loop.py is not right for.
+"""This file generates with transformers' `generate` and its own cache, for families that own_loop.py is not right for.
 
 Contexts are sorted by length and decoded in batches. Rollouts of one prompt share their context, so each distinct
 context is prefilled once and its cache repeated: a micro-group of four pays one prefill, not four. Not every family's

@@ -1,4 +1,4 @@
-"""Generation with vLLM in the trainer's own process: one V1 engine beside the learner, on the same device.
+"""The engine `vllm` generates in the trainer's own process: one V1 engine beside the learner, on the same device.
 
 The engine is built from the model's configuration alone; its weights come from the learner, at the start as after every
 step. Prompts and expert prefixes go in as token ids, one sequence; rollouts of one context share its cached prefix. On
@@ -27,7 +27,7 @@ CPU_CACHE_BYTES = 1 << 30  # of keys and values; `rollout.engine_args={kv_cache_
 
 
 class VLLMEngine:
-    """Engine protocol over `vllm.LLM`.
+    """Speaks the engine protocol over `vllm.LLM`.
 
     eos_ids: tokens that end a completion. max_tokens: of the longest context and its completion. engine_args: more
     arguments of vLLM's, which win over the ones here.

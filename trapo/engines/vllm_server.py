@@ -1,4 +1,5 @@
-"""Generation by a running `vllm serve`, beyond this process or this machine; docs/vllm.md has its command line.
+"""The engine `vllm_server` generates by a running `vllm serve`, beyond this process or this machine; docs/vllm.md has
+its command line.
 
 Each request is an OpenAI completion whose prompt is token ids and whose answer is token ids with their
 log-probabilities: no text on the way, so nothing is tokenised twice. They are all in flight together, `batch_size` at a
@@ -23,7 +24,8 @@ MODELS, COMPLETIONS = "/v1/models", "/v1/completions"
 
 
 class VLLMServerEngine:
-    """Engine protocol over HTTP. eos_ids: tokens that end a completion. sync: `folder`, `nccl` or `ipc` (vllm_sync.py).
+    """Speaks the engine protocol over HTTP. eos_ids: tokens that end a completion. sync: `folder`, `nccl` or `ipc`
+    (vllm_sync.py).
 
     The server gets the model's weights at once, whatever it was started with. Each answer is checked before anything is
     learnt from it. Raises TrapoError, one line, for a server that does not answer, or answers something else.

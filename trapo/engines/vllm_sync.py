@@ -1,4 +1,4 @@
-"""How a vLLM engine takes over the learner's weights: one class per path.
+"""A vLLM engine takes over the learner's weights here: one class per path.
 
     InProcess     colocated, on a CPU or a GPU: tensors are handed to the worker, which repacks them
     SharedFolder  `vllm serve` on any device: a safetensors file in a folder that both sides see
@@ -34,7 +34,7 @@ EXTENSION = "trapo.engines.vllm_sync.WorkerExtension"
 
 
 class Server(Protocol):
-    """The control plane of a running `vllm serve` (vllm_server.py)."""
+    """Calls the control plane of a running `vllm serve` (vllm_server.py)."""
 
     url: str
 
@@ -59,8 +59,8 @@ def reload_in_worker(
 
 
 def _repack_head(model: nn.Module) -> None:
-    """A head that owns its weight was packed with it; a tied one has no weight of its own, so nothing was loaded to it
-    and its packed copy (CPU) is still that of the old embedding."""
+    """Packs a head that owns its weight anew, since it was packed with it; a tied one has no weight of its own, so
+    nothing was loaded to it and its packed copy (CPU) is still that of the old embedding."""
     head = getattr(model, "lm_head", None)
     method = getattr(head, "quant_method", None)
     if method is not None and hasattr(head, "cpu_linear"):
@@ -68,15 +68,16 @@ def _repack_head(model: nn.Module) -> None:
 
 
 class WorkerExtension:
-    """Mixed into the workers of `vllm serve --worker-extension-cls` for SharedFolder."""
+    """Is mixed into the workers of `vllm serve --worker-extension-cls` for SharedFolder."""
 
     def trapo_reload(self, path: str) -> None:
         reload_in_worker(self, path=path)
 
 
 class InProcess:
-    """For an engine in this process (`vllm.LLM` without multiprocessing). sleeps: a GPU engine that may be asleep; it
-    gets its weights' memory back before they come and its cache's afterwards, which keeps the peak down."""
+    """Loads weights into an engine in this process (`vllm.LLM` without multiprocessing). sleeps: a GPU engine that may
+    be asleep; it gets its weights' memory back before they come and its cache's afterwards, which keeps the peak
+    down."""
 
     def __init__(self, llm: Any, *, sleeps: bool = False) -> None:
         self.llm, self.sleeps = llm, sleeps
@@ -92,7 +93,7 @@ class InProcess:
 
 
 class SharedFolder:
-    """For a server: writes a checkpoint into `folder`, which the server must see under the same path, and has it
+    """Serves a server: writes a checkpoint into `folder`, which the server must see under the same path, and has it
     loaded. The server needs VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls (EXTENSION)."""
 
     def __init__(self, server: Server, folder: Path) -> None:
@@ -117,7 +118,7 @@ def _save(model: nn.Module, folder: Path) -> None:
 
 
 class Transfer:
-    """For a server on GPUs: vLLM's weight-transfer API (`--weight-transfer-config '{"backend": "nccl"}'` or "ipc").
+    """Serves a server on GPUs: vLLM's weight-transfer API (`--weight-transfer-config '{"backend": "nccl"}'` or "ipc").
 
     nccl: from this GPU to the server's, which are others. ipc: the server uses this very GPU; it needs
     VLLM_ALLOW_INSECURE_SERIALIZATION=1. NO GPU HAS RUN THIS: only its imports and arguments are tested.

@@ -1,4 +1,4 @@
-"""The ways in which engine hf turns contexts into completions."""
+"""This file has the ways in which engine hf turns contexts into completions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """What one does and does without; the last four are of transformers' loop."""
+    """Says what a way does and does without; the last four are of transformers' loop."""
 
     own: bool = True  # our loop (own_loop.py), else transformers' (transformers_loop.py)
     prefill: bool = True  # by the decoder, before `generate`, which otherwise does it with a cache of its own making

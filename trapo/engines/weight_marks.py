@@ -1,4 +1,4 @@
-"""Telling whether a model's weights are those of before, without a copy of them.
+"""This file tells whether a model's weights are those of before, without a copy of them.
 
 What an engine derives from weights (packed ones, keys and values of a prompt) must go when they change, whoever forgot
 to say so. An in-place write, such as an optimizer's step, counts up a tensor's version; weights in another place are
@@ -20,7 +20,7 @@ SAMPLED = 64  # elements of each weight
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """What is known of all weights of a model at one time."""
+    """Holds what is known of all weights of a model at one time."""
 
     places: tuple[tuple[int, int], ...]  # address and version of each
     sample: torch.Tensor

@@ -1,4 +1,4 @@
-"""`trapo eval` on named benchmarks and suites, or on any files of those layouts; a table at the end.
+"""`trapo eval` runs here on named benchmarks and suites, or on any files of those layouts; a table at the end.
 
     trapo eval CONFIG eval.suite=math data.dir=PATH                        # all six below
     trapo eval CONFIG eval.benchmarks=[aime24@8,math500,my.parquet@4] ...  # @k: samples a problem
@@ -33,7 +33,7 @@ TEMPERATURE = 0.6  # the paper's, on every benchmark
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """A problem set and how often each problem is asked: once gives pass@1, more often avg@k and pass@k."""
+    """Holds a problem set and how often each problem is asked: once gives pass@1, more often avg@k and pass@k."""
 
     name: str
     title: str
@@ -211,7 +211,7 @@ def _weights_digest(path: str) -> str | None:
 
 
 def _finished(benchmark: Benchmark, job: EvalJob, settings: dict[str, Any]) -> EvalResult | None:
-    """An earlier result with these settings. Raises TrapoError for one with others."""
+    """Returns an earlier result with these settings. Raises TrapoError for one with others."""
     path = _result_path(benchmark, job)
     if not path.exists():
         return None
@@ -223,7 +223,7 @@ def _finished(benchmark: Benchmark, job: EvalJob, settings: dict[str, Any]) -> E
 
 
 def _write_summary(job: EvalJob, results: dict[str, EvalResult], settings: dict[str, dict[str, Any]]) -> None:
-    """What is in the table, and what was asked."""
+    """Writes what is in the table, and what was asked."""
     entries = {name: dataclasses.asdict(r) | {"settings": settings[name]} for name, r in results.items()}
     summary = {"model": job.model.path, "benchmarks": entries, "average": _average(results)}
     write_json(job.run_dir / "benchmarks.json", summary)

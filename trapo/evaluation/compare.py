@@ -1,4 +1,4 @@
-"""`trapo compare A B`: a paired test of two evaluations over the same problems.
+"""`trapo compare A B` makes a paired test of two evaluations over the same problems.
 
 A problem's value is its mean reward over samples. Pairing takes the problems' difficulty out of the comparison: the
 interval is a bootstrap over problems of B − A; the p-value is McNemar's exact one where both runs answered once with
@@ -25,7 +25,7 @@ Rewards = dict[str, list[float]]  # by problem id, one value a sample
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """B − A on one problem set."""
+    """Holds B − A on one problem set."""
 
     name: str
     problems: int

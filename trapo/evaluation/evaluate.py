@@ -1,4 +1,4 @@
-"""Accuracy on held-out problems: greedy, avg@k and pass@k, with a 95% interval."""
+"""This file measures accuracy on held-out problems: greedy, avg@k and pass@k, with a 95% interval."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from trapo.tools.files import write_atomic, write_json
 
 @dataclasses.dataclass(frozen=True)
 class EvalResult:
-    """accuracy: mean reward over problems and samples (avg@k); interval: its 95% interval, Wilson's for one sample a
-    problem, a bootstrap over problems for more (Wilson's again where all problems came out the same, of which a
-    bootstrap knows no interval); pass_at: k -> pass@k (Chen et al. 2021), for powers of two up to the number of
-    samples, and for that, with pass_at_interval by the same rule; bootstrap: the 95% bootstrap interval, None where it
-    knows none."""
+    """Holds what an evaluation found. accuracy: mean reward over problems and samples (avg@k); interval: its 95%
+    interval, Wilson's for one sample a problem, a bootstrap over problems for more (Wilson's again where all problems
+    came out the same, of which a bootstrap knows no interval); pass_at: k -> pass@k (Chen et al. 2021), for powers of
+    two up to the number of samples, and for that, with pass_at_interval by the same rule; bootstrap: the 95% bootstrap
+    interval, None where it knows none."""
 
     accuracy: float
     interval: tuple[float, float]
@@ -85,7 +85,7 @@ class EvalResult:
 
 @dataclasses.dataclass(frozen=True)
 class EvalJob:
-    """What `trapo eval` is given: an evaluation without a training run around it."""
+    """Holds what `trapo eval` is given: an evaluation without a training run around it."""
 
     model: ModelConfig
     data: DataConfig

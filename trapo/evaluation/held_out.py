@@ -1,4 +1,4 @@
-"""The held-out accuracy of a run that trains: evaluated before, between and after its steps, each of them once."""
+"""A run that trains measures its held-out accuracy here, before, between and after its steps, each time once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from trapo.settings.groups import EvalConfig
 
 @dataclasses.dataclass
 class HeldOut:
-    """The evaluations of a run, whose results are files of its folder. With several ranks all of them ask together.
+    """Makes the evaluations of a run, whose results are files of its folder. With several ranks all of them ask
+    together.
 
     problems: those of data.eval; None: there is none, and nothing is evaluated. max_response_tokens: that of the
     rollouts, where eval.* has none of its own. steps: of the whole run. seed: the run's.

@@ -1,4 +1,5 @@
-"""How likely a model finds texts that it did not write: held-out expert traces, and what the base model knew before."""
+"""This file measures how likely a model finds texts that it did not write: held-out expert traces, and what the base
+model knew before."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ TOKENS = 4096  # of a forward
 
 
 class Likelihood(NamedTuple):
-    """The mean negative log-likelihood of a token, in nats at temperature 1, and over how many tokens it is."""
+    """Holds the mean negative log-likelihood of a token, in nats at temperature 1, and over how many tokens it is."""
 
     nll: float
     tokens: int

@@ -1,4 +1,4 @@
-"""Intervals and estimators for evaluation results. NumPy only; everything random is seeded."""
+"""This file has intervals and estimators for evaluation results. NumPy only; everything random is seeded."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Values = Sequence[float] | npt.NDArray[np.floating]
 
 
 class Interval(NamedTuple):
-    """A two-sided confidence interval, in the unit of the estimate."""
+    """Holds a two-sided confidence interval, in the unit of the estimate."""
 
     low: float
     high: float
 
 
 class PairedDifference(NamedTuple):
-    """`second - first`: its mean, interval, and two-sided bootstrap p-value for "no difference"."""
+    """Holds `second - first`: its mean, interval, and two-sided bootstrap p-value for "no difference"."""
 
     mean: float
     low: float

@@ -1,4 +1,5 @@
-"""A generation batch with expert prefixes: TRAPO's micro-groups for trainers that draw all rollouts of a batch at once.
+"""This file draws a generation batch with expert prefixes: TRAPO's micro-groups for trainers that draw all rollouts of
+a batch at once.
 
 Knows no trainer: what generates and what scores are two functions.
 """
@@ -24,7 +25,7 @@ Score = Callable[[list[int], list[list[int]]], Sequence[float]]
 
 @dataclass(frozen=True)
 class _Guided:
-    """A prompt, of which nothing but the traces decides its prefixes."""
+    """Is a prompt, of which nothing but the traces decides its prefixes."""
 
     traces: Sequence[Trace]
 
@@ -34,7 +35,8 @@ class _Guided:
 
 @dataclass
 class GuidedRollouts:
-    """The batch's responses, row by row: an expert prefix (maybe empty), then the model's own tokens (maybe none)."""
+    """Holds the batch's responses, row by row: an expert prefix (maybe empty), then the model's own tokens (maybe
+    none)."""
 
     responses: list[list[int]]
     prefix_lengths: list[int]

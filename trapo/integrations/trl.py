@@ -1,4 +1,4 @@
-"""TRL: GRPOTrainer with expert prefixes and the fused loss.
+"""This file gives TRL's GRPOTrainer expert prefixes and the fused loss.
 
     from trapo_kernels.integrations.trl import TrapoGRPOTrainer
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class TrapoGRPOTrainer(FusedGRPOTrainer):
-    """GRPOTrainer whose loss is fused, and whose rollouts can start with expert prefixes.
+    """Is TRL's GRPOTrainer whose loss is fused, and whose rollouts can start with expert prefixes.
 
     Args:
         *args, **kwargs: as GRPOTrainer.

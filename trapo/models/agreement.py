@@ -41,7 +41,7 @@ FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeErro
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """The two sequences and what the model itself makes of them, each alone."""
+    """Holds the two sequences and what the model itself makes of them, each alone."""
 
     ids: list[Tensor]  # [1, n] each
     hidden: list[Tensor]  # [n, D] each

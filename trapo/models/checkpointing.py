@@ -1,4 +1,4 @@
-"""Gradient checkpointing: activations of layers are computed again in the backward instead of kept."""
+"""Gradient checkpointing saves memory: activations of layers are computed again in the backward instead of kept."""
 
 from __future__ import annotations
 

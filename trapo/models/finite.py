@@ -1,4 +1,5 @@
-"""Weights that are not numbers any more: they are never saved, and nothing is generated with them."""
+"""This file looks for weights that are not numbers any more: they are never saved, and nothing is generated with
+them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a configuration says of its layers, which need not be alike: Gemma 4's differ in the width of their heads."""
+"""This file reads what a configuration says of its layers, which need not be alike: Gemma 4's differ in the width of
+their heads."""
 
 from __future__ import annotations
 

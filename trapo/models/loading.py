@@ -1,4 +1,4 @@
-"""Loading a causal LM and its tokenizer, and what the fused loss needs to know of its head."""
+"""This file loads a causal LM and its tokenizer, and says what the fused loss needs to know of its head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Low-rank adapters through peft (extra `lora`): the base is frozen, the adapters are float32, the head is untouched.
+"""Low-rank adapters come through peft (extra `lora`): the base is frozen, the adapters are float32, the head is
+untouched.
 
 A checkpoint of a run holds the adapter in peft's layout (a few MB); `load_model` takes such a folder for a model, and
 finds the base under the name that the run was given. The final model is the base with the adapter merged into it, so

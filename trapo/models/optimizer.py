@@ -1,4 +1,4 @@
-"""AdamW, and the learning rate over the steps of a run."""
+"""This file makes AdamW, and the learning rate over the steps of a run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make_optimizer(
 
 
 def has_fused(model: PreTrainedModel) -> bool:
-    """Whether AdamW can update these weights in one kernel: on CPUs and GPUs, unless shards are on a CPU."""
+    """Returns whether AdamW can update these weights in one kernel: on CPUs and GPUs, unless shards are on a CPU."""
     return model.device.type == "cuda" or (model.device.type == "cpu" and not is_sharded(model))
 
 
@@ -48,7 +48,7 @@ def lr_factor(step: int, optim: OptimConfig, steps: int) -> float:
 
 
 class Schedule:
-    """The learning rate of an optimizer over `steps` steps of a run, by `lr_factor`."""
+    """Sets the learning rate of an optimizer over `steps` steps of a run, by `lr_factor`."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, optim: OptimConfig, steps: int) -> None:
         self.optimizer, self.optim, self.steps = optimizer, optim, steps
@@ -56,7 +56,7 @@ class Schedule:
 
     @property
     def lr(self) -> float:
-        """The rate of the next step."""
+        """Returns the rate of the next step."""
         return float(self.scheduler.get_last_lr()[0])
 
     def step(self) -> None:

@@ -1,4 +1,5 @@
-"""`trapo plan`: what a configuration needs on each rank, without its weights, without a GPU, without the other ranks.
+"""`trapo plan` says what a configuration needs on each rank, without its weights, without a GPU, without the other
+ranks.
 
 Shapes come from the real thing: the model is built on the `meta` device and sharded by FSDP2 over a mesh of
 torch's fake process group. Activations come from a forward of the real model on meta tensors, whose saved tensors are
@@ -38,7 +39,7 @@ ATTENTION = "trapo_plan"  # registered with transformers, for meta tensors alone
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One kind of parameter: those of all layers that share a shape count as one line."""
+    """Describes one kind of parameter: those of all layers that share a shape count as one line."""
 
     name: str  # a layer's number is *
     count: int
@@ -49,7 +50,8 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Of one step, over all ranks, as torch.utils.flop_counter counts: 2 per multiply-add, matrix products alone."""
+    """Counts the FLOPs of one step, over all ranks, as torch.utils.flop_counter does: 2 per multiply-add, matrix
+    products alone."""
 
     decoder: float
     attention: float
@@ -63,7 +65,7 @@ class Flops:
 
 @dataclasses.dataclass(frozen=True)
 class StepTokens:
-    """Sequences and tokens of one step, at most: every prompt and response at its limit, or as long as asked."""
+    """Counts sequences and tokens of one step, at most: every prompt and response at its limit, or as long as asked."""
 
     sequences: int
     prompt: int
@@ -83,7 +85,7 @@ class StepTokens:
 
     @property
     def named(self) -> dict[str, int]:
-        """The numbers with their names, for people."""
+        """Returns the numbers with their names, for people."""
         return {
             "sequences": self.sequences,
             "longest sequence": self.longest,
@@ -94,7 +96,7 @@ class StepTokens:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What `trapo plan` prints. Bytes are per rank."""
+    """Holds what `trapo plan` prints. Bytes are per rank."""
 
     model: str
     ranks: int
@@ -108,12 +110,12 @@ class Plan:
 
     @property
     def tokens(self) -> dict[str, int]:
-        """Of one step, at most, by name."""
+        """Returns the tokens of one step, at most, by name."""
         return self.step.named
 
 
 def make_plan(model: ModelConfig, lora: LoraConfig, train: TrainConfig, step: StepTokens, ranks: int) -> Plan:
-    """What steps of so many tokens need.
+    """Returns what steps of so many tokens need.
 
     Raises TrapoError when the model's architecture cannot be found or the configuration cannot be used.
     """
@@ -137,14 +139,14 @@ def make_plan(model: ModelConfig, lora: LoraConfig, train: TrainConfig, step: St
 
 
 def _precision(train: TrainConfig) -> str:
-    """The plan is for GPUs, wherever it is made."""
+    """Returns train.precision as it is on GPUs, for which the plan is, wherever it is made."""
     return resolve(train.precision, torch.device("cuda"))
 
 
 def meta_model(
     model: ModelConfig, lora: LoraConfig, dtype: torch.dtype | None = None, layers: int | None = None
 ) -> PreTrainedModel:
-    """The model with shapes and without memory, frozen and adapted as the configuration says."""
+    """Returns the model with shapes and without memory, frozen and adapted as the configuration says."""
     architecture = _architecture(model.path)
     if layers is not None:
         text = architecture.get_text_config()
@@ -159,7 +161,7 @@ def meta_model(
 
 
 def _architecture(path: str) -> Any:
-    """A folder's or the hub's config.json, or an installed preset's of that name."""
+    """Returns a folder's or the hub's config.json, or an installed preset's of that name."""
     preset = PRESETS / f"{Path(path).name.lower()}.json"
     if not Path(path).exists() and preset.is_file():
         values = json.loads(preset.read_text())
@@ -177,7 +179,8 @@ def _architecture(path: str) -> Any:
 
 @contextmanager
 def fake_ranks(world: int) -> Iterator[Any]:
-    """The mesh of a process group in which this process is rank 0 and nobody else is there; None for one rank."""
+    """Returns the mesh of a process group in which this process is rank 0 and nobody else is there; None for one
+    rank."""
     if world == 1:
         yield None
         return
@@ -206,7 +209,7 @@ def _weights(model: nn.Module) -> list[Weight]:
 
 
 def state_memory(model: nn.Module) -> dict[str, int]:
-    """What stays from step to step, and gradients: this rank's shards, in bytes."""
+    """Returns what stays from step to step, and gradients: this rank's shards, in bytes."""
     parts = [(_local(p), p.requires_grad) for p in model.parameters()]
     weights = sum(p.numel() * p.element_size() for p, _ in parts)
     gradients = sum(p.numel() * p.element_size() for p, trained in parts if trained)
@@ -215,8 +218,8 @@ def state_memory(model: nn.Module) -> dict[str, int]:
 
 
 def _unit_memory(model: PreTrainedModel, precision: str) -> dict[str, int]:
-    """What FSDP2 holds beside the shards: the root's weights and two layers' (one computes, the next is on its way),
-    and gradients of the root and of one layer that are not reduced yet."""
+    """Returns what FSDP2 holds beside the shards: the root's weights and two layers' (one computes, the next is on its
+    way), and gradients of the root and of one layer that are not reduced yet."""
     width = getattr(torch, precision).itemsize
     layers = decoder_layers(model)
     in_layers = {id(p) for layer in layers for p in layer.parameters()}
@@ -231,7 +234,7 @@ def _unit_memory(model: PreTrainedModel, precision: str) -> dict[str, int]:
 
 
 def _activations(model: ModelConfig, lora: LoraConfig, train: TrainConfig, longest: int) -> dict[str, int]:
-    """Bytes that the forward of one micro-batch leaves for its backward; varlen attention, no padding."""
+    """Returns the bytes that the forward of one micro-batch leaves for its backward; varlen attention, no padding."""
     dtype = getattr(torch, _precision(train))
     tokens = max(train.micro_batch_tokens, longest)
     one, two = (_saved_by(meta_model(model, lora, dtype, layers), tokens) for layers in (1, 2))
@@ -244,7 +247,7 @@ def _activations(model: ModelConfig, lora: LoraConfig, train: TrainConfig, longe
 
 
 def _saved_by(model: PreTrainedModel, tokens: int) -> int:
-    """On the meta device."""
+    """Returns what a forward on the meta device keeps for its backward."""
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _varlen_attention)
     model.set_attn_implementation(ATTENTION)
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
@@ -253,7 +256,7 @@ def _saved_by(model: PreTrainedModel, tokens: int) -> int:
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
-    """Storage of all tensors that autograd keeps of a forward, each once, the model's own left out."""
+    """Returns the storage of all tensors that autograd keeps of a forward, each once, the model's own left out."""
     own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
     saved: dict[int, int] = {}
 
@@ -270,7 +273,8 @@ def saved_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
 
 
 class _VarlenAttention(torch.autograd.Function):
-    """What flash attention keeps: its inputs, its output [B, heads, T, d] and the fp32 logsumexp [B, heads, T]."""
+    """Keeps what flash attention keeps: its inputs, its output [B, heads, T, d] and the fp32 logsumexp [B, heads,
+    T]."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -286,7 +290,7 @@ def _varlen_attention(
 
 
 def loss_memory(train: TrainConfig, vocab: int) -> dict[str, int]:
-    """What grows with tokens × vocabulary in one micro-batch, in bytes."""
+    """Returns what grows with tokens × vocabulary in one micro-batch, in bytes."""
     tokens = train.micro_batch_tokens
     width = getattr(torch, _precision(train)).itemsize
     budget = int(tk.get_budget_mb("cuda") * 2**20)
@@ -297,7 +301,7 @@ def loss_memory(train: TrainConfig, vocab: int) -> dict[str, int]:
 
 
 def update_flops(model: PreTrainedModel, step: StepTokens, *, checkpointing: bool) -> Flops:
-    """Of the forward and backward of one step's update."""
+    """Returns the FLOPs of the forward and backward of one step's update."""
     head = model.get_output_embeddings()
     linears = [m for m in model.get_decoder().modules() if isinstance(m, nn.Linear) and m is not head]
     forward = sum(2 * m.weight.numel() for m in linears)
@@ -311,7 +315,7 @@ def update_flops(model: PreTrainedModel, step: StepTokens, *, checkpointing: boo
 
 
 def tables(plan: Plan) -> list[Table]:
-    """What `trapo plan` shows."""
+    """Returns what `trapo plan` shows."""
     shapes = _table(f"{plan.model} on {plan.ranks} ranks: rank 0's part", "weight", "count", "shape", "here", "trained")
     for w in plan.weights:
         shapes.add_row(w.name, str(w.count), _shape(w.shape), _shape(w.shard), "yes" if w.trained else "no")

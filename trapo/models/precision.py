@@ -1,4 +1,4 @@
-"""Mixed precision of one process: the forward and backward in bfloat16, weights and optimizer in float32.
+"""Mixed precision of one process runs forward and backward in bfloat16; weights and optimizer are float32.
 
 Sharded models do it in FSDP2 instead (sharding.py), which also sends the weights in bfloat16.
 """

@@ -1,4 +1,4 @@
-"""Sequences that begin alike, run through the model as one tree: what they share is computed once.
+"""Sequences that begin alike are run through the model as one tree: what they share is computed once.
 
 The rollouts of a prompt share the prompt, and often an expert prefix. Laid out one below the other they cost the prompt
 once each; as a tree it is there once, and each token sees the tokens on its way to the root:
@@ -36,7 +36,7 @@ WINDOWS = ("attention_chunk_size", "window_size", "attention_window_size", "loca
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What attention costs beside everything else: one pair of tokens in units of one token's other work."""
+    """Says what attention costs beside everything else: one pair of tokens in units of one token's other work."""
 
     pair: float
 
@@ -51,7 +51,7 @@ class Costs:
 
 @dataclasses.dataclass(frozen=True)
 class Forest:
-    """Trees as padded rows [B, T], and where the sequences' tokens are in them."""
+    """Holds trees as padded rows [B, T], and where the sequences' tokens are in them."""
 
     input_ids: Tensor  # [B, T] int64
     position_ids: Tensor  # [B, T] int64

@@ -1,4 +1,5 @@
-"""FSDP2: each rank keeps a part of every weight, gradient and optimizer state; and their checkpoints (DCP).
+"""FSDP2 shards the model: each rank keeps a part of every weight, gradient and optimizer state; and their checkpoints
+(DCP).
 
 A unit is a decoder layer; embedding, last norm and head are the root's. A unit's weights are gathered for its forward
 and again for its backward; the root's stay from the forward to the backward, so the fused loss has the whole head.

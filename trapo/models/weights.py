@@ -1,4 +1,5 @@
-"""The weights of a model as everyone else knows them: gathered from shards, adapters merged, under the usual names."""
+"""This file gives the weights of a model as everyone else knows them: gathered from shards, adapters merged, under the
+usual names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each mode is: a guidance schedule and an objective, run by the same loop.
+"""This folder says what each mode is: a guidance schedule and an objective, run by the same loop.
 
 A mode is one function with `@mode("what it does, in a sentence")` above it; that line puts it into MODES, from which
 the key `mode`, `trapo config` and the documentation have it. Sources are named in trapo_kernels.Objective's presets.

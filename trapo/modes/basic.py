@@ -1,4 +1,4 @@
-"""SFT, RL, one after the other, and TRAPO with its ablations."""
+"""The basic modes are SFT, RL, one after the other, and TRAPO with its ablations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a configuration to a phase: what a mode asks for, changed by the keys that are set."""
+"""A configuration becomes a phase here: what a mode asks for, changed by the keys that are set."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def guided_schedule(config: Config) -> Schedule:
-    """The guidance preset with the fields that the configuration sets."""
+    """Returns the guidance preset with the fields that the configuration sets."""
     g = config.guidance
     base = PRESETS[g.preset]
     given = {k: getattr(g, k) for k in ("cut", "traces", "trace_part", "supervise") if getattr(g, k) is not None}
@@ -33,14 +33,14 @@ def guided_schedule(config: Config) -> Schedule:
 
 
 def replace_groups(config: Config, columns: list[tuple[int, float, float]]) -> Schedule:
-    """The configured schedule's rules with other micro-groups: (size, ratio, threshold) each."""
+    """Returns the configured schedule's rules with other micro-groups: (size, ratio, threshold) each."""
     sizes, ratios, thresholds = zip(*columns, strict=True)
     groups = schedule(sizes, ratios, thresholds).micro_groups
     return dataclasses.replace(guided_schedule(config), micro_groups=groups)
 
 
 def group_size(config: Config, least: int = 1) -> int:
-    """Rollouts of a prompt, whatever micro-groups they are in."""
+    """Returns the rollouts of a prompt, whatever micro-groups they are in."""
     size = guided_schedule(config).rollouts_per_prompt
     if size < least:
         raise TrapoError(f"guidance.sizes: mode {config.mode} needs at least {least} rollouts per prompt, got {size}")
@@ -59,8 +59,8 @@ def make_phase(
     optim: OptimConfig | None = None,
     prompts_per_step: int | None = None,
 ) -> Phase:
-    """A phase with a preset of trapo_kernels, changed by the mode and then by what the configuration sets. optim and
-    prompts_per_step: the phase's own; None: the configuration's."""
+    """Makes a phase with a preset of trapo_kernels, changed by the mode and then by what the configuration sets. optim
+    and prompts_per_step: the phase's own; None: the configuration's."""
     given = given_fields(config.objective)
     objective = make_objective(preset, of_mode, given, config.mode)
     _refuse_what_is_missing(objective, config)

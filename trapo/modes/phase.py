@@ -1,4 +1,4 @@
-"""What a run's steps are: phases, one after the other, each with a schedule, an objective and an optimizer."""
+"""The steps of a run are cut into phases, one after the other, each with a schedule, an objective and an optimizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trapo.settings.groups import OptimConfig
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A stretch of steps with one schedule, one objective and an optimizer that it begins with.
+    """Is a stretch of steps with one schedule, one objective and an optimizer that it begins with.
 
     Its steps are counted from 0 for themselves: problems, random numbers and learning rates are those of a run that is
     this phase alone and starts from the model that the phase before it left.
@@ -30,7 +30,7 @@ class Phase:
 
     @property
     def needs_rewards(self) -> bool:
-        """For advantages, or to know who needs guidance."""
+        """Returns whether rewards are needed, for advantages or to know who needs guidance."""
         return "advantages" in self.objective.needs or self.schedule.generates
 
 

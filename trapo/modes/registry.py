@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """A way to train: what it does, in one sentence, and what makes a configuration's phases of it."""
+    """Is a way to train: what it does, in one sentence, and what makes a configuration's phases of it."""
 
     name: str
     doc: str
@@ -28,7 +28,7 @@ Phases = TypeVar("Phases", bound=Callable[..., "list[Phase]"])
 
 
 def phases(config: Config) -> list[Phase]:
-    """The phases of a run, in order; their steps add up to train.steps."""
+    """Returns the phases of a run, in order; their steps add up to train.steps."""
     return MODES[config.mode].phases(config)
 
 

@@ -1,1 +1,2 @@
-"""What a run shows of itself: metrics, the live display, loggers, summary, and the page and picture made of them."""
+"""This folder has what a run shows of itself: metrics, the live display, loggers, summary, and the page and picture
+made of them."""

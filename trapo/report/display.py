@@ -1,4 +1,4 @@
-"""What a run shows while it runs: a live table on a terminal, one line a step elsewhere."""
+"""This file shows a run while it runs: a live table on a terminal, one line a step elsewhere."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column of the table."""
+    """Describes a column of the table."""
 
     title: str
     short: str  # title on a narrow terminal
@@ -33,7 +33,8 @@ class Column:
 
 
 class Display:
-    """Context manager. `update` takes the rows of metrics.jsonl, `status` a word on what is going on."""
+    """Shows the run, as a context manager. `update` takes the rows of metrics.jsonl, `status` a word on what is going
+    on."""
 
     def __init__(self, console: Console, total_steps: int, first_step: int, ratios: list[float]) -> None:
         self.console = console

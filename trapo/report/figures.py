@@ -1,5 +1,5 @@
-"""The figures of the page, as data for Plotly: traces and what is special about a layout. Fonts, grids and backgrounds
-are the page's, which knows whether it is light or dark; words and colours are those of words.py."""
+"""This file makes the figures of the page, as data for Plotly: traces and what is special about a layout. Fonts, grids
+and backgrounds are the page's, which knows whether it is light or dark; words and colours are those of words.py."""
 
 from __future__ import annotations
 

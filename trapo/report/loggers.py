@@ -1,4 +1,5 @@
-"""TensorBoard and Weights & Biases, where installed and asked for. metrics.jsonl is written whatever is asked for."""
+"""This file logs to TensorBoard and Weights & Biases, where installed and asked for. metrics.jsonl is written whatever
+is asked for."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class Logger(Protocol):
 
 
 class TensorBoardLogger:
-    """Events in run_dir/tensorboard. A continued run writes on there; what it had after the checkpoint is purged."""
+    """Writes events into run_dir/tensorboard. A continued run writes on there; what it had after the checkpoint is
+    purged."""
 
     def __init__(self, run_dir: RunDir, step: int, settings: Tree) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -61,8 +63,8 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """A W&B run; its id is kept in run_dir/wandb_id, so that a continued run is the same one there. Rows that it
-    computes again are the ones that W&B has, which keeps the first."""
+    """Logs to a W&B run; its id is kept in run_dir/wandb_id, so that a continued run is the same one there. Rows that
+    it computes again are the ones that W&B has, which keeps the first."""
 
     def __init__(self, run_dir: RunDir, step: int, settings: Tree) -> None:
         import wandb
@@ -128,8 +130,8 @@ def check_loggers(log: LogConfig) -> None:
 
 
 class Loggers:
-    """All loggers that a run asked for; a context manager. step: the run is continued after it. settings: the run's
-    configuration as nested dicts, to be shown. Of several ranks one has them enabled."""
+    """Holds all loggers that a run asked for; a context manager. step: the run is continued after it. settings: the
+    run's configuration as nested dicts, to be shown. Of several ranks one has them enabled."""
 
     def __init__(self, log: LogConfig, run_dir: RunDir, step: int, settings: Tree, *, enabled: bool = True) -> None:
         wanted = _wanted(log) if enabled else []

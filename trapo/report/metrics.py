@@ -1,4 +1,5 @@
-"""Numbers of a step: what the rollouts were like, and the loss's own metrics put together over micro-batches."""
+"""This file computes the numbers of a step: what the rollouts were like, and the loss's own metrics put together over
+micro-batches."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def rollout_metrics(rollouts: Sequence[Rollout], *, scored: bool) -> dict[str, o
 
 
 class ProbabilityHistogram:
-    """How many tokens of a step had a probability in each of HISTOGRAM_BINS bins of [0, 1]; no host sync in `add`."""
+    """Counts how many tokens of a step had a probability in each of HISTOGRAM_BINS bins of [0, 1]; no host sync in
+    `add`."""
 
     def __init__(self) -> None:
         self.counts: torch.Tensor | None = None  # [HISTOGRAM_BINS] int64

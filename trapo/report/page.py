@@ -1,4 +1,4 @@
-"""`report.html`: one file that opens offline. Texts of rollouts are hostile input: the template escapes them, and the
+"""`report.html` is one file that opens offline. Texts of rollouts are hostile input: the template escapes them, and the
 page's content security policy runs no script but its own and loads nothing."""
 
 from __future__ import annotations

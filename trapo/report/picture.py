@@ -1,4 +1,4 @@
-"""`report.png` of a run, and `report.json`: the numbers behind every line in it."""
+"""This file draws `report.png` of a run, and writes `report.json`: the numbers behind every line in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""rollouts.jsonl: a few rollouts of some steps, as text, for people to read (`trapo report` shows them)."""
+"""The file rollouts.jsonl has a few rollouts of some steps, as text, for people to read (`trapo report` shows them)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trapo.settings.groups import LogConfig
 
 
 class RolloutLog:
-    """The file of a run. path: None where another rank writes it."""
+    """Writes the file of a run. path: None where another rank writes it."""
 
     def __init__(self, log: LogConfig, path: Path | None, tokenizer: PreTrainedTokenizerBase) -> None:
         self.log, self.path, self.tokenizer = log, path, tokenizer

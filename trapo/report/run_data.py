@@ -1,4 +1,5 @@
-"""What is on disk of a run, as a report needs it. Whatever an older or unfinished run lacks is empty or None."""
+"""This file reads what is on disk of a run, as a report needs it. Whatever an older or unfinished run lacks is empty or
+None."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step as its line of metrics.jsonl says it."""
+"""This file makes a step's line of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def training_row(
 
 
 class StepClock:
-    """What the line says of time (seconds) and memory. timer: of the parts of a step."""
+    """Gives what the line says of time (seconds) and memory. timer: of the parts of a step."""
 
     def __init__(self, timer: StepTimer) -> None:
         self.timer = timer

@@ -1,4 +1,4 @@
-"""What is left of a run in its summary.json, from what is on disk: an interruption loses none of it."""
+"""A run's summary.json says what is left of it, from what is on disk: an interruption loses none of it."""
 
 from __future__ import annotations
 

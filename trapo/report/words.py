@@ -1,5 +1,5 @@
-"""The words and colours of a run's reports. The page, the picture and the terminal take them from here, so that one
-quantity has one name, and one guidance level one name and one colour, wherever it is shown.
+"""This file has the words and colours of a run's reports. The page, the picture and the terminal take them from here,
+so that one quantity has one name, and one guidance level one name and one colour, wherever it is shown.
 
 The colours are readable on a white page and on a dark one.
 """
@@ -17,7 +17,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Quantity:
-    """What one number of a step is called."""
+    """Says what one number of a step is called."""
 
     title: str  # over a figure
     unit: str  # at its axis

@@ -1,4 +1,5 @@
-"""Reports of runs: `report.html` to look at, `report.png` to paste, `report.json` with the numbers behind that."""
+"""This file writes the reports of runs: `report.html` to look at, `report.png` to paste, `report.json` with the numbers
+behind that."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Rewards of finished texts. `math_reward` grades one text; `RewardPool` runs it, or any function of yours, in worker
-processes that can be killed: an item that hangs or takes its worker down scores 0 and is counted; the others, and the
-trainer, are not disturbed.
+"""This package grades finished texts. `math_reward` grades one text; `RewardPool` runs it, or any function of yours, in
+worker processes that can be killed: an item that hangs or takes its worker down scores 0 and is counted; the others,
+and the trainer, are not disturbed.
 
 This package never imports torch, so a worker starts in the time that sympy takes to import.
 """

@@ -1,4 +1,4 @@
-r"""Whether two formulas are one, by math-verify's parser and exact arithmetic at chosen points.
+r"""This file decides whether two formulas are one, by math-verify's parser and exact arithmetic at chosen points.
 
 math-verify parses; the comparison is our own where its rounding would decide: two expressions are equal when they agree
 to 50 digits, in relative error, at several points (1/2006! is not 1/2004!), at whole numbers where floors or factorials

@@ -1,4 +1,4 @@
-r"""One spelling for the many ways to write one value: `undress` takes off what changes no value.
+r"""This file finds one spelling for the many ways to write one value: `undress` takes off what changes no value.
 
 `REWRITES` is the table, in the order in which it is applied. Gold answers and given ones pass through the same table.
 """

@@ -1,4 +1,4 @@
-r"""Where a text says its final answer.
+r"""This file finds where a text says its final answer.
 
 | form | what counts |
 | --- | --- |

@@ -1,4 +1,4 @@
-r"""Reward functions by name, and what may be asked of them and answered by them.
+r"""This file finds reward functions by name, and says what may be asked of them and answered by them.
 
 | name | function |
 | --- | --- |
@@ -37,7 +37,8 @@ _ANSWERS = ("answer", "solution", "ground_truth")  # names of one thing
 
 @dataclass(frozen=True)
 class RewardFunction:
-    """call: (text, answer, row) -> whatever the function returns. wants_row: whether it looks at the row."""
+    """Is a reward function as workers call it. call: (text, answer, row) -> whatever the function returns. wants_row:
+    whether it looks at the row."""
 
     name: str
     call: Callable[[str, str, Row], Any]

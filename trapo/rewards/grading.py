@@ -1,4 +1,4 @@
-"""`trapo grade FILE`: answers in a file, graded again, and which rule decided each.
+"""`trapo grade FILE` shows answers in a file, graded again, and which rule decided each.
 
 Works on any JSONL file with a column of texts and one of golds: what `trapo eval` writes, a run's eval/step-N.jsonl and
 rollouts.jsonl, or your own.
@@ -26,7 +26,8 @@ ANSWER_COLUMNS = ("answer", "gold", "ground_truth", "target", "solution")
 
 @dataclasses.dataclass(frozen=True)
 class Graded:
-    """One row. rule: of rewards/rules.py for `math`, else the status; given: the answer that was found in the text."""
+    """Holds one row. rule: of rewards/rules.py for `math`, else the status; given: the answer that was found in the
+    text."""
 
     row: dict[str, Any]
     text: str
@@ -37,7 +38,7 @@ class Graded:
 
     @property
     def before(self) -> float | None:
-        """The reward that the row itself holds."""
+        """Returns the reward that the row itself holds."""
         value = self.row.get("reward")
         return float(value) if isinstance(value, int | float) else None
 

@@ -1,4 +1,4 @@
-r"""Numbers as exact values: `read_number` of an undressed text, and when two numbers count as one.
+r"""This file reads numbers as exact values: `read_number` of an undressed text, and when two numbers count as one.
 
 | accepted as the same | example |
 | --- | --- |
@@ -31,7 +31,8 @@ _LARGEST_EXPONENT = 20_000
 
 @dataclass(frozen=True)
 class Number:
-    """value: without regard to `percent`. places: of a decimal that may be rounded; None: an integer or a fraction."""
+    """Is a number as it was written. value: without regard to `percent`. places: of a decimal that may be rounded;
+    None: an integer or a fraction."""
 
     value: Fraction
     percent: bool = False

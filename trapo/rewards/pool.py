@@ -1,4 +1,4 @@
-"""Rewards in worker processes that can be killed: `RewardPool`."""
+"""Rewards are computed in worker processes that can be killed: `RewardPool`."""
 
 from __future__ import annotations
 
@@ -114,7 +114,8 @@ class RewardPool:
 
 
 class _Clock:
-    """Seconds by the monotonic clock, looked at every tick: a longer gap is a suspended machine and hardly counts."""
+    """Counts seconds by the monotonic clock, looked at every tick: a longer gap is a suspended machine and hardly
+    counts."""
 
     def __init__(self) -> None:
         self._last, self._spent = time.monotonic(), 0.0
@@ -127,7 +128,7 @@ class _Clock:
 
 
 class _Worker:
-    """A worker as the pool sees it: its process, the pipe to it, and what it is at."""
+    """Is a worker as the pool sees it: its process, the pipe to it, and what it is at."""
 
     def __init__(self, pool: RewardPool) -> None:
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -190,7 +191,7 @@ class _Worker:
 
 
 class _Round:
-    """One call of `RewardPool.score`."""
+    """Is one call of `RewardPool.score`."""
 
     def __init__(self, pool: RewardPool, crew: list[_Worker], items: Sequence[Item]) -> None:
         self.pool, self.crew, self.items = pool, crew, items

@@ -1,4 +1,4 @@
-r"""Whether a given answer is the gold one: `RULES`, tried in order until one decides.
+r"""This file decides whether a given answer is the gold one: `RULES`, tried in order until one decides.
 
 Every rule reads both answers undressed (dress.py). `docs/evaluation.md` has examples of each; `trapo grade` shows which
 one decided. Adding one: a function (Answer, Answer) -> bool, or None to leave it to the next, and its line in `RULES`.
@@ -20,7 +20,7 @@ from trapo.rewards.numbers import Number, percent_agrees, read_number
 
 @dataclass(frozen=True)
 class Grade:
-    """One text's verdict. given: its final answer as written, None where there is none; rule: which one decided."""
+    """Is one text's verdict. given: its final answer as written, None where there is none; rule: which one decided."""
 
     value: float
     rule: str
@@ -28,7 +28,7 @@ class Grade:
 
 
 class Answer:
-    """One answer, undressed, with what rules ask of it."""
+    """Is one answer, undressed, with what rules ask of it."""
 
     def __init__(self, raw: str) -> None:
         self.raw = raw
@@ -53,7 +53,7 @@ class Answer:
 
     @functools.cached_property
     def value_of_unit(self) -> str | None:
-        """The value in front of a unit ("5.4 cents"), where the answer is just that."""
+        """Returns the value in front of a unit ("5.4 cents"), where the answer is just that."""
         if not self.words or not _BEGINS_AS_VALUE.match(self.text) or units.refuses_value(self.text):
             return None
         found = units.without_words(self.text)
@@ -61,7 +61,7 @@ class Answer:
 
     @functools.cached_property
     def is_text(self) -> bool:
-        """Whether it is words and no formula, so that only the same words are the same answer."""
+        """Returns whether it is words and no formula, so that only the same words are the same answer."""
         if not self.words or self.value_of_unit is not None:
             return False
         if len(self.items) > 1 and all(_BEGINS_AS_VALUE.match(item) for item in self.items):
@@ -395,7 +395,7 @@ def _algebra(gold: Answer, given: Answer) -> bool | None:
 
 @dataclass(frozen=True)
 class Rule:
-    """name: what `trapo grade` shows. accepts: one line of documentation."""
+    """Decides on some answers. name: what `trapo grade` shows. accepts: one line of documentation."""
 
     name: str
     decide: Callable[[Answer, Answer], bool | None]

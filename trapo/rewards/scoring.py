@@ -1,4 +1,4 @@
-"""Rewards as a run and an evaluation ask for them: the pool of a configuration, and what is said when rewards fail."""
+"""A run and an evaluation ask for rewards here: the pool of a configuration, and what is said when rewards fail."""
 
 from __future__ import annotations
 

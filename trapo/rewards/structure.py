@@ -1,4 +1,5 @@
-r"""The parts of an undressed answer: lists, brackets, unions, equations, inequalities, matrices, both signs."""
+r"""This file takes an undressed answer apart: lists, brackets, unions, equations, inequalities, matrices, both
+signs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""Words around a value: units and sentences that change nothing, and words that change everything.
+r"""This file knows the words around a value: units and sentences that change nothing, and words that change everything.
 
 | words | what becomes of them |
 | --- | --- |

@@ -1,4 +1,4 @@
-"""What runs inside a reward worker: one process, one item at a time, until it is told to end or its trainer dies.
+"""This file runs inside a reward worker: one process, one item at a time, until it is told to end or its trainer dies.
 
 A worker leads a session of its own and adopts what its descendants leave behind, so that the pool can end all of them.
 """
@@ -29,7 +29,7 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 @dataclass(frozen=True)
 class Reward:
-    """One item's outcome. `value` is 0.0 unless `status` is "ok"; `detail` is one line on what went wrong."""
+    """Is one item's outcome. `value` is 0.0 unless `status` is "ok"; `detail` is one line on what went wrong."""
 
     value: float
     status: Status

@@ -1,1 +1,2 @@
-"""What becomes of a run: its folder, checkpoints and logs, the processes it has, signals, and when it gives up."""
+"""This folder looks after what becomes of a run: its folder, checkpoints and logs, the processes it has, signals, and
+when it gives up."""

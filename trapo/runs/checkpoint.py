@@ -1,4 +1,4 @@
-"""Checkpoints: a folder that transformers can load, with the trainer's own state beside the weights.
+"""A checkpoint is a folder that transformers can load, with the trainer's own state beside the weights.
 
 All randomness of a run is derived from (seed, step), so weights, optimizer, scheduler and the step number are the
 whole state: a resumed run continues bit for bit. A manifest in each folder tells a sound checkpoint from a damaged one,
@@ -28,7 +28,7 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 
 class SaveError(TrapoError):
-    """A folder could not be written; nothing of it is left, and what was there before still is."""
+    """Says that a folder could not be written; nothing of it is left, and what was there before still is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Checkpoint:
 
     @property
     def shards(self) -> Path | None:
-        """Optimizer state of a sharded run; None where it is in `load_state`."""
+        """Returns the optimizer state of a sharded run; None where it is in `load_state`."""
         return self.path / SHARDS if (self.path / SHARDS).is_dir() else None
 
     def load_state(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a checkpoint knows of its run: which run, which settings, and what the run's logs held when it was saved.
+"""A checkpoint knows its run: which run, which settings, and what the run's logs held when it was saved.
 
 By it a run that goes on puts its logs right: metrics.jsonl and the evaluations come back as they were, whatever
 happened to the files; samples of rollouts, whose text it does not have, are kept as far as they can be read.
@@ -23,14 +23,15 @@ EMPTY = hashlib.sha256(b"").hexdigest()
 
 
 def config_digest(settings: Tree, free: tuple[str, ...]) -> str:
-    """Of the settings that decide what is computed; those at their default do not count, so that new keys may come."""
+    """Returns a digest of the settings that decide what is computed; those at their default do not count, so that new
+    keys may come."""
     values, default = flat(plain_tree(settings)), flat(plain_tree(default_tree()))
     kept = {key: value for key, value in values.items() if value != default.get(key) and not key.startswith(free)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def rollouts_mark(path: Path) -> dict[str, Any]:
-    """Size and digest of rollouts.jsonl."""
+    """Returns the size and digest of rollouts.jsonl."""
     data = path.read_bytes() if path.exists() else b""
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
@@ -84,7 +85,8 @@ def restore_evaluations(run_dir: Any, expected: dict[str, Row], step: int, log: 
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows of a metrics file, without a last line that a kill cut short. Raises TrapoError for one that is damaged."""
+    """Returns the rows of a metrics file, without a last line that a kill cut short. Raises TrapoError for one that is
+    damaged."""
     if not path.exists():
         return []
     rows = []
@@ -97,7 +99,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def read_what_can_be(path: Path) -> tuple[list[Row], bool]:
-    """The rows that can be read, and whether there are others. A last line that a kill cut short is none."""
+    """Returns the rows that can be read, and whether there are others. A last line that a kill cut short is none."""
     found = [_row(line) for line in _lines(path)] if path.exists() else []
     return [row for row in found if row is not None], None in found
 
@@ -123,7 +125,7 @@ def _evaluation(path: Path) -> Row | None:
 
 
 def _has_rows(path: Path, result: Row) -> bool:
-    """Whether the answers of an evaluation are all there."""
+    """Returns whether the answers of an evaluation are all there."""
     try:
         rows = [json.loads(line.decode()) for line in _lines(path)]
     except (OSError, ValueError, RecursionError):

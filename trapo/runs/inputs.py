@@ -1,4 +1,4 @@
-"""What a run is made of beside its configuration: the contents of the files that it reads, by SHA-256.
+"""A run is made of more than its configuration: the contents of the files that it reads, by SHA-256.
 
 `<run_dir>/inputs.json` keeps them with the run's id. A run that goes on after its data, its reward function or the
 weights of its reference were changed would be two runs in one; it is refused with what changed.
@@ -23,7 +23,7 @@ _MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """A run's id, and the SHA-256 of what each key of its configuration names."""
+    """Holds a run's id, and the SHA-256 of what each key of its configuration names."""
 
     run: str
     files: dict[str, str]
@@ -34,7 +34,7 @@ class Inputs:
 
     @classmethod
     def load(cls, path: Path) -> Inputs | None:
-        """What `save` wrote; None where there is none or it is damaged."""
+        """Returns what `save` wrote; None where there is none or it is damaged."""
         try:
             raw = json.loads(path.read_bytes())
             found = cls(str(raw["run"]), dict(raw["files"]))
@@ -50,7 +50,7 @@ class Inputs:
 
 
 def fingerprints(data: DataConfig, code: Mapping[str, str], model_path: str | None = None) -> dict[str, str]:
-    """SHA-256 by key of the local files that a run reads.
+    """Returns the SHA-256 by key of the local files that a run reads.
 
     code: the functions that keys name, the user's and others. model_path: of its files too, which a run that goes on
     reads again only for adapters or a reference.

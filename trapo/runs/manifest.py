@@ -1,4 +1,4 @@
-"""A list of a folder's files with their sizes and SHA-256, by which damage to any of them is seen."""
+"""A manifest lists a folder's files with their sizes and SHA-256, by which damage to any of them is seen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which part of the work is this process's, and what travels between processes (started by torchrun).
+"""This file says which part of the work is this process's, and what travels between processes (started by torchrun).
 
 Every rank runs the same program over the same problems and knows all rollouts of a step. Three things are split:
 generation and rewards, request by request, and the micro-batches of an update. So advantages, normalizers and the
@@ -27,14 +27,14 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """This process's place among those of the run."""
+    """Holds this process's place among those of the run."""
 
     rank: int = 0
     world: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this rank writes the files."""
+        """Returns whether this rank writes the files."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
@@ -131,13 +131,13 @@ _LOST = re.compile(
 
 
 class Scorer(Protocol):
-    """What `RewardPool` is to those who use it."""
+    """Is what `RewardPool` is to those who use it."""
 
     def score(self, items: Sequence[Item]) -> list[Reward]: ...
 
 
 class SharedRewards:
-    """A reward pool per rank, as one: each scores its part of what all ranks ask."""
+    """Makes a reward pool per rank act as one: each scores its part of what all ranks ask."""
 
     def __init__(self, pool: Scorer, ranks: Ranks) -> None:
         self.pool, self.ranks = pool, ranks

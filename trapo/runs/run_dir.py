@@ -1,4 +1,5 @@
-"""A run's folder: configuration, metrics, evaluations, checkpoints, summary; and where an interrupted run goes on.
+"""A run's folder holds configuration, metrics, evaluations, checkpoints and summary; this file knows where an
+interrupted run goes on.
 
 config.yaml          what the run really used          metrics.jsonl   a row a step
 rollouts.jsonl       sample rollouts of some steps     tensorboard/, wandb/   where asked for
@@ -54,11 +55,11 @@ Log = Callable[[str], None]
 
 
 def quiet(_: str) -> None:
-    """A log that nobody reads."""
+    """Is a log that nobody reads."""
 
 
 class RunDir:
-    """Paths of a run and its append-only metrics. `settings` is the run's configuration as nested dicts."""
+    """Knows the paths of a run and its append-only metrics. `settings` is the run's configuration as nested dicts."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -76,22 +77,25 @@ class RunDir:
         return self.path / "eval" / f"step-{step:06d}.json"
 
     def evaluations(self) -> dict[int, Path]:
-        """Evaluations that were made, by step."""
+        """Returns the evaluations that were made, by step."""
         named = [(p, _EVALUATION.fullmatch(p.name)) for p in sorted((self.path / "eval").glob("step-*.json"))]
         return {int(m[1]): p for p, m in named if m}
 
     def trace_nlls(self, last: int) -> dict[int, float]:
-        """The negative log-likelihood of held-out traces in each evaluation up to step `last` that has it, by step."""
+        """Returns the negative log-likelihood of held-out traces in each evaluation up to step `last` that has it, by
+        step."""
         found = {step: read_json(path).get("trace_nll") for step, path in self.evaluations().items() if step <= last}
         return {step: nll for step, nll in found.items() if nll is not None}
 
     def best_steps(self, count: int) -> list[int]:
-        """Steps of the `count` best evaluations of trained weights, the best first; of equal ones the later."""
+        """Returns the steps of the `count` best evaluations of trained weights, the best first;
+        of equal ones the later."""
         accuracy = {step: read_json(path)["accuracy"] for step, path in self.evaluations().items() if step}
         return sorted(accuracy, key=lambda step: (accuracy[step], step), reverse=True)[:count]
 
     def look(self, settings: Tree, *, restart_finished: bool = False, log: Log = print) -> Checkpoint | None:
-        """The checkpoint that a run of this configuration continues from, None to start at step 0. Changes nothing.
+        """Returns the checkpoint that a run of this configuration continues from, None to start at step 0. Changes
+        nothing.
 
         Damaged checkpoints are told to `log` and passed over. Raises TrapoError when the folder is in use or cannot be
         written, holds a finished run of as many steps (unless restart_finished), a run with another configuration,
@@ -163,12 +167,12 @@ class RunDir:
             log(f"{', '.join(changed)}: the contents have changed since the run began; it goes on with the new ones")
 
     def has_results(self) -> bool:
-        """Whether something was computed here already."""
+        """Returns whether something was computed here already."""
         rows, damaged = history.read_what_can_be(self.metrics)
         return bool(checkpoint.find(self.checkpoints) or rows or damaged or self.evaluations())
 
     def record(self, settings: Tree, step: int) -> dict[str, Any]:
-        """What a checkpoint after `step` should know of the run."""
+        """Returns what a checkpoint after `step` should know of the run."""
         assert self.inputs is not None  # claimed
         return {
             "run": self.inputs.run,
@@ -186,7 +190,7 @@ class RunDir:
         append_rows(self.metrics, [row])
 
     def rows(self) -> list[dict[str, Any]]:
-        """All complete rows of metrics.jsonl."""
+        """Returns all complete rows of metrics.jsonl."""
         return read_rows(self.metrics)
 
     def finish(self, summary: dict[str, Any]) -> None:
@@ -197,7 +201,7 @@ class RunDir:
         return self.summary.exists(), [c.step for c in checkpoint.find(self.checkpoints)], config
 
     def _saved_settings(self) -> Tree | None:
-        """None where there is none or it cannot be read."""
+        """Returns the settings that the folder holds; None where there is none or it cannot be read."""
         try:
             return load_tree(self.config) if self.config.exists() else None
         except TrapoError:
@@ -252,7 +256,7 @@ class RunDir:
             )
 
     def _stranger(self, found: Checkpoint, settings: Tree) -> str | None:
-        """Why a whole checkpoint is not one of this run with this configuration."""
+        """Returns why a whole checkpoint is not one of this run with this configuration."""
         record = found.record()
         if missing := [key for key in ("run", "config", "step", "metrics", "rollouts") if key not in record]:
             return f"{checkpoint.RECORD_FILE} does not say its {missing[0]}"
@@ -267,7 +271,8 @@ class RunDir:
         return None
 
     def _put_away(self, other: Checkpoint, settings: Tree, log: Log) -> None:
-        """A checkpoint after the one that is continued: what will be computed again goes, a stranger is kept."""
+        """Puts away a checkpoint after the one that is continued: what will be computed again goes, a stranger is
+        kept."""
         if other.record() and self._stranger(other, settings) is not None:
             log(f"checkpoint {other.path} is kept as {checkpoint.set_aside(other).name}")
         else:
@@ -284,7 +289,7 @@ class RunDir:
         history.restore_evaluations(self, record.get("evaluations", {}), step, log)
 
     def _remove_leftovers(self) -> None:
-        """What a killed process left half-written or half-deleted."""
+        """Removes what a killed process left half-written or half-deleted."""
         for folder in (self.path, self.checkpoints, self.path / "eval"):
             for path in folder.glob(".tmp-*"):
                 if path.name != _IN_USE:

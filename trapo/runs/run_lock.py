@@ -1,4 +1,4 @@
-"""One process at a time in a run's folder: a lock that ends with the process, however it ends."""
+"""One process at a time works in a run's folder: a lock that ends with the process, however it ends."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _held: set[int] = set()
 
 
 class RunLock:
-    """Context manager that holds flock on `folder/.lock`. Raises TrapoError when another process has it; where the file
-    system has no locks it says so and goes on."""
+    """Holds flock on `folder/.lock`, as a context manager. Raises TrapoError when another process has it; where the
+    file system has no locks it says so and goes on."""
 
     def __init__(self, folder: Path, log: Callable[[str], None]) -> None:
         self.path, self.log = folder / NAME, log

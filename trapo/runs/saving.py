@@ -1,4 +1,4 @@
-"""What a run saves of its model: checkpoints while it goes on, the final model at its end."""
+"""This file says what a run saves of its model: checkpoints while it goes on, the final model at its end."""
 
 from __future__ import annotations
 

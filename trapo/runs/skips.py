@@ -1,4 +1,4 @@
-"""Steps that changed nothing because a loss or gradient was not finite: reported, counted, and an end to them."""
+"""Some steps change nothing because a loss or gradient is not finite: reported, counted, and an end to them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""SIGTERM, which schedulers send before they kill, SIGINT (Ctrl-C) and SIGHUP (a closed terminal): the run saves and
-ends well.
+"""A run that gets SIGTERM, which schedulers send before they kill, SIGINT (Ctrl-C) or SIGHUP (a closed terminal), saves
+and ends well.
 
 A step changes nothing before its update, so rollouts in flight are thrown away at once; an update, a save or a line of
 the log is finished first. All randomness is derived from (seed, step): a step thrown away comes out the same later.
@@ -24,7 +24,7 @@ _SHOW_CURSOR = "\x1b[?25h"
 
 
 class Stopped(BaseException):
-    """The run was asked to stop. Not an Exception, so that no library takes it for an error of its own."""
+    """Says that the run was asked to stop. Not an Exception, so that no library takes it for an error of its own."""
 
     def __init__(self, *args: object, number: int = signal.SIGTERM) -> None:
         super().__init__(*args)
@@ -32,7 +32,7 @@ class Stopped(BaseException):
 
 
 class StopSignal:
-    """Context manager that turns a signal into `Stopped`, raised inside the next (or the present) `abandonable`.
+    """Turns a signal into `Stopped`, raised inside the next (or the present) `abandonable`, as a context manager.
 
     A second Ctrl-C is not caught: it kills at once. A signal that is ignored when the run starts (nohup) stays so.
     """
@@ -62,7 +62,7 @@ class StopSignal:
 
     @property
     def name(self) -> str:
-        """The signal's, once it came."""
+        """Returns the signal's name, once it came."""
         return signal.Signals(self.number).name
 
     @contextmanager

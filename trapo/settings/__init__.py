@@ -1,1 +1,1 @@
-"""The keys of a configuration, and how a key is written down, checked, hinted at and listed."""
+"""This folder has the keys of a configuration, and says how a key is written down, checked, hinted at and listed."""

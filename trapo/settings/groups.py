@@ -1,4 +1,4 @@
-"""The groups of keys of a configuration: one dataclass a group, one line a key.
+"""The keys of a configuration come in groups: one dataclass a group, one line a key.
 
 Beside each key stand its default, one sentence, and what it accepts (keys.py). `trapo config` and docs/config.md are
 made of these lines. A field left at None takes its value from the mode or from the guidance preset (modes.py,
@@ -181,7 +181,7 @@ class OptimConfig:
 
 @dataclasses.dataclass
 class SftConfig:
-    """Of the SFT phase of mode sft_then_rl; what is null is as in `optim` and `train`."""
+    """These are for the SFT phase of mode sft_then_rl; what is null is as in `optim` and `train`."""
 
     lr: float | None = key(None, "Its learning rate: SFT bears one 10 to 100 times that of RL.", above=0)
     schedule: str | None = key(None, "What its learning rate does until its last step.", choices=_SCHEDULES)
@@ -269,7 +269,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass
 class LogConfig:
-    """Beyond metrics.jsonl, which is always written."""
+    """These come beside metrics.jsonl, which is always written."""
 
     tensorboard: bool = key(False, "Write TensorBoard's events, in run_dir/tensorboard.")
     wandb: bool = key(False, "Log to W&B, project trapo or WANDB_PROJECT; WANDB_MODE=offline works.")

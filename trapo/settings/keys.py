@@ -1,4 +1,4 @@
-"""A key of the configuration: a dataclass field whose default, sentence and accepted values stand beside it."""
+"""A key of the configuration is a dataclass field whose default, sentence and accepted values stand beside it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a value must be where choices and a lower bound cannot say it; `words` complete the error's sentence."""
+    """Says what a value must be where choices and a lower bound cannot say it; `words` complete the error's
+    sentence."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -26,7 +27,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """One key with all that is known of it. Every value is also checked by the field's type, and None by nothing."""
+    """Is one key with all that is known of it. Every value is also checked by the field's type, and None by nothing."""
 
     name: str  # optim.lr
     hint: Any  # its type
@@ -41,7 +42,7 @@ class Key:
 
     @property
     def accepts(self) -> str:
-        """What the key takes, for people: its choices, or its type with its bounds."""
+        """Returns what the key takes, for people: its choices, or its type with its bounds."""
         if self.said:
             said = self.said
         elif self.choices:

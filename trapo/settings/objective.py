@@ -1,4 +1,4 @@
-"""The keys objective.*: every field of `trapo_kernels.Objective`, made of its own fields: none can be forgotten."""
+"""The keys objective.* are every field of `trapo_kernels.Objective`, made of its own fields: none can be forgotten."""
 
 from __future__ import annotations
 

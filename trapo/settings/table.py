@@ -1,4 +1,4 @@
-"""All keys and modes as tables: what `trapo config` prints and what docs/config.md is made of."""
+"""This file makes tables of all keys and modes: what `trapo config` prints and what docs/config.md is made of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a configuration's values are written and read: `key=value` overrides, YAML files, and back to YAML.
+"""This file writes and reads a configuration's values: `key=value` overrides, YAML files, and back to YAML.
 
 Text is taken as it stands. On the command line a text field gets every character after `=`: `#`, blanks, quotes, `${x}`
 and all; the other fields are typed by the schema, never guessed from how the text looks. In a file YAML decides what is
@@ -34,7 +34,7 @@ Tree = dict[str, Any]
 
 
 class Expression(str):
-    """A text that a resolver of OmegaConf gave, such as ${oc.env:TOKEN}; `source` is what the configuration says."""
+    """Is a text that a resolver of OmegaConf gave, such as ${oc.env:TOKEN}; `source` is what the configuration says."""
 
     source: str
 
@@ -45,7 +45,7 @@ class Expression(str):
 
 
 def read_yaml(path: Path, schema: type) -> Tree:
-    """A YAML file as nested dicts, with its expressions unresolved. Raises TrapoError in one line."""
+    """Returns a YAML file as nested dicts, with its expressions unresolved. Raises TrapoError in one line."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         loaded = OmegaConf.load(io.StringIO(text))
@@ -59,7 +59,7 @@ def read_yaml(path: Path, schema: type) -> Tree:
 
 
 def override_tree(item: str, schema: type) -> Tree:
-    """What `key=value` says, as nested dicts. Raises TrapoError with one line that names the key."""
+    """Returns what `key=value` says, as nested dicts. Raises TrapoError with one line that names the key."""
     key, mark, text = item.partition("=")
     if not mark:
         raise TrapoError(f"override {item!r}: expected key=value, such as train.steps=20")
@@ -79,7 +79,7 @@ def override_tree(item: str, schema: type) -> Tree:
 
 
 def merge_trees(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Tree:
-    """`base` with what `changes` has in its place."""
+    """Returns `base` with what `changes` has in its place."""
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
@@ -105,7 +105,7 @@ def check_keys(node: Any, schema: type, prefix: str = "", root: type | None = No
 
 
 def mark_expressions(config: Any, unresolved: Tree) -> Any:
-    """The configuration (or a part of it) with `Expression`s where the tree that it was made of has resolvers."""
+    """Puts `Expression`s into the configuration (or a part of it) where the tree that it was made of has resolvers."""
     secrets = {str(value) for value, source in _pairs(config, unresolved) if _RESOLVER.search(source)} - {""}
 
     def marked(value: Any, source: Any) -> Any:
@@ -126,14 +126,14 @@ def mark_expressions(config: Any, unresolved: Tree) -> Any:
 
 
 def tree_of(config: Any) -> Tree:
-    """A configuration as nested dicts, which say all that it says; a tree is one already."""
+    """Returns a configuration as nested dicts, which say all that it says; a tree is one already."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return dataclasses.asdict(config)
     return typing.cast(Tree, config)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a tree by their dotted names; an empty mapping has none."""
+    """Returns the values of a tree by their dotted names; an empty mapping has none."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
         found.update(flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value})
@@ -141,18 +141,20 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def plain_tree(config: Any) -> Tree:
-    """A configuration, or its tree, for people and services: expressions that reach outside stay as they are."""
+    """Returns a configuration, or its tree, for people and services: expressions that reach outside stay as they
+    are."""
     return typing.cast(Tree, _map_texts(_shown, tree_of(config)))
 
 
 def to_yaml(config: Any) -> str:
-    """YAML that `read_yaml` and OmegaConf's resolving turn into an equal configuration; config: it, or its tree."""
+    """Returns YAML that `read_yaml` and OmegaConf's resolving turn into an equal configuration; config: it, or its
+    tree."""
     tree = _map_texts(lambda s: s.source if isinstance(s, Expression) else escape(s), tree_of(config))
     return OmegaConf.to_yaml(OmegaConf.create(tree))
 
 
 def shown_yaml(path: Path) -> Tree:
-    """What a saved configuration says, for people: nothing is resolved, nothing escaped."""
+    """Returns what a saved configuration says, for people: nothing is resolved, nothing escaped."""
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except Exception as error:
@@ -161,24 +163,24 @@ def shown_yaml(path: Path) -> Tree:
 
 
 def escape(text: str) -> str:
-    """A text as OmegaConf has to be given it so that nothing in it is an expression."""
+    """Returns a text as OmegaConf has to be given it so that nothing in it is an expression."""
     return _MARK.sub(lambda m: m[1] * 2 + "\\${", text)
 
 
 def unescape(text: str) -> str:
-    """The text that was escaped; one with expressions is left as it is."""
+    """Returns the text that was escaped; one with expressions is left as it is."""
     if is_expression(text):
         return text
     return _MARK.sub(lambda m: m[1][: len(m[1]) // 2] + "${", text)
 
 
 def is_expression(text: Any) -> bool:
-    """Whether OmegaConf would resolve something in it."""
+    """Returns whether OmegaConf would resolve something in it."""
     return isinstance(text, str) and any(len(m[1]) % 2 == 0 for m in _MARK.finditer(text))
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's text."""
+    """Returns the first line of an error's text."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -191,7 +193,7 @@ def _field(schema: Any, key: Any, prefix: str, root: type) -> Any:
 
 
 def _typed(key: str, text: str, hint: Any) -> Any:
-    """The value of an override."""
+    """Returns the value of an override."""
     kinds = [k for k in typing.get_args(hint) if k is not types.NoneType] if _is_optional(hint) else [hint]
     kind = kinds[0]
     if _is_optional(hint) and (text == _NULL or (kind is not str and text in ("", "~"))):
@@ -228,7 +230,7 @@ def _number(key: str, text: str, kind: type) -> Any:
 
 
 def _as_text(value: Any, scalars: Any, hint: Any) -> Any:
-    """`value` as YAML typed it, with the text of the file (`scalars`) wherever the schema wants a text."""
+    """Returns `value` as YAML typed it, with the text of the file (`scalars`) wherever the schema wants a text."""
     if _is_optional(hint):
         hint = next(k for k in typing.get_args(hint) if k is not types.NoneType)
     if dataclasses.is_dataclass(hint) and isinstance(value, dict) and isinstance(scalars, dict):
@@ -247,7 +249,7 @@ def _is_optional(hint: Any) -> bool:
 
 
 def _map_texts(function: Any, node: Any) -> Any:
-    """The node with function(text) for every text in it, keys aside."""
+    """Returns the node with function(text) for every text in it, keys aside."""
     if isinstance(node, dict):
         return {k: _map_texts(function, v) for k, v in node.items()}
     if isinstance(node, (list, tuple)):
@@ -268,7 +270,7 @@ def _leaves(node: Any) -> Iterator[Any]:
 
 
 def _pairs(value: Any, source: Any) -> Iterator[tuple[Any, str]]:
-    """(value, source) of everything that an expression gave."""
+    """Returns (value, source) of everything that an expression gave."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping) and isinstance(source, Mapping):

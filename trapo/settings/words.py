@@ -1,4 +1,4 @@
-"""Which key is meant where another name is given: the words of other trainers, and slips of the pen."""
+"""This file finds which key is meant where another name is given: the words of other trainers, and slips of the pen."""
 
 from __future__ import annotations
 

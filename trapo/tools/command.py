@@ -1,4 +1,5 @@
-"""The command `trapo`, as it is installed: the package of losses alone has it too, and says there what it lacks."""
+"""The command `trapo` starts here, as it is installed: the package of losses alone has it too, and says there what it
+lacks."""
 
 from __future__ import annotations
 

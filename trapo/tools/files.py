@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one, whatever kills the writer or fills the disk."""
+"""Files are written here so that a reader never sees half of one, whatever kills the writer or fills the disk."""
 
 from __future__ import annotations
 

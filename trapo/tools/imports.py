@@ -1,4 +1,4 @@
-"""Functions of the user's, named as package.module:function or ./file.py:function."""
+"""This file imports functions of the user's, named as package.module:function or ./file.py:function."""
 
 from __future__ import annotations
 

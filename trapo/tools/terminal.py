@@ -1,4 +1,4 @@
-"""Printing for whatever terminal there is: tables that keep their digits, characters that cannot be shown."""
+"""This file prints for whatever terminal there is: tables that keep their digits, characters that cannot be shown."""
 
 from __future__ import annotations
 

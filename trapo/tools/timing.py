@@ -1,4 +1,4 @@
-"""Where a step's time goes."""
+"""This file says where a step's time goes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PARTS = ("generate", "reward", "logprobs", "update")
 
 
 class StepTimer:
-    """Seconds by part of a step. Parts may nest: time counts for the innermost one."""
+    """Counts seconds by part of a step. Parts may nest: time counts for the innermost one."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)

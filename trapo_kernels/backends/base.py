@@ -1,4 +1,4 @@
-"""What a backend is: a `RowKernel`. Everything else is shared.
+"""This file says what a backend is: a `RowKernel`. Everything else is shared.
 
 Two verbs are needed, the reduction of each row of a chunk of logits and its gradient in place; all other abilities have
 a default, which is not to have them. `logits` are x = scale · (h Wᵀ + b) before the soft-cap z = cap · tanh(x / cap)
@@ -28,8 +28,8 @@ def stats_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class RowStats(NamedTuple):
-    """What a row's loss and gradient need [C]. The log-sum-exp stays in two parts: π = e^(z − m) / Σ keeps its digits
-    where |z| is large, e^(z − lse) does not."""
+    """Holds what a row's loss and gradient need [C]. The log-sum-exp stays in two parts: π = e^(z − m) / Σ keeps its
+    digits where |z| is large, e^(z − lse) does not."""
 
     logprobs: Tensor
     max: Tensor
@@ -43,13 +43,13 @@ class RowStats(NamedTuple):
 
     @classmethod
     def empty(cls, rows: int, dtype: torch.dtype, device: torch.device, entropy: bool) -> RowStats:
-        """Room for the statistics of so many rows."""
+        """Returns room for the statistics of so many rows."""
         vectors = [torch.empty(rows, dtype=dtype, device=device) for _ in range(3 + entropy)]
         return cls(vectors[0], vectors[1], vectors[2], vectors[3] if entropy else None)
 
     def put(self, at: slice, found: RowStats) -> RowStats:
-        """These statistics with those that were `found` of the rows `at`: written in place, or, of all rows, the very
-        ones."""
+        """Puts the statistics that were `found` of the rows `at` among these: written in place, or, of all rows, the
+        very ones."""
         if found.logprobs.shape == self.logprobs.shape:
             return found
         for whole, part in zip(self, found, strict=True):
@@ -59,7 +59,8 @@ class RowStats(NamedTuple):
 
 
 class RowState(NamedTuple):
-    """Online-softmax state of a row over the columns seen so far [C]; states of disjoint columns can be merged."""
+    """Holds the online-softmax state of a row over the columns seen so far [C]; states of disjoint columns can be
+    merged."""
 
     max: Tensor  # m = max z; −inf where there is no column, or none that is possible
     rest: Tensor  # Σ e^(z − m), but one column that has the maximum: beside its e^0 = 1 the others would lose digits
@@ -75,8 +76,8 @@ class RowState(NamedTuple):
 
 
 class RowInputs(NamedTuple):
-    """The per-token constants [C] that an objective reads; None where the caller gave nothing. `weights` multiply the
-    loss of each token; a row of weight 0 gets the gradient 0, whatever else it holds."""
+    """Holds the per-token constants [C] that an objective reads; None where the caller gave nothing. `weights` multiply
+    the loss of each token; a row of weight 0 gets the gradient 0, whatever else it holds."""
 
     expert: Tensor  # bool
     advantages: Tensor | None
@@ -92,7 +93,7 @@ class RowInputs(NamedTuple):
 
 
 class FusedTerms(NamedTuple):
-    """An objective as kernels take it: numbers alone. The formulas are terms.py's, and tested against them."""
+    """Is an objective as kernels take it: numbers alone. The formulas are terms.py's, and tested against them."""
 
     expert: int  # Term.fused of the expert term, 0 = none
     policy: int  # of the policy term, 0 = none
@@ -111,20 +112,20 @@ class FusedTerms(NamedTuple):
 
 
 class ScratchBytes(Protocol):
-    """What a kernel allocates beside the logits; it counts against the budget."""
+    """Says what a kernel allocates beside the logits; it counts against the budget."""
 
     def __call__(self, vocab: int, dtype: torch.dtype, device: torch.device) -> int: ...
 
 
 class StatsVerb(Protocol):
-    """The reduction of each row of logits [C, V], which stay as they are; `entropy`: with the state's `dot`."""
+    """Reduces each row of logits [C, V], which stay as they are; `entropy`: with the state's `dot`."""
 
     def __call__(self, logits: Tensor, targets: Tensor, cap: float | None, entropy: bool) -> RowState: ...
 
 
 class GradVerb(Protocol):
-    """The logits [C, V] become g_lp (1[j=y] − π_j) − g_H π_j (log π_j + H), times the slope of the soft-cap, in place;
-    g_lp [C], and g_H [C] or None."""
+    """Turns the logits [C, V] into g_lp (1[j=y] − π_j) − g_H π_j (log π_j + H), times the slope of the soft-cap, in
+    place; g_lp [C], and g_H [C] or None."""
 
     def __call__(
         self,
@@ -138,8 +139,8 @@ class GradVerb(Protocol):
 
 
 class FusedVerb(Protocol):
-    """Statistics, g_lp and g_H of the terms, and the gradient for scale · g_lp and scale · g_H in place of the logits
-    [C, V]: one launch."""
+    """Computes statistics, g_lp and g_H of the terms, and the gradient for scale · g_lp and scale · g_H in place of the
+    logits [C, V]: one launch."""
 
     def __call__(
         self, logits: Tensor, targets: Tensor, inputs: RowInputs, terms: FusedTerms, scale: float, cap: float | None
@@ -147,8 +148,8 @@ class FusedVerb(Protocol):
 
 
 class LinearStatsVerb(Protocol):
-    """Statistics straight from hidden [N, D], weight [V, D] and bias [V] or None, without writing a logit; None: not
-    for these operands."""
+    """Computes statistics straight from hidden [N, D], weight [V, D] and bias [V] or None, without writing a logit;
+    None: not for these operands."""
 
     def __call__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, entropy: bool
@@ -162,7 +163,7 @@ def no_scratch(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Passes:
-    """A chunk loop that a backend has in place of stream.py's, for the sources that it `takes`; `forward` and
+    """Is a chunk loop that a backend has in place of stream.py's, for the sources that it `takes`; `forward` and
     `backward` take and give what those of stream.py do, for losses without slopes in the target's logit."""
 
     takes: Callable[[Source], bool]
@@ -172,7 +173,7 @@ class Passes:
 
 @dataclass(frozen=True)
 class RowKernel:
-    """Everything that a backend can do; what looks for an ability reads it here.
+    """Declares everything that a backend can do; what looks for an ability reads it here.
 
     Args:
         stats: the reduction of each row.

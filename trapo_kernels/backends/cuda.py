@@ -1,4 +1,4 @@
-"""Row kernels in CUDA C++ (csrc/cuda): a block or a cluster of blocks a row, the row on chip where it fits.
+"""The row kernels for CUDA are in C++ (csrc/cuda): a block or a cluster of blocks a row, the row on chip where it fits.
 
 Here is what Python has to know of them: which library to load, why it may be missing, and the shapes that the operators
 `torch.ops.trapo_kernels_cuda.*` return.

@@ -1,4 +1,4 @@
-"""Which implementations exist here, and which one does a call."""
+"""This file knows which implementations exist here, and which one does a call."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ENV_NAMED = f"backend ({ENV})"
 
 @dataclass
 class _Trust:
-    """Whom `pick` asks about backends that need proof. Without anybody none of them is picked."""
+    """Says whom `pick` asks about backends that need proof. Without anybody none of them is picked."""
 
     # (backend, device, the backends that are tried with it, whether any may be tried now) -> it has been found right
     proven: Callable[[str, torch.device, Callable[[], Sequence[str]], bool], bool] = lambda *_: False
@@ -35,13 +35,13 @@ _trust = _Trust()
 
 
 def trust(proven: Any, reason: Any) -> None:
-    """From here on these two are asked. `verify` needs the backends, so it comes to them and not they to it."""
+    """Makes `pick` ask these two from here on. `verify` needs the backends, so it comes to them and not they to it."""
     _trust.proven, _trust.reason = proven, reason
 
 
 @dataclass(frozen=True)
 class Backend:
-    """An implementation. `kernel` None: materialise the logits (the oracle)."""
+    """Is an implementation. `kernel` None: materialise the logits (the oracle)."""
 
     name: str
     kernel: RowKernel | None
@@ -54,7 +54,7 @@ class Backend:
 
     @property
     def missing(self) -> str | None:
-        """Why it does not exist here, in one line; None: it does."""
+        """Returns why it does not exist here, in one line; None: it does."""
         return self.look()
 
     @property
@@ -63,8 +63,8 @@ class Backend:
 
     @property
     def left_out(self) -> str | None:
-        """Why it is not picked unasked though it exists here: what `verify` found on the current device, as far as is
-        known; None: nothing."""
+        """Returns why it is not picked unasked though it exists here: what `verify` found on the current device, as far
+        as is known; None: nothing."""
         if not (self.automatic and self.proof) or self.missing is not None:
             return None
         return _trust.reason(self.name, torch.device(self.device or "cpu"))
@@ -104,8 +104,8 @@ _chosen: str | None = None
 
 
 def backends() -> dict[str, Backend]:
-    """Every backend of this version by name: `.available`, `.missing` (why not, one line), `.left_out` (why it is not
-    picked unasked, as far as `verify` has found out) and `.detail`."""
+    """Returns every backend of this version by name: `.available`, `.missing` (why not, one line), `.left_out` (why it
+    is not picked unasked, as far as `verify` has found out) and `.detail`."""
     return {backend.name: backend for backend in _BACKENDS}
 
 
@@ -124,15 +124,16 @@ def set_backend(name: str | None) -> None:
 
 
 def default_backend(device: torch.device | str = "cpu") -> str:
-    """Name of the backend that does a call on this device which names none."""
+    """Returns the name of the backend that does a call on this device which names none."""
     device = torch.device(device)
     chosen = _ask("default_backend", device)
     return (_fastest(device) if chosen is None else chosen).name
 
 
 def pick(name: str | None, caller: str, device: torch.device, may_try: bool = True) -> Backend:
-    """The backend for a call on tensors of a device: the one named by argument, `set_backend` or environment, else the
-    fastest that can be trusted. On a GPU the first such pick on a machine tries the kernels, if it `may_try`."""
+    """Returns the backend for a call on tensors of a device: the one named by argument, `set_backend` or environment,
+    else the fastest that can be trusted. On a GPU the first such pick on a machine tries the kernels, if it
+    `may_try`."""
     chosen = _ask(caller, device, name)
     if chosen is not None:
         return chosen
@@ -177,7 +178,7 @@ def _check_device(backend: Backend, argument: str, device: torch.device) -> Back
 
 
 def check_backend(caller: str, name: Any) -> None:
-    """The name of a backend of this version, or None."""
+    """Returns the name of a backend of this version, or None."""
     if name is not None and not (isinstance(name, str) and name in backends()):
         raise ValueError(f"{caller}: backend must be one of {_names()} or None; got {shown(name)}")
 
@@ -196,7 +197,7 @@ def _find(name: str, argument: str) -> Backend:
 
 
 def backend_name(name: str | None, caller: str, device: torch.device) -> str:
-    """The name of what `pick` picks, as a constant of a compiled graph."""
+    """Returns the name of what `pick` picks, as a constant of a compiled graph."""
     return _constant_name(name, _chosen, caller, device)  # what is chosen is read here, and so guards the graph
 
 

@@ -1,4 +1,4 @@
-"""Loading a compiled library of operators, or saying why it is not to be had."""
+"""This file loads a compiled library of operators, or says why it is not to be had."""
 
 from __future__ import annotations
 

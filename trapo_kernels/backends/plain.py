@@ -1,4 +1,4 @@
-"""Row kernel in plain torch, for any device: statistics and in-place gradient of a chunk of logits.
+"""This row kernel is in plain torch, for any device: statistics and in-place gradient of a chunk of logits.
 
     stats:  m = max z, Σ e^(z−m) without one column at m, Σ e^(z−m)(z−m), z_y       (fp32; fp64 for fp64)
     grad_:  dx_j = [g_lp (1[j=y] − π_j) − g_H π_j (log π_j + H)] · (1 − (z_j/cap)²)
@@ -28,7 +28,7 @@ def scratch_bytes(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
 
 
 def _blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(rows, two scratch blocks [rows, V]) over all rows; the scratch is reused."""
+    """Yields (rows, two scratch blocks [rows, V]) over all rows; the scratch is reused."""
     rows, vocab = logits.shape
     step = max(1, min(block_rows(vocab, logits.device), rows))
     scratch = logits.new_empty(2, step, vocab, dtype=stats_dtype(logits.dtype))
@@ -38,12 +38,12 @@ def _blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
 
 
 def _cap(x: Tensor, cap: float | None) -> Tensor:
-    """z of a few logits."""
+    """Returns z of a few logits."""
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
 def _shift(x: Tensor, top: Tensor, cap: float | None, out: Tensor) -> Tensor:
-    """z − m of a block, written to `out`."""
+    """Writes z − m of a block to `out`."""
     if cap is None:
         return torch.sub(x, top, out=out)
     return out.copy_(x).div_(cap).tanh_().mul_(cap).sub_(top)

@@ -1,4 +1,4 @@
-"""Adapters: the losses of this package inside other people's trainers.
+"""Adapters bring the losses of this package into other people's trainers.
 
     transformers.py   patch_causal_lm_loss: HF Trainer with a fused SFT, TrSFT or DFT loss
     trl/              fuse(trainer): SFT, DPO, KTO, RLOO, GRPO, distillation; FusedGRPOTrainer; TrapoGRPOTrainer, which

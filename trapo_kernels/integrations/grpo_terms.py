@@ -1,4 +1,5 @@
-"""The GRPO family as TRL's and Liger's losses define it: log-probabilities and entropies [B, T] to a loss.
+"""This file has the GRPO family as TRL's and Liger's losses define it: log-probabilities and entropies [B, T] to a
+loss.
 
 Everything here is plain torch on [B, T] tensors; nothing knows the vocabulary. It is what needs a whole sequence, or a
 quantity of the whole batch, before the first gradient: sequence ratios, VESPO's weights, top-entropy and off-policy
@@ -27,7 +28,7 @@ LOSSES = (*CLIP_LOSSES, "cispo", "sapo", "vespo")
 
 @dataclass(frozen=True)
 class GRPOOptions:
-    """Liger's and TRL's settings, by their names, validated."""
+    """Holds Liger's and TRL's settings, by their names, validated."""
 
     beta: float = 0.04
     epsilon_low: float = 0.2
@@ -64,7 +65,7 @@ class GRPOOptions:
         check("max_completion_length", not needs_length or self.max_completion_length is not None, "given for dr_grpo")
 
     def single_pass(self) -> str | None:
-        """Why this needs the log-probabilities before any gradient; None: it does not."""
+        """Returns why this needs the log-probabilities before any gradient; None: it does not."""
         reason = two_pass_reason(
             self.loss_type, self.importance_sampling_level, delta=self.delta, epsilon_high=self.epsilon_high,
             beta=self.beta, use_bias_correction_kl=self.use_bias_correction_kl, entropy=self.entropy_coef != 0,
@@ -83,7 +84,7 @@ def two_pass_reason(
     entropy: bool,
     expert: bool = False,
 ) -> str | None:
-    """Why a loss of these settings needs the log-probabilities before any gradient; None: it does not.
+    """Returns why a loss of these settings needs the log-probabilities before any gradient; None: it does not.
 
     `entropy`: it has an entropy bonus; `expert`: and expert tokens, with whose terms all token losses share one
     normalizer.
@@ -104,14 +105,15 @@ def two_pass_reason(
 
 
 def two_pass_masks(top_entropy_quantile: float, off_policy_mask_threshold: float | None) -> str | None:
-    """The setting of a mask that needs the log-probabilities or entropies of the whole batch first; None: none does."""
+    """Returns the setting of a mask that needs the log-probabilities or entropies of the whole batch first; None: none
+    does."""
     if top_entropy_quantile < 1:
         return "top_entropy_quantile"
     return None if off_policy_mask_threshold is None else "off_policy_mask_threshold"
 
 
 class GRPOTokens(NamedTuple):
-    """What the loss reads [B, T], advantages [B]; `mask` is 1 at the tokens that count."""
+    """Holds what the loss reads [B, T], advantages [B]; `mask` is 1 at the tokens that count."""
 
     logprobs: Tensor
     entropy: Tensor | None
@@ -124,7 +126,7 @@ class GRPOTokens(NamedTuple):
 
 
 def grpo_loss(o: GRPOOptions, t: GRPOTokens, normalizer: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, metrics "kl", "clip_ratio", "entropy" where they exist). `normalizer`: see `policy_normalizer`."""
+    """Returns (loss, metrics "kl", "clip_ratio", "entropy" where they exist). `normalizer`: see `policy_normalizer`."""
     advantages, mask = t.advantages[:, None], t.mask
     old = t.logprobs.detach() if t.old_logprobs is None else t.old_logprobs
     log_ratio = t.logprobs - old
@@ -162,7 +164,8 @@ def grpo_loss(o: GRPOOptions, t: GRPOTokens, normalizer: Tensor) -> tuple[Tensor
 
 
 def policy_normalizer(o: GRPOOptions, mask: Tensor, num_items_in_batch: Tensor | float | None) -> Tensor:
-    """What a sum of token losses is divided by; for "grpo", "sapo" and "luspo", which weigh sequences, the batch."""
+    """Returns what a sum of token losses is divided by; for "grpo", "sapo" and "luspo", which weigh sequences, the
+    batch."""
     if o.loss_type == "bnpo":
         return mask.sum().clamp(min=1)
     if o.loss_type in ("dapo", "cispo", "vespo"):
@@ -179,7 +182,7 @@ def policy_normalizer(o: GRPOOptions, mask: Tensor, num_items_in_batch: Tensor |
 
 
 def _policy_term(o: GRPOOptions, t: GRPOTokens, ratio: Tensor, log_ratio: Tensor) -> Tensor:
-    """Loss of a token, or of a sequence [B, 1] with sequence-level ratios."""
+    """Returns the loss of a token, or of a sequence [B, 1] with sequence-level ratios."""
     advantages = t.advantages[:, None]
     if o.loss_type == "cispo":  # arXiv 2506.13585; the bound is epsilon_high itself
         return -ratio.clamp(max=o.epsilon_high).detach() * advantages * t.logprobs
@@ -194,7 +197,7 @@ def _policy_term(o: GRPOOptions, t: GRPOTokens, ratio: Tensor, log_ratio: Tensor
 
 
 def _gamma_weights(o: GRPOOptions, t: GRPOTokens, log_ratio: Tensor) -> Tensor:
-    """VESPO: φ(w) = e^λ w^k e^(−λw) of the whole sequence's ratio w, a constant [B, 1]."""
+    """Returns VESPO's weights: φ(w) = e^λ w^k e^(−λw) of the whole sequence's ratio w, a constant [B, 1]."""
     lowest = math.log(1e-8)
     log_w = (log_ratio.clamp(-20, 20) * t.mask).sum(-1, keepdim=True)
     if t.sampling_ratio is not None:
@@ -207,8 +210,8 @@ def _gamma_weights(o: GRPOOptions, t: GRPOTokens, log_ratio: Tensor) -> Tensor:
 
 
 def _near_policy(o: GRPOOptions, t: GRPOTokens, old: Tensor) -> Tensor:
-    """DeepSeek-V3.2: a sequence with A < 0 whose mean log(π_engine / π) is over the threshold counts for nothing
-    [B, 1]."""
+    """Returns DeepSeek-V3.2's mask: a sequence with A < 0 whose mean log(π_engine / π) is over the threshold counts for
+    nothing [B, 1]."""
     assert o.off_policy_mask_threshold is not None
     sampled = old if t.sampling_logprobs is None else t.sampling_logprobs
     drift = (sampled - t.logprobs.detach()).nan_to_num(nan=0.0)
@@ -217,7 +220,8 @@ def _near_policy(o: GRPOOptions, t: GRPOTokens, old: Tensor) -> Tensor:
 
 
 def _high_entropy(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
-    """1 at tokens whose entropy is at or over the quantile of all active tokens, those of other ranks included."""
+    """Returns 1 at tokens whose entropy is at or over the quantile of all active tokens, those of other ranks
+    included."""
     values = entropy[mask.bool()].float()
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         longest = torch.tensor(values.numel(), device=values.device)
@@ -240,7 +244,7 @@ def _reduced(o: GRPOOptions, loss: Tensor, mask: Tensor, normalizer: Tensor) -> 
 
 
 def clipped_tokens(o: GRPOOptions, ratio: Tensor, advantages: Tensor) -> Tensor:
-    """1 where the clip takes the gradient away, else 0."""
+    """Returns 1 where the clip takes the gradient away, else 0."""
     if o.loss_type in ("sapo", "vespo"):
         return torch.zeros_like(ratio)
     if o.loss_type == "cispo":
@@ -250,5 +254,5 @@ def clipped_tokens(o: GRPOOptions, ratio: Tensor, advantages: Tensor) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the mask; 0 over none."""
+    """Returns the mean over the mask; 0 over none."""
     return (values * mask).sum() / mask.sum().clamp(min=1)

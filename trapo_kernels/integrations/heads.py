@@ -1,4 +1,4 @@
-"""The output head of a transformers causal LM as trapo_kernels takes it, and how it is made sure of.
+"""This file finds the output head of a transformers causal LM as trapo_kernels takes it, and makes sure of it.
 
 What a configuration says of its logits is a convention of each family: Granite divides by `logits_scaling`, HyperCLOVA
 X multiplies by it. So `linear_head` reads the names that are known, and `fit_head` decides by the model's own logits of
@@ -27,7 +27,7 @@ MEASURED = "_trapo_logit_transform"  # attribute of a model: (logit_scale, softc
 
 
 class LinearHead(NamedTuple):
-    """A language-model head as trapo_kernels takes it: z = softcap · tanh(logit_scale · (h Wᵀ + b) / softcap)."""
+    """Is a language-model head as trapo_kernels takes it: z = softcap · tanh(logit_scale · (h Wᵀ + b) / softcap)."""
 
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
@@ -36,7 +36,7 @@ class LinearHead(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of `linear_policy_loss` and `linear_logprobs`."""
+        """Returns the keyword arguments of `linear_policy_loss` and `linear_logprobs`."""
         return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
 
     def cast(self, hidden: Tensor) -> LinearHead:

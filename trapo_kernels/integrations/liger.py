@@ -1,5 +1,5 @@
-"""A drop-in for Liger's LigerFusedLinearGRPOLoss, with what that one refuses: an entropy bonus, top-entropy masks and
-off-policy masks. Needs torch alone.
+"""This is a drop-in for Liger's LigerFusedLinearGRPOLoss, with what that one refuses: an entropy bonus, top-entropy
+masks and off-policy masks. Needs torch alone.
 
     - from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
     + from trapo_kernels.integrations.liger import FusedLinearGRPOLoss as LigerFusedLinearGRPOLoss
@@ -25,7 +25,7 @@ IGNORED = -100
 
 
 class FusedLinearGRPOLoss(nn.Module):
-    """The GRPO family over a linear head.
+    """Computes the GRPO family over a linear head.
 
     Args:
         beta ... vespo_lambda_neg: Liger's, with its defaults. `compiled` and `chunk_size` are accepted and mean
@@ -104,7 +104,7 @@ class FusedLinearGRPOLoss(nn.Module):
         num_items_in_batch: Tensor | float | None = None,
         sampling_per_token_logps: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Liger's arguments, and the engine's log-probabilities for the off-policy mask.
+        """Takes Liger's arguments, and the engine's log-probabilities for the off-policy mask.
 
         Args:
             _input: [B, T, D] hidden states; lin_weight [V, D]; bias [V].
@@ -155,7 +155,8 @@ class FusedLinearGRPOLoss(nn.Module):
     def _one_pass(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, inputs: dict[str, Any], count: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Where the policy term's normalizer is not that of the entropy bonus, their ratio is among its weights."""
+        """Computes the loss in one pass. Where the policy term's normalizer is not that of the entropy bonus, their
+        ratio is among its weights."""
         o, mask, ref = self.options, inputs["mask"], inputs["ref_logprobs"]
         tokens, advantages = mask.sum().clamp(min=1), inputs["advantages"][:, None].expand(mask.shape)
         weights, sampled = None, inputs["sampling_ratio"]

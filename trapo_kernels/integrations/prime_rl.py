@@ -1,4 +1,4 @@
-"""prime-rl: a custom loss by import path, from log-probabilities; the terms alone, without the head.
+"""This adapter gives prime-rl a custom loss by import path, from log-probabilities; the terms alone, without the head.
 
     [trainer.loss]
     type = "custom"
@@ -32,7 +32,7 @@ __all__ = ["LossOutputs", "policy_loss"]
 
 @dataclass
 class LossOutputs:
-    """What prime-rl reads from a loss: `.loss`, a scalar, and `.metrics`, averaged over sequences."""
+    """Holds what prime-rl reads from a loss: `.loss`, a scalar, and `.metrics`, averaged over sequences."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -44,7 +44,7 @@ def _objective(settings: tuple[tuple[str, Any], ...]) -> Objective:
 
 
 def policy_loss(inputs: Any, **settings: Any) -> LossOutputs:
-    """The objective's loss of one sequence, summed over its tokens.
+    """Computes the objective's loss of one sequence, summed over its tokens.
 
     Args:
         inputs: trainer_logprobs [T], inference_logprobs [T], advantages [T], loss_mask [T] bool; where they exist

@@ -1,4 +1,4 @@
-"""Hugging Face transformers: train a causal LM by `model(..., labels=...)` without its logits.
+"""This adapter is for Hugging Face transformers: train a causal LM by `model(..., labels=...)` without its logits.
 
     from trapo_kernels.integrations.transformers import patch_causal_lm_loss
 
@@ -73,7 +73,7 @@ def patch_causal_lm_loss(model: PreTrainedModel, objective: Objective, **options
 
 
 class PatchedForward:
-    """A causal LM whose forward can be asked for the hidden states under the head instead of the logits.
+    """Is a causal LM whose forward can be asked for the hidden states under the head instead of the logits.
 
     Subclasses say in `forward` which calls that is; `hidden_states` then runs the model's own forward.
     """
@@ -179,7 +179,7 @@ class PatchedForward:
 
 
 class PatchedLoss(PatchedForward):
-    """What `patch_causal_lm_loss` returns. `metrics`: of the last training forward, by the names of `tk.METRICS`."""
+    """Is what `patch_causal_lm_loss` returns. `metrics`: of the last training forward, by the names of `tk.METRICS`."""
 
     def __init__(self, model: PreTrainedModel, objective: Objective, options: dict[str, Any]) -> None:
         earlier = getattr(model.forward, "patched", None)

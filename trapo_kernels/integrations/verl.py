@@ -1,4 +1,5 @@
-"""verl: an actor loss with an expert mask, in verl's registry of policy losses, and verl's fused head done here.
+"""This adapter gives verl an actor loss with an expert mask, in verl's registry of policy losses, and verl's fused head
+done here.
 
 verl finds this module by its entry point (group "verl.plugins"), or by VERL_USE_EXTERNAL_MODULES=
 trapo_kernels.integrations.verl. Importing it registers the policy loss "trapo":
@@ -40,7 +41,7 @@ INPUTS = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs", "pol
 
 
 def actor_objective(config: Any, **overrides: Any) -> Objective:
-    """The objective that an ActorConfig describes, with TrSFT (α = 0.1) on expert tokens.
+    """Returns the objective that an ActorConfig describes, with TrSFT (α = 0.1) on expert tokens.
 
     Raises:
         ValueError: kl_loss_type is not the k3 estimate ("low_var_kl", "k3").
@@ -72,7 +73,7 @@ def trapo_policy_loss(
     expert_mask: Tensor | None = None,
     objective: Objective | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """verl's policy loss [B, T] without KL and entropy, which verl adds itself.
+    """Computes verl's policy loss [B, T] without KL and entropy, which verl adds itself.
 
     Args:
         expert_mask: [B, T] bool: True = expert-prefix token. None = all own, as verl calls it.
@@ -92,7 +93,7 @@ def trapo_policy_loss(
 def actor_loss(
     config: Any, model_output: Any, data: Any, dp_group: Any = None, *, objective: Objective | None = None
 ) -> tuple[Tensor, dict[str, Any]]:
-    """verl's `ppo_loss` with an expert mask: for `set_loss_fn(partial(actor_loss, config=config))`.
+    """Does what verl's `ppo_loss` does, with an expert mask: for `set_loss_fn(partial(actor_loss, config=config))`.
 
     Args:
         config: ActorConfig.
@@ -150,7 +151,7 @@ def _token_losses(
     expert_mask: Tensor | None,
     weights: Tensor | None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(weighted loss of each part per token [B, T], metrics). `weights` multiply the policy term."""
+    """Returns (weighted loss of each part per token [B, T], metrics). `weights` multiply the policy term."""
     for name, setting in objective.needs.items():
         if inputs.get(name) is None:
             raise ValueError(f"actor_loss: {name} must be in the batch, which {setting} needs; got None")
@@ -170,7 +171,7 @@ def _token_losses(
 
 @torch.no_grad()
 def _metrics(objective: Objective, tokens: Tokens) -> dict[str, Any]:
-    """verl's names where it has one; means over no token are 0."""
+    """Returns the metrics, by verl's names where it has one; means over no token are 0."""
     expert, own = tokens.expert, ~tokens.expert
     mine = tokens.only(own)
     low, high, dual = clipped(objective, mine) if mine.advantages is not None else (own & False,) * 3
@@ -192,7 +193,7 @@ def _metrics(objective: Objective, tokens: Tokens) -> dict[str, Any]:
 
 
 class FusedLinearForPPO(nn.Module):
-    """verl's class of this name: (log-probabilities, entropies) of the labels, without the logits."""
+    """Does what verl's class of this name does: (log-probabilities, entropies) of the labels, without the logits."""
 
     def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
         super().__init__()
@@ -200,7 +201,7 @@ class FusedLinearForPPO(nn.Module):
     def forward(
         self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """hidden_states [..., D], vocab_weights [V, D], input_ids [...]."""
+        """Takes hidden_states [..., D], vocab_weights [V, D] and input_ids [...]."""
         logprobs, entropy = linear_logprobs(
             hidden_states, vocab_weights, input_ids.long(), temperature=float(temperature), entropy=True
         )
@@ -209,7 +210,7 @@ class FusedLinearForPPO(nn.Module):
 
 
 def use_fused_head() -> None:
-    """From here on verl's patched forwards (use_fused_kernels, backend "torch") use this package's head."""
+    """Makes verl's patched forwards (use_fused_kernels, backend "torch") use this package's head from here on."""
     import verl.utils.experimental.torch_functional as verl_functional
 
     verl_functional.FusedLinearForPPO = FusedLinearForPPO

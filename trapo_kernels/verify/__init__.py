@@ -1,4 +1,4 @@
-"""Which compiled backends are right on this machine: what `backend=None` trusts on a GPU.
+"""This folder finds out which compiled backends are right on this machine: what `backend=None` trusts on a GPU.
 
     verify(device)     tries all that are here, anew, and reports
     proven(name, ...)  what `dispatch.pick` asks: the verdict on disk, or, the first time, the one it then makes
@@ -36,7 +36,7 @@ _lock = threading.RLock()
 
 @dataclass(frozen=True)
 class Report:
-    """What became of each backend's cases on a device. It is true if none was wrong and all could be tried."""
+    """Says what became of each backend's cases on a device. It is true if none was wrong and all could be tried."""
 
     device: str
     verdicts: dict[str, Verdict]
@@ -51,7 +51,7 @@ class Report:
 
 
 def verify(device: torch.device | str | None = None) -> Report:
-    """Every compiled backend that is here is tried on a device, in a process of its own, and the verdict is kept for
+    """Tries every compiled backend that is here on a device, in a process of its own, and keeps the verdict for
     `backend=None`.
 
     It takes up to three minutes on a GPU, where Triton compiles its kernels; a second time is faster.
@@ -80,7 +80,7 @@ def verify(device: torch.device | str | None = None) -> Report:
 
 
 def wanted() -> bool:
-    """Whether picks ask for proof: TRAPO_KERNELS_VERIFY is not 0.
+    """Returns whether picks ask for proof: TRAPO_KERNELS_VERIFY is not 0.
 
     Raises:
         ValueError: it is neither 0 nor 1.
@@ -92,8 +92,8 @@ def wanted() -> bool:
 
 
 def proven(name: str, device: torch.device, others: Callable[[], Sequence[str]], may_try: bool = True) -> bool:
-    """Whether a backend may be picked unasked on a device. Without a verdict, one is made of it and of `others()`,
-    unless a graph is being compiled or captured; then nothing is proved yet."""
+    """Returns whether a backend may be picked unasked on a device. Without a verdict, one is made of it and of
+    `others()`, unless a graph is being compiled or captured; then nothing is proved yet."""
     if not wanted():
         return False
     verdict = _known.get((device, name))
@@ -109,7 +109,8 @@ def proven(name: str, device: torch.device, others: Callable[[], Sequence[str]],
 
 
 def reason(name: str, device: torch.device) -> str | None:
-    """Why a pick would leave the backend out, as far as it is known without trying anything; None: nothing is."""
+    """Returns why a pick would leave the backend out, as far as it is known without trying anything; None: nothing
+    is."""
     if not wanted():
         return None
     where = _device(device)
@@ -118,7 +119,7 @@ def reason(name: str, device: torch.device) -> str | None:
 
 
 def _find(name: str, device: torch.device, others: Callable[[], Sequence[str]], may_try: bool) -> Verdict | None:
-    """The verdict on disk, or a new one; None where none may be made now."""
+    """Returns the verdict on disk, or a new one; None where none may be made now."""
     kept = keep.read(device)
     if name in kept:
         return kept[name]
@@ -150,7 +151,7 @@ def _remember(device: torch.device, found: dict[str, Verdict]) -> Path | None:
 
 
 def _device(device: torch.device | str | None) -> torch.device:
-    """With an index, if it is a CUDA device."""
+    """Returns the device, with an index if it is a CUDA device."""
     found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if found.type == "cuda" and found.index is None:
         return torch.device("cuda", torch.cuda.current_device())
@@ -162,7 +163,7 @@ def _capturing(device: torch.device) -> bool:
 
 
 def _say(line: str) -> None:
-    """On stderr, once in a process; of a node's ranks the first speaks."""
+    """Says it on stderr, once in a process; of a node's ranks the first speaks."""
     if line not in _said:
         _said.add(line)
         if os.environ.get("LOCAL_RANK", "0") == "0":

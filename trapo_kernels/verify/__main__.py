@@ -1,4 +1,5 @@
-"""python -m trapo_kernels.verify [DEVICE]: the report; exit status 1 if a backend is wrong or could not be tried."""
+"""`python -m trapo_kernels.verify [DEVICE]` prints the report; exit status 1 if a backend is wrong or could not be
+tried."""
 
 import sys
 

@@ -1,4 +1,5 @@
-"""The cases that a backend has to get right: values and gradients against `reference` in float64, on its device.
+"""This file has the cases that a backend has to get right: values and gradients against `reference` in float64, on its
+device.
 
 They are few and hostile: every dtype, vocabularies that are ragged, of one column, and as long as each way through a
 row kernel needs, heads with everything, losses that take one pass and two, tensors that are not contiguous, targets
@@ -49,7 +50,7 @@ _HEADS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """`call`: "loss" and "logprobs" of a linear head, "logits" is a loss of logits that exist."""
+    """Describes one call. `call`: "loss" and "logprobs" of a linear head, "logits" is a loss of logits that exist."""
 
     call: str
     dtype: str

@@ -1,4 +1,4 @@
-"""Verdicts on disk: where they are, for which machine they hold, and the lock under which they are made.
+"""Verdicts are kept on disk: where they are, for which machine they hold, and the lock under which they are made.
 
 A verdict holds for a device, its driver, torch, Triton and this package down to the last byte of its code: the name of
 its file is a digest of them, and the file repeats them. A file that cannot be read or does not fit is no verdict.
@@ -35,7 +35,7 @@ RETRY_AFTER = 600.0
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a backend's cases. `right` None: they could not be run, which says nothing of the backend."""
+    """Says what became of a backend's cases. `right` None: they could not be run, which says nothing of the backend."""
 
     backend: str
     right: bool | None

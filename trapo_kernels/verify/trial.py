@@ -1,4 +1,4 @@
-"""A backend's cases in a process of their own: a crash, a hang or a broken CUDA context ends that process and is a
+"""A backend's cases run in a process of their own: a crash, a hang or a broken CUDA context ends that process and is a
 verdict.
 
 The child is started with the parent's sys.path and runs `child` below; it never imports the user's __main__. It says

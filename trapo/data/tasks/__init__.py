@@ -1,1 +1,1 @@
-"""Problem generators: data sets that need no download."""
+"""Problem generators are data sets that need no download."""

@@ -1,4 +1,4 @@
-"""The situations of the word problems, as data: what happens, in words and in arithmetic.
+"""The situations of the word problems stand here as data: what happens, in words and in arithmetic.
 
 A row is (key, steps, text). Text slots: {n} and {m} two people, {o} things (plural), {a} to {d} numbers.
 A step is "left op right" over numbers, literals and `_`, the result of the step before.

@@ -1,4 +1,4 @@
-"""Arithmetic word problems with expert traces, for models small enough to train on a laptop.
+"""This file generates arithmetic word problems with expert traces, for models small enough to train on a laptop.
 
 A problem is a situation (situations.py) filled with names, things and numbers. Its trace is the arithmetic, a
 line per step, and the final answer:
@@ -39,7 +39,7 @@ EXAMPLE = ("Tom has 8 caps and loses 2. How many are left?", "8 - 2 = 6\n#### 6"
 
 @dataclass(frozen=True)
 class Difficulty:
-    """Ranges (inclusive) of the numbers in a problem.
+    """Holds ranges (inclusive) of the numbers in a problem.
 
     two_step: share of problems with two steps. count: quantities that are added, taken or divided.
     factor: multipliers and divisors. limit: the largest intermediate or final result.
@@ -61,7 +61,7 @@ DIFFICULTIES = {
 
 @dataclass(frozen=True)
 class Template:
-    """One kind of problem: `steps` such as ("a * b", "c - _") and the text with its slots."""
+    """Describes one kind of problem: `steps` such as ("a * b", "c - _") and the text with its slots."""
 
     key: str
     steps: tuple[str, ...]

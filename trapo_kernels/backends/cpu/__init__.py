@@ -1,4 +1,4 @@
-"""The C++ backend for CPUs: row kernels, the chunk loop by panels, gradients that leave out what hardly counts."""
+"""The C++ backend for CPUs has row kernels, the chunk loop by panels, gradients that leave out what hardly counts."""
 
 from ..base import Passes, RowKernel
 from . import panels, rows

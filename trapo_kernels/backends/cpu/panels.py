@@ -1,4 +1,4 @@
-"""The chunk loop of stream.py for fp32 heads on a CPU, with softmax and GEMMs interleaved panel by panel in C++
+"""This is the chunk loop of stream.py for fp32 heads on a CPU, with softmax and GEMMs interleaved panel by panel in C++
 (csrc/cpu/panels.cpp has the algorithm and its costs).
 
     for rows in chunks:
@@ -36,7 +36,7 @@ _LONGEST = 896
 
 
 def takes(source: Source) -> bool:
-    """Whether this loop can do the head; stream.py does all."""
+    """Returns whether this loop can do the head; stream.py does all."""
     return (
         isinstance(source, LinearSource)
         and source.dtype == torch.float32
@@ -60,7 +60,7 @@ def forward(
     entropy: bool,
     slopes: TwoSlopesOf | None = None,
 ) -> RowStats:
-    """`stream.forward`."""
+    """Does what `stream.forward` does."""
     out = RowStats.empty(selection.size, source.dtype, source.device, entropy)
     middle = selection.with_gradient if slopes is not None else 0
     sparse = Sparse(source, head) if source.tolerance else None
@@ -83,14 +83,14 @@ def forward(
 def backward(
     source: LinearSource, selection: Selection, targets: Tensor, head: Head, stats: RowStats, slopes: TwoSlopesOf
 ) -> None:
-    """`stream.backward`: the logits are computed again, panel by panel, and kept nowhere."""
+    """Does what `stream.backward` does: the logits are computed again, panel by panel, and kept nowhere."""
     for chunk in _chunks(source, 0, selection.size):
         at = chunk.rows
         _put_gradient(source, chunk, targets, head, stats.map(lambda t, at=at: t[at]), slopes)  # type: ignore[misc]
 
 
 def _keeping_chunks(source: LinearSource, size: int) -> Iterator[_Chunk]:
-    """Chunks of the rows [0, size) whose logits wait for the gradient."""
+    """Yields chunks of the rows [0, size) whose logits wait for the gradient."""
     if size == 0:
         return
     step = chunk_rows(size, _row_bytes(source, keep=True), 0, "cpu", most=_LONGEST)
@@ -112,7 +112,7 @@ def _keeping_chunks(source: LinearSource, size: int) -> Iterator[_Chunk]:
 
 
 def _chunks(source: LinearSource, start: int, size: int) -> Iterator[_Chunk]:
-    """Chunks of the rows [start, size) whose logits are not kept."""
+    """Yields chunks of the rows [start, size) whose logits are not kept."""
     if start == size:
         return
     step = chunk_rows(size - start, _row_bytes(source, keep=False), 0, "cpu", most=_LONGEST)
@@ -128,8 +128,8 @@ def _chunk(
 
 
 def _row_bytes(source: LinearSource, keep: bool) -> int:
-    """What a token of a chunk holds: its logits, its part of a group's gradient, its panels' states, its hidden state
-    and that one's gradient where rows are picked."""
+    """Returns what a token of a chunk holds: its logits, its part of a group's gradient, its panels' states, its hidden
+    state and that one's gradient where rows are picked."""
     picked = 0 if source.selection.order is None and not source.tolerance else 2 * source.weight.shape[1]
     states = 3 * -(-source.vocab // PANEL)
     return 4 * ((source.vocab if keep else 0) + _GROUP + states + picked)

@@ -1,4 +1,4 @@
-"""Row kernels in C++ for CPUs (csrc/cpu): AVX-512, AVX2 or neither, as torch itself would choose.
+"""The row kernels for CPUs are in C++ (csrc/cpu): AVX-512, AVX2 or neither, as torch itself would choose.
 
 Here is what Python has to know of them: which library to load, why it may be missing, and the shapes that the operators
 `torch.ops.trapo_kernels_cpu.*` return.

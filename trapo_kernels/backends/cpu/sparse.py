@@ -1,4 +1,4 @@
-"""Gradients that leave out what hardly counts, on a CPU: `grad_tolerance` of `linear_policy_loss`.
+"""This file computes gradients that leave out what hardly counts, on a CPU: `grad_tolerance` of `linear_policy_loss`.
 
 The mass of a chunk's logit gradient is M = Σ |dL/dz_cv| over its tokens c and rows v of the weight. Most of it lies in
 few tokens (the confident ones have none) and few rows (those that no token finds likely have none). Once the statistics
@@ -29,7 +29,8 @@ _BLOCK = 2048
 
 
 class Sparse:
-    """The gradients of one loss, chunk after chunk; `left_out`: the share of the mass that was left out so far."""
+    """Accumulates the gradients of one loss, chunk after chunk; `left_out`: the share of the mass that was left out so
+    far."""
 
     def __init__(self, source: LinearSource, head: Head) -> None:
         self.source, self.head = source, head
@@ -46,7 +47,8 @@ class Sparse:
     def add(
         self, at: slice, hidden: Tensor, logits: Tensor, targets: Tensor, stats: RowStats, slopes: TwoSlopesOf
     ) -> None:
-        """The gradients of a chunk of compact rows `at`, whose hidden states [C, D] and logits [V, C] these are."""
+        """Adds the gradients of a chunk of compact rows `at`, whose hidden states [C, D] and logits [V, C] these
+        are."""
         scale = self.head.scale
         g_lp, g_entropy = slopes(at, stats)
         chunk = _Tokens(hidden, targets, stats, g_lp * scale, None if g_entropy is None else g_entropy * scale)
@@ -63,11 +65,11 @@ class Sparse:
             self._accumulate(chunk, logits, rows, at, tokens)
 
     def _room(self, share: float) -> Tensor:
-        """How much more mass may be left out when `share` of the tolerance may be used."""
+        """Returns how much more mass may be left out when `share` of the tolerance may be used."""
         return (share * self.source.tolerance * self.mass - self.dropped).clamp(min=0)
 
     def _masses(self, chunk: _Tokens, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Mass of each row of the weight [V] and of each token [C], float64."""
+        """Returns the mass of each row of the weight [V] and of each token [C], float64."""
         by_row, by_token = torch.ops.trapo_kernels_cpu.panel_mass(
             chunk.hidden, self.source.weight, chunk.targets, self.head.cap, *chunk.stats, chunk.g_lp, chunk.g_entropy,
             logits,
@@ -75,7 +77,7 @@ class Sparse:
         return by_row.double(), by_token.sum(0, dtype=torch.float64)
 
     def _accumulate(self, chunk: _Tokens, logits: Tensor, rows: Tensor, at: slice, tokens: Tensor) -> None:
-        """GEMMs 2 and 3 of these rows of the weight, a block at a time."""
+        """Computes GEMMs 2 and 3 of these rows of the weight, a block at a time."""
         source = self.source
         d_hidden = None if source.d_hidden is None else torch.zeros_like(chunk.hidden)
         # Of a row of the weight, in its block.
@@ -109,7 +111,7 @@ class Sparse:
 
 
 class _Tokens:
-    """What a chunk's gradient is made of, one entry per token."""
+    """Holds what a chunk's gradient is made of, one entry per token."""
 
     def __init__(
         self, hidden: Tensor, targets: Tensor, stats: RowStats, g_lp: Tensor, g_entropy: Tensor | None
@@ -124,7 +126,8 @@ class _Tokens:
 
 
 def _keep(masses: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
-    """(indices to keep, ascending; the mass that goes with the others): the least are left out while `room` holds them.
+    """Returns (indices to keep, ascending; the mass that goes with the others): the least are left out while `room`
+    holds them.
 
     A mass that is not a number is kept, and so is everything beside it that is larger.
     """

@@ -1,4 +1,4 @@
-"""The Triton backend: row kernels, and kernels that go from hidden states to statistics without writing a logit."""
+"""The Triton backend has row kernels, and kernels that go from hidden states to statistics without writing a logit."""
 
 from ..base import RowKernel
 from . import rows, tiles

@@ -1,4 +1,4 @@
-"""Triton row kernels: one program per row of a chunk of logits. Host side and sizes: rows.py.
+"""The Triton row kernels run one program per row of a chunk of logits. Host side and sizes: rows.py.
 
     row_stats:  m = max z, Σ e^(z−m) but one column at m, Σ e^(z−m)(z−m), z_y            one read of each logit
     row_grad:   dx_j = [g_lp (1[j=y] − π_j) − g_H π_j (log π_j + H)] · (1 − (z_j/cap)²)  one read, one write
@@ -32,7 +32,7 @@ _NOTHING = tl.constexpr(float("-inf"))
 
 @triton.jit
 def expm1(x):
-    """e^x − 1 without its cancellation: the power series where |x| < 1/2 (to x^15: 1e-18)."""
+    """Returns e^x − 1 without its cancellation: the power series where |x| < 1/2 (to x^15: 1e-18)."""
     series = 1.0 + x / 15
     for i in tl.static_range(13):
         series = 1.0 + x / (14 - i) * series
@@ -41,13 +41,13 @@ def expm1(x):
 
 @triton.jit
 def _zero_like(x):
-    """0, where x is infinite too."""
+    """Returns 0, where x is infinite too."""
     return tl.minimum(tl.abs(x), 0.0)
 
 
 @triton.jit
 def log1p(x):
-    """log(1 + x), x ≥ 0, with the digits of a small x: 2 artanh(x / (2 + x)) where x < 1/2 (to s^25: 1e-17)."""
+    """Returns log(1 + x), x ≥ 0, with the digits of a small x: 2 artanh(x / (2 + x)) where x < 1/2 (to s^25: 1e-17)."""
     s = x / (2.0 + x)
     square = s * s
     series = square * 0.0 + 1.0 / 25
@@ -58,7 +58,7 @@ def log1p(x):
 
 @triton.jit
 def soft_cap(x, cap):
-    """z = cap · tanh(x / cap), with t = e^(−2|x|/cap): |z| = cap (1 − t) / (1 + t)."""
+    """Returns z = cap · tanh(x / cap), with t = e^(−2|x|/cap): |z| = cap (1 − t) / (1 + t)."""
     t = tl.exp(tl.abs(x) * (-2.0 / cap))
     size = cap * (1.0 - t) / (1.0 + t)
     return tl.where(x < 0, -size, size)
@@ -66,7 +66,7 @@ def soft_cap(x, cap):
 
 @triton.jit
 def soft_cap_and_slope(x, cap):
-    """(z, dz/dx = 1 − tanh²(x / cap) = 4t / (1 + t)²)."""
+    """Returns (z, dz/dx = 1 − tanh²(x / cap) = 4t / (1 + t)²)."""
     t = tl.exp(tl.abs(x) * (-2.0 / cap))
     inverse = 1.0 / (1.0 + t)
     size = cap * (1.0 - t) * inverse
@@ -75,8 +75,8 @@ def soft_cap_and_slope(x, cap):
 
 @triton.jit
 def fold(z, m, s, d):
-    """The state of each lane [R] after logits z [R, K]: maximum, Σ e^(z−m) of all columns but one that has it (beside
-    whose 1 they would lose their digits), Σ e^(z−m)(z−m)."""
+    """Returns the state of each lane [R] after logits z [R, K]: maximum, Σ e^(z−m) of all columns but one that has it
+    (beside whose 1 they would lose their digits), Σ e^(z−m)(z−m)."""
     top = tl.maximum(m, tl.max(z, 1))
     base = tl.where(top == _NOTHING, 0.0, top)
     # Equal, not a difference of 0: whether a product is rounded before the difference is up to the compiler.
@@ -91,8 +91,8 @@ def fold(z, m, s, d):
 
 @triton.jit
 def moved(m, s, d, top):
-    """(Σ e^(z−top) of a state's columns, but one if the state has the maximum; Σ e^(z−top)(z−top); 1 if it has it, else
-    0)."""
+    """Returns (Σ e^(z−top) of a state's columns, but one if the state has the maximum; Σ e^(z−top)(z−top); 1 if it has
+    it, else 0)."""
     nothing = m == _NOTHING
     held = (m == top) & ~nothing
     step = tl.where(nothing | held, 0.0, m - top)
@@ -103,7 +103,7 @@ def moved(m, s, d, top):
 
 @triton.jit
 def meet(m, s, d):
-    """One state from those of all lanes [R]."""
+    """Returns one state from those of all lanes [R]."""
     top = tl.max(m, 0)
     s, d, held = moved(m, s, d, top)
     return top, tl.sum(s, 0) + tl.maximum(tl.sum(held, 0) - 1, 0).to(s.dtype), tl.sum(d, 0)
@@ -116,7 +116,7 @@ def _block(R: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def _state(row, V, cap: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, K: tl.constexpr):
-    """State of a whole row."""
+    """Returns the state of a whole row."""
     at = _block(R, K)
     m = tl.full([R], float("-inf"), WIDE)
     s = tl.zeros([R], WIDE)
@@ -139,7 +139,7 @@ def _state(row, V, cap: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, K: tl
 
 @triton.jit
 def _target(row, y, V, cap: tl.constexpr, WIDE: tl.constexpr):
-    """z_y; NaN for a target outside the vocabulary: its value is on the device, where nothing can be raised."""
+    """Returns z_y; NaN for a target outside the vocabulary: its value is on the device, where nothing can be raised."""
     known = (y >= 0) & (y < V)
     z = tl.load(row + y, mask=known, other=0.0).to(WIDE)
     if cap is not None:
@@ -149,7 +149,7 @@ def _target(row, y, V, cap: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def _gradient_of(x, j, y, m, constant, slope, at_target, cap: tl.constexpr, ENTROPY: tl.constexpr):
-    """dx of logits x at columns j: with d = z − m,  e^d (slope · d + constant), and `at_target` at column y."""
+    """Returns dx of logits x at columns j: with d = z − m, e^d (slope · d + constant), and `at_target` at column y."""
     below = x - m
     slope_of_cap = x
     if cap is not None:
@@ -167,7 +167,7 @@ def _write_gradient(
     row, V, y, logp, m, log_sum, H, g_lp, g_H,
     cap: tl.constexpr, ENTROPY: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """The logits of a row become their gradient."""
+    """Turns the logits of a row into their gradient."""
     inverse = tl.exp(-log_sum)
     constant = -g_lp
     slope = g_lp * 0.0
@@ -225,7 +225,7 @@ def row_grad(
 
 @triton.jit
 def _expert_slope(logp, A, alpha, gamma, TERM: tl.constexpr):
-    """∂E/∂logp of the expert term with this number in EXPERT_TERMS."""
+    """Returns ∂E/∂logp of the expert term with this number in EXPERT_TERMS."""
     p = tl.exp(logp)
     slope = p * 0.0
     if TERM == 1:
@@ -244,7 +244,7 @@ def _policy_slope(
     logp, A, old, rollout, low, high, dual, cap,
     TERM: tl.constexpr, OLD: tl.constexpr, TIS: tl.constexpr,
 ):  # fmt: skip
-    """∂P/∂logp of the policy term, its truncated importance weight included."""
+    """Returns ∂P/∂logp of the policy term, its truncated importance weight included."""
     slope = _zero_like(logp)
     if TERM == 1:
         before = logp

@@ -1,4 +1,5 @@
-"""Row kernel in Triton, for CUDA devices, and for CPU tensors under TRITON_INTERPRET=1. Kernels: row_kernels.py.
+"""This file launches the row kernels in Triton, for CUDA devices, and for CPU tensors under TRITON_INTERPRET=1.
+Kernels: row_kernels.py.
 
 Sizes come from the one table here, chosen offline by bytes of a row; nothing is tuned at a user's call. The arithmetic
 behind it: one program per row reads the row twice, and the second read should come from L2. A row of V = 152,064 in
@@ -28,7 +29,7 @@ __all__ = ["Sizes", "fused_", "grad_", "interpreted", "missing", "sizes", "stats
 
 
 class Sizes(NamedTuple):
-    """A program's block [R, K] and its warps."""
+    """Holds a program's block [R, K] and its warps."""
 
     R: int
     K: int

@@ -1,4 +1,5 @@
-"""Triton tile kernel: row statistics of z = cap(scale · (h Wᵀ + b)); the logits stay in registers. Host: tiles.py.
+"""The Triton tile kernel computes row statistics of z = cap(scale · (h Wᵀ + b)); the logits stay in registers. Host:
+tiles.py.
 
     linear_stats:  per row block [BM] and share of the vocabulary, tile by tile: acc = h Wᵀ [BM, BN]; z; the state
                    (m = max z, Σ e^(z−m) but one column at m, Σ e^(z−m)(z−m), z_y) is folded; one per row and share is
@@ -23,7 +24,7 @@ __all__ = ["linear_stats", "merge_stats"]
 
 @triton.jit
 def _place(rows, shares, BM: tl.constexpr, GROUP: tl.constexpr):
-    """(row block, share) of this program."""
+    """Returns (row block, share) of this program."""
     blocks = tl.cdiv(rows, BM)
     program = tl.program_id(0)
     group = program // (GROUP * shares)
@@ -39,7 +40,8 @@ def _product(
     DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
     SPECIALIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """h[row : row + BM] W[column : column + BN]ᵀ in fp32. Rows and columns beyond the end are garbage or zero."""
+    """Returns h[row : row + BM] W[column : column + BN]ᵀ in fp32. Rows and columns beyond the end are garbage or
+    zero."""
     acc = tl.zeros([BM, BN], tl.float32)
     i = row + tl.arange(0, BM)
     j = column + tl.arange(0, BN)
@@ -68,7 +70,7 @@ def _product(
 def _fold_tile(
     acc, bias, y, m, s, d, z_y, column, V, scale, cap: tl.constexpr, LOGITS: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
-    """The states [BM] after the columns of `acc` [BM, BN]; z_y where y is among them."""
+    """Returns the states [BM] after the columns of `acc` [BM, BN]; z_y where y is among them."""
     j = column + tl.arange(0, BN)
     if bias is not None:
         acc += tl.load(bias + j, mask=j < V, other=0.0).to(tl.float32)[None, :]

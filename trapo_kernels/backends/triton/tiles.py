@@ -1,4 +1,4 @@
-"""Forward-only statistics of a linear head in Triton: no logit is written. Kernels: tile_kernels.py.
+"""This file launches forward-only statistics of a linear head in Triton: no logit is written. Kernels: tile_kernels.py.
 
 Tiles come from the table here, chosen offline by architecture and type of operand; nothing is tuned at a user's call.
 The arithmetic behind it: per k-step a program moves (BM + BN)·BK operands for 2·BM·BN·BK FLOPs, and per tile its
@@ -36,9 +36,9 @@ _INTERPRETED_PROCESSORS = 8
 
 
 class Tile(NamedTuple):
-    """A program's tile, and how it is compiled. `descriptors`: operands by TMA instead of pointers;
-    `halves`: the epilogue takes the tile in two halves, which halves its registers. `specialized`: warps of their own
-    load and multiply, beside those of the epilogue; for sm_90 the compiler changes nothing by it, or fails."""
+    """Describes a program's tile, and how it is compiled. `descriptors`: operands by TMA instead of pointers; `halves`:
+    the epilogue takes the tile in two halves, which halves its registers. `specialized`: warps of their own load and
+    multiply, beside those of the epilogue; for sm_90 the compiler changes nothing by it, or fails."""
 
     BM: int
     BN: int
