@@ -13,9 +13,10 @@ from torch import Tensor
 
 from . import stream, validate
 from .backends.base import RowInputs, RowKernel, RowStats
+from .custom_terms import function_name
 from .head import Head
 from .metrics import policy_metrics
-from .objective import Objective
+from .objective import FIELDS, Objective
 from .reference import TokenValues
 from .scalars import filled
 from .selection import Selection
@@ -157,6 +158,32 @@ class Batch:
         spread = self.selection.spread
         return PolicyLoss(loss, metrics, spread(logprobs).reshape(self.shape), spread(entropy).reshape(self.shape))
 
+    def facts(self, caller: str, inputs: Mapping[str, Tensor | None]) -> dict[str, Any]:
+        """Returns what the ranks of a group must have in common of a batch, by agreement.py's names.
+
+        Raises:
+            NotImplementedError: a group cannot do the objective.
+        """
+        if self.statistics:
+            names = ", ".join(self.statistics)
+            raise NotImplementedError(f"{caller}: group must be None where statistics of a row are read; got {names}")
+        if self.objective.reference_head:
+            raise NotImplementedError(f"{caller}: group must be None where a reference head is read; got expert='asft'")
+        fields = {name: getattr(self.objective, name) for name in FIELDS}
+        others = dict(inputs)
+        scales = [others.pop(name) for name in ("advantages", "policy_weights")]
+        scale = [t.reshape(-1).to(self.normalizer.dtype) for t in scales if t is not None]
+        divisors = [t for t in (self.normalizer, self.expert_normalizer) if t is not None]
+        return {
+            # The same in every process.
+            "objectives": repr({name: function_name(v) if callable(v) else v for name, v in fields.items()}),
+            "statistics": self.statistics,
+            "normalizer": torch.stack(divisors),
+            "given": sorted(name for name, t in inputs.items() if t is not None),
+            "advantages and policy_weights": torch.cat(scale or [self.targets[:0]]),
+            **others,
+        }
+
 
 def make_batch(
     caller: str,
@@ -194,8 +221,7 @@ def make_batch(
         validate.check_range(caller, flat, active, vocab, head.ignore_index)
     given, advantages = masks["expert_mask"], floats["advantages"]
     expert = torch.full_like(active, objective.supervised) if given is None else given.reshape(-1)
-    weighted = floats["policy_weights"]
-    if weighted is not None:
+    if (weighted := floats["policy_weights"]) is not None:
         floats["policy_weights"] = weighted = validate.policy_weights(caller, weighted.reshape(-1), active & ~expert)
     live = objective.has_gradient(expert, None if advantages is None else advantages.reshape(-1), weighted)
     selection, dense = _select(objective, active, live, expert, skip_inactive)

@@ -13,8 +13,7 @@ from . import validate, vocab_parallel
 from .backends.dispatch import check_backend
 from .batch import Batch, PolicyLoss, active_tokens, make_batch
 from .call import Call, call_of_linear, call_of_logits, over_shards
-from .custom_terms import function_name
-from .objective import FIELDS, Objective
+from .objective import Objective
 from .paths import batch_of_logprobs, from_values, policy_loss, select, token_values, two_passes
 from .statistics import check_statistics
 
@@ -249,7 +248,6 @@ def linear_policy_loss(
     """
     caller = "linear_policy_loss"
     hidden, weight, bias, group = vocab_parallel.local_parts(caller, hidden, weight, bias, group)
-    divisors = {"normalizer": normalizer, "expert_normalizer": expert_normalizer}
     floats = {
         "advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
         "rollout_logprobs": rollout_logprobs, "policy_weights": policy_weights,
@@ -264,13 +262,13 @@ def linear_policy_loss(
         call = call_of_linear(caller, head, hidden, weight, bias, targets, backend, group)
         batch = make_batch(
             caller, objective, targets, head, vocab=call.columns if group is None else None, dtype=call.stats_dtype,
-            skip_inactive=skip_inactive, divisors=divisors, floats=floats, masks=masks, sequence_ids=sequence_ids,
-            statistics=statistics,
+            divisors={"normalizer": normalizer, "expert_normalizer": expert_normalizer}, floats=floats, masks=masks,
+            skip_inactive=skip_inactive, sequence_ids=sequence_ids, statistics=statistics,
         )  # fmt: skip
         made = call, batch, validate.check_grad_tolerance(caller, grad_tolerance)
         if group is not None:
-            inputs = {**floats, **masks, "sequence_ids": sequence_ids}
-            return made, _facts(caller, call, batch, targets, (skip_inactive, made[2]), inputs)
+            facts = batch.facts(caller, {**floats, **masks, "sequence_ids": sequence_ids})
+            return made, call.facts(targets, settings=(skip_inactive, made[2]), **facts)
         validate.check_reference(caller, ref, targets, objective.reference_head, call.columns)
         return made, {}
 
@@ -285,27 +283,6 @@ def _sharded(caller: str, call: Call, targets: Tensor, mask: Tensor | None, grou
     flat, active = active_tokens(targets, call.head, mask)
     validate.check_range(caller, flat, active, sum(sizes), call.head.ignore_index)
     return call.sharded(group, sizes)
-
-
-def _facts(
-    caller: str, call: Call, batch: Batch, targets: Tensor, settings: Any, inputs: dict[str, Tensor | None]
-) -> dict[str, Any]:
-    """Returns what the ranks of a group must have in common, for an objective that a group can do."""
-    if batch.statistics:
-        names = ", ".join(batch.statistics)
-        raise NotImplementedError(f"{caller}: group must be None where statistics of a row are read; got {names}")
-    if batch.objective.reference_head:
-        raise NotImplementedError(f"{caller}: group must be None where a reference head is read; got expert='asft'")
-    fields = {name: getattr(batch.objective, name) for name in FIELDS}
-    objective = repr({name: function_name(v) if callable(v) else v for name, v in fields.items()})  # in every process
-    given, inputs = sorted(name for name, t in inputs.items() if t is not None), dict(inputs)
-    scales = [inputs.pop(name) for name in ("advantages", "policy_weights")]
-    scale = torch.cat([t.reshape(-1).to(batch.normalizer.dtype) for t in scales if t is not None] or [targets[:0]])
-    divisors = [t for t in (batch.normalizer, batch.expert_normalizer) if t is not None]
-    return call.facts(
-        targets, objectives=objective, statistics=batch.statistics, settings=settings,
-        normalizer=torch.stack(divisors), given=given, **{"advantages and policy_weights": scale}, **inputs,
-    )  # fmt: skip
 
 
 def policy_loss_from_logits(

@@ -1,5 +1,5 @@
-"""Logits of K ids a row alone: K rows of the weight are gathered for each, and nothing of the vocabulary's size is made
-but the weight's gradient.
+"""This file computes logits of K ids a row alone: K rows of the weight are gathered for each, and nothing of the
+vocabulary's size is made but the weight's gradient.
 
     x_k = scale · (h · W[id_k] + b[id_k])      before the soft-cap, in fp32 (fp64 for fp64); 0 where id_k is -1
 
@@ -29,12 +29,12 @@ _GATHERED_COST = 128
 
 
 def pays(ids: int, vocab: int) -> bool:
-    """Whether gathering so many rows a token is cheaper than all logits."""
+    """Returns whether gathering so many rows a token is cheaper than all logits."""
     return ids * _GATHERED_COST <= vocab
 
 
 def _blocks(ids: Tensor, width: int, wide: torch.dtype, shard: Shard | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(rows, the place of each of their ids in the weight [C, K], whether it is there at all [C, K])."""
+    """Yields (rows, the place of each of their ids in the weight [C, K], whether it is there at all [C, K])."""
     step = max(1, _BLOCK_BYTES // max(1, ids.shape[1] * width * wide.itemsize))
     for start in range(0, ids.shape[0], step):
         at = slice(start, min(start + step, ids.shape[0]))
@@ -43,7 +43,7 @@ def _blocks(ids: Tensor, width: int, wide: torch.dtype, shard: Shard | None) -> 
 
 
 def run(params: Params, ids: Tensor, scale: float, shard: Shard | None = None) -> Tensor:
-    """The logits [N, K]."""
+    """Returns the logits [N, K]."""
     hidden, weight, bias = in_one_dtype(params)
     assert hidden is not None
     assert weight is not None
@@ -64,7 +64,7 @@ def run(params: Params, ids: Tensor, scale: float, shard: Shard | None = None) -
 def run_backward(
     params: Params, ids: Tensor, scale: float, grad: Tensor, wants: tuple[bool, ...], shard: Shard | None = None
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden states, weight and bias in fp32 (fp64 for fp64), of gradients [N, K] that come in."""
+    """Returns gradients of hidden states, weight and bias in fp32 (fp64 for fp64), of gradients [N, K] that come in."""
     hidden, weight, _ = in_one_dtype(params)
     assert hidden is not None
     assert weight is not None
@@ -87,7 +87,7 @@ def run_backward(
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b [C, ., .], which autocast leaves alone."""
+    """Returns a b [C, ., .], which autocast leaves alone."""
     return torch.bmm(a, b, out=a.new_empty(a.shape[0], a.shape[1], b.shape[2]))
 
 
@@ -100,7 +100,7 @@ def _add_rows(total: Tensor, index: Tensor, values: Tensor) -> None:
 
 
 class GatheredLogits(torch.autograd.Function):
-    """The logits [N, K]; the backward gathers again."""
+    """Computes the logits [N, K]; the backward gathers again."""
 
     @staticmethod
     def forward(

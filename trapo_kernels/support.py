@@ -1,4 +1,5 @@
-"""Log-probabilities on a support: K ids a token, with the tail accounted for, without the `[tokens, vocab]` logits.
+"""This file computes log-probabilities on a support: K ids a token, with the tail accounted for, without the `[tokens,
+vocab]` logits.
 
 A support is what a teacher's top-k, a sampling mask or a set of candidates is. `linear_support_logprobs` gives what all
 losses on one are functions of; topk_divergence.py has those whose gradients are made in the forward.
@@ -24,8 +25,8 @@ __all__ = ["SupportLogprobs", "Supported", "linear_support_logprobs", "materiali
 
 
 class SupportLogprobs(NamedTuple):
-    """Log-probabilities [..., K] of the ids, 0 where there is none; the log-mass [...] of all other classes, −inf where
-    there are no others; entropies [...] (None where not asked for). In nats, fp32 (fp64 for fp64 inputs)."""
+    """Holds log-probabilities [..., K] of the ids, 0 where there is none; the log-mass [...] of all other classes, −inf
+    where there are no others; entropies [...] (None where not asked for). In nats, fp32 (fp64 for fp64 inputs)."""
 
     logprobs: Tensor
     tail: Tensor | None
@@ -34,7 +35,7 @@ class SupportLogprobs(NamedTuple):
 
 @dataclass(frozen=True)
 class Supported:
-    """A head on hidden states [N, D], and a support of each: ids [N, K], each once a row."""
+    """Is a head on hidden states [N, D], and a support of each: ids [N, K], each once a row."""
 
     call: Call
     ids: Tensor
@@ -63,7 +64,7 @@ def linear_support_logprobs(
     backend: str | None = None,
     group: Any = None,
 ) -> SupportLogprobs:
-    """Log-probabilities of K ids of each token under a linear head, and the log-mass of all others.
+    """Computes log-probabilities of K ids of each token under a linear head, and the log-mass of all others.
 
     One GEMM forward; the backward recomputes the logits (three GEMMs), for tokens with an incoming gradient. All
     outputs are differentiable once in hidden, weight and bias. The tail is summed by itself, not as 1 − Σ: it keeps its
@@ -114,7 +115,7 @@ def prepare(
     settings: Any,
     **options: Any,
 ) -> Supported:
-    """The call, checked.
+    """Makes the call, checked.
 
     Raises:
         TypeError, ValueError: an argument is wrong; one line names it.
@@ -146,7 +147,8 @@ def prepare(
 
 
 def _streamed(caller: str, on: Supported, entropy: bool) -> SupportLogprobs:
-    """Of all rows; the tail of one without ids is 0, and costs nothing where its entropy is not asked for."""
+    """Returns the values of all rows; the tail of one without ids is 0, and costs nothing where its entropy is not
+    asked for."""
     active = on.active if entropy else on.active & (on.ids >= 0).any(1)
     call = on.call
     if isinstance(call.kernel, Named):
@@ -161,12 +163,13 @@ def _streamed(caller: str, on: Supported, entropy: bool) -> SupportLogprobs:
 
 
 def _at_all(on: Supported, logprobs: Tensor) -> Tensor:
-    """Also at places where an id stands again."""
+    """Returns the values also at places where an id stands again."""
     return logprobs.gather(1, on.owner)
 
 
 def _entropy(logprobs: Tensor, tail: Tensor | None, of_rest: Tensor | None) -> Tensor:
-    """H = Σ π (−log π) over the support + T (H' − log T), T the tail's mass and H' the entropy of what is in it."""
+    """Returns H = Σ π (−log π) over the support + T (H' − log T), T the tail's mass and H' the entropy of what is in
+    it."""
     found = -_weighted(logprobs, logprobs).sum(1)
     if tail is None or of_rest is None:
         return found
@@ -174,13 +177,13 @@ def _entropy(logprobs: Tensor, tail: Tensor | None, of_rest: Tensor | None) -> T
 
 
 def _weighted(log_p: Tensor, values: Tensor) -> Tensor:
-    """p · values; 0 where p is, and nothing to the gradient."""
+    """Returns p · values; 0 where p is, and nothing to the gradient."""
     none = log_p == -torch.inf
     return log_p.masked_fill(none, 0).exp() * values.masked_fill(none, 0) * ~none
 
 
 def restricted_logprobs(caller: str, on: Supported) -> SupportLogprobs:
-    """Of the distributions over the ids alone; of few ids by their logits alone."""
+    """Returns log-probabilities of the distributions over the ids alone; of few ids by their logits alone."""
     call, there = on.call, on.ids >= 0
     if gathered.pays(on.ids.shape[1], on.vocab):
         ids = on.ids.masked_fill(~on.active[:, None], -1)
@@ -203,7 +206,8 @@ def restricted_logprobs(caller: str, on: Supported) -> SupportLogprobs:
 
 
 def _over_ids(on: Supported, z: Tensor) -> SupportLogprobs:
-    """Of the distributions over the ids alone, from their logits up to a constant a row [N, K]."""
+    """Returns log-probabilities of the distributions over the ids alone, from their logits up to a constant a row [N,
+    K]."""
     there = on.ids >= 0
     # A row without ids has one class, so that nothing in it is NaN.
     outside = torch.where(there.any(1), -torch.inf, z.new_zeros(()))
@@ -212,7 +216,7 @@ def _over_ids(on: Supported, z: Tensor) -> SupportLogprobs:
 
 
 def materialize(on: Supported, restrict: bool) -> SupportLogprobs:
-    """The oracle: all logits, plain autograd."""
+    """Computes the oracle's values: all logits, plain autograd."""
     hidden, weight, bias = in_one_dtype(on.call.params)
     assert hidden is not None
     assert weight is not None
@@ -237,7 +241,7 @@ def materialize(on: Supported, restrict: bool) -> SupportLogprobs:
 
 
 def _fill(on: Supported, logprobs: Tensor) -> Tensor:
-    """0 where there is no id or the token does not count; NaN where an id is out of range."""
+    """Returns 0 where there is no id or the token does not count; NaN where an id is out of range."""
     found = logprobs.masked_fill(~(on.there & on.active[:, None]), 0)
     return found if on.wrong is None else found.masked_fill(on.wrong & on.active[:, None], torch.nan)
 

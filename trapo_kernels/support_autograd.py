@@ -1,4 +1,4 @@
-"""The functions of autograd of losses on a support, by the chunk loop of support_rows.py.
+"""This file has the functions of autograd of losses on a support, by the chunk loop of support_rows.py.
 
     StreamedSupport        values of rows in one pass; the backward recomputes the logits of rows with a gradient
     StreamedSupportLoss    a loss that is known beforehand, and its gradients, in one pass: three GEMMs
@@ -30,7 +30,7 @@ __all__ = ["StreamedSupport", "StreamedSupportLoss", "SupportLoss", "make_job", 
 def make_job(
     kernel: RowKernel, head: Head, selection: Selection, ids: Tensor, wants: tuple[bool, ...]
 ) -> tuple[Job, Tensor]:
-    """(a call of the stream, the compact ids [n, K]) of ids [N, K], none of which stands twice in a row."""
+    """Makes (a call of the stream, the compact ids [n, K]) of ids [N, K], none of which stands twice in a row."""
     mine = selection.take(ids)
     if selection.inside is not None:
         mine = mine.masked_fill(~selection.inside[:, None], -1)
@@ -38,7 +38,7 @@ def make_job(
 
 
 def run(job: Job, ids: Tensor, params: Params, entropy: bool) -> tuple[SupportValues, RowStats]:
-    """(values of all rows [N], statistics of the rest of the compact rows [n])."""
+    """Returns (values of all rows [N], statistics of the rest of the compact rows [n])."""
     source = job.source(params, job.selection, (False,) * len(params))
     values, stats = support_rows.forward(source, job.kernel, job.selection, ids, job.head, entropy)
     return values.map(job.selection.spread), stats
@@ -47,7 +47,8 @@ def run(job: Job, ids: Tensor, params: Params, entropy: bool) -> tuple[SupportVa
 def run_backward(
     job: Job, ids: Tensor, params: Params, stats: RowStats, incoming: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Accumulated gradients of the parameters, for gradients [N] that come in; all else is of the compact rows."""
+    """Returns accumulated gradients of the parameters, for gradients [N] that come in; all else is of the compact
+    rows."""
     g_inside, g_outside, g_entropy = (None if g is None else job.selection.take(g) for g in incoming)
     wide = stats.max.dtype
     g_inside = ids.new_zeros(ids.shape, dtype=wide) if g_inside is None else g_inside.to(wide).masked_fill(ids < 0, 0)
@@ -79,7 +80,7 @@ def run_backward(
 
 
 class StreamedSupport(torch.autograd.Function):
-    """Values in one pass; the backward recomputes the logits of rows that have an incoming gradient."""
+    """Computes values in one pass; the backward recomputes the logits of rows that have an incoming gradient."""
 
     @staticmethod
     def forward(ctx: Any, job: Job, ids: Tensor, entropy: bool, *params: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -103,7 +104,7 @@ class StreamedSupport(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class SupportLoss:
-    """Σ weights · tokens over rows: `of` gives the loss of each token [C] of compact rows, differentiable in their
+    """Is Σ weights · tokens over rows: `of` gives the loss of each token [C] of compact rows, differentiable in their
     values. Rows of weight 0 add nothing, not even what is infinite."""
 
     of: Callable[[slice, SupportValues], Tensor]
@@ -113,7 +114,7 @@ class SupportLoss:
         return (self.weights * tokens.masked_fill(self.weights == 0, 0)).sum()
 
     def slopes(self, at: slice, values: SupportValues, tokens: Tensor) -> SupportSlopes:
-        """The derivatives of the rows' sum; their losses go into `tokens` [n]."""
+        """Computes the derivatives of the rows' sum; their losses go into `tokens` [n]."""
         weights = self.weights[at]
         with torch.enable_grad():
             inside, outside = (t.detach().requires_grad_() for t in values[:2])
@@ -130,7 +131,8 @@ class SupportLoss:
 def run_loss(
     job: Job, ids: Tensor, params: Params, loss: SupportLoss
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """(the loss of each compact token [n], the rest's log-mass [n], gradients of Σ weights · tokens, undivided)."""
+    """Returns (the loss of each compact token [n], the rest's log-mass [n], gradients of Σ weights · tokens,
+    undivided)."""
     source = job.source(params, job.selection, job.wants)
     tokens = loss.weights.new_empty(job.selection.size, dtype=stats_dtype(source.dtype))
     trains = any(job.wants)
@@ -147,7 +149,8 @@ def run_loss(
 
 
 class StreamedSupportLoss(torch.autograd.Function):
-    """Σ weights · tokens and its gradients in one pass over the logits; the backward hands the gradients over."""
+    """Computes Σ weights · tokens and its gradients in one pass over the logits; the backward hands the gradients
+    over."""
 
     @staticmethod
     def forward(

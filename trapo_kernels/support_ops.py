@@ -1,4 +1,5 @@
-"""The functions of support_autograd.py and gathered.py as operators of torch.library, for torch.compile: see ops.py.
+"""This file makes the functions of support_autograd.py and gathered.py operators of torch.library, for torch.compile:
+see ops.py.
 
 trapo_kernels::support_values             inside, outside and entropy of every row [N]
 trapo_kernels::support_values_backward    its gradients, by recomputing the logits
@@ -31,7 +32,7 @@ _WANTS = "bool want_hidden, bool want_weight, bool want_bias"
 
 
 def run_support(call: Call, kernel: Named, ids: Tensor, active: Tensor, entropy: bool) -> SupportValues:
-    """Values of all rows [N], zero where not active."""
+    """Returns values of all rows [N], zero where not active."""
     inside, outside, found, *_ = torch.ops.trapo_kernels.support_values(
         *call.params, ids, active, entropy, *call.head.options, kernel.name, *wanted(call.params)
     )
@@ -39,7 +40,7 @@ def run_support(call: Call, kernel: Named, ids: Tensor, active: Tensor, entropy:
 
 
 def run_gathered(call: Call, ids: Tensor) -> Tensor:
-    """Logits of the ids [N, K]."""
+    """Returns logits of the ids [N, K]."""
     found: Tensor = torch.ops.trapo_kernels.gathered_logits(*call.params, ids, call.head.scale, *wanted(call.params))
     return found
 
@@ -63,7 +64,8 @@ def _job(params: Any, ids: Tensor, selection: Selection, head_and_wants: Any) ->
 def support_values(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, active: Tensor, entropy: bool, *others: Any
 ) -> tuple[Tensor, ...]:
-    """(inside, outside, entropy or empty, and the rest's statistics: logprobs, max, log_sum, entropy or empty)."""
+    """Returns (inside, outside, entropy or empty, and the rest's statistics: logprobs, max, log_sum, entropy or
+    empty)."""
     params, selection = (hidden, weight, bias), Selection.choose(active)
     job, mine = _job(params, ids, selection, others)
     values, stats = run(job, mine, params, entropy)
@@ -99,7 +101,7 @@ def support_values_backward(
     g_entropy: Tensor | None,
     *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden states, weight and bias, accumulated in the statistics' precision."""
+    """Returns gradients of hidden states, weight and bias, accumulated in the statistics' precision."""
     params, selection = (hidden, weight, bias), Selection.choose(active)
     job, mine = _job(params, ids, selection, others)
     stats = RowStats(logprobs, top, log_sum, entropy if entropy.numel() else None).map(selection.take)
@@ -134,7 +136,7 @@ support_values.register_autograd(_support_backward, setup_context=_save_support)
 
 @_op("gathered_logits", f"({_PARAMS}, float scale, {_WANTS}) -> Tensor")
 def gathered_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, scale: float, *_: bool) -> Tensor:
-    """scale · (h · W[id] + b[id]) [N, K], 0 where the id is −1."""
+    """Returns scale · (h · W[id] + b[id]) [N, K], 0 where the id is −1."""
     return gathered.run((hidden, weight, bias), ids, scale)
 
 
@@ -147,7 +149,7 @@ def _(hidden: Tensor, weight: Any, bias: Any, ids: Tensor, *_: Any) -> Tensor:
 def gathered_logits_backward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, scale: float, grad: Tensor, *wants: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden states, weight and bias, in the statistics' precision."""
+    """Returns gradients of hidden states, weight and bias, in the statistics' precision."""
     found = gathered.run_backward((hidden, weight, bias), ids, scale, grad, wants)
     return three(found, grad)
 

@@ -1,4 +1,4 @@
-"""K columns of each row of logits and the rest of the row: what a loss on a support is a function of.
+"""A loss on a support is a function of K columns of each row of logits, and of the rest of the row.
 
     inside [n, K]    z_k − m of the support's ids                  m: the row's largest logit, a constant
     outside [n]      log Σ e^(z_j − m) over all other columns j    −inf where there are none
@@ -36,7 +36,7 @@ __all__ += ["normalize", "once", "targets_of"]
 
 
 class SupportValues(NamedTuple):
-    """Of each row, as the module's text names them; entropy None where it was not asked for."""
+    """Holds the values of each row, as the module's text names them; entropy None where it was not asked for."""
 
     inside: Tensor
     outside: Tensor
@@ -47,7 +47,7 @@ class SupportValues(NamedTuple):
 
 
 class SupportSlopes(NamedTuple):
-    """The derivatives of a loss by the three, [n, K] and [n]; None: there is none."""
+    """Holds the derivatives of a loss by the three, [n, K] and [n]; None: there is none."""
 
     inside: Tensor
     outside: Tensor
@@ -59,7 +59,8 @@ SlopesOf = Callable[[slice, SupportValues], SupportSlopes]
 
 
 def once(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(ids [n, K] with −1 where an id has been before in its row; the position [n, K] at which each stands first)."""
+    """Returns (ids [n, K] with −1 where an id has been before in its row; the position [n, K] at which each stands
+    first)."""
     ordered, order = ids.sort(dim=1, stable=True)
     if ids.shape[1] == 0:
         return ids, order
@@ -72,15 +73,16 @@ def once(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def targets_of(ids: Tensor) -> Tensor:
-    """For row kernels, which write one column by themselves: an id of the support [n], 0 of an empty one."""
+    """Returns targets for row kernels, which write one column by themselves: an id of the support [n], 0 of an empty
+    one."""
     if ids.shape[1] == 0:
         return ids.new_zeros(ids.shape[0])
     return ids.amax(1).clamp(min=0)
 
 
 def normalize(inside: Tensor, outside: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(log-probabilities [n, K] of the support, log-mass [n] of the rest), differentiable; without `outside` of the
-    distribution over the support alone. Each keeps its digits, whichever has nearly all of the mass."""
+    """Returns (log-probabilities [n, K] of the support, log-mass [n] of the rest), differentiable; without `outside` of
+    the distribution over the support alone. Each keeps its digits, whichever has nearly all of the mass."""
     if outside is None:
         outside = inside.new_full((), -torch.inf).expand(inside.shape[0])
     parts = torch.cat([inside, outside[:, None]], 1)
@@ -93,7 +95,8 @@ def normalize(inside: Tensor, outside: Tensor | None) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Columns:
-    """Where the ids of a support are in columns `start` to `start + size` of a row: `index` [n, K], where `here`."""
+    """Says where the ids of a support are in columns `start` to `start + size` of a row: `index` [n, K], where
+    `here`."""
 
     index: Tensor
     here: Tensor
@@ -105,7 +108,7 @@ class Columns:
 
     @classmethod
     def in_shard(cls, ids: Tensor, kernel: RowKernel, vocab: int) -> Columns:
-        """Among the columns that a kernel holds."""
+        """Returns which ids are among the columns that a kernel holds."""
         shard = kernel.shard
         return cls.of(ids, 0, vocab) if shard is None else cls.of(ids, shard.offset, shard.size)
 
@@ -113,7 +116,7 @@ class Columns:
         return Columns(self.index[rows], self.here[rows])
 
     def take(self, x: Tensor) -> Tensor:
-        """The logits there [n, K], 0 where not here."""
+        """Returns the logits there [n, K], 0 where not here."""
         if x.shape[1] == 0:
             return x.new_zeros(self.index.shape)
         return x.gather(1, self.index).masked_fill(~self.here, 0)
@@ -131,7 +134,7 @@ class Columns:
 
 
 def capped_slope(z: Tensor, cap: float | None) -> Tensor | float:
-    """dz/dx at z = cap · tanh(x / cap)."""
+    """Returns dz/dx at z = cap · tanh(x / cap)."""
     return 1.0 if cap is None else 1 - (z / cap).square()
 
 
@@ -141,7 +144,7 @@ def _capped(x: Tensor, cap: float | None, dtype: torch.dtype) -> Tensor:
 
 
 def _finish(state: RowState) -> RowStats:
-    """Statistics of the rest of the rows. Where a row has none its maximum is ∞, of a gradient of zero."""
+    """Returns statistics of the rest of the rows. Where a row has none its maximum is ∞, of a gradient of zero."""
     none = state.max == -torch.inf
     found = RowState(state.max, state.rest, state.dot, state.target).finish().map(lambda t: t.masked_fill(none, 0))
     return found._replace(max=state.max.masked_fill(none, torch.inf))
@@ -150,7 +153,8 @@ def _finish(state: RowState) -> RowStats:
 def _reduce(
     kernel: RowKernel, x: Tensor, columns: Columns, targets: Tensor, cap: float | None, entropy: bool
 ) -> RowStats:
-    """Statistics of the rest of the rows. Without a soft-cap the support's columns of `x` are −inf from here on."""
+    """Returns statistics of the rest of the rows. Without a soft-cap the support's columns of `x` are −inf from here
+    on."""
     minus = x.new_full((1, 1), -torch.inf)
     if cap is None:
         columns.put_(x, minus.expand(columns.index.shape))
@@ -169,7 +173,8 @@ def _reduce(
 
 
 def _values(z: Tensor, there: Tensor, stats: RowStats) -> SupportValues:
-    """The values of rows: of the support's logits z [n, K] where `there` are ids, and the statistics of the rest."""
+    """Returns the values of rows: of the support's logits z [n, K] where `there` are ids, and the statistics of the
+    rest."""
     none = stats.max == torch.inf
     rest_top = stats.max.masked_fill(none, -torch.inf)
     z = z.masked_fill(~there, -torch.inf)
@@ -180,7 +185,7 @@ def _values(z: Tensor, there: Tensor, stats: RowStats) -> SupportValues:
 
 
 def _summed(kernel: RowKernel, z: Tensor) -> Tensor:
-    """Logits of which each rank of a sharded vocabulary has its own, and zeros elsewhere."""
+    """Returns logits of which each rank of a sharded vocabulary has its own, and zeros elsewhere."""
     if kernel.shard is not None:
         torch.distributed.all_reduce(z, group=kernel.shard.group)
     return z
@@ -190,7 +195,7 @@ def _summed(kernel: RowKernel, z: Tensor) -> Tensor:
 
 
 def _chunks(source: Source, kernel: RowKernel, ids: int, *spans: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, buffer [C, V]) over the spans; one buffer for all."""
+    """Yields (rows, buffer [C, V]) over the spans; one buffer for all."""
     wide = stats_dtype(source.dtype)
     scratch = kernel.scratch_bytes(source.vocab, source.dtype, source.device) + source.extra_bytes
     scratch += block_rows(max(source.vocab, 1), source.device) * source.vocab * wide.itemsize
@@ -213,8 +218,8 @@ def forward(
     entropy: bool,
     slopes: SlopesOf | None = None,
 ) -> tuple[SupportValues, RowStats]:
-    """(values of the compact rows, statistics of their rest); with `slopes` also the gradients, put into the source in
-    the same pass. ids [n, K] are compact, and none stands twice in a row."""
+    """Computes (values of the compact rows, statistics of their rest); with `slopes` also the gradients, put into the
+    source in the same pass. ids [n, K] are compact, and none stands twice in a row."""
     dtype, targets = stats_dtype(source.dtype), targets_of(ids)
     size, middle = selection.size, selection.with_gradient if slopes is not None else 0
     out = RowStats.empty(size, dtype, source.device, entropy)
@@ -242,7 +247,7 @@ def backward(
     stats: RowStats,
     slopes: SupportSlopes,
 ) -> None:
-    """The gradients of compact rows whose statistics `forward` gave, by recomputing their logits."""
+    """Computes the gradients of compact rows whose statistics `forward` gave, by recomputing their logits."""
     targets, dtype = targets_of(ids), stats_dtype(source.dtype)
     for at, buffer in _chunks(source, kernel, ids.shape[1], (0, selection.size)):
         x = source.logits(at, buffer)
@@ -266,8 +271,8 @@ def _put_gradient(
     slopes: SupportSlopes,
     head: Head,
 ) -> None:
-    """The logits of a chunk, rows `at`, become their gradient, which the source gets. `own` [n, K] are the support's
-    logits as far as they are here."""
+    """Turns the logits of a chunk, rows `at`, into their gradient, which the source gets. `own` [n, K] are the
+    support's logits as far as they are here."""
     g_inside = slopes.inside * capped_slope(own, head.cap) * head.scale
     g_rest, g_entropy = -slopes.outside * head.scale, slopes.entropy
     g_entropy = None if g_entropy is None else g_entropy * head.scale
@@ -281,7 +286,7 @@ def _put_gradient(
 
 
 def _bound(stats: RowStats, g_inside: Tensor, g_rest: Tensor, g_entropy: Tensor | None) -> Tensor:
-    """No entry of the gradient is larger, in rows where all is finite."""
+    """Returns a bound that no entry of the gradient is above, in rows where all is finite."""
     found = g_rest.abs()
     if g_entropy is not None and stats.entropy is not None:
         found = found + g_entropy.abs() * (0.5 + stats.entropy)

@@ -1,4 +1,4 @@
-"""Sequences that begin alike are run through the model as one tree: what they share is computed once.
+"""A prefix tree runs sequences that begin alike through the model at once: what they share is computed once.
 
 The rollouts of a prompt share the prompt, and often an expert prefix. Laid out one below the other they cost the prompt
 once each; as a tree it is there once, and each token sees the tokens on its way to the root:

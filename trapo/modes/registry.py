@@ -1,4 +1,4 @@
-"""The table of modes: the line above a function puts it in."""
+"""This file has the table of modes: the line above a function puts it in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Keys that a run does not read: what is set and changes nothing is said in one line, never taken in silence."""
+"""This file finds keys that a run does not read: what is set and changes nothing is said in one line, never taken in
+silence."""
 
 from __future__ import annotations
 
