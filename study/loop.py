@@ -111,11 +111,6 @@ class Run:
     def _step(self, stage: Stage, phase: Phase, learner: Learner, problems: Sequence[EncodedProblem]) -> None:
         config, seed = stage.config, derive_seed(self.seed, "step", self.step)
 
-        def drawn(rollouts: Sequence[Rollout]) -> None:
-            if phase.objective.expert_coef == 0:  # prefixes without a loss are no part of the normaliser
-                for rollout in rollouts:
-                    rollout.supervised = False
-
         rollouts, update = train_step(
             problems_at(
                 self.step, problems, config.train.prompts_per_step, seed=config.seed, shuffle=config.data.shuffle
@@ -128,7 +123,6 @@ class Run:
             temperature=config.rollout.temperature,
             max_response_tokens=self.task.max_response,
             seed=seed,
-            drawn=drawn,
         )
         self.totals.add(rollouts, update.trained_tokens, update.skipped_steps)
         measured = rollout_metrics(rollouts, scored=phase.needs_rewards)

@@ -293,7 +293,7 @@ def gradient(model, objective, *overrides):
     """Of the whole update on the rollouts above, as one vector."""
     learner = make_learner(merge_config({}, overrides), copy.deepcopy(model), pad_id=2)
     kept = []
-    learner._step = lambda loss: kept.append([p.grad.flatten() for p in learner.parameters]) or 0.0
+    learner._step = lambda loss, region: kept.append([p.grad.flatten() for p in learner.parameters]) or 0.0
     learner.update(rollouts(), objective, seed=0)
     return torch.cat(kept[0])
 

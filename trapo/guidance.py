@@ -33,7 +33,7 @@ class Schedule:
     cut: str = "token"  # token: int(len * ratio); blank_line: at the next step of the trace, if one is near
     traces: str = "random"  # random: one of the prompt's traces; in_order: see trace_index
     trace_part: str = "full"  # full; thinking: up to </think>, without the final answer
-    supervise: str = "every"  # every prefix carries the expert term; one_per_prefix: one of those that share it
+    supervise: str = "every"  # every prefix carries the expert term; one_per_prefix: one of those that share it; none
     stop_decided: bool = False  # draw no more of a prompt once is_decided
 
     def __post_init__(self) -> None:
@@ -190,7 +190,7 @@ def trace_index(rule: str, n_traces: int, micro_group: int, rng: random.Random) 
 
 def carries_expert_term(supervise: str, index_in_group: int) -> bool:
     """Returns whether the prefix of a micro-group's rollout (counted from 0) is trained on."""
-    return supervise == "every" or index_in_group == 0
+    return supervise == "every" or (supervise == "one_per_prefix" and index_in_group == 0)
 
 
 def thinking_part(trace: str) -> str:

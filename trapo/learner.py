@@ -24,23 +24,26 @@ from trapo.batching import (
     Group,
     collate,
     divisors,
+    expert_part,
     filler,
     groups,
     has_gradient,
     layout,
+    own_part,
     pack,
     refuse_unsampled,
     share,
     target_logprobs,
     with_entropy_mean,
 )
+from trapo.errors import TrapoError
 from trapo.models import agreement, prefix_tree
 from trapo.models.checkpointing import prepare_checkpointing
 from trapo.models.loading import head_of
-from trapo.models.optimizer import Schedule, make_optimizer
+from trapo.models.optimizer import Kept, Schedule, make_optimizer
 from trapo.models.precision import compute_in, resolve
 from trapo.models.sharding import as_forward, is_sharded, load_shards, scatter_optimizer_state, whole
-from trapo.report.metrics import ProbabilityHistogram, added_up, merged_metrics
+from trapo.report.metrics import ProbabilityHistogram, added_up, finite_or_none, merged_metrics
 from trapo.rollouts import Rollout
 from trapo.runs.ranks import ALONE, Ranks
 from trapo.settings.groups import OptimConfig, TrainConfig
@@ -99,9 +102,17 @@ class Learner:
 
     def begin(self, optim: OptimConfig, steps: int) -> None:
         """Take a new optimizer, without a past, and a schedule of its learning rate over so many steps."""
-        self.optim = optim
-        self.optimizer = make_optimizer(self.model, self.parameters, optim)
-        self.schedule = Schedule(self.optimizer, optim, steps)
+        self.optim, self.expert_schedule, own = optim, None, optim
+        if optim.expert.lr is not None:
+            if self.ranks.world > 1:
+                raise TrapoError("optim.expert.lr: two optimizers are for one process; got several ranks")
+            own = dataclasses.replace(optim, weight_decay=0.0)  # Kept.step decays for both
+            of_experts = dataclasses.replace(own, lr=optim.expert.lr, schedule=optim.expert.schedule)
+            expert_optimizer = make_optimizer(self.model, self.parameters, of_experts)
+            self.expert_schedule = Schedule(expert_optimizer, of_experts, steps)
+        self.optimizer = make_optimizer(self.model, self.parameters, own)
+        self.schedule = Schedule(self.optimizer, own, steps)
+        self.kept = Kept(self.parameters)
 
     def _agreed(self) -> frozenset[str] | None:
         """Check that the model does what the learner takes for granted; how to tell it of packed rows, None to pad."""
@@ -143,29 +154,61 @@ class Learner:
         minibatches = self._minibatches(rollouts, seed)
         compared = self._set_logprobs(rollouts, objective, updates=len(minibatches), timer=timer)
         metrics: list[dict[str, torch.Tensor]] = []
-        steps, skipped, norm, tokens = 0, 0, 0.0, 0
+        rates = {region: schedule.lr for region, schedule in self._schedules().items()}
+        steps, skipped, tokens = 0, 0, 0
+        norms: dict[str, float] = {}
         for minibatch in minibatches:
-            trained = [r for r in minibatch if has_gradient(r, objective, train.skip_inactive)]
-            if not trained:
-                continue
-            by = divisors(minibatch, objective, train, minibatches=len(minibatches), max_response_tokens=limit)
-            divided, losses = with_entropy_mean(minibatch, objective, train, by.own), []
-            for group in self._micro_batches(trained):
-                loss = self._loss(group, divided, by, compared)
-                loss.loss.backward()
-                losses.append(loss.loss.detach())
-                if group.rollouts:
-                    metrics.append(loss.metrics)
-            tokens += sum(len(r) for r in trained)
-            norm = self._step(float(torch.stack(losses).sum()))
-            finite = math.isfinite(norm)
-            steps, skipped = steps + finite, skipped + (not finite)
-        self.schedule.step()
+            found: dict[str, float] = {}  # norms of gradients by region
+            for region, rows, part in self._regions(minibatch, objective):
+                trained = [r for r in rows if has_gradient(r, part, train.skip_inactive)]
+                if not trained:
+                    continue
+                by = divisors(rows, part, train, minibatches=len(minibatches), max_response_tokens=limit)
+                divided, losses = with_entropy_mean(rows, part, train, by.own), []
+                for group in self._micro_batches(trained):
+                    loss = self._loss(group, divided, by, compared)
+                    loss.loss.backward()
+                    losses.append(loss.loss.detach())
+                    if group.rollouts:
+                        metrics.append(loss.metrics)
+                tokens += sum(len(r) for r in trained)
+                found[region] = self._step(float(torch.stack(losses).sum()), region)
+            if found:
+                norms, finite = found, any(map(math.isfinite, found.values()))
+                steps, skipped = steps + finite, skipped + (not finite)
+            self.kept.step(self._optimizers(), self.optim.weight_decay)
+        for schedule in self._schedules().values():
+            schedule.step()
         if self.ranks.world > 1:
             metrics = self.ranks.gather([{k: v.cpu() for k, v in m.items()} for m in metrics])
         merged = merged_metrics(metrics, steps + skipped)
         histogram = added_up(self.ranks.gather([self.expert_histogram.take()]))
+        if self.expert_schedule is not None:
+            merged |= {"grad_norm_expert": finite_or_none(norms.get("expert")), "lr_expert": rates["expert"]}
+        norm = norms.get("own", next(iter(norms.values()), 0.0))
         return Update(merged, steps, skipped, norm, tokens, histogram)
+
+    def _regions(
+        self, rollouts: Sequence[Rollout], objective: tk.Objective
+    ) -> list[tuple[str, Sequence[Rollout], tk.Objective]]:
+        """(name, rollouts, objective) of what has an optimizer of its own."""
+        if self.expert_schedule is None:
+            return [("own", rollouts, objective)]
+        expert = [expert_part(r) for r in rollouts if r.supervised and r.prefix_ids]
+        of_experts = dataclasses.replace(
+            objective, policy=None, clip_low=None, clip_high=None, dual_clip=None, tis_cap=None, kl_coef=0.0
+        )
+        return [
+            ("expert", expert, of_experts),
+            ("own", [own_part(r) for r in rollouts], dataclasses.replace(objective, expert=None)),
+        ]
+
+    def _schedules(self) -> dict[str, Schedule]:
+        """By the region whose learning rate it is."""
+        return {"own": self.schedule} | ({} if self.expert_schedule is None else {"expert": self.expert_schedule})
+
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {region: schedule.optimizer for region, schedule in self._schedules().items()}
 
     def own_logprobs(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
         """Returns what the model gives each rollout's own tokens, [tokens] each, at the rollouts' temperature."""
@@ -198,7 +241,11 @@ class Learner:
         """Returns the state of optimizer and schedule; of a sharded model without the optimizer's: see
         sharding.save_shards."""
         optimizer = {} if is_sharded(self.model) else {"optimizer": self.optimizer.state_dict()}
-        return {**optimizer, "scheduler": self.schedule.state_dict()}
+        state = {**optimizer, "scheduler": self.schedule.state_dict()}
+        if self.expert_schedule is not None:
+            of_experts = self.expert_schedule
+            state["expert"] = {"optimizer": of_experts.optimizer.state_dict(), "scheduler": of_experts.state_dict()}
+        return state
 
     def load_state_dict(self, state: dict, shards: Path | None = None) -> None:
         """Takes over what `state_dict` gave. shards: where the optimizer's state is, if it was a sharded model's."""
@@ -210,6 +257,9 @@ class Learner:
                 optimizer = scatter_optimizer_state(optimizer, self.parameters)
             self.optimizer.load_state_dict(optimizer)
         self.schedule.resume(state["scheduler"])
+        if self.expert_schedule is not None:
+            self.expert_schedule.optimizer.load_state_dict(state["expert"]["optimizer"])
+            self.expert_schedule.resume(state["expert"]["scheduler"])
 
     def _minibatches(self, rollouts: Sequence[Rollout], seed: int) -> list[list[Rollout]]:
         count = min(self.train.updates_per_step, len(rollouts))
@@ -302,16 +352,18 @@ class Learner:
         with compute_in(self.precision, model):
             return head_of(model).with_hidden(self._hidden_states(model, batch))
 
-    def _step(self, loss: float) -> float:
-        """Clip and step; a loss or gradient that is not finite changes nothing. Returns the norm before clipping, NaN
-        where the loss is not finite."""
+    def _step(self, loss: float, region: str = "own") -> float:
+        """Clip and step (with two optimizers the gradients are kept until both can); a loss or gradient that is not
+        finite changes nothing. Returns the norm before clipping, NaN where the loss is not finite."""
         limit = self.optim.grad_clip or math.inf
         if self.ranks.any(not math.isfinite(loss)):
             norm = math.nan
         else:
             norm = float(whole(torch.nn.utils.clip_grad_norm_(self.parameters, limit)))
-        if math.isfinite(norm):
+        if math.isfinite(norm) and self.expert_schedule is None:
             self.optimizer.step()
+        elif math.isfinite(norm):
+            self.kept.keep(region)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 

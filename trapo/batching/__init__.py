@@ -4,7 +4,7 @@ what counts in them (counting.py), and what their losses are divided by (divisor
 from __future__ import annotations
 
 from trapo.batching.batch import Batch, collate, filler, layout, pack, refuse_unsampled, share, target_logprobs
-from trapo.batching.counting import has_gradient, loss_tokens
+from trapo.batching.counting import expert_part, has_gradient, loss_tokens, own_part
 from trapo.batching.divisors import Divisors, divisors, with_entropy_mean
 from trapo.batching.micro_batches import Group, groups, micro_batches, packs
 
@@ -14,12 +14,14 @@ __all__ = [
     "Group",
     "collate",
     "divisors",
+    "expert_part",
     "filler",
     "groups",
     "has_gradient",
     "layout",
     "loss_tokens",
     "micro_batches",
+    "own_part",
     "pack",
     "packs",
     "refuse_unsampled",

@@ -3,6 +3,8 @@ loss."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import trapo_kernels as tk
 from trapo.rollouts import Rollout
 
@@ -10,6 +12,20 @@ from trapo.rollouts import Rollout
 def loss_tokens(rollout: Rollout) -> int:
     """Returns how many of a rollout's tokens are in the loss: the share it adds to the token normaliser."""
     return len(rollout.own_ids) + (len(rollout.prefix_ids) if rollout.supervised else 0)
+
+
+def expert_part(rollout: Rollout) -> Rollout:
+    """Returns the rollout up to the end of its prefix: what there is of it for expert tokens alone."""
+    shorter = dataclasses.replace(rollout, own_ids=(), rollout_logprobs=None)
+    for name in ("old_logprobs", "ref_logprobs"):
+        if (values := getattr(rollout, name)) is not None:
+            setattr(shorter, name, values[: len(shorter) - 1])
+    return shorter
+
+
+def own_part(rollout: Rollout) -> Rollout:
+    """Returns the rollout with its prefix as context alone."""
+    return dataclasses.replace(rollout, supervised=False)
 
 
 def has_gradient(rollout: Rollout, objective: tk.Objective, skip_inactive: bool) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,33 @@ def make_optimizer(
         weight_decay=optim.weight_decay,
         fused=has_fused(model),
     )
+
+
+class Kept:
+    """Gradients of a region of tokens, taken at the weights that there are, until all regions' optimizers step."""
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.gradients: dict[str, list[torch.Tensor | None]] = {}
+
+    def keep(self, region: str) -> None:
+        """Take the gradients away from the parameters."""
+        self.gradients[region] = [p.grad for p in self.parameters]
+
+    @torch.no_grad()
+    def step(self, optimizers: Mapping[str, torch.optim.Optimizer], weight_decay: float) -> None:
+        """Add the updates that the optimizers make of their regions' gradients, each from the weights before: all
+        decay those, and none what another one has just added. The optimizers themselves have no weight decay."""
+        rates = sum(optimizers[region].param_groups[0]["lr"] for region in self.gradients)
+        if weight_decay:
+            for p in self.parameters:
+                p.mul_(1 - rates * weight_decay)
+        for region, gradients in self.gradients.items():
+            for p, gradient in zip(self.parameters, gradients, strict=True):
+                p.grad = gradient
+            optimizers[region].step()
+            optimizers[region].zero_grad(set_to_none=True)
+        self.gradients = {}
 
 
 def has_fused(model: PreTrainedModel) -> bool:

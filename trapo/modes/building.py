@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import trapo_kernels as tk
 from trapo.errors import TrapoError
 from trapo.guidance import PRESETS, Schedule, schedule
-from trapo.modes.phase import Phase
+from trapo.modes.phase import Phase, imitates, supervised
 from trapo.settings.groups import OptimConfig
 from trapo.settings.objective import given_fields, make_objective, overruled
 
@@ -64,10 +64,14 @@ def make_phase(
     given = given_fields(config.objective)
     objective = make_objective(preset, of_mode, given, config.mode)
     _refuse_what_is_missing(objective, config)
+    if config.optim.expert.lr is not None and not (imitates(objective) and objective.has_policy_term):
+        raise TrapoError(
+            f"optim.expert.lr: an optimizer for expert tokens needs some beside own ones; phase {name} has one kind"
+        )
     return Phase(
         name,
         config.train.steps if steps is None else steps,
-        schedule,
+        supervised(schedule, objective),
         objective,
         std if config.advantage.std is None else config.advantage.std,
         optim=config.optim if optim is None else optim,

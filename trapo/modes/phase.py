@@ -34,6 +34,16 @@ class Phase:
         return "advantages" in self.objective.needs or self.schedule.generates
 
 
+def imitates(objective: tk.Objective) -> bool:
+    """Returns whether it has a term on expert tokens."""
+    return objective.expert is not None and objective.expert_coef != 0
+
+
+def supervised(schedule: Schedule, objective: tk.Objective) -> Schedule:
+    """Returns the schedule for this objective: prefixes without a loss are context, and no part of any mean."""
+    return schedule if imitates(objective) else dataclasses.replace(schedule, supervise="none")
+
+
 def phase_at(step: int, plan: Sequence[Phase]) -> tuple[Phase, int]:
     """Returns the phase that a step of the run, counted from 0, belongs to, and the step's number in it."""
     for phase in plan:

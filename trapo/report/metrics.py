@@ -71,6 +71,11 @@ def added_up(histograms: Sequence[list[int]]) -> list[int]:
     return [sum(counts) for counts in zip(*filter(None, histograms), strict=True)]
 
 
+def finite_or_none(value: float | None) -> float | None:
+    """Returns a number as JSON can hold it."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def peak_memory_gb() -> float:
     """Returns the highest resident memory of this process so far, in GB (1e9 bytes); reward workers, 0.1 GB each, not
     included."""

@@ -161,6 +161,16 @@ class RewardConfig:
 
 
 @dataclasses.dataclass
+class ExpertOptimConfig:
+    """A second AdamW, for expert tokens alone: each side has a mean, moments and a learning rate of its own."""
+
+    lr: float | None = key(
+        None, "Its learning rate, as SFT alone would have it; null is one optimizer for all tokens.", above=0
+    )
+    schedule: str = key("linear", "What its learning rate does until train.steps.", choices=_SCHEDULES)
+
+
+@dataclasses.dataclass
 class OptimConfig:
     lr: float = key(1e-6, "The learning rate of AdamW.", above=0)
     betas: tuple[float, float] = key(
@@ -177,6 +187,7 @@ class OptimConfig:
         choices=_SCHEDULES,
     )
     warmup_steps: int = key(0, "Steps in which the learning rate rises to its full value.", least=0)
+    expert: ExpertOptimConfig = dataclasses.field(default_factory=ExpertOptimConfig)
 
 
 @dataclasses.dataclass

@@ -94,8 +94,11 @@ def group_note(group: str) -> str:
     """Returns a group's name, and what its class says of all its keys."""
     if not group:
         return "the run"
-    doc = typing.get_type_hints(Config)[group].__doc__ or ""
-    generated = doc.startswith(f"{group.capitalize()}Config(")  # what `dataclass` writes where there is none
+    kind: type = Config
+    for name in group.split("."):
+        kind = typing.get_type_hints(kind)[name]
+    doc = kind.__doc__ or ""
+    generated = doc.startswith(f"{kind.__name__}(")  # what `dataclass` writes where there is none
     return group if generated or not doc else f"{group}: {doc}"
 
 
