@@ -286,7 +286,7 @@ def shared(model: Any, work: Path) -> str:
 
 def gradients(model: Any, *overrides: str) -> torch.Tensor:
     made = learner(model, *overrides, "train.packing=never")
-    made._step = lambda loss: 0.0
+    made._step = lambda loss, region: 0.0
     made.update([rollout(ids) for ids in LONG], tk.Objective.grpo(), seed=0)
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).detach()
 

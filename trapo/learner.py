@@ -241,7 +241,7 @@ class Learner:
         """Returns the state of optimizer and schedule; of a sharded model without the optimizer's: see
         sharding.save_shards."""
         optimizer = {} if is_sharded(self.model) else {"optimizer": self.optimizer.state_dict()}
-        state = {**optimizer, "scheduler": self.schedule.state_dict()}
+        state: dict[str, object] = {**optimizer, "scheduler": self.schedule.state_dict()}
         if self.expert_schedule is not None:
             of_experts = self.expert_schedule
             state["expert"] = {"optimizer": of_experts.optimizer.state_dict(), "scheduler": of_experts.state_dict()}
