@@ -1,4 +1,5 @@
-"""Log-probabilities of a trainer that makes its loss of them itself, with the gradients of the loss that it will make.
+"""This file computes log-probabilities of a trainer that makes its loss of them itself, with the gradients of the loss
+that it will make.
 
     forward     values of tokens, and the gradients of the loss that is foreseen, in one pass: three products
     backward    incoming slopes = c · the foreseen ones, for one number c: the gradients are handed over, times c;
@@ -36,7 +37,7 @@ MASKS = ("expert_mask",)
 
 @dataclass(frozen=True)
 class Foreseen:
-    """The loss that the log-probabilities go into, but for a factor: the sum of `objective` over the tokens.
+    """Is the loss that the log-probabilities go into, but for a factor: the sum of `objective` over the tokens.
 
     Args:
         objective: reads log-probabilities, entropies and statistics of a token, not of its whole sequence.
@@ -50,8 +51,8 @@ class Foreseen:
 
 
 class TokenOutputs(NamedTuple):
-    """Log-probabilities and entropies [...] (differentiable; None where not asked for) and statistics [...] of tokens,
-    in fp32 (fp64 for fp64 inputs); zero at ignored tokens."""
+    """Holds log-probabilities and entropies [...] (differentiable; None where not asked for) and statistics [...] of
+    tokens, in fp32 (fp64 for fp64 inputs); zero at ignored tokens."""
 
     logprobs: Tensor
     entropy: Tensor | None
@@ -73,7 +74,7 @@ def token_outputs(
     ignore_index: int = -100,
     backend: str | None = None,
 ) -> TokenOutputs:
-    """Log-probabilities, entropies and statistics of targets under a linear head, of one pass.
+    """Computes log-probabilities, entropies and statistics of targets under a linear head, in one pass.
 
     Args:
         statistics: names; statistics.py says what each is.
@@ -126,7 +127,7 @@ def _batch(caller: str, call: Call, targets: Tensor, foreseen: Foreseen, statist
 
 
 class _ForeseenLogprobs(torch.autograd.Function):
-    """Values of tokens and the gradients of the foreseen loss in one pass."""
+    """Computes values of tokens and the gradients of the foreseen loss in one pass."""
 
     @staticmethod
     def forward(ctx: Any, job: Job, batch: Batch, foreseen: Foreseen, *params: Tensor | None) -> tuple[Tensor, ...]:
@@ -157,14 +158,14 @@ class _ForeseenLogprobs(torch.autograd.Function):
 
 
 def _slopes(batch: Batch, logprobs: Tensor, entropy: Tensor, statistics: Sequence[Tensor]) -> Slopes:
-    """The slopes of the foreseen loss of all rows, whose values these are."""
+    """Returns the slopes of the foreseen loss of all rows, whose values these are."""
     extras, none = Collector((), 0, logprobs.dtype, logprobs.device), torch.zeros_like(logprobs)
     extras.values = dict(zip(batch.statistics, statistics, strict=True))
     return batch.slopes(slice(None), RowStats(logprobs, none, none, entropy), extras)
 
 
 def _common_factor(expected: Slopes, g_lp: Tensor | None, g_entropy: Tensor | None) -> Tensor | None:
-    """The number (0-dim) that the expected slopes were multiplied by to give these; None: there is none."""
+    """Returns the number (0-dim) that the expected slopes were multiplied by to give these; None: there is none."""
     wanted = [e for e in (expected.logprobs, expected.entropy) if e is not None]
     zero = torch.zeros_like(wanted[0])
     slopes = torch.cat([zero if e is None else e for e in (expected.logprobs, expected.entropy)])
@@ -180,7 +181,7 @@ def _common_factor(expected: Slopes, g_lp: Tensor | None, g_entropy: Tensor | No
 
 
 def _recomputed(job: Job, params: Params, g_lp: Tensor | None, g_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of the parameters for these slopes, from their logits once more."""
+    """Returns gradients of the parameters for these slopes, from their logits once more."""
     with torch.enable_grad():
         again = [
             None if p is None else p.detach().requires_grad_(w) for p, w in zip(params, job.wants, strict=True)

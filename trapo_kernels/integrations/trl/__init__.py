@@ -1,4 +1,4 @@
-"""TRL: its trainers with their heads and losses computed here.
+"""This folder lets TRL's trainers compute their heads and losses here.
 
 from trapo_kernels.integrations.trl import fuse
 
@@ -25,7 +25,7 @@ __all__ = ["Fused", "FusedGRPOTrainer", "FusedHead", "chunked_divergence_loss", 
 
 
 def __getattr__(name: str) -> Any:
-    """`TrapoGRPOTrainer`, where it is asked for: it needs the package `trapo`."""
+    """Imports `TrapoGRPOTrainer`, where it is asked for: it needs the package `trapo`."""
     if name == "TrapoGRPOTrainer":
         from trapo.integrations.trl import TrapoGRPOTrainer
 

@@ -1,4 +1,4 @@
-"""The loss of TRL's DistillationTrainer, from this package's divergence: gradients in the forward.
+"""This file computes the loss of TRL's DistillationTrainer by this package's divergence: gradients in the forward.
 
 TRL projects both heads twice (three times for the Jensen-Shannon divergence), once to compute and once to
 differentiate; here it is once, and once more for the student's entropy, which TRL logs.
@@ -37,7 +37,7 @@ def chunked_divergence_loss(
     teacher_final_logit_softcapping: float | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A drop-in for `_chunked_divergence_loss` of trl.trainer.distillation_trainer, and so for the
+    """Computes what `_chunked_divergence_loss` of trl.trainer.distillation_trainer does, and so the
     `ChunkedDivergenceFunction` in it.
 
     Args:

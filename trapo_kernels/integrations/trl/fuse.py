@@ -1,4 +1,4 @@
-"""One line that gives a TRL trainer this package's head.
+"""This file has the one line that gives a TRL trainer this package's head.
 
     fuse(trainer)
 
@@ -62,7 +62,7 @@ def fuse(trainer: Any, *, backend: str | None = None) -> Fused:
 
 
 class Fused:
-    """What `fuse` returns. `path`: "one pass", or "recomputed: " and why."""
+    """Is what `fuse` returns. `path`: "one pass", or "recomputed: " and why."""
 
     path: str
 
@@ -84,7 +84,7 @@ class Fused:
 
 
 class FusedTrainer(Fused):
-    """A trainer whose model answers `fused_lm_head=True`, and its reference model with it."""
+    """Is a trainer whose model answers `fused_lm_head=True`, and its reference model with it."""
 
     def __init__(self, trainer: Any, backend: str | None) -> None:
         super().__init__(trainer)
@@ -153,7 +153,7 @@ class FusedTrainer(Fused):
 
 
 class FusedDistillation(Fused):
-    """DistillationTrainer with this package's divergence."""
+    """Is TRL's DistillationTrainer with this package's divergence."""
 
     path = "one pass"
 

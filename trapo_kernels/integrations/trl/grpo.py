@@ -1,4 +1,4 @@
-"""GRPOTrainer with the fused loss, and with expert tokens.
+"""This file has TRL's GRPOTrainer with the fused loss, and with expert tokens.
 
     from trapo_kernels.integrations.trl import FusedGRPOTrainer
 
@@ -37,7 +37,7 @@ TOKEN_LOSSES = ("bnpo", "dr_grpo", "dapo")  # one normalizer for every token
 
 
 class FusedGRPOTrainer(GRPOTrainer):
-    """GRPOTrainer whose loss is fused. Loss, gradients and metrics are TRL's.
+    """Is TRL's GRPOTrainer whose loss is fused. Loss, gradients and metrics are TRL's.
 
     Args:
         *args, **kwargs: as GRPOTrainer.
@@ -87,7 +87,7 @@ class FusedGRPOTrainer(GRPOTrainer):
             raise ValueError(f"{caller}: tis_cap={o.tis_cap} needs use_vllm, which gives the rollouts' logprobs")
 
     def _loss_path(self) -> str:
-        """One pass, or two passes and the reason."""
+        """Returns "one pass", or two passes and the reason."""
         reason = why_two_passes(self, own_objective=self._own_objective, expert=self.guided)
         if reason is not None and self._own_objective:
             raise ValueError(f"{type(self).__name__}: objective must be None with what takes two passes; got {reason}")
@@ -111,7 +111,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         return found
 
     def _expert_loss(self, inputs: dict[str, Any], expert: Tensor) -> Tensor:
-        """The expert term over expert tokens, from the logprobs that the policy term has just used."""
+        """Returns the expert term over expert tokens, from the logprobs that the policy term has just used."""
         assert self._scored is not None
         logprobs, entropy = self._scored
         assert entropy is not None

@@ -1,4 +1,4 @@
-"""TRL's fused head, `model(..., labels=labels, fused_lm_head=True)`, computed by this package."""
+"""This file computes TRL's fused head, `model(..., labels=labels, fused_lm_head=True)`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def stock_settings(model: Any) -> dict[str, Any] | None:
 
 
 class FusedHead(PatchedForward):
-    """TRL's `model(..., labels=labels, fused_lm_head=True)`, computed here; and `model(..., fused_loss=fn)`.
+    """Computes TRL's `model(..., labels=labels, fused_lm_head=True)` here; and `model(..., fused_loss=fn)`.
 
     Args:
         model: the causal LM, below any PEFT wrapper.

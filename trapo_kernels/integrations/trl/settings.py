@@ -1,4 +1,5 @@
-"""What a GRPOTrainer's arguments say of its loss: an objective, a reduction, and whether one pass is enough.
+"""This file reads what a GRPOTrainer's arguments say of its loss: an objective, a reduction, and whether one pass is
+enough.
 
 The trainers here are TRL's own or subclasses of them; only attributes that GRPOTrainer sets are read.
 """
