@@ -17,7 +17,7 @@ import trapo_kernels as tk
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 from kernel_cases import assert_close, memory  # noqa: E402
 
-from trapo_kernels.integrations.transformers import linear_head, patch_causal_lm_loss  # noqa: E402
+from trapo_kernels.integrations.transformers import fuse, linear_head, patch_causal_lm_loss  # noqa: E402
 
 VOCAB = 101
 SMALL = {
@@ -39,12 +39,23 @@ FAMILIES = {
     },
 }  # fmt: skip
 families = pytest.mark.parametrize("family", FAMILIES)
+# One test each: their heads are linear like those above, in classes of their own.
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
+ROUTED |= {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "num_key_value_heads": 4}
+MORE_FAMILIES = {
+    "mistral": {}, "phi": {}, "phi3": {}, "olmo": {}, "olmo2": {}, "smollm3": {}, "gpt_neox": {},
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, "cohere2": {"logit_scale": 0.3},
+    "granitemoe": {"logits_scaling": 4.0, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {**LATENT, **ROUTED},
+}  # fmt: skip
 
 
 def make_model(family, dtype=torch.float32, seed=0, **changes):
     torch.manual_seed(seed)
     kind = "llama" if family == "smollm2" else family
-    config = transformers.AutoConfig.for_model(kind, **{**SMALL, **FAMILIES.get(family, {}), **changes})
+    own = {**FAMILIES, **MORE_FAMILIES}.get(family, {})
+    config = transformers.AutoConfig.for_model(kind, **{**SMALL, **own, **changes})
     config._attn_implementation = config._experts_implementation = "eager"  # the others know no float64
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():  # logits of a trained model's size, so that a soft-cap bends them
@@ -86,6 +97,34 @@ def test_sft_has_the_loss_and_gradients_of_the_stock_model(family, count):
         assert_same_gradients(grads, expected_grads, 1e-5)
         assert out.logits is None
         assert type(out) is type(expected)
+
+
+def check_fused(model, batch, **extra):
+    expected, expected_grads = loss_and_gradients(model, batch, **extra)
+    fuse(model)
+    for _ in range(2):
+        out, grads = loss_and_gradients(model, batch, **extra)
+        assert_close(out.loss, expected.loss, 1e-5, "loss")
+        assert_same_gradients(grads, expected_grads, 1e-5)
+        assert out.logits is None
+
+
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_one_line_serves_every_family_with_a_linear_head(family):
+    check_fused(make_model(family), make_batch())
+
+
+def test_one_line_serves_a_multimodal_wrapper():
+    image, vision = 3, {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(image_size=8, patch_size=4, **vision),
+        text_config=transformers.LlamaConfig(**SMALL), image_token_index=image,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    batch = make_batch()
+    batch["input_ids"].clamp_(min=image + 1)[:, 2:6] = image
+    pixels = torch.randn(3, 3, 8, 8)
+    check_fused(transformers.LlavaForConditionalGeneration(config).train(), batch, pixel_values=pixels)
 
 
 @families

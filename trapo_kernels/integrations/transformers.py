@@ -1,8 +1,8 @@
 """This adapter is for Hugging Face transformers: train a causal LM by `model(..., labels=...)` without its logits.
 
-    from trapo_kernels.integrations.transformers import patch_causal_lm_loss
+    from trapo_kernels.integrations.transformers import fuse
 
-    patch_causal_lm_loss(model, tk.Objective(expert="trsft", policy=None))
+    fuse(model)
     Trainer(model=model, ...).train()
 
 The stock forward still does everything else. Asked for the logits of a few positions at most, it costs next to nothing
@@ -31,12 +31,27 @@ __all__ = [
     "PatchedLoss",
     "decoder_of",
     "fit_head",
+    "fuse",
     "linear_head",
     "patch_causal_lm_loss",
 ]
 
 IGNORED = -100  # the label that transformers ignores
 CHECKED = 4  # positions of each sequence whose logits are compared with the head's
+
+
+def fuse(model: PreTrainedModel, objective: Objective | None = None, **options: Any) -> PatchedLoss:
+    """Makes `model(..., labels=...)` compute its loss in training without the logits, whatever trainer calls it.
+
+    Args:
+        model: a causal LM, or a multimodal model with one inside, whose head is a plain `nn.Linear`.
+        objective: None = the stock cross-entropy, `Objective.sft()`; others as `patch_causal_lm_loss`.
+        **options: as `patch_causal_lm_loss`, which says the rest: this is its short form.
+
+    Raises:
+        TypeError, ValueError: the head or the objective cannot be used; the message says why.
+    """
+    return patch_causal_lm_loss(model, Objective.sft() if objective is None else objective, **options)
 
 
 def patch_causal_lm_loss(model: PreTrainedModel, objective: Objective, **options: Any) -> PatchedLoss:
