@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import math
+import sys
+import types
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
 
 import trapo_kernels as tk
+from trapo_kernels.integrations.prime_rl import use_expert_loss
 
 
 @dataclass
 class LossInputs:
-    """prime-rl's, by its documentation; expert_mask is ours."""
+    """prime-rl's, field by field."""
 
     trainer_logprobs: torch.Tensor
     inference_logprobs: torch.Tensor
@@ -21,7 +26,6 @@ class LossInputs:
     advantages: torch.Tensor
     loss_mask: torch.Tensor
     loss_weights: torch.Tensor | None = None
-    expert_mask: torch.Tensor | None = None
 
 
 @pytest.fixture
@@ -61,17 +65,74 @@ def test_a_clipped_loss_is_the_sum_over_the_sequence(policy_loss):
     assert out.metrics["loss_policy"] == pytest.approx(plain.item() / inputs.loss_mask.sum().item(), rel=1e-4)
 
 
-def test_expert_tokens_kl_and_weights(policy_loss):
-    inputs = make(
-        expert_mask=lambda n, g: torch.rand(n, generator=g) < 0.4,
-        loss_weights=lambda n, g: torch.rand(n, generator=g, dtype=torch.float64),
-    )
-    out = policy_loss(inputs, expert="sft", expert_coef=0.5, policy="unclipped", kl_coef=0.1)
+def test_kl_and_weights(policy_loss):
+    inputs = make(loss_weights=lambda n, g: torch.rand(n, generator=g, dtype=torch.float64))
+    out = policy_loss(inputs, policy="unclipped", kl_coef=0.1)
     logp, ref = inputs.trainer_logprobs, inputs.ref_logprobs
     own = -(logp - inputs.inference_logprobs).exp() * inputs.advantages
-    own = own + 0.1 * (torch.exp(ref - logp) - (ref - logp) - 1)
-    token = torch.where(inputs.expert_mask, -0.5 * logp, own) * inputs.loss_weights
+    token = (own + 0.1 * (torch.exp(ref - logp) - (ref - logp) - 1)) * inputs.loss_weights
     torch.testing.assert_close(out.loss.double(), token[inputs.loss_mask].sum(), rtol=1e-5, atol=1e-5)
+
+
+# What prime-rl's compute_loss does with the two streams of a sequence, and looks up where.
+COMPUTE_LOSS = """
+def ce_loss_fn(inputs):
+    raise AssertionError("prime-rl's own")
+
+
+def compute_loss(LossInputs, logprobs, inference, advantages, mask, rl_weights, ce_weights, rl_loss_fn):
+    def inputs(mask, weights):
+        return LossInputs(logprobs, inference, None, advantages, mask, weights)
+
+    rl = rl_loss_fn(inputs(mask & (rl_weights != 0), rl_weights))
+    ce = ce_loss_fn(inputs(ce_weights != 0, ce_weights))
+    return rl.loss / 10 + ce.loss / 5, {**rl.metrics, **ce.metrics}
+"""
+
+
+@pytest.fixture
+def prime_rl_loss(monkeypatch):
+    names = ("prime_rl", "prime_rl.trainer", "prime_rl.trainer.rl", "prime_rl.trainer.rl.loss")
+    modules = [types.ModuleType(name) for name in names]
+    for module, child in pairwise(modules):
+        setattr(module, child.__name__.rpartition(".")[2], child)
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(COMPUTE_LOSS, vars(modules[-1]))
+    return modules[-1]
+
+
+def test_expert_tokens_are_those_of_the_ce_stream(policy_loss, prime_rl_loss):
+    use_expert_loss(alpha=0.2)
+    inputs = make()
+    g = torch.Generator().manual_seed(5)
+    expert = torch.rand(40, generator=g) < 0.4
+    ce_weights = torch.where(expert, torch.rand(40, generator=g) + 0.1, 0.0)
+    loss, metrics = prime_rl_loss.compute_loss(
+        LossInputs, inputs.trainer_logprobs, inputs.inference_logprobs, inputs.advantages, inputs.loss_mask,
+        (~expert).double(), ce_weights, policy_loss,
+    )  # fmt: skip
+    logp = inputs.trainer_logprobs
+    p, own = logp.exp(), -(logp - inputs.inference_logprobs).exp() * inputs.advantages
+    trsft = torch.where(p >= 0.2, -logp, 1 - math.log(0.2) - p / 0.2)
+    expected = own[inputs.loss_mask & ~expert].sum() / 10 + (trsft * ce_weights)[expert].sum() / 5
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    ours, stock = (torch.autograd.grad(each, logp)[0] for each in (loss, expected))
+    torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
+    assert metrics["nll"] == pytest.approx(-logp[expert].mean().item(), rel=1e-5)
+    assert metrics["expert_prob"] == pytest.approx(p[expert].mean().item(), rel=1e-5)
+
+
+def test_an_expert_term_that_cannot_be_is_refused_where_it_is_chosen(policy_loss, prime_rl_loss):
+    with pytest.raises(ValueError, match=r"policy_loss: expert must be None, see use_expert_loss; got 'trsft'"):
+        policy_loss(make(), expert="trsft")
+    with pytest.raises(ValueError, match=r"expert_loss: objective must have an expert term alone.*got expert='luffy'"):
+        use_expert_loss(expert="luffy")
+    with pytest.raises(ValueError, match=r"expert_loss: entropy_coef must be 0"):
+        use_expert_loss(entropy_coef=0.1)
+    del prime_rl_loss.ce_loss_fn
+    with pytest.raises(RuntimeError, match=r"must have ce_loss_fn; got another version"):
+        use_expert_loss()
 
 
 def test_a_truncated_ratio_to_the_engine(policy_loss):
@@ -92,7 +153,7 @@ def test_what_log_probabilities_cannot_give_is_refused(policy_loss):
         policy_loss(inputs, kl_coef=0.1)
 
 
-@pytest.mark.parametrize("settings", [{"policy": "gspo"}, {"expert": "lco_mse"}], ids=str)
+@pytest.mark.parametrize("settings", [{"policy": "gspo"}, {"policy": "gspo", "kl_coef": 0.1}], ids=str)
 def test_terms_that_read_more_than_tokens_are_refused(policy_loss, settings):
     with pytest.raises(ValueError, match="policy_loss: objective must read log-probabilities of tokens alone"):
         policy_loss(make(), **settings)
