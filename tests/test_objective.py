@@ -106,8 +106,8 @@ def test_nan_in_a_token_stays_in_that_token():
     [
         (
             {"expert": "trfst"},
-            "Objective: expert must be one of 'sft', 'trsft', 'dft', 'luffy', 'chord', 'sed', 'eaft', 'asft', 'pear', "
-            "'lco_mse', 'lco_logcosh', 'lco_kld', a function or None; got 'trfst'",
+            "Objective: expert must be one of 'sft', 'trsft', 'dft', 'luffy', 'weighted', 'chord', 'sed', 'eaft', "
+            "'asft', 'pear', 'lco_mse', 'lco_logcosh', 'lco_kld', a function or None; got 'trfst'",
         ),
         (
             {"policy": "ppo"},

@@ -36,6 +36,7 @@ backends = pytest.mark.parametrize("backend", BACKENDS)
 # Every term of docs/methods.md, with parameters that make each branch happen in a vocabulary of 33.
 NEW = {
     "chord": Objective.chord(0.3),
+    "weighted": Objective(expert="weighted", policy="clip"),
     "sed": Objective.sed(sed_k=5, sed_tau=0.55, sed_coef=0.7),
     "eaft": Objective.eaft(eaft_power=1.3),
     "pear": Objective.pear(pear_gamma=0.9),
@@ -100,6 +101,8 @@ def expert_loss(o, x, held, sequence, at):
         return -hp * x.lp
     if o.expert == "luffy":
         return -x.advantage * p / (p + o.luffy_gamma)
+    if o.expert == "weighted":
+        return -x.advantage * x.lp
     if o.expert == "chord":
         return -hp * (1 - hp) * x.lp
     if o.expert == "sed":

@@ -25,6 +25,7 @@ from trapo.settings.groups import (
     DataConfig,
     EvalConfig,
     GuidanceConfig,
+    HybridConfig,
     LogConfig,
     LoraConfig,
     ModelConfig,
@@ -68,6 +69,7 @@ class Config:
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    hybrid: HybridConfig = dataclasses.field(default_factory=HybridConfig)
     sft: SftConfig = dataclasses.field(default_factory=SftConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)

@@ -18,11 +18,44 @@ NEVER = -1.0  # thresholds: rewards are >= 0, so a mean is never below NEVER ...
 ALWAYS = float("inf")  # ... and always below ALWAYS
 
 
+class Draw(Protocol):
+    """Decides how much of its trace a prompt is given."""
+
+    def __call__(self, prompt: Any, rng: random.Random) -> float:
+        """Returns the ratio."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """Draws a ratio between two."""
+
+    low: float
+    high: float
+
+    def __call__(self, prompt: Any, rng: random.Random) -> float:
+        return rng.uniform(self.low, self.high)
+
+
+@dataclasses.dataclass(frozen=True)
+class Binomial:
+    """Draws how many of a trace's equal pieces are given, each with probability p."""
+
+    pieces: int
+    p: float
+
+    def __call__(self, prompt: Any, rng: random.Random) -> float:
+        return sum(rng.random() < self.p for _ in range(self.pieces)) / self.pieces
+
+
 @dataclasses.dataclass(frozen=True)
 class MicroGroup:
     size: int  # rollouts
     ratio: float  # of the expert trace that becomes the prefix
     threshold: float  # guided while the mean reward so far is below
+    draw: Draw | None = None  # of the ratio, for each prompt; None: `ratio`
+    guided_only: bool = False  # where it is not guided, it has no rollouts
+    replaces: bool = False  # where it is guided, the prompt's earlier rollouts are not trained on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +81,15 @@ class Schedule:
     @property
     def rollouts_per_prompt(self) -> int:
         return sum(group.size for group in self.micro_groups)
+
+    def at_ratio(self, level: int, ratio: float) -> Schedule:
+        """Returns the schedule with another ratio in micro-group `level`."""
+        group = self.micro_groups[level]
+        if group.ratio == ratio:
+            return self
+        groups = [*self.micro_groups]
+        groups[level] = dataclasses.replace(group, ratio=ratio)
+        return dataclasses.replace(self, micro_groups=tuple(groups))
 
     @property
     def guides(self) -> bool:
@@ -130,15 +172,24 @@ def open_micro_group(
     for number, (prompt, earlier) in enumerate(zip(prompts, rewards, strict=True)):
         if schedule.stop_decided and is_decided(schedule.micro_groups[level:], earlier):
             continue
-        prefix = prompt.prefix(schedule, level, rng) if is_guided(group, earlier) else ()
+        guided = is_guided(group, earlier)
+        ratio = group.draw(prompt, rng) if group.draw is not None and guided else group.ratio
+        prefix = prompt.prefix(schedule.at_ratio(level, ratio), level, rng) if guided else ()
         if len(prefix) > max_tokens:  # a whole trace without its end would teach the model never to stop
-            prefix = () if group.ratio >= 1.0 else prefix[:max_tokens]
+            prefix = () if ratio >= 1.0 else prefix[:max_tokens]
+        if group.guided_only and not prefix:
+            continue
         whole = any(prefix == trace.token_ids for trace in prompt.traces)
-        ratio = group.ratio if prefix else 0.0
+        ratio = _shown(group, ratio) if prefix else 0.0
         for index in range(group.size):
             supervised = bool(prefix) and carries_expert_term(schedule.supervise, index)
             opened.append(Opening(number, ratio, prefix, supervised, whole))
     return opened
+
+
+def _shown(group: MicroGroup, ratio: float) -> float:
+    """Returns the ratio as metrics count it: one that is drawn to a tenth, and never as none."""
+    return ratio if group.draw is None else max(round(ratio, 1), 0.1)
 
 
 def is_guided(group: MicroGroup, rewards_so_far: Sequence[float]) -> bool:

@@ -146,10 +146,16 @@ class Learner:
         return self.schedule.lr
 
     def update(
-        self, rollouts: Sequence[Rollout], objective: tk.Objective, *, seed: int, timer: StepTimer | None = None
+        self,
+        rollouts: Sequence[Rollout],
+        objective: tk.Objective,
+        *,
+        seed: int,
+        timer: StepTimer | None = None,
+        advance: bool = True,
     ) -> Update:
-        """Makes `train.updates_per_step` optimizer steps on the rollouts, then one step of the learning-rate
-        schedule."""
+        """Makes `train.updates_per_step` optimizer steps on the rollouts, then one step of the learning-rate schedule
+        (unless the step of the run has another update, advance=False)."""
         timer, train, limit = timer or StepTimer(), self.train, self.max_response_tokens
         minibatches = self._minibatches(rollouts, seed)
         compared = self._set_logprobs(rollouts, objective, updates=len(minibatches), timer=timer)
@@ -177,7 +183,7 @@ class Learner:
                 norms, finite = found, any(map(math.isfinite, found.values()))
                 steps, skipped = steps + finite, skipped + (not finite)
             self.kept.step(self._optimizers(), self.optim.weight_decay)
-        for schedule in self._schedules().values():
+        for schedule in self._schedules().values() if advance else ():
             schedule.step()
         if self.ranks.world > 1:
             metrics = self.ranks.gather([{k: v.cpu() for k, v in m.items()} for m in metrics])
@@ -191,7 +197,7 @@ class Learner:
     def _regions(
         self, rollouts: Sequence[Rollout], objective: tk.Objective
     ) -> list[tuple[str, Sequence[Rollout], tk.Objective]]:
-        """(name, rollouts, objective) of what has an optimizer of its own."""
+        """Returns (name, rollouts, objective) of what has an optimizer of its own."""
         if self.expert_schedule is None:
             return [("own", rollouts, objective)]
         expert = [expert_part(r) for r in rollouts if r.supervised and r.prefix_ids]
@@ -204,7 +210,7 @@ class Learner:
         ]
 
     def _schedules(self) -> dict[str, Schedule]:
-        """By the region whose learning rate it is."""
+        """Returns the schedules by the region whose learning rate they are."""
         return {"own": self.schedule} | ({} if self.expert_schedule is None else {"expert": self.expert_schedule})
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -214,6 +220,10 @@ class Learner:
         """Returns what the model gives each rollout's own tokens, [tokens] each, at the rollouts' temperature."""
         found = self._logprobs(self.model, rollouts)
         return [row[len(row) - len(r.own_ids) :] for r, row in zip(rollouts, found, strict=True)]
+
+    def entropies(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
+        """Returns the entropy of each target [len − 1] of each rollout, on the CPU; 0 outside the loss."""
+        return [row.cpu() for row in self._logprobs(self.model, rollouts, entropy=True)]
 
     def _set_logprobs(
         self, rollouts: Sequence[Rollout], objective: tk.Objective, *, updates: int, timer: StepTimer
@@ -325,13 +335,15 @@ class Learner:
         return loss
 
     @torch.no_grad()
-    def _logprobs(self, model: PreTrainedModel, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
-        """Returns logprobs [len − 1] of each rollout's targets."""
+    def _logprobs(
+        self, model: PreTrainedModel, rollouts: Sequence[Rollout], entropy: bool = False
+    ) -> list[torch.Tensor]:
+        """Returns logprobs [len − 1] of each rollout's targets; or the entropies there."""
         place = {id(rollout): i for i, rollout in enumerate(rollouts)}
         found: list[tuple[int, torch.Tensor]] = []
         for group in self._micro_batches(rollouts):
             batch = self._batch(group)
-            logprobs = as_forward(model, functools.partial(self._batch_logprobs, model, batch))
+            logprobs = as_forward(model, functools.partial(self._batch_logprobs, model, batch, entropy))
             # Across ranks a rollout is known by its place.
             rows = zip(group.rollouts, batch.rows(logprobs), strict=bool(group.rollouts))
             found += [(place[id(r)], row) for r, row in rows]
@@ -339,12 +351,14 @@ class Learner:
             found = self.ranks.gather([(i, row.cpu()) for i, row in found])
         return [row for _, row in sorted(found, key=lambda pair: pair[0])]
 
-    def _batch_logprobs(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    def _batch_logprobs(self, model: PreTrainedModel, batch: Batch, entropy: bool = False) -> torch.Tensor:
         """Returns [B, T]; 0 outside the loss."""
         hidden, head = self._hidden_and_head(model, batch)
         targets = batch.targets.masked_fill(~batch.mask, -100)
-        temperature = self.temperature
-        return tk.linear_logprobs(hidden, head.weight, targets, temperature=temperature, **head.options).logprobs
+        found = tk.linear_logprobs(
+            hidden, head.weight, targets, temperature=self.temperature, entropy=entropy, **head.options
+        )
+        return found.logprobs if found.entropy is None else found.entropy
 
     def _hidden_and_head(self, model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, LinearHead]:
         """Returns the hidden states in the dtype of train.precision, in which the loss multiplies them with the

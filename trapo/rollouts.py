@@ -39,6 +39,8 @@ class Rollout:
     reward: float = 0.0
     status: Status = "ok"
     advantage: float = 0.0
+    trained: bool = True  # False: it says something of the prompt, and is in no loss
+    prefix_advantages: tuple[float, ...] | None = None  # of the prefix tokens, where they are not the rollout's
     detail: str = ""  # what went wrong, where the status is another one
     # Log-probabilities that the trained model's are compared with.
     rollout_logprobs: tuple[float, ...] | None = None  # the engine's of own_ids, as sampled; None: it gives none
@@ -91,6 +93,9 @@ def collect(
             for rollout, reward in zip(drawn, rewards, strict=True):
                 rollout.reward, rollout.status, rollout.detail = reward.value, reward.status, reward.detail
         for rollout in drawn:
+            if schedule.micro_groups[level].replaces and rollout.guided:
+                for earlier in by_prompt[rollout.group]:
+                    earlier.trained = earlier.level == level
             by_prompt[rollout.group].append(rollout)
     return [rollout for group in by_prompt for rollout in group]
 
@@ -149,9 +154,15 @@ def group_advantages(
     return [(r - mean) * scale for r in rewards]
 
 
-def assign_advantages(rollouts: Sequence[Rollout], baseline: str, std: bool) -> None:
-    """Set `.advantage` of every rollout; rollouts of one prompt must stand side by side, as `collect` gives them."""
-    for _, members in groupby(rollouts, key=lambda r: r.group):
+def assign_advantages(rollouts: Sequence[Rollout], baseline: str, std: bool, grouping: str = "prompt") -> None:
+    """Sets `.advantage` of every rollout; rollouts of one prompt must stand side by side, as `collect` gives them.
+
+    grouping: what is compared: all rollouts of a `prompt`; those of one of its micro-groups (`level`), where a prefix
+    makes another prompt of it; or the `unguided` ones alone, the others having 0.
+    """
+    if grouping == "unguided":
+        rollouts = [r for r in rollouts if not r.guided]
+    for _, members in groupby(rollouts, key=lambda r: (r.group, r.level if grouping == "level" else 0)):
         group = list(members)
         rewards = [r.reward for r in group]
         guided, own_tokens = [r.guided for r in group], [len(r.own_ids) for r in group]

@@ -38,7 +38,7 @@ from trapo.models.finite import refuse_not_finite
 from trapo.models.loading import check_positions, load_model, load_reference
 from trapo.models.precision import resolve
 from trapo.models.sharding import shard_over
-from trapo.modes import Phase, cut_at_plateau, phase_at, phases
+from trapo.modes import Course, Phase, phases
 from trapo.report.display import Display
 from trapo.report.loggers import Loggers, check_loggers
 from trapo.report.rollout_log import RolloutLog
@@ -98,15 +98,21 @@ def train_step(
             timer=timer,
         )
     if phase.needs_rewards:
-        assign_advantages(rollouts, baseline, phase.std)
+        assign_advantages(rollouts, baseline, phase.std, phase.grouping)
     if drawn is not None:
         drawn(rollouts)
     with timer.part("sync"):
         engine.rest()
     with timer.part("update"):
         # The expert term on prefixes, the policy term on the model's own tokens: one fused loss.
-        update = learner.update(rollouts, phase.objective, seed=seed, timer=timer)
-    return rollouts, update
+        trained = [r for r in rollouts if r.trained]
+        if phase.weigh is not None:
+            phase.weigh(trained, learner)
+        update = learner.update(trained, phase.objective, seed=seed, timer=timer)
+        shown = dict(phase.shown)
+        if phase.memory is not None:
+            shown |= phase.memory.after(rollouts, learner, seed)
+    return rollouts, dataclasses.replace(update, metrics={**update.metrics, **shown})
 
 
 def train(
@@ -225,7 +231,8 @@ class Trainer:
         resume_from: Checkpoint | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.config, self.phases, self.run_dir, self.pool = config, plan, run_dir, pool
+        self.config, self.run_dir, self.pool = config, run_dir, pool
+        self.course = Course(plan, config.train.steps)
         self.stop, self.ranks = stop, ranks
         log = functools.partial(console.print, markup=False, highlight=False)
         self.failures = FailureNotes(log)
@@ -251,15 +258,17 @@ class Trainer:
         reference = load_reference(config.model, ranks, config.train.precision) if needs_reference else None
         pad_id = self.tokenizer.pad_token_id
         self.step, self.seconds_before = 0 if resume_from is None else resume_from.step, 0.0
-        self._cut_plan()
+        self._cut_course()
         self.learner = make_learner(
-            config, self.model, pad_id=pad_id, phase=self._place()[0], reference=reference, ranks=ranks
+            config, self.model, pad_id=pad_id, phase=self.course.at(self.step)[0], reference=reference, ranks=ranks
         )
         self.guard = AgreementGuard(config.rollout, config.model.dtype)
         if resume_from is not None:
             state = resume_from.load_state()
-            if self._place()[1] > 0:  # else a phase begins here, with an optimizer of its own
+            if self.course.at(self.step)[1] > 0:  # else a phase begins here, with an optimizer of its own
                 self.learner.load_state_dict(state["learner"], resume_from.shards)
+                if (memory := self.course.at(self.step)[0].memory) is not None:
+                    memory.load_state_dict(state["memory"], {p.name: p for p in self.train_set})
             self.seconds_before = state["seconds"]
         self._write_in(run_dir, eval_set)
         self.started = time.monotonic()
@@ -307,7 +316,7 @@ class Trainer:
     @property
     def ratios(self) -> list[float]:
         """Returns the prefix ratios that a phase can use, for the columns of the display."""
-        return sorted({g.ratio for phase in self.phases for g in phase.schedule.micro_groups})
+        return sorted({g.ratio for phase in self.course.phases for g in phase.schedule.micro_groups})
 
     @property
     def seconds(self) -> float:
@@ -334,7 +343,7 @@ class Trainer:
             self._evaluate(display, loggers)
         while self.step < steps:
             display.status("training")
-            row = self._train_step(*self._place())
+            row = self._train_step(*self.course.at(self.step))
             self.step += 1
             self._begin_phase()
             if self.ranks.first:
@@ -349,23 +358,16 @@ class Trainer:
         self.ranks.once(self.skips.refuse_nothing_learnt)
         self._evaluate(display, loggers)
 
-    def _place(self) -> tuple[Phase, int]:
-        """Returns the phase of the next step (of the last one, at the end), and the step's number in it."""
-        return phase_at(min(self.step, self.config.train.steps - 1), self.phases)
-
     def _begin_phase(self) -> None:
-        """Take a new optimizer where the next step is the first of another phase."""
-        phase, number = self._place()
+        """Takes a new optimizer where the next step is the first of another phase."""
+        phase, number = self.course.at(self.step)
         if number == 0 and 0 < self.step < self.config.train.steps:
             self.learner.begin(phase.optim, phase.steps)
 
-    def _cut_plan(self) -> bool:
-        """Ends an SFT phase that lasts until a plateau, where the evaluations so far show one."""
-        if not self.phases[0].ends_at_plateau:
-            return False
-        found = self.ranks.once(lambda: self.run_dir.trace_nlls(self.step))
-        self.phases = cut_at_plateau(self.phases, found)
-        return not self.phases[0].ends_at_plateau
+    def _cut_course(self) -> bool:
+        """Ends an SFT phase that lasts until a plateau, where the evaluations so far show one, and returns whether it
+        did."""
+        return self.course.waits and self.course.cut(self.ranks.once(lambda: self.run_dir.trace_nlls(self.step)))
 
     def _train_step(self, phase: Phase, number: int) -> dict[str, Any]:
         """Makes the step of this number of a phase; returns its line of metrics.jsonl."""
@@ -374,7 +376,7 @@ class Trainer:
         lr = self.learner.lr
         rollouts, update = train_step(
             self._problems(phase, number),
-            phase,
+            phase.at(number),
             self.engine,
             self._score,
             self.learner,
@@ -422,14 +424,16 @@ class Trainer:
             return
         loggers.evaluation(self.step, result)
         display.note(f"held-out accuracy after step {self.step}: {result}")
-        if self._cut_plan():
+        if self._cut_course():
             self._begin_phase()
-            display.note(f"the traces get no likelier: the phase {self._place()[0].name} begins")
+            display.note(f"the traces get no likelier: the phase {self.course.at(self.step)[0].name} begins")
         self.saver.prune(display.note)
 
     def _save(self, display: Display, *, must: bool = False) -> None:
         display.status("saving")
-        self.saver.save(self.step, self.seconds, display.note, must=must)
+        memory = self.course.at(self.step)[0].memory
+        more = {} if memory is None else {"memory": memory.state_dict()}
+        self.saver.save(self.step, self.seconds, display.note, must=must, more=more)
 
     def finish(self) -> dict[str, Any]:
         """Write the final model, the report and, last of all, the summary."""

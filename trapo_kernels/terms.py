@@ -96,6 +96,14 @@ def _dft_slope(o: Objective, t: Tokens) -> Tensor:
     return -t.logprobs.exp()
 
 
+def _weighted_value(o: Objective, t: Tokens) -> Tensor:
+    return -weighted(given(t.advantages), t.logprobs)
+
+
+def _weighted_slope(o: Objective, t: Tokens) -> Tensor:
+    return -given(t.advantages)
+
+
 def _luffy_value(o: Objective, t: Tokens) -> Tensor:
     p = t.logprobs.exp()
     return -given(t.advantages) * p / (p + o.luffy_gamma)
@@ -182,6 +190,13 @@ EXPERT_TERMS: dict[str, Term] = {
         scales_with_advantage=True,
         fields=("luffy_gamma",),
         fused=4,
+    ),
+    "weighted": Term(
+        _weighted_value,
+        _weighted_slope,
+        source="−A log p: Prefix-RFT, arXiv 2507.01679, with r = 1; SRFT, arXiv 2506.19767, whose A is a weight",
+        needs=("advantages",),
+        scales_with_advantage=True,
     ),
     "chord": Term(_chord_value, _chord_slope, source="CHORD-φ, the authors' code: −sg(p(1−p)) log p"),
     "sed": Term(

@@ -88,6 +88,8 @@ def collate(rollouts: Sequence[Rollout], pad_id: int, device: torch.device) -> B
         ids, mask[row, :n], expert_mask[row, :n] = _tokens(rollout)
         input_ids[row, :n], targets[row, :n] = ids[:-1], ids[1:]
     advantages = torch.tensor([r.advantage for r in rollouts], dtype=torch.float32)
+    if any(r.prefix_advantages is not None for r in rollouts):
+        advantages = torch.nn.utils.rnn.pad_sequence([_advantages(r) for r in rollouts], batch_first=True)
     batch = Batch(input_ids, None, targets, mask, expert_mask, advantages, None, lengths)
     return _to(batch, device)
 
@@ -119,7 +121,7 @@ def pack(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
         targets=torch.cat([ids[1:] for ids, _, _ in tokens])[None],
         mask=torch.cat([mask for _, mask, _ in tokens])[None],
         expert_mask=torch.cat([expert for _, _, expert in tokens])[None],
-        advantages=torch.tensor([r.advantage for r in rollouts]).repeat_interleave(starts.diff())[None],
+        advantages=torch.cat([_advantages(r) for r in rollouts])[None],
         sequence_ids=sequence_ids,
         lengths=lengths,
         starts=starts,
@@ -170,6 +172,15 @@ def refuse_unsampled(rollouts: Sequence[Rollout]) -> None:
         raise TrapoError(
             "objective.tis_cap: the engine gave no log-probabilities; accepted rollout.engine: vllm, vllm_server"
         )
+
+
+def _advantages(rollout: Rollout) -> torch.Tensor:
+    """Returns the advantage of each target [n] fp32."""
+    values = torch.full((len(rollout) - 1,), rollout.advantage, dtype=torch.float32)
+    if rollout.prefix_advantages is not None:
+        start = len(rollout.problem.prompt_ids) - 1
+        values[start : start + len(rollout.prefix_ids)] = torch.tensor(rollout.prefix_advantages)
+    return values
 
 
 def _tokens(rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -28,6 +28,11 @@ class EncodedProblem:
     prompt_ids: tuple[int, ...]
     traces: tuple[Trace, ...]
 
+    @property
+    def name(self) -> str:
+        """Is the problem's id."""
+        return self.problem.id
+
     def prefix(self, schedule: Schedule, micro_group: int, rng: random.Random) -> tuple[int, ...]:
         """Returns the expert prefix that a guided micro-group (counted from 0) continues; () without traces."""
         return prefix_of(self.traces, schedule, micro_group, rng)

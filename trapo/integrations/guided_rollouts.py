@@ -63,7 +63,10 @@ def draw_guided(
 
     always_generate: call `generate` even for nothing, where other ranks wait in it.
     """
-    schedule = dataclasses.replace(schedule, stop_decided=False)  # the trainer's batch has every row
+    every = tuple(dataclasses.replace(group, guided_only=False) for group in schedule.micro_groups)
+    schedule = dataclasses.replace(
+        schedule, micro_groups=every, stop_decided=False
+    )  # the trainer's batch has every row
     size = schedule.rollouts_per_prompt
     groups = [_Guided(own) for own in traces[::size]]
     found = GuidedRollouts([[] for _ in prompts], [0] * len(prompts), [False] * len(prompts), None)

@@ -34,7 +34,7 @@ def make_optimizer(
 
 
 class Kept:
-    """Gradients of a region of tokens, taken at the weights that there are, until all regions' optimizers step."""
+    """Holds gradients of regions of tokens, taken at the weights that there are, until all their optimizers step."""
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         self.parameters = parameters

@@ -6,8 +6,20 @@ the key `mode`, `trapo config` and the documentation have it. Sources are named 
 
 from __future__ import annotations
 
-from trapo.modes import basic
-from trapo.modes.phase import Phase, cut_at_plateau, phase_at
+from trapo.modes import basic, hybrids
+from trapo.modes.phase import Course, Phase, cut_at_plateau, phase_at
 from trapo.modes.registry import MODES, Mode, check_mode, mode, phases
 
-__all__ = ["MODES", "Mode", "Phase", "basic", "check_mode", "cut_at_plateau", "mode", "phase_at", "phases"]
+__all__ = [
+    "MODES",
+    "Course",
+    "Mode",
+    "Phase",
+    "basic",
+    "check_mode",
+    "cut_at_plateau",
+    "hybrids",
+    "mode",
+    "phase_at",
+    "phases",
+]

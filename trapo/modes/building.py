@@ -64,7 +64,7 @@ def make_phase(
     given = given_fields(config.objective)
     objective = make_objective(preset, of_mode, given, config.mode)
     _refuse_what_is_missing(objective, config)
-    if config.optim.expert.lr is not None and not (imitates(objective) and objective.has_policy_term):
+    if optim is None and config.optim.expert.lr is not None and not (imitates(objective) and objective.has_policy_term):
         raise TrapoError(
             f"optim.expert.lr: an optimizer for expert tokens needs some beside own ones; phase {name} has one kind"
         )

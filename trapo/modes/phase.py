@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import trapo_kernels as tk
 from trapo.guidance import Schedule
 from trapo.settings.groups import OptimConfig
+
+if TYPE_CHECKING:
+    from trapo.learner import Learner
+    from trapo.modes.memory import Memory
+    from trapo.rollouts import Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +33,28 @@ class Phase:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     prompts_per_step: int = 8
     ends_at_plateau: bool = False  # when held-out traces get no likelier, however many of its steps are left
+    grouping: str = "prompt"  # which rollouts are compared: see rollouts.assign_advantages
+    vary: Callable[[Phase, int], Phase] | None = None  # makes the phase of a step, where it has a schedule
+    weigh: Callable[[Sequence[Rollout], Learner], None] | None = None  # changes what tokens weigh, before the update
+    memory: Memory | None = None  # is told of every step, and kept in checkpoints
+    shown: Mapping[str, float] = dataclasses.field(default_factory=dict)  # for the step's line of metrics
     overruled: tuple[str, ...] = ()  # a line for each choice of the mode that the configuration changes
+
+    def at(self, step: int) -> Phase:
+        """Returns the phase as a step of it, counted from 0, has it."""
+        return self if self.vary is None else self.vary(self, step)
 
     @property
     def needs_rewards(self) -> bool:
         """Returns whether rewards are needed, for advantages or to know who needs guidance."""
         return "advantages" in self.objective.needs or self.schedule.generates
+
+
+def cosine(high: float, low: float, steps: int, step: int, after: float | None = None) -> float:
+    """Returns a value that falls from high to low over so many steps; then it is `after`, None: low."""
+    if step > steps and after is not None:
+        return after
+    return low + (high - low) * (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
 
 
 def imitates(objective: tk.Objective) -> bool:
@@ -65,6 +88,27 @@ def cut_at_plateau(plan: Sequence[Phase], found: Mapping[int, float]) -> list[Ph
     (rest,) = others
     cut = dataclasses.replace(rest, steps=rest.steps + first.steps - end)
     return [dataclasses.replace(first, steps=end, ends_at_plateau=False), cut]
+
+
+class Course:
+    """Knows which phase each step of a run belongs to, also where that shows only while it runs."""
+
+    def __init__(self, plan: Sequence[Phase], steps: int) -> None:
+        self.phases, self.steps = list(plan), steps
+
+    def at(self, step: int) -> tuple[Phase, int]:
+        """Returns the phase of the step (of the last one, behind the end), and the step's number in it."""
+        return phase_at(min(step, self.steps - 1), self.phases)
+
+    @property
+    def waits(self) -> bool:
+        """Is True while the first phase lasts until a plateau that has not come yet."""
+        return self.phases[0].ends_at_plateau
+
+    def cut(self, found: Mapping[int, float]) -> bool:
+        """Ends the first phase at its plateau; returns whether there is one. found: as `cut_at_plateau`'s."""
+        self.phases = cut_at_plateau(self.phases, found)
+        return not self.waits
 
 
 def plateau(found: Mapping[int, float], within: int = 3, by: float = 0.02) -> int | None:

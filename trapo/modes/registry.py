@@ -21,6 +21,7 @@ class Mode:
     doc: str
     phases: Callable[[Config], list[Phase]]
     check: Callable[[Config], None]  # raises TrapoError, in one line, for keys that do not go with the mode
+    keys: tuple[str, ...] = ()  # of the group `hybrid`, that it reads
 
 
 MODES: dict[str, Mode] = {}
@@ -35,6 +36,12 @@ def phases(config: Config) -> list[Phase]:
 def check_mode(config: Config) -> None:
     """Raises TrapoError, in one line, for keys that do not go with the mode."""
     MODES[config.mode].check(config)
+    for name, value in vars(config.hybrid).items():
+        if value is not None and name not in MODES[config.mode].keys:
+            readers = ", ".join(mode.name for mode in MODES.values() if name in mode.keys)
+            raise TrapoError(f"hybrid.{name}: only {readers} reads it; got mode {config.mode}")
+    if config.guidance.find is not None and config.mode != "prefix_rl":
+        raise TrapoError(f"guidance.find: only mode prefix_rl looks for prefixes; got mode {config.mode}")
 
 
 def has_no_sft_steps(config: Config) -> None:
@@ -45,11 +52,13 @@ def has_no_sft_steps(config: Config) -> None:
             raise TrapoError(f"{name}: only mode sft_then_rl has SFT steps; got mode {config.mode}")
 
 
-def mode(doc: str, check: Callable[[Config], None] = has_no_sft_steps) -> Callable[[Phases], Phases]:
-    """Puts the function below it into MODES, under its name."""
+def mode(
+    doc: str, check: Callable[[Config], None] = has_no_sft_steps, keys: tuple[str, ...] = ()
+) -> Callable[[Phases], Phases]:
+    """Puts the function below it into MODES, under its name. keys: of the group `hybrid`, that it reads."""
 
     def register(function: Phases) -> Phases:
-        MODES[function.__name__] = Mode(function.__name__, doc, function, check)
+        MODES[function.__name__] = Mode(function.__name__, doc, function, check, keys)
         return function
 
     return register

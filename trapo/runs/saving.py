@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,12 @@ class Saver:
             return True
         return self.config.every > 0 and (last or at(self.config.every))
 
-    def save(self, step: int, seconds: float, note: Note, *, must: bool = False) -> None:
+    def save(
+        self, step: int, seconds: float, note: Note, *, must: bool = False, more: Mapping[str, Any] | None = None
+    ) -> None:
         """Write a checkpoint of now. One that cannot be written is reported and training goes on (unless it `must`)."""
         refuse_not_finite(self.model, self.ranks, step, self.step)
-        state = {"learner": self.learner.state_dict(), "seconds": seconds}
+        state = {"learner": self.learner.state_dict(), "seconds": seconds, **(more or {})}
         folder = self.run_dir.checkpoints
         write = writer(self.model, self.tokenizer, final=False, keep=self.ranks.first)
 

@@ -94,6 +94,9 @@ class GuidanceConfig:
         "Which prefixes carry the expert term: every one, or one of those that share it.",
         choices=("every", "one_per_prefix"),
     )
+    find: bool | None = key(
+        None, "prefix_rl: look for the shortest prefix that helps, by bisection over the epochs; null is true there."
+    )
     stop_decided: bool = key(False, "Draw no more of a prompt whose rollouts were all right (guidance.is_decided).")
 
 
@@ -162,7 +165,7 @@ class RewardConfig:
 
 @dataclasses.dataclass
 class ExpertOptimConfig:
-    """A second AdamW, for expert tokens alone: each side has a mean, moments and a learning rate of its own."""
+    """Gives expert tokens an AdamW of their own: each side has a mean, moments and a learning rate."""
 
     lr: float | None = key(
         None, "Its learning rate, as SFT alone would have it; null is one optimizer for all tokens.", above=0
@@ -188,6 +191,18 @@ class OptimConfig:
     )
     warmup_steps: int = key(0, "Steps in which the learning rate rises to its full value.", least=0)
     expert: ExpertOptimConfig = dataclasses.field(default_factory=ExpertOptimConfig)
+
+
+@dataclasses.dataclass
+class HybridConfig:
+    """Sets modes that mix imitation with RL, each of which reads some; null is the mode's own (docs/modes.md)."""
+
+    gate: int | None = key(None, "hpt: up to so many right rollouts, a prompt is imitated instead.", least=0)
+    high: float | None = key(None, "uft, prefix_rft, chord: where the share of a trace, or μ, begins.", least=0)
+    low: float | None = key(None, "uft, prefix_rft, chord: where it ends.", least=0)
+    steps: int | None = key(None, "uft, prefix_rft, chord: after so many steps.", least=1)
+    keep: float | None = key(None, "prefix_rft: the share of prefix tokens, by entropy, that is learnt.", above=0)
+    buffer: int | None = key(None, "relift: prompts that have failed, of one SFT step.", least=1)
 
 
 @dataclasses.dataclass
