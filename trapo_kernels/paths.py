@@ -5,8 +5,12 @@
     compiled         ops.policy_loss             ops.token_values, then the same
     materialised     –                           reference.py, then the same
 
-A compiled graph has a path of its own because it costs memory outside of one: an operator's outputs are all rows and
-all gradients, which autograd keeps until the graph dies; the streamed loss gives the very gradients away.
+A compiled graph has a path of its own, ops.py, because without a compiler it costs memory and time. An operator may
+not give its outputs away, so the gradients are copied where the streamed loss hands the very tensors over; and its
+call, through torch.library and its autograd, costs about a millisecond. Measured (bench/two_paths.py, AMD EPYC,
+AVX-512, 1 thread, best of calls in turns, machine shared, 2026-11-30): a loss of 768 tokens, D = 576, V = 49152, takes
+1.53 s and 39 MB by the function of autograd, 1.63 s and 114 MB by the operator; one of 64 tokens, D = 64, V = 2048,
+2.6 ms and 4.0 ms.
 """
 
 from __future__ import annotations
