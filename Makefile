@@ -63,7 +63,7 @@ $(VERL_STAMP): $(STAMP)
 	touch $@
 
 test-verl: $(VERL_STAMP)
-	$(VERL)/bin/python -m pytest tests/integrations/test_verl.py
+	$(VERL)/bin/python -m pytest tests/integrations/test_verl.py tests/integrations/test_verl_distillation.py
 
 # vLLM for CPUs, in a venv of its own on top of the first: it pins an older transformers.
 VLLM := .venv-vllm

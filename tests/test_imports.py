@@ -36,6 +36,7 @@ ADAPTERS: dict[str, set[str]] = {
     "trinity": {"trinity"},
     "trl": {"trl", "transformers"},
     "verl": {"verl"},
+    "verl_distillation": {"verl"},
 }
 
 

@@ -11,6 +11,8 @@ response_mask), replace the loss of the actor:
 
     actor_rollout_wg.set_loss_fn(partial(actor_loss, config=actor_config))
 
+Importing it also registers the distillation losses of verl_distillation.py.
+
 With actor.use_fused_kernels and the "torch" backend, `use_fused_head()` makes verl's FusedLinearForPPO this package's.
 verl's engines hand over log-probabilities, so the loss takes two passes (four GEMMs).
 """
@@ -29,6 +31,7 @@ from ..objective import Objective
 from ..paths import batch_of_logprobs
 from ..ratios import clipped, log_ratio
 from ..tokens import Tokens
+from . import verl_distillation  # noqa: F401  registers
 
 __all__ = ["FusedLinearForPPO", "actor_loss", "actor_objective", "trapo_policy_loss", "use_fused_head"]
 
