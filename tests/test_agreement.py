@@ -221,3 +221,11 @@ def test_tensors_of_several_dtypes_go_over_in_one_copy():
     for name, value in given.items():
         assert found[name].dtype == value.dtype
         assert found[name].equal(value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_numbers_are_refused_by_name(value):
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = value
+    with pytest.raises(TrapoError, match=r"NaN or infinite \(the first: model\.layers\.1\.mlp\.up_proj\.weight\)$"):
+        learner(model)

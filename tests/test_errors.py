@@ -321,3 +321,27 @@ def test_a_divergence_refuses(wrong, kind, message):
     with pytest.raises(kind, match="^" + re.escape(f"linear_divergence: {message}")) as error:
         tk.linear_divergence(hidden, weight, hidden, weight, **wrong)
     assert "\n" not in str(error.value)
+
+
+H, W, TARGETS, GRPO = torch.zeros(N, D), torch.zeros(V, D), torch.zeros(N, dtype=torch.int64), tk.Objective.grpo()
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda x: tk.linear_divergence(x, W, x, W).loss, "linear_divergence: hidden"),
+        (lambda x: tk.linear_divergence(x, W, x, W, backend="reference").loss, "linear_divergence: hidden"),
+        (
+            lambda x: tk.linear_policy_loss(H, W, TARGETS, GRPO, advantages=x[:, 0]).loss,
+            "linear_policy_loss: advantages",
+        ),
+        (
+            lambda x: tk.linear_policy_loss(H, W, TARGETS, GRPO, advantages=H[:, 0], old_logprobs=x[:, 0]).loss,
+            "linear_policy_loss: old_logprobs",
+        ),
+        (lambda x: tk.policy_loss_from_logprobs(x[:, 0], GRPO, advantages=H[:, 0]).loss, "policy_loss_from_logprobs: "),
+    ],
+)
+def test_a_mapped_input_is_refused_in_one_line(call, named):
+    with pytest.raises(RuntimeError, match=rf"^{named}\w* must not be mapped by torch\.func\.vmap; give it \[B, T\]"):
+        torch.func.vmap(call)(torch.randn(2, N, D))

@@ -107,6 +107,17 @@ def refuse_batched(caller: str, *incoming: Tensor | None) -> None:
         )
 
 
+def refuse_mapped(caller: str, inputs: Mapping[str, Any]) -> None:
+    """Which tokens take part is read before anything is computed, which torch.func.vmap does not allow."""
+    if torch.compiler.is_compiling():
+        return
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and torch._C._functorch.is_batchedtensor(value):
+            raise RuntimeError(
+                f"{caller}: {name} must not be mapped by torch.func.vmap; give it [B, T] tokens at once in its place"
+            )
+
+
 def _float_tensor(caller: str, name: str, value: Any) -> None:
     if _tensor(caller, name, value).dtype not in _FLOATS:
         raise TypeError(f"{caller}: {name} must be float16, bfloat16, float32 or float64; got {_dtype(value)}")
@@ -246,6 +257,7 @@ def check_token_inputs(
 ) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
     """Checks per-token inputs of the shape of targets; advantages and policy_weights may also be one per sequence,
     which is broadcast here. Masks may be 0 and 1 of any integer dtype."""
+    refuse_mapped(caller, {like: targets, **floats, **masks})
     out: dict[str, Tensor | None] = {}
     shape = targets.shape
     for name, value in {**floats, **masks}.items():

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from trapo.errors import TrapoError
 from trapo.models import prefix_tree
+from trapo.models.finite import not_finite
 from trapo.models.precision import compute_in
 from trapo.models.sharding import as_forward, is_sharded
 from trapo_kernels.integrations.transformers import decoder_of, fit_head, linear_head
@@ -97,6 +98,8 @@ def probe(model: PreTrainedModel, pad_id: int) -> Probe:
     finally:
         hook.remove()
     alone = hidden[-1] if hidden else hidden_states(model, short)
+    if logits.isnan().any() and (name := not_finite(model)):
+        raise TrapoError(f"model.path: weights of {name_of(model)} are NaN or infinite (the first: {name})")
     head = linear_head(model).cast(alone)
     low = bool({alone.dtype, logits.dtype, head.weight.dtype} & {torch.bfloat16, torch.float16})
     error = fit_head(model, head, alone.to(head.weight.dtype), logits)
