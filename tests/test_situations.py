@@ -89,6 +89,14 @@ def support(restrict):
     return call
 
 
+def topk_divergence(given, hidden, weight, backend):
+    ids = torch.stack([given.targets, (given.targets + 3) % V], -1)
+    logprobs = torch.tensor([-0.5, -2.0]).expand(B, T, 2)
+    return tk.linear_topk_divergence(
+        hidden, weight, ids, logprobs, kind="mixed", mask=given.inputs["mask"], backend=backend
+    ).loss
+
+
 def statistics(given, hidden, weight, backend):
     names = ["top5_mass", "sum_sq", "mean_logit"]
     found = tk.linear_statistics(hidden, weight, given.targets, names, backend=backend)
@@ -102,9 +110,10 @@ CALLS = (
     | {"linear_logprobs": logprobs, "logprobs_from_logits": logprobs_from_logits}
     | {"linear_divergence": divergence, "linear_statistics": statistics}
     | {"linear_support_logprobs": support(False), "a sampling mask": support(True)}
+    | {"linear_topk_divergence": topk_divergence}
 )
 CORE = ("linear grpo", "linear gspo", "linear asft", "logits trapo", "linear_logprobs", "linear_divergence")
-CORE += ("linear_support_logprobs",)
+CORE += ("linear_support_logprobs", "linear_topk_divergence")
 
 
 # Situations: each runs `fn(hidden, weight)` and gives (value, gradients or None) -----------------------------------

@@ -321,7 +321,31 @@ def log_probabilities_on_a_support_are_those_of_the_whole_head(group, rank, worl
                 assert_close(a, b, TOLERANCE[torch.float64], "support", floor=1.0)
 
 
+def divergences_from_a_top_k_are_those_of_the_whole_head(group, rank, world):
+    g = torch.Generator().manual_seed(3)
+    teacher = torch.randn(20, VOCAB, generator=g, dtype=torch.float64).log_softmax(1)
+    logprobs, ids = teacher.topk(5, 1)
+    case = make_case(20, VOCAB, with_bias=True)
+    for tail, kind in (("bucket", "mixed"), ("drop", "forward_kl"), ("renormalise", "jsd")):
+        hidden = case.hidden.detach().clone().requires_grad_()
+        parts = [shard(p, rank, world) for p in case.params()[1:]]
+        options = {"kind": kind, "tail": tail, "weights": torch.rand(20, generator=g)}
+        found = tk.linear_topk_divergence(hidden, parts[0], ids, logprobs, bias=parts[1], group=group, **options)
+        right = tk.linear_topk_divergence(
+            case.hidden, case.weight, ids, logprobs, bias=case.bias, backend="reference", **options
+        )
+        mine = torch.autograd.grad(found.loss, [hidden, *parts])
+        mine = [mine[0], *(whole(d, p, world) for d, p in zip(mine[1:], case.params()[1:], strict=True))]
+        wanted = torch.autograd.grad(right.loss, case.params())
+        for a, b in [(found.tokens, right.tokens), *zip(mine, wanted, strict=True)]:
+            assert_close(a, b, TOLERANCE[torch.float64], tail, floor=1.0)
+    other = logprobs + rank
+    with pytest.raises(ValueError, match="got ref_logprobs: different ones"):
+        tk.linear_topk_divergence(hidden, parts[0], ids, other, bias=parts[1], group=group)
+
+
 CHECKS = [
+    divergences_from_a_top_k_are_those_of_the_whole_head,
     log_probabilities_on_a_support_are_those_of_the_whole_head,
     loss_and_gradients_are_the_oracles_in_every_dtype,
     loss_and_gradients_are_the_oracles_under_every_head,

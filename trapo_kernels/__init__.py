@@ -29,6 +29,7 @@ from .statistics import sed_threshold
 from .support import SupportLogprobs, linear_support_logprobs
 from .terms import EXPERT_TERMS, POLICY_TERMS, Term
 from .tokens import Sequences, Tokens
+from .topk_divergence import TopkDivergence, linear_topk_divergence
 from .verify import verify
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "Term",
     "TokenLogprobs",
     "Tokens",
+    "TopkDivergence",
     "TrapoLoss",
     "__version__",
     "backends",
@@ -56,6 +58,7 @@ __all__ = [
     "linear_policy_loss",
     "linear_statistics",
     "linear_support_logprobs",
+    "linear_topk_divergence",
     "logprobs_from_logits",
     "merge_metrics",
     "policy_loss_from_logits",

@@ -20,7 +20,7 @@ from .tokens import Slopes, Tokens, given
 if TYPE_CHECKING:
     from .objective import Objective
 
-__all__ = ["OwnFunction", "function_name", "slopes_by_autograd"]
+__all__ = ["OwnFunction", "autograd_on", "function_name", "slopes_by_autograd"]
 
 _INPUTS = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs")
 _DIFFERENTIABLE = ("logprobs", "entropy", "target_logits")
@@ -105,7 +105,7 @@ def slopes_by_autograd(
     names = tuple(n for n in _DIFFERENTIABLE if n in depends_on)
     if not names:
         return Slopes(None)
-    with _autograd():
+    with autograd_on():
         inputs: dict[str, Any] = {n: given(getattr(t, n)).detach().requires_grad_() for n in names}
         loss = value(o, replace(t, **inputs))
         if not loss.requires_grad:
@@ -116,7 +116,7 @@ def slopes_by_autograd(
 
 
 @contextmanager
-def _autograd() -> Iterator[None]:
+def autograd_on() -> Iterator[None]:
     """Turns autograd on, where it is off, and inside an operator (ops.py) too, which runs below autograd: its dispatch
     keys are excluded there. torch.func would be public, but does not go together with the dispatch modes of
     torch.compile."""

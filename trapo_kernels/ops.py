@@ -47,7 +47,7 @@ __all__ = [
     "run_token_values",
     "sums_of_later",
 ]
-__all__ += ["three", "token_values", "token_values_backward"]
+__all__ += ["loss_backward", "save_loss", "three", "token_values", "token_values_backward"]
 
 _HEAD = "float temperature, float? softcap, float logit_scale, str backend"
 _PARAMS = "Tensor first, Tensor? weight, Tensor? bias"
@@ -338,7 +338,8 @@ def _(first: Tensor, weight: Any, bias: Any, *others: Any) -> tuple[Tensor, ...]
     return wide, wide.new_empty(count, first.shape[0]), *fake_gradients(first, weight, bias, others[-3:])
 
 
-def _save_policy_loss(ctx: Any, inputs: Any, output: Any) -> None:
+def save_loss(ctx: Any, inputs: Any, output: Any) -> None:
+    """Of an operator from (three parameters, ..., three wants) to (total, values, three gradients of the total)."""
     _, values, *grads = output
     ctx.mark_non_differentiable(values, *grads)
     ctx.set_materialize_grads(False)
@@ -346,14 +347,15 @@ def _save_policy_loss(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*inputs[:3], *grads)
 
 
-def _policy_loss_backward(ctx: Any, g_total: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def loss_backward(ctx: Any, g_total: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    """Hands the gradients over that such an operator has made."""
     if g_total is None:
         return (None,) * ctx.inputs
     saved = ctx.saved_tensors
     return *finish(saved[3:], saved[:3], ctx.wants, g_total), *(None,) * (ctx.inputs - 3)
 
 
-policy_loss.register_autograd(_policy_loss_backward, setup_context=_save_policy_loss)
+policy_loss.register_autograd(loss_backward, setup_context=save_loss)
 
 
 # Divergences of two heads ------------------------------------------------------------------------------------
@@ -396,4 +398,4 @@ def _(hidden: Tensor, weight: Any, bias: Any, *others: Any) -> tuple[Tensor, ...
 
 
 # Saved and differentiated as a policy loss is: (total, values, three gradients).
-divergence.register_autograd(_policy_loss_backward, setup_context=_save_policy_loss)
+divergence.register_autograd(loss_backward, setup_context=save_loss)

@@ -87,7 +87,7 @@ def linear_support_logprobs(
     validate.check_flag(caller, "restrict", restrict)
     validate.check_flag(caller, "entropy", entropy)
     options = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
-    on = prepare(caller, hidden, weight, ids, bias, mask, backend, group, (restrict, entropy), **options)
+    on = prepare(caller, hidden, weight, ids, bias, mask, backend, group, (restrict, entropy), {}, **options)
     if on.call.kernel is None:
         found = materialize(on, restrict)
     elif restrict:
@@ -113,9 +113,11 @@ def prepare(
     backend: str | None,
     group: Any,
     settings: Any,
+    inputs: dict[str, Any],
     **options: Any,
 ) -> Supported:
-    """Makes the call, checked.
+    """Makes the call, checked; `inputs` are further tensors that a rank must have in common with others, by
+    agreement.py's names, and `settings` numbers and words.
 
     Raises:
         TypeError, ValueError: an argument is wrong; one line names it.
@@ -129,7 +131,7 @@ def prepare(
             caller, head, hidden, weight, bias, backend, group, lambda h: validate.check_ids(caller, ids, h, vocab)
         )
         masks = validate.check_token_inputs(caller, hidden[..., 0], {}, {"mask": mask}, "hidden")[1]
-        found = {} if group is None else call.facts(ids, settings, mask=masks["mask"], given=mask is None)
+        found = {} if group is None else call.facts(ids, settings, mask=masks["mask"], given=mask is None, **inputs)
         return call, found
 
     call, sizes = over_shards(caller, group, weight, check)

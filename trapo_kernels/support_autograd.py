@@ -20,6 +20,7 @@ from .agreement import compare
 from .autograd import Job, check_backward, finish_all
 from .backends.base import RowKernel, RowStats, stats_dtype
 from .call import Params, in_one_dtype
+from .custom_terms import autograd_on
 from .head import Head
 from .selection import Selection
 from .support_rows import SupportSlopes, SupportValues, targets_of
@@ -116,7 +117,7 @@ class SupportLoss:
     def slopes(self, at: slice, values: SupportValues, tokens: Tensor) -> SupportSlopes:
         """Computes the derivatives of the rows' sum; their losses go into `tokens` [n]."""
         weights = self.weights[at]
-        with torch.enable_grad():
+        with autograd_on():
             inside, outside = (t.detach().requires_grad_() for t in values[:2])
             found = self.of(at, SupportValues(inside, outside, None))
             summed = torch.where(weights == 0, 0, found) * weights

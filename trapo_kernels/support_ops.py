@@ -19,12 +19,13 @@ from .backends.base import RowStats, stats_dtype
 from .backends.dispatch import pick
 from .call import Call, Named, wanted
 from .head import Head
-from .ops import fake_gradients, finish, three
+from .ops import fake_gradients, finish, loss_backward, save_loss, three
 from .selection import Selection
-from .support_autograd import make_job, run, run_backward
+from .support_autograd import SupportLoss, make_job, run, run_backward, run_loss
 from .support_rows import SupportValues
+from .topk_terms import Teacher
 
-__all__ = ["run_gathered", "run_support"]
+__all__ = ["run_gathered", "run_support", "run_topk"]
 
 _PARAMS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor ids"
 _HEAD = "float temperature, float? softcap, float logit_scale, str backend"
@@ -43,6 +44,18 @@ def run_gathered(call: Call, ids: Tensor) -> Tensor:
     """Returns logits of the ids [N, K]."""
     found: Tensor = torch.ops.trapo_kernels.gathered_logits(*call.params, ids, call.head.scale, *wanted(call.params))
     return found
+
+
+def run_topk(
+    call: Call, kernel: Named, ids: Tensor, active: Tensor, teacher: Teacher, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(Σ weights · divergences; of all rows [N] the divergences and the tail's log-mass, zero where not active)."""
+    total, values, *_ = torch.ops.trapo_kernels.topk_divergence(
+        *call.params, ids, active, teacher.logprobs, weights, teacher.kind, teacher.tail, teacher.beta,
+        *call.head.options, kernel.name, *wanted(call.params),
+    )  # fmt: skip
+    tokens, tail = values.unbind(0)
+    return total, tokens, tail
 
 
 def _op(name: str, schema: str) -> Any:
@@ -132,6 +145,43 @@ def _support_backward(ctx: Any, *incoming: Tensor | None) -> tuple[Any, ...]:
 
 
 support_values.register_autograd(_support_backward, setup_context=_save_support)
+
+
+@_op(
+    "topk_divergence",
+    f"({_PARAMS}, Tensor active, Tensor teacher_logprobs, Tensor weights, str kind, str tail, float beta, {_HEAD}, "
+    f"{_WANTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def topk_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    active: Tensor,
+    teacher_logprobs: Tensor,
+    weights: Tensor,
+    kind: str,
+    tail: str,
+    beta: float,
+    *others: Any,
+) -> tuple[Tensor, ...]:
+    """(Σ weights · divergences, those and the tail's log-mass [2, N], and the gradients of the sum)."""
+    params, selection = (hidden, weight, bias), Selection.choose(active, weights != 0)
+    job, mine = _job(params, ids, selection, others)
+    teacher = Teacher.of(kind, tail, beta, teacher_logprobs, ids, weight.shape[0]).map(selection.take)
+    loss = SupportLoss(teacher.of_values, selection.counting(selection.take(weights)))
+    tokens, left, grads = run_loss(job, mine, params, loss)
+    total = loss.total(tokens)
+    return total, torch.stack([selection.spread(tokens), selection.spread(left)]), *three(grads, total)
+
+
+@topk_divergence.register_fake
+def _(hidden: Tensor, weight: Any, bias: Any, *others: Any) -> tuple[Tensor, ...]:
+    wide = hidden.new_empty((), dtype=stats_dtype(hidden.dtype))
+    return wide, wide.new_empty(2, hidden.shape[0]), *fake_gradients(hidden, weight, bias, others[-3:])
+
+
+topk_divergence.register_autograd(loss_backward, setup_context=save_loss)
 
 
 @_op("gathered_logits", f"({_PARAMS}, float scale, {_WANTS}) -> Tensor")

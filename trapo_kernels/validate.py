@@ -24,6 +24,7 @@ __all__ = [
     "check_ids",
     "check_linear",
     "check_logits",
+    "check_of_ids",
     "check_reference",
     "check_targets",
     "divisor",
@@ -208,6 +209,14 @@ def check_ids(caller: str, ids: Any, hidden: Tensor, vocab: int | None) -> None:
             raise ValueError(
                 f"{caller}: ids must be int64 in [0, V) or -1 for none; got {end} {int(worst)} with V={vocab}"
             )
+
+
+def check_of_ids(caller: str, name: str, value: Any, ids: Tensor) -> None:
+    """Numbers of the shape of ids [..., K]."""
+    _float_tensor(caller, name, value)
+    _same(caller, name, value, "ids", ids, dtype=False)
+    if value.shape != ids.shape:
+        raise ValueError(f"{caller}: {name} must be {list(ids.shape)} as ids; got {list(value.shape)}")
 
 
 def check_logprobs(caller: str, logprobs: Any, entropy: Any) -> None:
