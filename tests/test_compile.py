@@ -359,10 +359,10 @@ def test_opcheck_of_policy_loss(name, backend):
 @pytest.mark.parametrize("kind", KINDS)
 def test_opcheck_of_divergence(kind):
     case = make_case(12, 19, width=5, dtype=torch.float32, with_bias=True)
-    ref = torch.randn(12, 4), torch.randn(19, 4), None
+    ref = [torch.randn(12, 4)], [torch.randn(19, 4)], [torch.empty(0)]
     active, weights = torch.arange(12) % 4 != 1, torch.rand(12).masked_fill(torch.arange(12) == 3, 0)
     heads = (0.7, 3.0, 1.5, 1.1, None, 0.9)
-    arguments = (*case.params(), *ref, active, weights, kind, 0.3, *heads, True, True, True)
+    arguments = (*case.params(), *ref, active, weights, kind, 0.3, [1.0], *heads, True, True, True)
     torch.library.opcheck(torch.ops.trapo_kernels.divergence.default, arguments)
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, TOLERANCE, assert_close, memory
+from kernel_cases import DTYPES, TOLERANCE, assert_close, gemms, memory
 from torch.distributions import Categorical, kl_divergence
 
 import trapo_kernels as tk
 
-KINDS = ("forward_kl", "reverse_kl", "jsd")
+KINDS = ("forward_kl", "reverse_kl", "jsd", "mixed")
 kinds = pytest.mark.parametrize("kind", KINDS)
 backends = pytest.mark.parametrize("backend", ["torch", "reference"])
 
@@ -60,6 +60,8 @@ def plain(pair, kind, beta=0.5, temperature=1.0, softcap=None, ref_softcap=None)
         return kl_divergence(p, q)
     if kind == "reverse_kl":
         return kl_divergence(q, p)
+    if kind == "mixed":
+        return beta * kl_divergence(p, q) + (1 - beta) * kl_divergence(q, p)
     m = Categorical(probs=beta * p.probs + (1 - beta) * q.probs)
     return beta * kl_divergence(p, m) + (1 - beta) * kl_divergence(q, m)
 
@@ -165,7 +167,7 @@ def test_a_token_without_weight_adds_nothing_where_its_divergence_is_infinite(ba
     pair.mask, pair.weights = None, torch.ones(30, dtype=torch.float64)
     pair.weights[:10] = 0
     pair.params[2][3] = pair.ref[2][4] = -torch.inf  # each can say a class that the other cannot
-    infinite = {"forward_kl": 3, "reverse_kl": 4, "jsd": None}[kind]
+    infinite = {"forward_kl": 3, "reverse_kl": 4, "jsd": None, "mixed": 3}[kind]
     out, grads = pair.run(backend, kind)
     assert (out.tokens == torch.inf).all() == (infinite is not None)
     assert out.loss == torch.inf or kind == "jsd"
@@ -232,7 +234,7 @@ def test_temporaries_keep_to_the_budget(dtype, kind):
 @pytest.mark.parametrize(
     ("wrong", "kind", "message"),
     [
-        ({"kind": "kl"}, ValueError, "kind must be one of 'forward_kl', 'reverse_kl', 'jsd'; got 'kl'"),
+        ({"kind": "kl"}, ValueError, "kind must be one of 'forward_kl', 'reverse_kl', 'jsd', 'mixed'; got 'kl'"),
         ({"beta": 1.0}, ValueError, "beta must be a number in (0, 1); got 1.0"),
         ({"ref_weight": torch.zeros(6, 3)}, ValueError, "ref_weight must have V=7 rows as weight; got 6"),
         ({"ref_hidden": torch.zeros(5, 3)}, ValueError, "ref_hidden must be [4] tokens as hidden; got [5]"),
@@ -258,3 +260,78 @@ def test_wrong_use_is_refused_in_one_line(wrong, kind, message):
     good |= {"ref_hidden": torch.zeros(4, 3), "ref_weight": torch.zeros(7, 3)}
     with pytest.raises(kind, match="^" + re.escape(f"linear_divergence: {message}")):
         tk.linear_divergence(**{**good, **wrong})
+
+
+# Several references, and logits that exist -------------------------------------------------------------------
+
+
+@kinds
+@backends
+def test_several_references_are_the_weighted_sum_of_each(backend, kind):
+    first, second = Pair(), Pair(seed=4)
+    second.params, second.mask, second.weights = first.params, first.mask, first.weights
+    names = ("ref_hidden", "ref_weight", "ref_bias")
+    refs = {name: [a, b] for name, a, b in zip(names, first.ref, second.ref, strict=True)}
+    params = [p.detach().clone().requires_grad_() for p in first.params]
+    for shares, wanted in ((None, (0.5, 0.5)), ([0.3, 2.0], (0.3, 2.0))):
+        with tk.budget_mb(0.05):
+            out = tk.linear_divergence(
+                params[0], params[1], **refs, ref_shares=shares, bias=params[2], kind=kind, backend=backend,
+                mask=first.mask, weights=first.weights,
+            )  # fmt: skip
+        found = out, torch.autograd.grad(out.loss, params)
+        each = [pair.run("reference", kind) for pair in (first, second)]
+        of_each = zip(*([o.loss, o.tokens, *g] for o, g in each), strict=True)
+        mixed = [wanted[0] * a + wanted[1] * b for a, b in of_each]
+        same(found, (tk.Divergence(mixed[0], mixed[1]), mixed[2:]), torch.float64)
+
+
+@kinds
+@backends
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_logits_of_a_reference_that_exist_do_as_well_as_its_head(backend, kind, dtype):
+    pair = Pair()
+    logits = pair.ref[0] @ pair.ref[1].T + pair.ref[2]
+    params = [p.detach().clone().requires_grad_() for p in pair.params]
+    given = logits.to(dtype) if dtype != torch.float64 else logits.log_softmax(-1)
+    out = tk.linear_divergence(
+        params[0], params[1], ref_logits=given, bias=params[2], kind=kind, backend=backend, mask=pair.mask,
+        weights=pair.weights,
+    )  # fmt: skip
+    exact = pair if dtype == torch.float64 else None
+    if exact is None:  # the rounded logits are the reference: those of an identity over the vocabulary
+        exact = Pair()
+        exact.ref = [given.double(), torch.eye(67, dtype=torch.float64), None]
+    same((out, torch.autograd.grad(out.loss, params)), exact.run("reference", kind), torch.float64)
+
+
+def test_a_further_reference_costs_a_gemm_and_no_more_memory():
+    pair = Pair(64, 3000, torch.float32)
+    hidden, weight = (p.detach().requires_grad_() for p in pair.params[:2])
+    refs = [hidden.detach().flip(1), hidden.detach()], [weight.detach(), weight.detach().flip(0)]
+
+    class Sizes:
+        hidden, weight = pair.params[:2]
+
+    def both():
+        return torch.autograd.grad(tk.linear_divergence(hidden, weight, *refs, kind="mixed").loss, (hidden, weight))
+
+    with tk.budget_mb(8):
+        assert gemms(both, Sizes) == 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_references_and_logits_are_one_graph(kind):
+    pair = Pair(9, 31)
+    logits = torch.randn(9, 31, dtype=torch.float64)
+    refs = {"ref_hidden": [pair.ref[0], pair.ref[0].flip(0)], "ref_weight": [pair.ref[1], pair.ref[1].flip(0)]}
+    params = [p.detach().clone().requires_grad_() for p in pair.params]
+
+    def value(hidden, weight, bias):
+        one = tk.linear_divergence(hidden, weight, bias=bias, kind=kind, ref_shares=[0.2, 0.8], **refs).loss
+        return one + tk.linear_divergence(hidden, weight, bias=bias, kind=kind, ref_logits=logits).loss
+
+    found, right = torch.compile(value, fullgraph=True, backend="aot_eager")(*params), value(*params)
+    assert_close(found, right, 1e-12, "value")
+    for a, b in zip(*(torch.autograd.grad(t, params) for t in (found, right)), strict=True):
+        assert_close(a, b, 1e-11, "gradient")

@@ -309,17 +309,26 @@ def test_transforms_that_a_streamed_loss_is_not_for_name_the_function_that_was_c
         ),
         ({"ref_options": {"softcap": -1}}, ValueError, "ref_options: softcap must be a finite number above 0 or None"),
         ({"beta": torch.ones(2, 2)}, ValueError, "beta must be a number in (0, 1); got a tensor of shape [2, 2]"),
-        ({"kind": ["jsd"]}, ValueError, "kind must be one of 'forward_kl', 'reverse_kl', 'jsd'; got ['jsd']"),
+        ({"kind": ["jsd"]}, ValueError, "kind must be one of 'forward_kl', 'reverse_kl', 'jsd', 'mixed'; got ['jsd']"),
         ({"backend": []}, ValueError, "backend must be 'torch', 'reference' or None; got []"),
         ({"mask": torch.ones(N)}, TypeError, "mask must be bool; got float32"),
         ({"normalizer": -2.0}, ValueError, "normalizer must be a number above 0 or a 0-dim tensor; got -2.0"),
+        ({"ref_logits": torch.zeros(N, 4)}, ValueError, "ref_logits must be None where ref_hidden, ref_weight or ref"),
+        ({"ref_shares": [0.5, 0.5]}, ValueError, "ref_shares must be 1 numbers, at least 0, or None; got [0.5, 0.5]"),
+        ({"ref_hidden": [GOOD["hidden"]]}, ValueError, "ref_weight must be a list, one for each of some references"),
+        ({"ref_hidden": None}, TypeError, "ref_hidden must be a tensor; got NoneType"),
+        (
+            {"ref_hidden": None, "ref_weight": None, "ref_logits": torch.zeros(N, 3)},
+            ValueError,
+            "ref_logits must be [..., V] with V=",
+        ),
     ],
     ids=str,
 )
 def test_a_divergence_refuses(wrong, kind, message):
     hidden, weight = GOOD["hidden"], GOOD["weight"]
     with pytest.raises(kind, match="^" + re.escape(f"linear_divergence: {message}")) as error:
-        tk.linear_divergence(hidden, weight, hidden, weight, **wrong)
+        tk.linear_divergence(hidden, weight, **{"ref_hidden": hidden, "ref_weight": weight, **wrong})
     assert "\n" not in str(error.value)
 
 

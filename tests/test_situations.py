@@ -91,7 +91,7 @@ def support(restrict):
 
 def topk_divergence(given, hidden, weight, backend):
     ids = torch.stack([given.targets, (given.targets + 3) % V], -1)
-    logprobs = torch.tensor([-0.5, -2.0]).expand(B, T, 2)
+    logprobs = torch.where(torch.arange(2, device=ids.device) == 0, -0.5, -2.0).expand(ids.shape)
     return tk.linear_topk_divergence(
         hidden, weight, ids, logprobs, kind="mixed", mask=given.inputs["mask"], backend=backend
     ).loss

@@ -4,17 +4,19 @@ without either's `[tokens, vocab]` logits: for distillation, and for ASFT's anch
     forward_kl   KL(p ‖ π) = Σ p (log p − log π)                         dD/dz = π − p
     reverse_kl   KL(π ‖ p) = Σ π (log π − log p)                         dD/dz_j = π_j (log π_j − log p_j − D)
     jsd          β KL(p ‖ M) + (1−β) KL(π ‖ M), M = β p + (1−β) π        dD/dz_j = (1−β) π_j (a_j − Σ π a), a = log π/M
+    mixed        β KL(p ‖ π) + (1−β) KL(π ‖ p)                           the sum of theirs
 
 One stream over chunks of rows: the student's logits and the reference's (a GEMM each), value and gradient in place of
-the student's logits, then the GEMMs of the gradients: 4 in all, 2·N·D·V FLOPs each. The budget holds both buffers and
-the scratch of a block of rows (4 times [block, V], and a mask). Logits are fp32 where the heads are of 16 bits: a
-divergence is a difference of two distributions, in which their rounding would be large.
+the student's logits, then the GEMMs of the gradients: 4 in all, 2·N·D·V FLOPs each; one more for each further
+reference, whose gradients are summed in a third buffer. The budget holds the buffers and the scratch of a block of rows
+(divergence_rows.py). Logits are fp32 where the heads are of 16 bits: a divergence is a difference of two distributions,
+in which their rounding would be large.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -27,16 +29,16 @@ from .autograd import apply, check_backward, finish_all
 from .backends.base import stats_dtype
 from .backends.dispatch import backend_name, pick
 from .budget import chunk_rows
-from .buffers import block_rows, logits_buffer
+from .buffers import logits_buffer
 from .call import Params, wanted
+from .divergence_rows import KINDS, Rows, scratch_bytes
 from .head import Head
+from .references import References, as_lists, check_reference, frozen, references, shares_of
 from .scalars import filled, number, shown
 from .selection import Selection
-from .sources import LinearSource
+from .sources import LinearSource, LogitsSource, Source
 
 __all__ = ["KINDS", "Divergence", "Job", "anchor", "linear_divergence", "run", "weighted_sum"]
-
-KINDS = ("forward_kl", "reverse_kl", "jsd")
 
 
 class Divergence(NamedTuple):
@@ -59,13 +61,14 @@ class Job:
     weights: Tensor  # compact [n], of the tokens' divergences
     normalizer: Tensor
     wants: tuple[bool, bool, bool]
+    shares: tuple[float, ...] = (1.0,)  # of the references
 
 
 def linear_divergence(
     hidden: Tensor,
     weight: Tensor,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
+    ref_hidden: Tensor | Sequence[Tensor] | None = None,
+    ref_weight: Tensor | Sequence[Tensor] | None = None,
     *,
     kind: str = "forward_kl",
     beta: float = 0.5,
@@ -73,7 +76,9 @@ def linear_divergence(
     weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     bias: Tensor | None = None,
-    ref_bias: Tensor | None = None,
+    ref_bias: Tensor | Sequence[Tensor | None] | None = None,
+    ref_logits: Tensor | None = None,
+    ref_shares: Sequence[float] | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -89,14 +94,19 @@ def linear_divergence(
     Args:
         hidden, weight, bias: the student's, [..., D], [V, D] and [V] or None, of one floating dtype.
         ref_hidden, ref_weight, ref_bias: the reference's, [..., D'], [V, D'] and [V] or None: of another width or
-            dtype if you like, over the same vocabulary.
-        kind: "forward_kl" = KL(reference ‖ student), "reverse_kl" = KL(student ‖ reference), "jsd".
-        beta: weight of the reference in the mixture of "jsd", in (0, 1).
+            dtype if you like, over the same vocabulary. Lists of them: several references in one pass over the
+            student's logits, whose divergences are added up.
+        kind: "forward_kl" = KL(reference ‖ student), "reverse_kl" = KL(student ‖ reference), "jsd", or "mixed" = beta ·
+            forward_kl + (1 − beta) · reverse_kl.
+        beta: weight of the reference in the mixture of "jsd", and of the forward KL in "mixed"; in (0, 1).
         mask: [...] bool, None = all tokens; others cost nothing and give 0.
         weights: [...] of the tokens, constants; None = 1.
         normalizer: a number above 0 or 0-dim tensor (where 0 counts as 1), a constant; None = the number of tokens in
             the mask, or 1.
         temperature, softcap, logit_scale: of both heads.
+        ref_logits: [..., V] of a reference that has no head here, in place of ref_hidden and ref_weight:
+            log-probabilities do as well. The head's options apply to them; see ref_options.
+        ref_shares: the weight of each of several references, at least 0; None = the same for all, 1 in sum.
         ref_options: those of the three that are different for the reference.
         backend: "torch" (streamed), "reference" (materialises both); None = streamed.
 
@@ -107,40 +117,36 @@ def linear_divergence(
     options = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
     head = validate.check_head(caller, **options)
     hidden, weight, bias = validate.one_dtype(hidden, weight, bias)
-    ref_hidden, ref_weight, ref_bias = validate.one_dtype(ref_hidden, ref_weight, ref_bias)
+    refs = references(caller, ref_hidden, ref_weight, ref_bias, ref_logits)
     others = {} if ref_options is None else ref_options
     if not isinstance(others, Mapping) or not set(others) <= set(options):
         raise TypeError(f"{caller}: ref_options must map some of {', '.join(options)} to numbers; got {shown(others)}")
     ref_head = validate.check_head(f"{caller}: ref_options", **{**options, **others})
-    beta = _check_beta(caller, beta)
-    _check(caller, (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias), kind)
+    beta, shares = _check_beta(caller, beta), shares_of(caller, ref_shares, len(refs))
+    _check(caller, (hidden, weight, bias), refs, kind)
     shape = hidden.shape[:-1]
     floats, masks = validate.check_token_inputs(caller, hidden[..., 0], {"weights": weights}, {"mask": mask}, "hidden")
     streamed = _is_streamed(caller, backend, hidden.device)
-    dtype = stats_dtype(hidden.dtype)
-    given, active = floats["weights"], hidden.new_ones(shape.numel(), dtype=torch.bool)
-    if masks["mask"] is not None:
-        active = masks["mask"].reshape(-1)
-    of_tokens = hidden.new_ones(shape.numel(), dtype=dtype) if given is None else given.reshape(-1).to(dtype)
-    params = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
-    ref = (ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), ref_weight.detach(), _detach(ref_bias))
+    active, of_tokens = _counted(hidden, masks["mask"], floats["weights"])
+    params, refs = (hidden.reshape(-1, hidden.shape[-1]), weight, bias), frozen(refs)
     wants = wanted(params)
     if normalizer is None:
-        scale = filled(active.sum().clamp(min=1), dtype, hidden.device)
+        scale = filled(active.sum().clamp(min=1), of_tokens.dtype, hidden.device)
     else:
-        scale = validate.divisor(caller, "normalizer", normalizer, dtype, hidden.device)
+        scale = validate.divisor(caller, "normalizer", normalizer, of_tokens.dtype, hidden.device)
     if streamed and torch.compiler.is_compiling():
         total, tokens, *_ = torch.ops.trapo_kernels.divergence(
-            *params, *ref, active, of_tokens, kind, beta, *head.options, *ref_head.options, *wants
-        )
+            *params, *as_lists(refs), active, of_tokens, kind, beta, list(shares), *head.options, *ref_head.options,
+            *wants,
+        )  # fmt: skip
         return Divergence(total / scale, tokens.reshape(shape))
     if torch.compiler.is_compiling():
         selection = replace(Selection.every(active), inside=active)
     else:
         selection = Selection.choose(active, of_tokens != 0)
     of_rows = selection.counting(selection.take(of_tokens))
-    job = Job(kind, beta, head, ref_head, selection, of_rows, scale, (wants[0], wants[1], wants[2]))
-    loss, tokens = _run(caller, job, ref, params, streamed)
+    job = Job(kind, beta, head, ref_head, selection, of_rows, scale, (wants[0], wants[1], wants[2]), shares)
+    loss, tokens = _run(caller, job, refs, params, streamed)
     return Divergence(loss, selection.spread(tokens.detach()).reshape(shape))
 
 
@@ -156,20 +162,27 @@ def anchor(
 ) -> Tensor:
     """Returns Σ weights · KL(reference ‖ student) / normalizer over rows that are chosen, with compact weights [n]."""
     params = validate.one_dtype(*params)
-    ref = ref_hidden, ref_weight, ref_bias = validate.one_dtype(*ref)
-    _check(caller, params, ref, "forward_kl")
-    ref = (ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), ref_weight.detach(), _detach(ref_bias))
+    refs = (validate.one_dtype(*ref),)
+    _check(caller, params, refs, "forward_kl")
     wants = wanted(params)
     job = Job("forward_kl", 0.5, head, head, selection, weights, normalizer, (wants[0], wants[1], wants[2]))
-    return _run(caller, job, ref, params, streamed)[0]
+    return _run(caller, job, frozen(refs), params, streamed)[0]
 
 
-def _run(caller: str, job: Job, ref: Params, params: Params, streamed: bool) -> tuple[Tensor, Tensor]:
+def _run(caller: str, job: Job, refs: References, params: Params, streamed: bool) -> tuple[Tensor, Tensor]:
     """Returns (the loss, the divergence of each token [n])."""
     found: tuple[Tensor, Tensor] = (
-        apply(_StreamedDivergence, caller, job, ref, *params) if streamed else _materialise(job, ref, *params)
+        apply(_StreamedDivergence, caller, job, refs, *params) if streamed else _materialise(job, refs, *params)
     )
     return found
+
+
+def _counted(hidden: Tensor, mask: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns (which tokens take part [N], their weights [N])."""
+    dtype, shape = stats_dtype(hidden.dtype), hidden.shape[:-1]
+    active = hidden.new_ones(shape.numel(), dtype=torch.bool) if mask is None else mask.reshape(-1)
+    of_tokens = hidden.new_ones(shape.numel(), dtype=dtype) if weights is None else weights.reshape(-1).to(dtype)
+    return active, of_tokens
 
 
 def _check_beta(caller: str, beta: Any) -> float:
@@ -177,10 +190,6 @@ def _check_beta(caller: str, beta: Any) -> float:
     if found is None or not 0 < found < 1:
         raise ValueError(f"{caller}: beta must be a number in (0, 1); got {shown(beta)}")
     return found
-
-
-def _detach(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.detach()
 
 
 def _is_streamed(caller: str, backend: str | None, device: torch.device) -> bool:
@@ -191,20 +200,11 @@ def _is_streamed(caller: str, backend: str | None, device: torch.device) -> bool
     return backend == "torch" or pick(backend, caller, device).kernel is not None
 
 
-def _check(caller: str, student: tuple[Any, Any, Any], ref: tuple[Any, Any, Any], kind: Any) -> None:
+def _check(caller: str, student: tuple[Any, Any, Any], refs: References, kind: Any) -> None:
     validate.check_linear(caller, *student)
-    validate.check_linear(caller, *ref, prefix="ref_")
-    (hidden, weight, _), (ref_hidden, ref_weight, _) = student, ref
-    if ref_weight.shape[0] != weight.shape[0]:
-        vocab = weight.shape[0]
-        raise ValueError(f"{caller}: ref_weight must have V={vocab} rows as weight; got {ref_weight.shape[0]}")
-    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
-        tokens, got = list(hidden.shape[:-1]), list(ref_hidden.shape[:-1])
-        raise ValueError(f"{caller}: ref_hidden must be {tokens} tokens as hidden; got {got}")
-    if ref_hidden.device != hidden.device:
-        raise ValueError(
-            f"{caller}: ref_hidden must be on the device of hidden, {hidden.device}; got {ref_hidden.device}"
-        )
+    hidden, weight, _ = student
+    for ref in refs:
+        check_reference(caller, ref, hidden, weight.shape[0])
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{caller}: kind must be one of {', '.join(map(repr, KINDS))}; got {shown(kind)}")
 
@@ -212,24 +212,36 @@ def _check(caller: str, student: tuple[Any, Any, Any], ref: tuple[Any, Any, Any]
 # The oracle --------------------------------------------------------------------------------------------------
 
 
-def _materialise(job: Job, ref: tuple[Any, ...], *params: Any) -> tuple[Tensor, Tensor]:
-    def log_softmax(head: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        z = reference.linear_logits(job.selection.counting(job.selection.take(hidden)), weight, bias) * head.scale
+def _materialise(job: Job, refs: References, *params: Any) -> tuple[Tensor, Tensor]:
+    def log_softmax(head: Head, *given: Any) -> Tensor:
+        first = job.selection.counting(job.selection.take(given[0]))
+        wide = torch.promote_types(stats_dtype(first.dtype), job.weights.dtype)
+        z = first.to(wide) if len(given) == 1 else reference.linear_logits(first, *given[1:])
+        z = z * head.scale
         return F.log_softmax(z if head.cap is None else head.cap * torch.tanh(z / head.cap), -1)
 
-    log_pi, log_p = log_softmax(job.head, *params), log_softmax(job.ref_head, *ref).to(job.weights.dtype)
+    log_pi = log_softmax(job.head, *params)
     # A token without weight has no gradient, where its divergence is infinite either.
     log_pi = torch.where((job.weights != 0)[:, None], log_pi, log_pi.detach())
-    if job.kind == "forward_kl":
-        tokens = _kl(log_p, log_pi)
-    elif job.kind == "reverse_kl":
-        tokens = _kl(log_pi, log_p)
-    else:
-        none = (log_p == -torch.inf) & (log_pi == -torch.inf)  # where the derivative of logaddexp is none
-        either = [t.masked_fill(none, 0) for t in (log_p, log_pi)]
-        log_m = torch.logaddexp(either[0] + math.log(job.beta), either[1] + math.log(1 - job.beta))
-        tokens = job.beta * _kl(log_p, log_m) + (1 - job.beta) * _kl(log_pi, log_m)
+    found = [_of_two(job, log_softmax(job.ref_head, *ref).to(job.weights.dtype), log_pi) for ref in refs]
+    tokens = sum(
+        (share * each for share, each in zip(job.shares[1:], found[1:], strict=True)), job.shares[0] * found[0]
+    )
     return weighted_sum(job.weights, tokens) / job.normalizer, tokens
+
+
+def _of_two(job: Job, log_p: Tensor, log_pi: Tensor) -> Tensor:
+    """Returns the divergence of each row [n]."""
+    if job.kind == "forward_kl":
+        return _kl(log_p, log_pi)
+    if job.kind == "reverse_kl":
+        return _kl(log_pi, log_p)
+    if job.kind == "mixed":
+        return job.beta * _kl(log_p, log_pi) + (1 - job.beta) * _kl(log_pi, log_p)
+    none = (log_p == -torch.inf) & (log_pi == -torch.inf)  # where the derivative of logaddexp is none
+    either = [t.masked_fill(none, 0) for t in (log_p, log_pi)]
+    log_m = torch.logaddexp(either[0] + math.log(job.beta), either[1] + math.log(1 - job.beta))
+    return job.beta * _kl(log_p, log_m) + (1 - job.beta) * _kl(log_pi, log_m)
 
 
 def weighted_sum(weights: Tensor, tokens: Tensor) -> Tensor:
@@ -250,10 +262,10 @@ class _StreamedDivergence(torch.autograd.Function):
     """Computes loss and gradients in one pass over the logits; the backward hands the gradients over."""
 
     @staticmethod
-    def forward(ctx: Any, job: Job, ref: tuple[Any, ...], *params: Any) -> tuple[Tensor, Tensor]:
-        tokens, ctx.grads = run(job, ref, params)
-        ctx.job, ctx.ref = job, len(params)
-        ctx.save_for_backward(*params, *ref)
+    def forward(ctx: Any, job: Job, refs: References, *params: Any) -> tuple[Tensor, Tensor]:
+        tokens, ctx.grads = run(job, refs, params)
+        ctx.job, ctx.params, ctx.sizes = job, len(params), [len(ref) for ref in refs]
+        ctx.save_for_backward(*params, *(t for ref in refs for t in ref))
         ctx.mark_non_differentiable(tokens)
         ctx.set_materialize_grads(False)
         return weighted_sum(job.weights, tokens) / job.normalizer, tokens
@@ -262,110 +274,59 @@ class _StreamedDivergence(torch.autograd.Function):
     def backward(ctx: Any, g_loss: Tensor | None, _: Any) -> tuple[Any, ...]:
         check_backward("linear_divergence", g_loss)
         if g_loss is None:
-            return (None,) * (2 + ctx.ref)
+            return (None,) * (2 + ctx.params)
         saved = ctx.saved_tensors  # once: inside a checkpoint they can be unpacked no second time
-        params, ref = saved[: ctx.ref], saved[ctx.ref :]
+        params, others = saved[: ctx.params], list(saved[ctx.params :])
         grads, ctx.grads = ctx.grads, None
         if grads is None:  # a second backward through a retained graph
-            _, grads = run(ctx.job, ref, params)
+            refs = tuple(tuple(others.pop(0) for _ in range(size)) for size in ctx.sizes)
+            _, grads = run(ctx.job, refs, params)
         return None, None, *finish_all(grads, params, g_loss / ctx.job.normalizer)
 
 
-def run(job: Job, ref: Any, params: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+def run(job: Job, refs: References, params: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Returns divergences of the compact rows [n], and the gradients of their weighted sum."""
     hidden, weight, bias = params
     selection, counting = job.selection, job.selection.counting
     source = LinearSource(counting(hidden), weight, bias, job.head, selection, wants=job.wants, wide_chunks=True)
-    hidden, weight, bias = ref
-    other = LinearSource(counting(hidden), weight, bias, job.ref_head, selection, wide_chunks=True)
+    others = [_source(job, ref) for ref in refs]
     size, middle = selection.size, selection.with_gradient if any(job.wants) else 0
     tokens = torch.empty(size, dtype=job.weights.dtype, device=source.device)
-    step = _chunk(job, source, other)
-    mine, theirs = (logits_buffer(step, s.vocab, s.dtype, s.device) for s in (source, other))
+    step = _chunk(job, source, others)
+    mine = logits_buffer(step, source.vocab, source.dtype, source.device)
+    theirs = {dtype: logits_buffer(step, source.vocab, dtype, source.device) for dtype in {o.dtype for o in others}}
+    total = logits_buffer(step, source.vocab, source.dtype, source.device) if len(others) > 1 else mine
     for start, stop in ((0, middle), (middle, size)):
         for first in range(start, stop, step):
             at = slice(first, min(first + step, stop))
-            x = source.logits(at, mine[: at.stop - first])
-            _divergence_(job, x, other.logits(at, theirs[: at.stop - first]), at, tokens, with_gradient=stop <= middle)
-            if stop <= middle:
-                source.put(at, x)
+            count = at.stop - first
+            x, into = source.logits(at, mine[:count]), total[:count] if stop <= middle else None
+            rows = Rows(job.kind, job.beta, job.head.cap, job.ref_head.cap, job.weights[at] * job.head.scale)
+            for i, (other, share) in enumerate(zip(others, job.shares, strict=True)):
+                r = other.logits(at, theirs[other.dtype][:count])
+                if selection.inside is not None:
+                    r.masked_fill_(~selection.inside[at, None], 0)
+                rows.add(x, r, tokens[at], share, into, first=i == 0)
+            if into is not None:
+                source.put(at, into)
     return tokens, source.gradients()
 
 
-def _chunk(job: Job, source: LinearSource, other: LinearSource) -> int:
+def _source(job: Job, ref: Params) -> Source:
+    """Returns where logits of a reference come from."""
+    counting = job.selection.counting
+    if len(ref) == 1:
+        assert ref[0] is not None
+        return LogitsSource(ref[0], job.ref_head, job.selection)
+    hidden, weight, bias = ref
+    assert hidden is not None
+    assert weight is not None
+    return LinearSource(counting(hidden), weight, bias, job.ref_head, job.selection, wide_chunks=True)
+
+
+def _chunk(job: Job, source: LinearSource, others: list[Source]) -> int:
     wide = stats_dtype(source.dtype).itemsize
-    scratch = block_rows(source.vocab, source.device) * source.vocab * (4 * wide + 2)
-    row_bytes = source.row_bytes + other.row_bytes
+    scratch = scratch_bytes(source.vocab, wide, source.device) + source.extra_bytes
+    row_bytes = source.row_bytes * (1 + (len(others) > 1)) + sum({o.dtype: o.row_bytes for o in others}.values())
     longest = max(job.selection.size, 1)
-    return min(longest, chunk_rows(longest, row_bytes, scratch + source.extra_bytes, source.device.type))
-
-
-def _blocks(x: Tensor, wide: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yields (rows, four scratch blocks [4, rows, V]) over all rows; the scratch is reused."""
-    rows, vocab = x.shape
-    step = min(block_rows(vocab, x.device), max(rows, 1))
-    scratch = x.new_empty(4, step, vocab, dtype=wide)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        yield slice(start, stop), scratch[:, : stop - start]
-
-
-def _log_softmax(x: Tensor, cap: float | None, out: Tensor, spare: Tensor) -> Tensor:
-    """Writes log π of a block of logits, before the soft-cap, to `out`."""
-    out.copy_(x)
-    if cap is not None:
-        out.div_(cap).tanh_().mul_(cap)
-    out.sub_(out.amax(1, keepdim=True))
-    return out.sub_(torch.exp(out, out=spare).sum(1, keepdim=True).log_())
-
-
-def _divergence_(job: Job, x: Tensor, r: Tensor, at: slice, tokens: Tensor, with_gradient: bool) -> None:
-    """Writes the divergences of a chunk into `tokens`; with the gradient, the student's logits x become that of their
-    weighted sum."""
-    values, weights = tokens[at], job.weights[at] * job.head.scale
-    for rows, (log_pi, log_p, a, b) in _blocks(x, tokens.dtype):
-        _log_softmax(x[rows], job.head.cap, log_pi, a)
-        _log_softmax(r[rows], job.ref_head.cap, log_p, a)
-        values[rows] = _KERNELS[job.kind](job.beta, log_pi, log_p, a, b)
-        if not with_gradient:
-            continue
-        a.mul_(weights[rows][:, None])  # dD/dz
-        if job.head.cap is not None:  # dz/dx = 1 − tanh²(x / cap)
-            a.addcmul_(a, b.copy_(x[rows]).div_(job.head.cap).tanh_().square_(), value=-1)
-        x[rows] = a.to(x.dtype)
-
-
-# Each gives D [block] and leaves dD/dz in `a`. Where a class has no probability, its logarithm of −∞ is masked.
-
-
-def _forward_kl(beta: float, log_pi: Tensor, log_p: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    torch.exp(log_p, out=b)
-    torch.sub(log_p, log_pi, out=a).masked_fill_(b == 0, 0).mul_(b)
-    value = a.sum(1)
-    torch.exp(log_pi, out=a).sub_(b)
-    return value
-
-
-def _reverse_kl(beta: float, log_pi: Tensor, log_p: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    torch.exp(log_pi, out=b)
-    torch.sub(log_pi, log_p, out=a).masked_fill_(b == 0, 0)
-    value = torch.mul(a, b, out=log_p).sum(1)
-    a.sub_(value[:, None]).mul_(b)
-    return value
-
-
-def _jsd(beta: float, log_pi: Tensor, log_p: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    # log π/M = −log(1−β) − log(1 + β/(1−β) · p/π), and log p/M likewise: log π − log M would cancel.
-    odds, zero = math.log(beta / (1 - beta)), b.new_zeros(())
-    torch.sub(log_p, log_pi, out=b).add_(odds)
-    torch.exp(log_p, out=a)
-    torch.logaddexp(torch.neg(b, out=log_p), zero, out=log_p).masked_fill_(a == 0, 0)
-    of_p = log_p.mul_(a).sum(1)
-    torch.exp(log_pi, out=a)
-    torch.logaddexp(b, zero, out=b).neg_().masked_fill_(a == 0, 0)  # log π/M + log(1−β)
-    mean = torch.mul(a, b, out=log_pi).sum(1)
-    a.mul_(b.sub_(mean[:, None])).mul_(1 - beta)
-    return (1 - beta) * (mean - math.log(1 - beta)) - beta * (of_p + math.log(beta))
-
-
-_KERNELS = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}
+    return min(longest, chunk_rows(longest, row_bytes, scratch, source.device.type))

@@ -31,6 +31,7 @@ from .call import Call, Named, Params, wanted
 from .head import Head
 from .objective import FIELDS, Objective
 from .reference import TokenValues
+from .references import from_lists
 from .scalars import constant
 from .selection import Selection
 from .sources import d_hidden_dtype
@@ -339,20 +340,24 @@ def _(first: Tensor, weight: Any, bias: Any, *others: Any) -> tuple[Tensor, ...]
 
 
 def save_loss(ctx: Any, inputs: Any, output: Any) -> None:
-    """Of an operator from (three parameters, ..., three wants) to (total, values, three gradients of the total)."""
+    """Saves what the backward reads of an operator from (three parameters, ..., three wants) to (total, values, three
+    gradients of the total)."""
     _, values, *grads = output
     ctx.mark_non_differentiable(values, *grads)
     ctx.set_materialize_grads(False)
-    ctx.wants, ctx.inputs = inputs[-3:], len(inputs)
+    ctx.wants = inputs[-3:]
+    # What has no gradient: of a list of tensors none for each.
+    lists = [isinstance(i, (list, tuple)) and len(i) > 0 and isinstance(i[0], Tensor) for i in inputs[3:]]
+    ctx.none = tuple([None] * len(i) if many else None for i, many in zip(inputs[3:], lists, strict=True))
     ctx.save_for_backward(*inputs[:3], *grads)
 
 
 def loss_backward(ctx: Any, g_total: Tensor | None, *_: Any) -> tuple[Any, ...]:
     """Hands the gradients over that such an operator has made."""
     if g_total is None:
-        return (None,) * ctx.inputs
+        return (None, None, None, *ctx.none)
     saved = ctx.saved_tensors
-    return *finish(saved[3:], saved[:3], ctx.wants, g_total), *(None,) * (ctx.inputs - 3)
+    return *finish(saved[3:], saved[:3], ctx.wants, g_total), *ctx.none
 
 
 policy_loss.register_autograd(loss_backward, setup_context=save_loss)
@@ -363,30 +368,32 @@ policy_loss.register_autograd(loss_backward, setup_context=save_loss)
 
 @_op(
     "divergence",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias, "
-    "Tensor active, Tensor weights, str kind, float beta, float temperature, float? softcap, float logit_scale, "
-    f"float ref_temperature, float? ref_softcap, float ref_logit_scale, {_WANTS}) "
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor[] ref_first, Tensor[] ref_weights, Tensor[] ref_biases, "
+    "Tensor active, Tensor weights, str kind, float beta, float[] shares, float temperature, float? softcap, "
+    f"float logit_scale, float ref_temperature, float? ref_softcap, float ref_logit_scale, {_WANTS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def divergence(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    ref_bias: Tensor | None,
+    ref_first: list[Tensor],
+    ref_weights: list[Tensor],
+    ref_biases: list[Tensor],
     active: Tensor,
     weights: Tensor,
     kind: str,
     beta: float,
+    shares: list[float],
     *heads_and_wants: Any,
 ) -> tuple[Tensor, ...]:
     """Returns (Σ of the active tokens' weighted divergences, each token's [N], and the gradients of the sum)."""
     selection, wants = Selection.choose(active, weights != 0), heads_and_wants[-3:]
     of_rows = selection.counting(selection.take(weights))
     head, ref_head = Head(*heads_and_wants[:3]), Head(*heads_and_wants[3:6])
-    job = divergences.Job(kind, beta, head, ref_head, selection, of_rows, weights.new_ones(()), wants)
-    tokens, grads = divergences.run(job, (ref_hidden, ref_weight, ref_bias), (hidden, weight, bias))
+    job = divergences.Job(kind, beta, head, ref_head, selection, of_rows, weights.new_ones(()), wants, tuple(shares))
+    refs = from_lists(ref_first, ref_weights, ref_biases)
+    tokens, grads = divergences.run(job, refs, (hidden, weight, bias))
     total = divergences.weighted_sum(of_rows, tokens)
     return total, selection.spread(tokens).clone(), *three(grads, total)
 

@@ -49,7 +49,8 @@ def run_gathered(call: Call, ids: Tensor) -> Tensor:
 def run_topk(
     call: Call, kernel: Named, ids: Tensor, active: Tensor, teacher: Teacher, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(Σ weights · divergences; of all rows [N] the divergences and the tail's log-mass, zero where not active)."""
+    """Returns (Σ weights · divergences; of all rows [N] the divergences and the tail's log-mass, zero where not
+    active)."""
     total, values, *_ = torch.ops.trapo_kernels.topk_divergence(
         *call.params, ids, active, teacher.logprobs, weights, teacher.kind, teacher.tail, teacher.beta,
         *call.head.options, kernel.name, *wanted(call.params),
@@ -165,7 +166,7 @@ def topk_divergence(
     beta: float,
     *others: Any,
 ) -> tuple[Tensor, ...]:
-    """(Σ weights · divergences, those and the tail's log-mass [2, N], and the gradients of the sum)."""
+    """Returns (Σ weights · divergences, those and the tail's log-mass [2, N], and the gradients of the sum)."""
     params, selection = (hidden, weight, bias), Selection.choose(active, weights != 0)
     job, mine = _job(params, ids, selection, others)
     teacher = Teacher.of(kind, tail, beta, teacher_logprobs, ids, weight.shape[0]).map(selection.take)

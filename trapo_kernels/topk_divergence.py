@@ -1,5 +1,5 @@
-"""Divergences from a teacher that is known on K ids a token, as an engine's top-k log-probabilities are: to distil
-without the teacher's logits, and without the student's. topk_terms.py has the formulas.
+"""A divergence is computed from a teacher that is known on K ids a token, as an engine's top-k log-probabilities are:
+to distil without the teacher's logits, and without the student's. topk_terms.py has the formulas.
 
 The gradients are made in the forward: three GEMMs, 2·N·D·V FLOPs each. A renormalised one needs the logits of the ids
 alone (gathered.py), where K is well below V.
@@ -26,7 +26,7 @@ __all__ = ["TopkDivergence", "linear_topk_divergence"]
 
 
 class TopkDivergence(NamedTuple):
-    """A loss (scalar, fp32; fp64 for fp64 inputs); detached, of each token [...] and zero at masked ones, its
+    """Holds a loss (scalar, fp32; fp64 for fp64 inputs); detached, of each token [...] and zero at masked ones, its
     divergence in nats, and the log-mass that the student has outside of the ids (None for tail="renormalise")."""
 
     loss: Tensor
@@ -53,7 +53,7 @@ def linear_topk_divergence(
     backend: str | None = None,
     group: Any = None,
 ) -> TopkDivergence:
-    """Σ weights · D(student, teacher) / normalizer over tokens, for a teacher that is known on K ids of each token.
+    """Computes Σ weights · D(student, teacher) / normalizer over tokens, for a teacher that is known on K ids of each.
 
     Gradients are exact, computed in the forward and handed over in the backward, as by `linear_policy_loss`: three
     GEMMs in all, and never the `[tokens, vocab]` logits.
@@ -116,7 +116,7 @@ def _check_choices(caller: str, kind: Any, tail: Any, beta: Any) -> float:
 def _loss(
     caller: str, on: Supported, teacher: Teacher, weights: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(the loss; of all rows [N] the divergences and the log-mass of the tail, zero where not active)."""
+    """Returns (the loss; of all rows [N] the divergences and the log-mass of the tail, zero where not active)."""
     call = on.call
     if call.kernel is None or teacher.tail == "renormalise":
         if call.kernel is None:
@@ -139,7 +139,7 @@ def _loss(
 def _by_autograd(
     on: Supported, teacher: Teacher, weights: Tensor, scale: Tensor, found: support.SupportLogprobs
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """From log-probabilities that have a gradient of their own."""
+    """Computes it from log-probabilities that have a gradient of their own."""
     counted = on.active & (weights != 0)
     logprobs = torch.where(counted[:, None], found.logprobs, found.logprobs.detach())
     tail = None if found.tail is None else torch.where(counted, found.tail, found.tail.detach())

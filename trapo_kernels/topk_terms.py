@@ -1,4 +1,4 @@
-"""What a divergence from a teacher's top-k is, on log-probabilities of a support: the formulas.
+"""These are the formulas of divergences from a teacher's top-k, on log-probabilities of a support.
 
 With p the teacher and q the student on classes j, and P = Σ p, Q = Σ q over a token's ids:
 
@@ -38,8 +38,8 @@ _LEAST_TAIL = math.log(1e-7)
 
 @dataclass(frozen=True)
 class Teacher:
-    """A divergence of compact rows from a teacher: log-probabilities [n, K] at the ids; an entry counts where it is
-    `there` [n, K]. `open` [n]: there are classes beside the ids."""
+    """Computes a divergence of compact rows from a teacher: log-probabilities [n, K] at the ids; an entry counts where
+    it is `there` [n, K]. `open` [n]: there are classes beside the ids."""
 
     kind: str
     tail: str
@@ -50,7 +50,7 @@ class Teacher:
 
     @classmethod
     def of(cls, kind: str, tail: str, beta: float, logprobs: Tensor, ids: Tensor, vocab: int) -> Teacher:
-        """Of ids [n, K], none of which stands twice in a row; -1: none."""
+        """Makes one of ids [n, K], none of which stands twice in a row; -1: none."""
         there = ids >= 0
         return cls(kind, tail, beta, logprobs, there, there.sum(1) < vocab)
 
@@ -58,11 +58,11 @@ class Teacher:
         return Teacher(self.kind, self.tail, self.beta, take(self.logprobs), take(self.there), take(self.open))
 
     def of_values(self, at: slice, values: SupportValues) -> Tensor:
-        """The divergence of each of the rows, whose `values` these are [C]."""
+        """Returns the divergence of each of the rows, whose `values` these are [C]."""
         return self.map(lambda t: t[at]).divergence(*normalize(values.inside, values.outside))
 
     def divergence(self, log_q: Tensor, log_q_tail: Tensor | None) -> Tensor:
-        """Of the student's log-probabilities [n, K] and its tail's log-mass [n], differentiable in both."""
+        """Returns it of the student's log-probabilities [n, K] and its tail's log-mass [n], differentiable in both."""
         log_p = self.logprobs.to(log_q.dtype).masked_fill(~self.there, -torch.inf)
         log_q = log_q.masked_fill(~self.there, -torch.inf)
         least = None
@@ -93,7 +93,8 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def _jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """β Σ p log p/m + (1 − β) Σ q log q/m [n]: log q/m = −log(1−β) − log(1 + β/(1−β) · p/q), which does not cancel."""
+    """Computes β Σ p log p/m + (1 − β) Σ q log q/m [n]: log q/m = −log(1−β) − log(1 + β/(1−β) · p/q) does not
+    cancel."""
     odds = math.log(beta / (1 - beta))
     no_p, no_q = log_p == -torch.inf, log_q == -torch.inf
     either, zero = no_p | no_q, log_q.new_zeros(())

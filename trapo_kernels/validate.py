@@ -175,11 +175,11 @@ def check_reference(caller: str, ref: tuple[Any, Any, Any], targets: Tensor, nee
     _same(caller, "ref_hidden", ref[0], "targets", targets, dtype=False)
 
 
-def check_logits(caller: str, logits: Any) -> None:
+def check_logits(caller: str, logits: Any, name: str = "logits") -> None:
     """Checks logits [..., V]."""
-    _float_tensor(caller, "logits", logits)
+    _float_tensor(caller, name, logits)
     if logits.ndim < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"{caller}: logits must be [..., V] with V >= 1; got {list(logits.shape)}")
+        raise ValueError(f"{caller}: {name} must be [..., V] with V >= 1; got {list(logits.shape)}")
 
 
 def check_targets(caller: str, targets: Any, like_name: str, like: Tensor) -> None:
@@ -212,7 +212,7 @@ def check_ids(caller: str, ids: Any, hidden: Tensor, vocab: int | None) -> None:
 
 
 def check_of_ids(caller: str, name: str, value: Any, ids: Tensor) -> None:
-    """Numbers of the shape of ids [..., K]."""
+    """Checks numbers of the shape of ids [..., K]."""
     _float_tensor(caller, name, value)
     _same(caller, name, value, "ids", ids, dtype=False)
     if value.shape != ids.shape:
