@@ -160,7 +160,8 @@ test-torch:
 	cp -r bench csrc tests trapo trapo_kernels setup.py pyproject.toml README.md LICENSE $(TORCH_TREE)
 	find $(TORCH_TREE) -name "*.so" -delete
 	$(PYTHON) -m venv $(TORCH_TREE)/.venv
-	$(TORCH_TREE)/.venv/bin/pip install -q --disable-pip-version-check "setuptools>=77" "$(TORCH)" pytest pytest-timeout numpy hypothesis
+	$(TORCH_TREE)/.venv/bin/pip install -q --disable-pip-version-check "setuptools>=77" "$(TORCH)" pytest pytest-timeout numpy hypothesis \
+	    "triton; platform_system == 'Linux'"
 	cd $(TORCH_TREE) && TRAPO_KERNELS_BUILD=required .venv/bin/python setup.py -q build_ext --inplace > build.log 2>&1 \
 	    || { tail -n 40 build.log; exit 1; }
 	cd $(TORCH_TREE) && .venv/bin/python -m pytest -q -p no:cacheprovider $(TORCH_TESTS)

@@ -5,7 +5,6 @@ import pytest
 from report_runs import HOSTILE, full_row, rollout, row, write_run
 
 from trapo.errors import TrapoError
-from trapo.report.figures import sections
 from trapo.report.run_data import read_run
 from trapo.report.write import write_comparison, write_report
 
@@ -35,10 +34,11 @@ def test_the_page_has_a_figure_for_everything_that_was_measured(tmp_path):
     figures = figures_in(write_report(run))
     assert {
         "Held-out accuracy",
-        "Reward",
+        "Own reward",
+        "Reward of all rollouts, expert text too",
         "Guidance used",
         "Reward by guidance level",
-        "Expert tokens outside the trust region",
+        "Expert tokens inside the trust region",
         "Expert tokens by probability",
         "Expert tokens by probability over time",
         "Entropy",
@@ -65,7 +65,8 @@ def test_the_histogram_is_shown_as_shares_against_alpha(tmp_path):
     assert late[0] == pytest.approx(36 / 186)
     assert figure["layout"]["shapes"][0]["x0"] == 0.2
     over_time = figures_in(run / "report.html")["Expert tokens by probability over time"]["traces"][0]
-    assert over_time["z"][0][0] == pytest.approx(19 / 62)  # [bin][step]
+    assert over_time["z"][0][0] ** 2 == pytest.approx(19 / 62)  # [bin][step]
+    assert over_time["text"][0][0] == "30.6%"
     assert len(over_time["y"]) == len(over_time["z"]) == 20
 
 
@@ -80,7 +81,7 @@ def test_several_runs_share_the_figures_and_are_told_apart(tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     page = write_comparison([a, b], tmp_path / "both.html")
     figures = figures_in(page)
-    assert lines(figures["Reward"]) == {"a/run": [0.325, 0.35], "b/run": [0.4]}
+    assert lines(figures["Reward of all rollouts, expert text too"]) == {"a/run": [0.325, 0.35], "b/run": [0.4]}
     assert set(lines(figures["Held-out accuracy"])) == {"a/run", "b/run"}
     assert {"Guidance used · a/run", "Guidance used · b/run"} <= figures.keys()
     text = page.read_text()
@@ -137,18 +138,87 @@ def test_text_of_rollouts_and_settings_is_escaped(tmp_path):
 def test_the_page_holds_samples_of_the_whole_run_and_the_ends_of_long_texts(tmp_path):
     rollouts = [rollout(step, own=f"step {step} {'x' * 9000} END") for step in range(1, 401) for _ in range(4)]
     text = write_report(write_run(tmp_path / "run", [row(1)], rollouts=rollouts)).read_text()
-    shown = [int(step) for step in re.findall(r'data-step="(\d+)"', text)]
-    assert len(shown) == 40
+    shown = [int(step) for step in re.findall(r'class="group".* data-step="(\d+)"', text)]
+    assert len(shown) == 20
     assert (shown[0], shown[-1]) == (1, 400)
-    assert text.count(" END</span>") == 40
+    assert text.count(" END</span>") == 80
     assert "characters …]" in text
 
 
-def test_long_curves_get_a_moving_average_and_short_ones_do_not(tmp_path):
-    long = read_run(write_run(tmp_path / "long", [row(s, reward=float(s % 2)) for s in range(1, 101)]))
-    short = read_run(write_run(tmp_path / "short", [row(s) for s in range(1, 10)]))
-    reward = {run.name: sections([run])[0].figures[0] for run in (long, short)}
-    raw, average = reward["long"].traces
-    assert average["y"][0] == raw["y"][0]
-    assert average["y"][-1] == pytest.approx(0.5, abs=0.05)
-    assert len(reward["short"].traces) == 1
+def test_own_reward_is_that_of_rollouts_without_a_prefix_in_old_rows_too(tmp_path):
+    rows = [row(1, reward_by_ratio={"0": 0.2, "1": 1.0}), row(2, own_reward=0.3), row(3, reward_by_ratio={})]
+    assert read_run(write_run(tmp_path / "run", rows)).series("own_reward") == [0.2, 0.3, None]
+
+
+def test_shares_that_a_row_does_not_hold_follow_from_those_that_it_holds(tmp_path):
+    clipped = {"clip_low": 0.1, "clip_high": 0.2, "clip_dual": None, "trsft_clipped": 0.25}
+    figures = figures_in(write_report(write_run(tmp_path / "run", [row(1, **clipped), row(2, trsft_clipped=None)])))
+    assert lines(figures["Own tokens past the clip"])["run"] == [pytest.approx(0.3), None]
+    assert lines(figures["Expert tokens inside the trust region"])["run"] == [0.75, None]
+
+
+def test_a_ratio_that_is_always_1_has_no_figures(tmp_path):
+    zeros = {"clip_low": 0.0, "clip_high": 0.0, "kl_old_k3": 0.0, "kl_ref_k3": 0.5}
+    figures = figures_in(write_report(write_run(tmp_path / "run", [row(1, **zeros)])))
+    assert "KL to the reference" in figures
+    assert not {"Own tokens past the clip", "KL from the policy that sampled"} & figures.keys()
+
+
+def test_one_level_has_one_colour_in_every_run_of_a_page(tmp_path):
+    few = write_run(tmp_path / "few", [row(1)])
+    levels = {"0": 4, "0.2": 2, "0.5": 1, "1": 1}
+    many = write_run(tmp_path / "many", [row(1, rollouts_by_ratio=levels, reward_by_ratio=dict.fromkeys(levels, 0.5))])
+    figures = figures_in(write_comparison([few, many], tmp_path / "both.html"))
+    colours = {}
+    for title, figure in figures.items():
+        if title.startswith(("Guidance used", "Reward by guidance level")):
+            for trace in figure["traces"]:
+                colours.setdefault(trace["name"], set()).add(trace["line"]["color"])
+    assert {name: len(found) for name, found in colours.items()} == dict.fromkeys(colours, 1)
+    assert len({found.pop() for found in colours.values()}) == 4
+
+
+def group(text, step):
+    """The part of a page that shows the group of a step."""
+    (found,) = re.findall(rf'<article class="group" [^>]*data-step="{step}".*?</article>', text, re.DOTALL)
+    return found
+
+
+def test_a_group_says_what_became_of_the_prompt_with_and_without_a_prefix(tmp_path):
+    def made(step, level, ratio, reward, **more):
+        return rollout(step, group=3, level=level, ratio=ratio, reward=reward, prefix="Tom" if ratio else "", **more)
+
+    mixed = [
+        made(1, 0, 0.0, 0.0),
+        made(1, 0, 0.0, 1.0),
+        made(1, 1, 0.5, 1.0),
+        made(1, 2, 1.0, 1.0, own_tokens=0, own=""),
+    ]
+    text = write_report(
+        write_run(
+            tmp_path / "run", [row(1)], rollouts=[*mixed, made(2, 0, 0.0, 0.1), made(3, 0, 0.0, None, advantage=None)]
+        )
+    ).read_text()
+    first, second, third = (group(text, step) for step in (1, 2, 3))
+    assert 'data-outcome="some right"' in first
+    assert 'data-levels="no prefix|prefix 100%|prefix 50%"' in first
+    assert 'data-own="0.5" data-gain="0.5"' in first  # the whole trace is none of the model's
+    assert re.findall(r"micro-group (\d)(?: · (\d) of (\d) right)?", first) == [
+        ("1", "1", "2"), ("2", "1", "1"), ("3", "1", "1")
+    ]  # fmt: skip
+    assert first.count('class="prompt"') == 1
+    assert ('data-outcome="none right"' in second, "◐ reward 0.1" in second, "not guided" in second) == (True,) * 3
+    assert ('data-outcome="not scored"' in third, 'data-own=""' in third, "reward" in third) == (True, True, False)
+
+
+def test_runs_that_differ_in_their_seeds_alone_are_named_together(tmp_path):
+    def made(name, *overrides):
+        return write_run(tmp_path / name, [row(1, generated_tokens=10, trained_tokens=5), row(2)], overrides=overrides)
+
+    runs = [made("a", "seed=1"), made("b", "seed=2"), made("other", "seed=2", "optim.lr=0.5")]
+    text = write_comparison(runs, tmp_path / "all.html").read_text()
+    axes = json.loads(re.search(r'id="axes"[^>]*>(.*?)</script>', text, re.DOTALL)[1])
+    assert [axes[name]["repeats"] for name in ("a", "b", "other")] == ["a and 1 more of its kind"] * 2 + [""]
+    assert axes["a"]["tokens"] == [15, 15]
+    assert 'id="seeds"' in text
+    assert 'id="seeds"' not in write_comparison(runs[1:], tmp_path / "two.html").read_text()

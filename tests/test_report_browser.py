@@ -33,17 +33,25 @@ def pages(tmp_path_factory):
     """Report pages: of one run, of two, and of one whose every text is an attack."""
     tmp = tmp_path_factory.mktemp("reports")
     rows = [full_row(step) for step in range(1, 13)]
-    shown = [rollout(s, ratio=r, reward=float(r > 0)) for s in (1, 6) for r in (0.5, 1.0)]
-    shown += [rollout(s, ratio=0.0, prefix="", prefix_tokens=0, own="I do not know.", reward=0.0) for s in (1, 6)]
+    shown = [rollout(s, level=i, ratio=r, reward=1.0) for s in (1, 6) for i, r in ((1, 0.5), (2, 1.0))]
+    unguided = {"level": 0, "ratio": 0.0, "prefix": "", "prefix_tokens": 0}
+    shown += [rollout(s, **unguided, own="I do not know.", reward=s / 10) for s in (1, 6)]
+    shown += [rollout(9, **unguided, own="It is 7.", prompt="Another question", reward=1.0)]
     accuracies = [(0, 0.2), (12, 0.35)]
     one = write_run(tmp / "one", rows, rollouts=shown, accuracies=accuracies)
     two = write_run(tmp / "two", rows[:9], rollouts=shown[:2], accuracies=accuracies, overrides=["optim.lr=0.5"])
     attack = [rollout(1, prompt=HOSTILE, prefix=HOSTILE, own=HOSTILE, answer=HOSTILE)]
     hostile = write_run(tmp / "hostile", rows, rollouts=attack)
+    ups = [{"own_reward": 0.2, "entropy": 1.0}, {"own_reward": 0.8, "entropy": 2.0}]
+    seeds = [
+        write_run(tmp / f"s{seed}", [full_row(s) | ups[seed] for s in range(1, 60)], overrides=[f"seed={seed}"])
+        for seed in (0, 1)
+    ]
     return {
         "one": write_report(one),
         "both": write_comparison([one, two], tmp / "both.html"),
         "hostile": write_report(hostile),
+        "seeds": write_comparison(seeds, tmp / "seeds.html"),
     }
 
 
@@ -125,7 +133,7 @@ def test_prefix_and_own_tokens_have_two_colours(open_page):
             assert (image == colour).all(axis=2).sum() > 500
 
 
-TEXTS = (".prefix", ".own", ".prompt", ".tile dt", ".tile small", "figcaption small", ".right", ".wrong", "nav a")
+TEXTS = (".prefix", ".own", ".prompt", ".tile dt", ".tile small", "figcaption small", ".right", ".part", "nav a")
 
 
 def test_text_has_enough_contrast(open_page):
@@ -148,19 +156,79 @@ def test_text_has_enough_contrast(open_page):
             assert (light + 0.05) / (dark + 0.05) >= 4.5, f"{selector} in {scheme}"
 
 
-def test_rollouts_can_be_filtered(open_page):
+def shown(page):
+    """Step of each group that is to be seen, in their order."""
+    return [int(g.get_attribute("data-step")) for g in page.query_selector_all(".group") if g.is_visible()]
+
+
+def test_groups_can_be_searched_filtered_and_sorted(open_page):
     page = open_page("both")
-
-    def shown():
-        return [c.query_selector(".facts").inner_text() for c in page.query_selector_all(".rollout") if c.is_visible()]
-
-    assert len(shown()) == 8
+    assert shown(page) == [1, 6, 9, 1]
     page.select_option("[data-filter=run]", "one")
-    page.select_option("[data-filter=level]", "prefix 50%")
-    assert len(shown()) == 2
-    page.select_option("[data-filter=step]", "6")
-    assert len(shown()) == 1
-    assert "step 6" in shown()[0]
+    assert shown(page) == [1, 6, 9]
+    page.select_option("[data-filter=outcome]", "all right")
+    assert shown(page) == [9]
+    page.select_option("[data-filter=outcome]", "")
+    page.select_option("[data-filter=levels]", "prefix 50%")
+    assert shown(page) == [1, 6]
+    assert page.inner_text("#count") == "2 of 4 prompts"
+    page.select_option("[data-filter=levels]", "")
+    page.fill("#search", "ANOTHER quest")
+    assert shown(page) == [9]
+    page.fill("#search", "")
+    page.select_option("#sort", "-own")
+    assert shown(page) == [9, 6, 1]
+    page.select_option("#sort", "-gain")
+    assert shown(page) == [1, 6, 9]  # what was not guided comes last
+    page.select_option("#sort", "-step")
+    assert shown(page) == [9, 6, 1]
+
+
+def test_micro_groups_of_a_prompt_stand_side_by_side(open_page):
+    page = open_page("one")
+    first = page.query_selector(".group")
+    boxes = [level.bounding_box() for level in first.query_selector_all(".level")]
+    assert len(boxes) == 3
+    assert len({round(box["y"]) for box in boxes}) == 1
+    assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
+    assert len(first.query_selector_all(".prompt")) == 1
+
+
+DRAWN = """title => document.querySelector(`.plot[aria-label="${title}"]`).data.map(
+    t => ({x: [...t.x], y: [...t.y], name: t.name, fill: t.fill ?? ''}))"""
+AXIS = """title => { const {xaxis, yaxis} = document.querySelector(`.plot[aria-label="${title}"]`).layout;
+                     return [xaxis.title.text, yaxis.type] }"""
+
+
+def test_the_controls_smooth_rescale_and_change_the_x_axis(open_page):
+    page = open_page("one")
+    assert len(page.evaluate(DRAWN, "Reward of all rollouts, expert text too")) == 1  # 12 steps are shown as they are
+    page.select_option("#x", "time")
+    (line,) = page.evaluate(DRAWN, "Entropy")
+    assert line["x"] == pytest.approx([13 * step / 3600 for step in range(1, 13)])
+    (accuracy,) = page.evaluate(DRAWN, "Held-out accuracy")
+    assert accuracy["x"] == pytest.approx([0, 13 * 12 / 3600])
+    assert page.evaluate(AXIS, "Entropy")[0] == "hours"
+    assert page.evaluate(AXIS, "Time of a step by part")[0] == "step"  # bars stay by step
+    page.check("#log")
+    assert page.evaluate(AXIS, "Entropy")[1] == "log"
+    assert page.evaluate(AXIS, "Own reward")[1] != "log"  # a share
+    page.fill("#smooth", "0.5")
+    raw, average = page.evaluate(DRAWN, "Reward of all rollouts, expert text too")
+    # Weights 1/2 and 1 of the first two values.
+    assert average["y"][:2] == pytest.approx([raw["y"][0], (raw["y"][0] / 2 + raw["y"][1]) / 1.5])
+
+
+def test_seeds_are_one_line_with_a_band_or_a_line_each(open_page):
+    page = open_page("seeds")
+    high, low, mean = page.evaluate(DRAWN, "Own reward")
+    assert (mean["name"], low["fill"]) == ("s0 and 1 more of its kind", "tonexty")
+    assert [line["y"][-1] for line in (high, low, mean)] == pytest.approx([0.8, 0.2, 0.5])
+    page.uncheck("#seeds")
+    assert {line["name"] for line in page.evaluate(DRAWN, "Own reward")} == {"s0", "s1"}
+    page.click(".chip >> text=s1")
+    assert {line["name"] for line in page.evaluate(DRAWN, "Own reward")} == {"s0"}
+    assert not page.query_selector("figure[data-run=s1]").is_visible()
 
 
 def test_the_button_switches_colours_of_page_and_figures(open_page):

@@ -41,18 +41,29 @@ def test_a_character_that_is_cut_in_two_does_not_lose_the_rest(tokenizer):
     assert row["prefix"]
 
 
-def test_every_guidance_level_is_sampled_before_one_is_sampled_twice(tokenizer):
-    rollouts = [make(tokenizer, own=f" {i}", ratio=ratio) for i, ratio in enumerate([0.0] * 20 + [0.5] * 3 + [1.0])]
-    chosen = sample_rollouts(rollouts, 5, seed=3)
-    assert sorted(r.ratio for r in chosen) == [0.0, 0.0, 0.5, 0.5, 1.0]
-    assert len({id(r) for r in chosen}) == 5
-    assert chosen == sample_rollouts(rollouts, 5, seed=3)
-    assert len(sample_rollouts(rollouts, 100, seed=3)) == 24
+def groups(tokenizer, *ratios):
+    """Rollouts of a step: for each prompt the prefix ratios of its group."""
+    return [
+        dataclasses.replace(make(tokenizer, own=f" {i}", ratio=ratio), group=i)
+        for i, group in enumerate(ratios)
+        for ratio in group
+    ]
+
+
+def test_prompts_are_sampled_whole_and_every_kind_before_one_is_sampled_twice(tokenizer):
+    alone, guided, whole = (0.0, 0.0, 0.0), (0.0, 0.5, 0.0), (0.0, 0.5, 1.0)
+    rollouts = groups(tokenizer, *[alone] * 9, guided, whole)
+    chosen = sample_rollouts(rollouts, 9, seed=3)
+    assert sorted(r.ratio for r in chosen) == [0.0] * 6 + [0.5, 0.5, 1.0]
+    assert len({r.group for r in chosen}) == 3
+    assert chosen == sample_rollouts(rollouts, 9, seed=3)
+    assert len(sample_rollouts(rollouts, 1, seed=3)) == 3  # a prompt at least
+    assert len(sample_rollouts(rollouts, 100, seed=3)) == 33
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_sample_is_not_always_the_first_rollouts(tokenizer, seed):
-    rollouts = [make(tokenizer, own=f" {i}") for i in range(50)]
+    rollouts = groups(tokenizer, *[(0.0,)] * 50)
     assert sample_rollouts(rollouts, 3, seed) != rollouts[:3]
 
 

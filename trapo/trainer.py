@@ -420,7 +420,7 @@ class Trainer:
 
     def _evaluate(self, display: Display, loggers: Loggers) -> None:
         """Evaluates now, and shows the held-out accuracy; left alone when an interrupted run already has it."""
-        if (result := self.held_out.evaluate(self.step, display.status)) is None:
+        if (result := self.held_out.evaluate(self.step, display.announce)) is None:
             return
         loggers.evaluation(self.step, result)
         display.note(f"held-out accuracy after step {self.step}: {result}")

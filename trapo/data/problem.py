@@ -36,3 +36,12 @@ def problem_id(source: str, question: str, answer: str) -> str:
 def digest(question: str, answer: str) -> str:
     # surrogatepass: a row that UTF-8 cannot spell gets as far as the check that refuses it.
     return hashlib.sha256(f"{question}\0{answer}".encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def prompt_text(problem: Problem) -> str:
+    """Returns a problem's chat but for its system prompt; who says what is told where there are examples before the
+    question."""
+    messages = [m for m in problem.prompt if m["role"] != "system"]
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)

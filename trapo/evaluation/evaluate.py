@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo.data.encode import EncodedProblem, decode_text
+from trapo.data.problem import prompt_text
 from trapo.data.sampling import load_eval_set
 from trapo.engines.guard import AgreementGuard, plain_scorer, unanswered
 from trapo.engines.make import make_engine
@@ -172,7 +173,7 @@ def evaluate(
 ) -> EvalResult:
     """Generate `samples` responses to each problem and score them. temperature: 0 or None is greedy.
 
-    rows_path: where to write one JSON row per response (id, answer, text, reward, status, detail).
+    rows_path: where to write one JSON row per response (id, prompt, answer, text, reward, status, detail).
     failures: told of the rewards; raises TrapoError, after the rows are written, where none can be had.
     """
     asked = [problem for problem in problems for _ in range(samples)]
@@ -185,7 +186,8 @@ def evaluate(
     rewards = score_texts(pool, texts, [p.problem for p in asked])
     if rows_path is not None:
         rows: list[dict[str, Any]] = [
-            {"id": p.problem.id, "source": p.problem.source, "answer": p.problem.answer, "text": text}
+            {"id": p.problem.id, "source": p.problem.source, "prompt": prompt_text(p.problem)}
+            | {"answer": p.problem.answer, "text": text}
             | {
                 "reward": r.value,
                 "status": r.status,

@@ -61,11 +61,18 @@ class Display:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.console.is_terminal:
+            self.status("done" if kind is None else "stopped")
             with contextlib.suppress(OSError):
                 self.live.stop()
 
     def status(self, message: str) -> None:
         self.progress.update(self.task, description=message)
+
+    def announce(self, message: str) -> None:
+        """As `status`, for what takes long: a log has a line of it, too."""
+        self.status(message)
+        if not self.console.is_terminal:
+            self.note(f"{message} ...")
 
     def note(self, message: str) -> None:
         """Prints a line that stays above the table."""
@@ -115,8 +122,8 @@ def table_columns(ratios: Sequence[float]) -> list[Column]:
     return [
         Column("step", "step", lambda row: str(row["step"])),
         Column("phase", "phase", lambda row: row["phase"], 4, width=5),
-        column("reward", lambda row: _number(row["reward"], ".2f")),
-        *(reward_at(f"{ratio:g}") for ratio in ratios),
+        column("own_reward", lambda row: _number(row.get("own_reward"), ".2f")),
+        *(reward_at(f"{ratio:g}") for ratio in ratios if ratio > 0),
         column("trsft_clipped", lambda row: _number(row.get("trsft_clipped"), ".0%"), 2),
         column("entropy", lambda row: _number(row.get("entropy"), ".2f"), 3),
         column("grad_norm", lambda row: _number(row["grad_norm"], ".2f"), 5),

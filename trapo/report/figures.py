@@ -4,6 +4,7 @@ and backgrounds are the page's, which knows whether it is light or dark; words a
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +24,8 @@ from trapo.report.words import (
 )  # fmt: skip
 
 Trace = dict[str, Any]
-SMOOTH_FROM = 40  # steps: shorter curves are shown as they are
+HEAT = (0.01, 0.1, 0.25, 0.5, 1.0)  # shares that the heat map's scale names
+MARKERS = 40  # steps that have a point each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Figure:
     note: str = ""
     x: str = "step"
     layout: dict[str, Any] = dataclasses.field(default_factory=dict)
+    run: str = ""  # of which it is alone; empty: of all
+    log: bool = False  # whether its y axis may be logarithmic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +49,20 @@ class Section:
 def sections(runs: Sequence[RunData]) -> list[Section]:
     """Returns all figures that these runs have numbers for."""
     found = [
-        Section("Learning", [_accuracy(runs), _curve(runs, "reward")]),
-        Section("Guidance", [*_each(runs, _rollouts_by_level), *_each(runs, _reward_by_level), _guided(runs)]),
+        Section("Learning", [_accuracy(runs), _curve(runs, "own_reward", unit_range=True)]),
+        Section(
+            "Guidance",
+            [
+                *_each(runs, _rollouts_by_level),
+                *_each(runs, _reward_by_level),
+                _guided(runs),
+                _curve(runs, "reward", unit_range=True),
+            ],
+        ),
         Section(
             "Trust region",
             [
-                _clipped(runs),
+                _inside(runs),
                 _curve(runs, "expert_prob", unit_range=True),
                 *([_early_and_late(runs[0])] if len(runs) == 1 else [_histograms(runs)]),
                 *_each(runs, _histogram_over_time),
@@ -59,6 +71,11 @@ def sections(runs: Sequence[RunData]) -> list[Section]:
         Section(
             "Policy",
             [
+                *(
+                    _curve(runs, name, zero=True)
+                    for name in ("kl_ref_k3", "kl_old_k3", "clipped")
+                    if _moves(runs, name)
+                ),
                 _curve(runs, "entropy", zero=True),
                 _curve(runs, "generated_length", zero=True),
                 _curve(runs, "finished", unit_range=True),
@@ -86,7 +103,13 @@ def _each(runs: Sequence[RunData], draw: Callable[[RunData], Figure]) -> list[Fi
     figures = [draw(run) for run in runs]
     if len(runs) == 1:
         return figures
-    return [dataclasses.replace(f, title=f"{f.title} · {r.name}") for f, r in zip(figures, runs, strict=True)]
+    named = zip(figures, runs, strict=True)
+    return [dataclasses.replace(f, title=f"{f.title} · {r.name}", run=r.name) for f, r in named]
+
+
+def _moves(runs: Sequence[RunData], metric: str) -> bool:
+    """Returns whether a metric is ever anything but 0: the ratio of a policy to itself says nothing."""
+    return any(value for run in runs for value in run.series(metric))
 
 
 def _figure(metric: str, traces: list[Trace], note: str = "", x: str = "step", layout: Any = None) -> Figure:
@@ -110,37 +133,27 @@ def _curve(
         values = run.series(metric)
         if any(v is not None for v in values):
             style = {"color": run_colour(index), "dash": DASHES[index // len(RUN_COLOURS) % len(DASHES)]}
-            traces += _line(run.name, run.steps, values, style, smooth=smooth)
+            traces.append(_line(run.name, run, values, style, smooth=smooth))
     axis: dict[str, Any] = {"rangemode": "tozero"} if zero else {}
-    if unit_range or metric == "reward":
+    if unit_range:
         axis = {"range": [-0.03, 1.03]} if all(_in_unit_range(t["y"]) for t in traces) else {}
-    smoothed = any("opacity" in trace for trace in traces)
-    note = ", ".join(part for part in (note, "thick: moving average" if smoothed else "") if part)
-    return _figure(metric, traces, note, layout={"yaxis": axis})
+    log = not unit_range and any(v is not None and v > 0 for trace in traces for v in trace["y"])
+    return dataclasses.replace(_figure(metric, traces, note, layout={"yaxis": axis}), log=log)
 
 
-def _line(
-    name: str, steps: list[int], values: list[float | None], style: dict[str, Any], *, smooth: bool = True
-) -> list[Trace]:
-    """Returns a line; a long one is thin, with a moving average over it."""
-    base: Trace = {"type": "scatter", "name": name, "x": steps, "legendgroup": name}
-    if not smooth or len(steps) < SMOOTH_FROM:
-        mode = "lines+markers" if len(steps) < SMOOTH_FROM else "lines"
-        return [base | {"y": values, "mode": mode, "line": {"width": 2, **style}, "marker": {"size": 5}}]
-    raw = {"y": values, "mode": "lines", "line": {"width": 1, **style}, "opacity": 0.35, "showlegend": False}
-    average = {"y": _moving_average(values), "mode": "lines", "line": {"width": 2.5, **style}, "hoverinfo": "skip"}
-    return [base | raw, base | average]
-
-
-def _moving_average(values: Sequence[float | None], weight: float = 0.9) -> list[float | None]:
-    """Returns the exponential moving average, started without bias towards the first value; None stays None."""
-    total = mass = 0.0
-    out: list[float | None] = []
-    for value in values:
-        if value is not None:
-            total, mass = weight * total + value, weight * mass + 1
-        out.append(total / mass if value is not None else None)
-    return out
+def _line(name: str, run: RunData, values: list[float | None], style: dict[str, Any], *, smooth: bool = True) -> Trace:
+    """Returns a line over the steps of a run. The page smooths it, and puts other quantities than steps under it."""
+    mode = "lines+markers" if len(values) <= MARKERS else "lines"
+    return {
+        "type": "scatter",
+        "name": name,
+        "x": run.steps,
+        "y": values,
+        "mode": mode,
+        "line": {"width": 2, **style},
+        "marker": {"size": 5},
+        "meta": {"run": run.name, "smooth": smooth, "curve": True},
+    }
 
 
 def _in_unit_range(values: Sequence[float | None]) -> bool:
@@ -175,6 +188,7 @@ def _accuracy(runs: Sequence[RunData]) -> Figure:
                 "cliponaxis": False,
                 "line": {"color": run_colour(index), "width": 2},
                 "marker": {"size": 9},
+                "meta": {"run": run.name, "smooth": False, "curve": True},
                 "hovertemplate": "%{text} of " + str(found[-1].get("problems", "?")) + " problems",
             }
         )
@@ -199,6 +213,7 @@ def _rollouts_by_level(run: RunData) -> Figure:
             "stackgroup": "rollouts",
             "line": {"width": 0.5, "color": colours[ratio]},
             "fillcolor": colours[ratio],
+            "meta": {"run": run.name},
         }
         for ratio in ratios
     ]
@@ -207,12 +222,8 @@ def _rollouts_by_level(run: RunData) -> Figure:
 
 def _reward_by_level(run: RunData) -> Figure:
     ratios = run.levels("reward_by_ratio")
-    colours = level_colours(run.levels("rollouts_by_ratio"))
-    lines = [
-        _line(level_name(r), run.steps, run.by_ratio("reward_by_ratio", r), {"color": colours.get(r, UNGUIDED)})
-        for r in ratios
-    ]
-    traces = [trace for line in lines for trace in line]
+    colours = level_colours(ratios)
+    traces = [_line(level_name(r), run, run.by_ratio("reward_by_ratio", r), {"color": colours[r]}) for r in ratios]
     axis = {"range": [-0.03, 1.03]} if all(_in_unit_range(t["y"]) for t in traces) else {}
     return _figure("reward_by_ratio", traces, layout={"yaxis": axis})
 
@@ -223,10 +234,10 @@ def _guided(runs: Sequence[RunData]) -> Figure:
     return _curve(runs, "guided", unit_range=True)
 
 
-def _clipped(runs: Sequence[RunData]) -> Figure:
+def _inside(runs: Sequence[RunData]) -> Figure:
     alphas = sorted({run.alpha for run in runs if run.alpha is not None})
-    note = "p < α = " + ", ".join(f"{a:g}" for a in alphas) if alphas else "p < α"
-    return _curve(runs, "trsft_clipped", note, unit_range=True)
+    note = "p ≥ α = " + ", ".join(f"{a:g}" for a in alphas) if alphas else "p ≥ α"
+    return _curve(runs, "trsft_inside", note, unit_range=True)
 
 
 def _counts(run: RunData) -> list[tuple[int, list[int]]]:
@@ -313,11 +324,19 @@ def _histogram_over_time(run: RunData) -> Figure:
         "name": run.name,
         "x": [step for step, _ in found],
         "y": _middles(len(shares[0])),
-        "z": [list(column) for column in zip(*shares, strict=True)],
+        # Most tokens are all but certain: a linear scale would show one bright row and nothing else.
+        "z": [[math.sqrt(share) for share in column] for column in zip(*shares, strict=True)],
+        "text": [[f"{share:.1%}" for share in column] for column in zip(*shares, strict=True)],
         "zmin": 0,
+        "zmax": 1,
         "colorscale": "Cividis",
-        "colorbar": {"tickformat": ".0%", "thickness": 12, "outlinewidth": 0},
-        "hovertemplate": "step %{x}, p ≈ %{y:.3f}: %{z:.1%}<extra></extra>",
+        "colorbar": {
+            "tickvals": [math.sqrt(share) for share in HEAT],
+            "ticktext": [f"{share:.0%}" for share in HEAT],
+            "thickness": 12,
+            "outlinewidth": 0,
+        },
+        "hovertemplate": "step %{x}, p ≈ %{y:.3f}: %{text}<extra></extra>",
     }
     layout: dict[str, Any] = {"yaxis": {"range": [0, 1], "showgrid": False}, "xaxis": {"showgrid": False}}
     layout |= _at_alpha([] if run.alpha is None else [run.alpha], "y") | {"hovermode": "closest"}

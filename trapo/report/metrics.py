@@ -17,13 +17,14 @@ HISTOGRAM_BINS = 20  # of probability, equally wide: the usual alpha of 0.1 is a
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], *, scored: bool) -> dict[str, object]:
-    """Returns the rewards (overall and by prefix ratio; none where rollouts were not scored), lengths and guidance of a
-    step."""
+    """Returns the rewards (overall, of rollouts without a prefix, and by prefix ratio; none where rollouts were not
+    scored), lengths and guidance of a step."""
     own = [r for r in rollouts if r.own_ids]
     ratios = sorted({r.ratio for r in rollouts})
     failed = [r.status for r in rollouts if r.status != "ok"]
     return {
         "reward": _mean(r.reward for r in rollouts) if scored else None,
+        "own_reward": _mean(r.reward for r in rollouts if not r.guided) if scored else None,
         "reward_by_ratio": {f"{x:g}": _mean(r.reward for r in rollouts if r.ratio == x) for x in ratios if scored},
         "rollouts_by_ratio": {f"{x:g}": sum(r.ratio == x for r in rollouts) for x in ratios},
         "guided": _mean(r.guided for r in rollouts),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import gzip
 import secrets
 from collections.abc import Sequence
@@ -14,19 +15,20 @@ from typing import Any
 import trapo_kernels
 from trapo.errors import TrapoError
 from trapo.report.figures import sections
+from trapo.report.groups import groups_of
 from trapo.report.run_data import RunData
-from trapo.report.words import level_colours, level_name, run_colour
+from trapo.report.words import run_colour
 from trapo.tools.files import write_atomic
 
-SAMPLES = 40  # rollouts of a run on the page
-SHOWN = 6000  # characters of a text; of a longer one the middle is left out
+SEED_KEYS = ("run_dir", "seed")  # in which repetitions of a run differ
 
 
 def write_page(runs: Sequence[RunData], path: Path) -> Path:
     """Write one page on all runs. Raises TrapoError when jinja2 or plotly is not installed."""
     try:
         import jinja2
-        from plotly.offline import get_plotlyjs
+
+        plotly = _plotly()
     except ImportError as error:
         raise TrapoError(f"report: needs {error.name} (pip install {error.name})") from error
     environment = jinja2.Environment(
@@ -45,13 +47,22 @@ def write_page(runs: Sequence[RunData], path: Path) -> Path:
         runs=[_head(index, run) for index, run in enumerate(runs)],
         sections=drawn,
         figures=figures,
-        rollouts=[_card(run, row) for run in runs for row in _spread(run.rollouts, SAMPLES)],
+        groups=[group for run in runs for group in groups_of(run)],
+        axes=_axes(runs),
         settings=_settings(runs),
         version=trapo_kernels.__version__,
-        plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode(),
+        plotly=plotly,
     )
     write_atomic(path, html)
     return path
+
+
+@functools.cache
+def _plotly() -> str:
+    """Returns Plotly's JavaScript, packed for the page."""
+    from plotly.offline import get_plotlyjs
+
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()
 
 
 def _head(index: int, run: RunData) -> dict[str, Any]:
@@ -64,8 +75,13 @@ def _head(index: int, run: RunData) -> dict[str, Any]:
     for row in (*run.rows, *evaluations):
         for kind, count in (row.get("reward_failures") or {}).items():
             failures[kind] = failures.get(kind, 0) + count
+    own = [value for value in run.series("own_reward") if value is not None]
+    part = max(len(own) // 5, 1)
     return {
         "name": run.name,
+        "own_first": sum(own[:part]) / part if own else None,
+        "own_last": sum(own[-part:]) / part if own else None,
+        "own_steps": part,
         "colour": run_colour(index),
         "mode": summary.get("mode") or run.config.get("mode", "?"),
         "model": summary.get("model") or run.config.get("model.path", "?"),
@@ -82,28 +98,29 @@ def _head(index: int, run: RunData) -> dict[str, Any]:
     }
 
 
-def _card(run: RunData, row: dict[str, Any]) -> dict[str, Any]:
-    """Returns a sample rollout as the page shows it."""
-    ratio = f"{row['ratio']:g}"
-    levels = sorted({*run.levels("rollouts_by_ratio"), ratio}, key=float)
-    texts = {key: _shortened(row[key]) for key in ("prompt", "prefix", "own")}
-    return {**row, **texts, "run": run.name, "level_name": level_name(ratio), "colour": level_colours(levels)[ratio]}
+def _axes(runs: Sequence[RunData]) -> dict[str, dict[str, Any]]:
+    """Returns what may stand under a curve of each run in place of its steps, and which runs repeat one another."""
+    alike: dict[str, list[int]] = {}
+    for index, run in enumerate(runs):
+        settings = {key: value for key, value in run.config.items() if key not in SEED_KEYS}
+        # Without a configuration nothing is known of it.
+        alike.setdefault(repr(sorted(settings.items())) if settings else str(index), []).append(index)
+    repeats = {index: members for members in alike.values() for index in members}
+    return {
+        run.name: {
+            "step": run.steps,
+            "tokens": run.tokens,
+            "time": [row.get("seconds") for row in run.rows],
+            "repeats": _together([runs[i].name for i in repeats[index]]),
+            "colour": run_colour(repeats[index][0]),
+        }
+        for index, run in enumerate(runs)
+    }
 
 
-def _spread(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Returns the rows of whole steps, spread evenly over the run, the first and the last among them; about `count`
-    rows."""
-    steps = sorted({row["step"] for row in rows})
-    wanted = max(count * len(steps) // max(len(rows), 1), 1)
-    if len(steps) > wanted:
-        steps = [steps[round(i * (len(steps) - 1) / max(wanted - 1, 1))] for i in range(wanted)]
-    return [row for row in rows if row["step"] in set(steps)]
-
-
-def _shortened(text: str) -> str:
-    if len(text) <= SHOWN:
-        return text
-    return f"{text[: SHOWN // 2]}\n[… {len(text) - SHOWN} characters …]\n{text[-SHOWN // 2 :]}"
+def _together(names: Sequence[str]) -> str:
+    """Returns what runs that repeat one another are called as one; "" for a run that nothing repeats."""
+    return f"{names[0]} and {len(names) - 1} more of its kind" if len(names) > 1 else ""
 
 
 def _settings(runs: Sequence[RunData]) -> list[dict[str, Any]]:

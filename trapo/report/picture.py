@@ -23,6 +23,7 @@ def write_picture(run: RunData) -> Path:
 def report_data(run: RunData) -> dict[str, Any]:
     """Returns the series by name, each a list over steps with None where a step has no such value."""
     names = [
+        "own_reward",
         "reward",
         "trsft_clipped",
         "expert_prob",

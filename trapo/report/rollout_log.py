@@ -1,4 +1,4 @@
-"""The file rollouts.jsonl has a few rollouts of some steps, as text, for people to read (`trapo report` shows them)."""
+"""The file rollouts.jsonl has all rollouts of a few prompts of some steps, as text (`trapo report` shows them)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from trapo.data.encode import decode_text
-from trapo.data.problem import Problem
+from trapo.data.problem import prompt_text
 from trapo.rollouts import Rollout
 from trapo.runs.run_dir import append_rows
 from trapo.settings.groups import LogConfig
@@ -31,13 +31,23 @@ class RolloutLog:
 
 
 def sample_rollouts(rollouts: Sequence[Rollout], count: int, seed: int) -> list[Rollout]:
-    """Returns at most `count` of a step's rollouts, in turns from each guidance ratio, so that rare ones are seen
-    too."""
-    by_ratio: dict[float, list[Rollout]] = {}
-    for rollout in random.Random(seed).sample(list(rollouts), len(rollouts)):
-        by_ratio.setdefault(rollout.ratio, []).append(rollout)
-    turns = [(turn, ratio) for ratio, drawn in by_ratio.items() for turn in range(len(drawn))]
-    return [by_ratio[ratio][turn] for turn, ratio in sorted(turns)[:count]]
+    """Returns all rollouts of some of a step's prompts: of as many prompts as make `count` rollouts, at least one.
+
+    Prompts are taken in turns by how many of their rollouts are guided, so that all kinds are seen.
+    """
+    groups: dict[int, list[Rollout]] = {}
+    for rollout in rollouts:
+        groups.setdefault(rollout.group, []).append(rollout)
+    by_guidance: dict[int, list[list[Rollout]]] = {}
+    for group in random.Random(seed).sample(list(groups.values()), len(groups)):
+        by_guidance.setdefault(sum(r.guided for r in group), []).append(group)
+    turns = sorted((turn, -kind) for kind, found in by_guidance.items() for turn in range(len(found)))
+    chosen: list[Rollout] = []
+    for turn, kind in turns:
+        if len(chosen) >= count:
+            break
+        chosen += by_guidance[-kind][turn]
+    return chosen
 
 
 def rollout_row(step: int, rollout: Rollout, tokenizer: PreTrainedTokenizerBase, *, scored: bool) -> dict[str, Any]:
@@ -47,7 +57,8 @@ def rollout_row(step: int, rollout: Rollout, tokenizer: PreTrainedTokenizerBase,
     return {
         "step": step,
         "id": problem.id,
-        "prompt": _prompt_text(problem),
+        "group": rollout.group,
+        "prompt": prompt_text(problem),
         "answer": problem.answer,
         "prefix": prefix,
         "own": own,
@@ -62,15 +73,6 @@ def rollout_row(step: int, rollout: Rollout, tokenizer: PreTrainedTokenizerBase,
         "detail": rollout.detail,
         "advantage": rollout.advantage if scored else None,
     }
-
-
-def _prompt_text(problem: Problem) -> str:
-    """Returns the chat but for its system prompt; who says what is told where there are examples before the
-    question."""
-    messages = [m for m in problem.prompt if m["role"] != "system"]
-    if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
 
 
 def _split_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:

@@ -4,7 +4,8 @@ None."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,31 @@ from trapo.runs.history import read_rows
 from trapo.runs.run_dir import RunDir
 from trapo.settings.text import shown_yaml
 from trapo.tools.files import read_json
+
+
+def _own_reward(row: Mapping[str, Any]) -> float | None:
+    if "own_reward" in row:
+        return row["own_reward"]
+    return (row.get("reward_by_ratio") or {}).get("0")  # rows of earlier versions
+
+
+def _inside(row: Mapping[str, Any]) -> float | None:
+    outside = row.get("trsft_clipped")
+    return None if outside is None else 1 - outside
+
+
+def _clipped(row: Mapping[str, Any]) -> float | None:
+    shares = [row.get(name) for name in ("clip_low", "clip_high", "clip_dual")]
+    found = [share for share in shares if share is not None]
+    return sum(found) if found else None
+
+
+# What a row says without holding it.
+DERIVED: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
+    "own_reward": _own_reward,
+    "trsft_inside": _inside,
+    "clipped": _clipped,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +58,16 @@ class RunData:
     def steps(self) -> list[int]:
         return [row["step"] for row in self.rows]
 
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens of the run up to the end of each step: generated ones and trained ones."""
+        counts = [(row.get("generated_tokens") or 0) + (row.get("trained_tokens") or 0) for row in self.rows]
+        return list(itertools.accumulate(counts))
+
     def series(self, name: str) -> list[float | None]:
-        """Returns a metric over the steps."""
-        return [row.get(name) for row in self.rows]
+        """Returns a metric over the steps: one of metrics.jsonl, or of DERIVED."""
+        read = DERIVED.get(name, lambda row: row.get(name))
+        return [read(row) for row in self.rows]
 
     def levels(self, name: str) -> list[str]:
         """Returns the prefix ratios that a by-ratio metric has, ascending."""

@@ -28,11 +28,16 @@ class Quantity:
 # By the names in metrics.jsonl and in evaluations.
 QUANTITIES: dict[str, Quantity] = {
     "accuracy": Quantity("Held-out accuracy", "accuracy"),
-    "reward": Quantity("Reward", "mean of all rollouts", "reward", "reward"),
+    "own_reward": Quantity("Own reward", "mean, rollouts without prefix", "own reward", "own"),
+    "reward": Quantity("Reward of all rollouts, expert text too", "mean reward"),
     "reward_by_ratio": Quantity("Reward by guidance level", "mean reward", "reward@", "@"),
     "rollouts_by_ratio": Quantity("Guidance used", "rollouts"),
     "guided": Quantity("Guided rollouts", "share"),
     "trsft_clipped": Quantity("Expert tokens outside the trust region", "share", "TrSFT clipped", "clip"),
+    "trsft_inside": Quantity("Expert tokens inside the trust region", "share"),
+    "kl_old_k3": Quantity("KL from the policy that sampled", "nats per token"),
+    "kl_ref_k3": Quantity("KL to the reference", "nats per token"),
+    "clipped": Quantity("Own tokens past the clip", "share"),
     "expert_prob": Quantity("Probability of expert tokens", "mean p"),
     "expert_prob_histogram": Quantity("Expert tokens by probability", "share of tokens"),
     "entropy": Quantity("Entropy", "nats per token", "entropy", "entropy"),
@@ -51,7 +56,7 @@ QUANTITIES: dict[str, Quantity] = {
 # Okabe and Ito's, told apart by people with any kind of colour vision; a run beyond them is dashed.
 RUN_COLOURS = ["#1f86d1", "#d9640a", "#12a37c", "#c774a4", "#c99700", "#7a86d6"]
 DASHES = ["solid", "dash", "dot", "dashdot"]
-# From no guidance to a whole trace: grey, then darker to lighter.
+# From no guidance to a whole trace: grey, then darker to lighter, by the share of the trace.
 UNGUIDED, _GUIDED = "#8b95a5", ["#3f6fd1", "#8b5fd3", "#d0528f", "#ee8a3c", "#e6c229"]
 OUTSIDE, INSIDE = "#d9640a", "#1f86d1"  # of the trust region
 PARTS = {"generate": "#1f86d1", "reward": "#c99700", "logprobs": "#c774a4", "collect": "#6aaee0", "update": "#d9640a"}
@@ -68,8 +73,18 @@ def level_name(ratio: str) -> str:
 
 
 def level_colours(ratios: Sequence[str]) -> dict[str, str]:
-    """Returns a colour for each of a run's guidance levels, in ascending order."""
-    guided = [ratio for ratio in ratios if float(ratio) > 0]
-    last = len(_GUIDED) - 1
-    places = [round(i * last / max(len(guided) - 1, 1)) for i in range(len(guided))]
-    return dict.fromkeys(ratios, UNGUIDED) | {r: _GUIDED[p] for r, p in zip(guided, places, strict=True)}
+    """Returns a colour for each guidance level; one level has one colour in every run and report."""
+    return {ratio: _level_colour(float(ratio)) for ratio in ratios}
+
+
+def _level_colour(ratio: float) -> str:
+    if ratio <= 0:
+        return UNGUIDED
+    place = min(ratio, 1.0) * (len(_GUIDED) - 1)
+    low = min(int(place), len(_GUIDED) - 2)
+    pairs = zip(_channels(_GUIDED[low]), _channels(_GUIDED[low + 1]), strict=True)
+    return "#" + "".join(f"{round(a + (b - a) * (place - low)):02x}" for a, b in pairs)
+
+
+def _channels(colour: str) -> list[int]:
+    return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]

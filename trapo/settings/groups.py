@@ -300,4 +300,4 @@ class LogConfig:
     tensorboard: bool = key(False, "Write TensorBoard's events, in run_dir/tensorboard.")
     wandb: bool = key(False, "Log to W&B, project trapo or WANDB_PROJECT; WANDB_MODE=offline works.")
     rollouts_every: int = key(5, "Steps between samples of rollouts in rollouts.jsonl; 0 is none.", least=0)
-    rollouts: int = key(4, "Rollouts in a sample, of as many guidance levels as there are.", least=1)
+    rollouts: int = key(4, "Rollouts in a sample, at least: prompts are taken whole, with all of theirs.", least=1)
