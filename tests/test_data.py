@@ -320,7 +320,8 @@ def test_an_unknown_layout_names_the_columns_found_and_those_accepted(tmp_path, 
         load_problems(path, on_bad_row=on_bad_row)
     assert str(caught.value) == (
         f"{path}: unknown layout; columns found: label, text; "
-        "accepted: prompt + reward_model or question + answer or prompt + answer"
+        "accepted: prompt + reward_model or prompt + completion or question + answer or prompt + answer or messages or "
+        "problem + answer"
     )
 
 
@@ -332,7 +333,9 @@ def test_an_empty_file_is_an_error(tmp_path):
 def test_a_missing_file_an_unknown_type_and_a_broken_parquet_say_so(tmp_path):
     with pytest.raises(DataError, match=r"no.jsonl: no such file"):
         load_problems(tmp_path / "no.jsonl")
-    with pytest.raises(DataError, match=r"toy.csv: unknown file type '.csv'; accepted: .jsonl, .parquet, task://"):
+    with pytest.raises(
+        DataError, match=r"toy.csv: unknown file type '.tsv'; accepted: .jsonl, .json, .csv, .parquet, task://"
+    ):
         load_problems(tmp_path / "toy.csv")
     (tmp_path / "toy.parquet").write_text("no")
     with pytest.raises(DataError, match=r"toy.parquet: not a parquet file"):

@@ -44,7 +44,11 @@ def pages(tmp_path_factory):
     hostile = write_run(tmp / "hostile", rows, rollouts=attack)
     ups = [{"own_reward": 0.2, "entropy": 1.0}, {"own_reward": 0.8, "entropy": 2.0}]
     seeds = [
-        write_run(tmp / f"s{seed}", [full_row(s) | ups[seed] for s in range(1, 60)], overrides=[f"seed={seed}"])
+        write_run(
+            tmp / f"s{seed}",
+            [full_row(s % 9 + 1) | ups[seed] | {"step": s} for s in range(1, 60)],
+            overrides=[f"seed={seed}"],
+        )
         for seed in (0, 1)
     ]
     return {

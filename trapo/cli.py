@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from trapo.models.plan import Plan
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # which would eat [aime24,math500] in a help text
@@ -60,6 +59,13 @@ class IfFinished(str, Enum):
 class IfChanged(str, Enum):
     stop = "stop"
     proceed = "continue"
+
+
+class GpuName(str, Enum):
+    a100 = "a100"
+    h100 = "h100"
+    h200 = "h200"
+    b200 = "b200"
 
 
 @app.command()
@@ -195,15 +201,17 @@ def plan(
     response_tokens: Annotated[
         int | None, typer.Option(min=1, help="assume responses of this length instead of the limit")
     ] = None,
+    gpu: Annotated[GpuName, typer.Option(help="what it is to run on")] = GpuName.h100,
 ) -> None:
-    """Print shapes, memory by part and FLOPs of a configuration, by arithmetic: that needs no GPU and no weights."""
+    """Print shapes, memory, FLOPs, whether it fits and how long it takes, by arithmetic: without GPU or weights."""
     from trapo.config import load_config
 
     settings = load_config(config, overrides or [])
     _quiet_transformers()
+    from trapo.models.gpus import GPUS
     from trapo.models.plan import tables
 
-    for table in tables(plan_of(settings, ranks, response_tokens)):
+    for table in tables(plan_of(settings, ranks, response_tokens), GPUS[gpu.value]):
         print_table(_console(), table)
 
 

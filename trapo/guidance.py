@@ -113,6 +113,20 @@ def schedule(sizes: Sequence[int], ratios: Sequence[float], thresholds: Sequence
     return Schedule(groups, **options)
 
 
+def split_group(size: int, shares: Sequence[int]) -> list[int]:
+    """Returns `size` rollouts split over micro-groups in these shares, each at least 1; what is left goes where most is
+    missing. Raises TrapoError for fewer rollouts than micro-groups."""
+    if size < len(shares):
+        raise TrapoError(f"guidance.group_size: got {size}; at least {len(shares)}, one for each micro-group")
+    wanted = [size * share / sum(shares) for share in shares]
+    sizes = [max(int(number), 1) for number in wanted]
+    while (missing := size - sum(sizes)) != 0:
+        step = 1 if missing > 0 else -1
+        able = [i for i, number in enumerate(sizes) if step > 0 or number > 1]
+        sizes[max(able, key=lambda i: step * (wanted[i] - sizes[i]))] += step
+    return sizes
+
+
 PAPER = schedule([4, 2, 1, 1], [0.0, 0.2, 0.5, 1.0], [NEVER, 0.5, 0.7, 0.9])
 
 # The authors' code asks for reward sums < 2 of 4, < 4 of 6, < 7 of 7: for 0/1 rewards the paper's thresholds but for

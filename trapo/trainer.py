@@ -25,6 +25,7 @@ from trapo.data.sampling import (
     load_eval_set,
     load_train_set,
     longest_sequence,
+    note_shared,
     problems_at,
     to_imitate,
 )
@@ -243,6 +244,7 @@ class Trainer:
         )
         self.imitated = to_imitate(self.train_set, limit)  # what phases that only imitate draw from
         eval_set, eval_limit = load_eval_set(config.data, self.tokenizer, log), config.eval.max_response_tokens or limit
+        note_shared(self.train_set, eval_set, log)
         longest = max(longest_sequence(self.train_set, limit), longest_sequence(eval_set, eval_limit))
         check_positions(self.model, longest)
         self.engine = make_engine(

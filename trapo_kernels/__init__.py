@@ -15,7 +15,6 @@ from .divergence import Divergence, linear_divergence
 from .functional import (
     PolicyLoss,
     TokenLogprobs,
-    TrapoLoss,
     linear_logprobs,
     linear_policy_loss,
     linear_statistics,
@@ -24,6 +23,7 @@ from .functional import (
     policy_loss_from_logprobs,
 )
 from .metrics import METRICS, Metric, merge_metrics
+from .module import TrapoLoss
 from .objective import Objective
 from .statistics import sed_threshold
 from .support import SupportLogprobs, linear_support_logprobs

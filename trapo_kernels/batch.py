@@ -4,6 +4,7 @@ is divided by."""
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -220,6 +221,9 @@ def make_batch(
     if vocab is not None:
         validate.check_range(caller, flat, active, vocab, head.ignore_index)
     given, advantages = masks["expert_mask"], floats["advantages"]
+    mixed = objective.expert is not None and objective.expert_coef != 0 and objective.has_policy_term
+    if given is None and mixed and not torch.compiler.is_compiling():
+        _say_no_expert(caller)
     expert = torch.full_like(active, objective.supervised) if given is None else given.reshape(-1)
     if (weighted := floats["policy_weights"]) is not None:
         floats["policy_weights"] = weighted = validate.policy_weights(caller, weighted.reshape(-1), active & ~expert)
@@ -250,6 +254,17 @@ def make_batch(
         shape=targets.shape,
         dense=dense,
         expert_normalizer=of_experts,
+    )
+
+
+@functools.cache
+def _say_no_expert(caller: str) -> None:
+    """Says once that a mixed loss got no expert token: a mask that was forgotten looks like training."""
+    warnings.warn(
+        f"{caller}: objective has an expert term, and expert_mask is None: no token gets it (an objective with "
+        "expert=None says the same without this line)",
+        RuntimeWarning,
+        stacklevel=3,
     )
 
 

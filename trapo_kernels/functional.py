@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import validate, vocab_parallel
-from .backends.dispatch import check_backend
 from .batch import Batch, PolicyLoss, active_tokens, make_batch
 from .call import Call, call_of_linear, call_of_logits, over_shards
 from .objective import Objective
@@ -20,7 +18,6 @@ from .statistics import check_statistics
 __all__ = [
     "PolicyLoss",
     "TokenLogprobs",
-    "TrapoLoss",
     "linear_logprobs",
     "linear_policy_loss",
     "linear_statistics",
@@ -75,6 +72,12 @@ def linear_logprobs(
         TypeError, ValueError: one line naming the argument, what it accepts and what it got. Values of targets are
             checked on the CPU; on an accelerator one out of range trips the device's index assertion (`torch`) or makes
             its token, and with it the loss, NaN (`triton`, `cuda`).
+
+    Example:
+        >>> hidden, head = torch.randn(2, 5, 8), torch.nn.Linear(8, 100, bias=False)
+        >>> found = linear_logprobs(hidden, head.weight, torch.randint(0, 100, (2, 5)), entropy=True)
+        >>> found.logprobs.shape, bool((found.logprobs <= 0).all())
+        (torch.Size([2, 5]), True)
     """
     caller = "linear_logprobs"
     hidden, weight, bias, group = vocab_parallel.local_parts(caller, hidden, weight, bias, group)
@@ -107,6 +110,11 @@ def logprobs_from_logits(
 
     Raises:
         TypeError, ValueError: as `linear_logprobs`.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+        >>> logprobs_from_logits(logits, torch.tensor([0, -100])).logprobs
+        tensor([-0.6931,  0.0000])
     """
     caller = "logprobs_from_logits"
     head = validate.check_head(
@@ -245,6 +253,16 @@ def linear_policy_loss(
 
     Raises:
         TypeError, ValueError: as `linear_logprobs`.
+
+    Example:
+        >>> hidden, head = torch.randn(2, 5, 8), torch.nn.Linear(8, 100, bias=False)
+        >>> targets, expert = torch.randint(0, 100, (2, 5)), torch.zeros(2, 5, dtype=torch.bool)
+        >>> expert[:, :2] = True                               # the expert wrote the first two tokens of each
+        >>> out = linear_policy_loss(hidden, head.weight, targets, Objective.trapo(),
+        ...                          advantages=torch.tensor([1.0, -0.5]), expert_mask=expert)
+        >>> out.loss.backward()
+        >>> int(out.metrics["expert_tokens"]), head.weight.grad.shape
+        (4, torch.Size([100, 8]))
     """
     caller = "linear_policy_loss"
     hidden, weight, bias, group = vocab_parallel.local_parts(caller, hidden, weight, bias, group)
@@ -370,6 +388,13 @@ def policy_loss_from_logprobs(
 
     Raises:
         TypeError, ValueError: as `linear_logprobs`.
+
+    Example:
+        >>> logprobs = torch.tensor([-0.5, -2.0], requires_grad=True)
+        >>> out = policy_loss_from_logprobs(logprobs, Objective.grpo(), advantages=torch.tensor([1.0, -1.0]))
+        >>> out.loss.backward()
+        >>> logprobs.grad                                      # −A of each, over two tokens
+        tensor([-0.5000,  0.5000])
     """
     batch, values = batch_of_logprobs(
         "policy_loss_from_logprobs", logprobs, objective, entropy, skip_inactive=skip_inactive,
@@ -384,50 +409,3 @@ def policy_loss_from_logprobs(
     if entropy is None:
         del out.metrics["entropy"]
     return out
-
-
-_HEAD = ("temperature", "softcap", "logit_scale", "ignore_index")
-_GIVEN = ("hidden", "weight", "targets", "objective")
-_OPTIONS = tuple(name for name in inspect.signature(linear_policy_loss).parameters if name not in _GIVEN)
-
-
-class TrapoLoss(nn.Module):
-    """Is `linear_policy_loss` with its objective and head options held: `TrapoLoss(Objective.trapo(),
-    temperature=0.6)`.
-
-    Args:
-        objective: the terms.
-        **options: any keyword argument of `linear_policy_loss`, the same at every call (temperature, softcap,
-            logit_scale, ignore_index, backend, skip_inactive, ...).
-
-    Raises:
-        TypeError, ValueError: an option that there is not, or out of its range; the message names it.
-    """
-
-    def __init__(self, objective: Objective, **options: Any) -> None:
-        super().__init__()
-        _check_options(objective, options)
-        self.objective = objective
-        self.options = options
-
-    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, **inputs: Any) -> PolicyLoss:
-        """Takes the arguments of `linear_policy_loss`, less the objective, and raises its errors."""
-        return linear_policy_loss(hidden, weight, targets, self.objective, **{**self.options, **inputs})
-
-    def extra_repr(self) -> str:
-        return ", ".join([repr(self.objective), *(f"{name}={value!r}" for name, value in self.options.items())])
-
-
-def _check_options(objective: Any, options: dict[str, Any]) -> None:
-    """Checks what can be checked before there are tensors."""
-    caller = "TrapoLoss"
-    if not isinstance(objective, Objective):
-        raise TypeError(f"{caller}: objective must be an Objective; got {type(objective).__name__}")
-    for name in options:
-        if name not in _OPTIONS:
-            raise TypeError(f"{caller}: options must be among {', '.join(_OPTIONS)}; got {name!r}")
-    validate.check_head(caller, **{name: options[name] for name in _HEAD if name in options})
-    validate.check_grad_tolerance(caller, options.get("grad_tolerance", 0.0))
-    validate.check_flag(caller, "skip_inactive", options.get("skip_inactive", False))
-    check_statistics(caller, options.get("statistics", ()))
-    check_backend(caller, options.get("backend"))

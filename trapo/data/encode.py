@@ -7,6 +7,7 @@ import functools
 import random
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import cast
 
 from transformers import PreTrainedTokenizerBase
@@ -143,7 +144,10 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.chat_template:
-            raise TrapoError("model.path: the tokenizer has no chat template, which the prompts need")
+            raise TrapoError(
+                "model.path: the tokenizer has no chat template, which the prompts need; data.chat_template gives one: "
+                "a Jinja file, or plain"
+            )
         self.tokenizer = tokenizer
         self._folded = 0  # prompts whose system message went into the user's
         self._special: list[str] = []  # ids of problems that hold the text of a special token
@@ -198,6 +202,20 @@ class PromptEncoder:
 
     def _apply(self, messages: list[Message]) -> str:
         return cast(str, self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+
+PLAIN = "{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
+    """Gives a tokenizer the template that data.chat_template names: a file, or plain, which is the messages' texts with
+    a blank line behind each; None leaves its own. Raises TrapoError for a file that cannot be read."""
+    if name is None:
+        return
+    try:
+        tokenizer.chat_template = PLAIN if name == "plain" else Path(name).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrapoError(f"data.chat_template: {name!r} cannot be read ({words_of(error)}); a file, or plain") from None
 
 
 def _without_system(messages: Sequence[Message]) -> list[Message]:

@@ -7,7 +7,10 @@
 The layout follows from the columns, whatever the file type:
 
     ours    prompt (text or chat), answer, and optionally traces (list) or trace (text), id, source
+    chat    messages (the assistant's last one is the expert trace), and optionally answer; else that is the answer
+    TRL     prompt, completion (the expert trace), and optionally answer; else the completion is the answer
     GSM8K   question, answer (a worked solution ending in "#### n")
+    MATH    problem, answer, and optionally solution (the expert trace)
     verl    prompt (chat), reward_model.ground_truth, and optionally data_source and expert traces: target, target_2 or
             traces in the row or in its extra_info, and any other target_... that holds a chat
 
@@ -16,7 +19,6 @@ The layout follows from the columns, whatever the file type:
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -27,13 +29,11 @@ from types import MappingProxyType
 from typing import Any, Literal
 from urllib.parse import parse_qsl, urlsplit
 
-from trapo.data.problem import DataError, Message, Problem, digest
-from trapo.errors import words_of
+from trapo.data.files import READERS, Row, kind_of
+from trapo.data.problem import COLUMNS, DataError, Message, Problem, digest
 from trapo.rewards import ANSWER_MARK, FINAL_ANSWER
 
 log = logging.getLogger(__name__)
-
-Row = Mapping[str, Any]
 
 
 def load_problems(
@@ -46,7 +46,7 @@ def load_problems(
     on_bad_row: Literal["raise", "skip"] = "raise",
     columns: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Problem]:
-    """Reads a .jsonl or .parquet file, or generates from a task:// address (see the module's docstring).
+    """Reads a .jsonl, .json, .csv or .parquet file, or generates from a task:// address (see the module's docstring).
 
     system_prompt: takes the place of the prompts' own system message ("" removes it, None keeps it).
     prompt_suffix: appended to the last message. limit: the first so many problems. dedup: drops problems whose
@@ -133,20 +133,21 @@ def _generated(address: str) -> list[Problem]:
 
 
 def _read(path: Path, columns: Mapping[str, str], *, skip: bool) -> Iterator[Problem]:
-    if path.suffix not in _READERS:
-        raise DataError(f"{path}: unknown file type {path.suffix!r}; accepted: {', '.join(_READERS)}, task://...")
+    if path.suffix not in READERS:
+        raise DataError(f"{path}: unknown file type {path.suffix!r}; accepted: {', '.join(READERS)}, task://...")
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     parse: Callable[[Row, str], Problem] | None = _parse_own if columns else None
     bad: list[DataError] = []
     good = 0
-    for where, row in _READERS[path.suffix](path):
+    for where, row in READERS[path.suffix](path):
         try:
             if isinstance(row, DataError):
                 raise row
             if parse is None:
                 parse = _layout(row, path)
-            problem = _writable(parse(_renamed(row, columns), path.stem))
+            renamed = _renamed(row, columns)
+            problem = replace(_writable(parse(renamed, path.stem)), row=_others(renamed))
         except _UnknownLayout:
             raise
         except DataError as error:
@@ -174,6 +175,11 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
     return others | {ours: row[name] for ours, name in columns.items() if name in row}
 
 
+def _others(row: Row) -> dict[str, Any]:
+    """Returns the columns that are none of ours, for reward functions."""
+    return {str(name): value for name, value in row.items() if name not in COLUMNS}
+
+
 def _writable(problem: Problem) -> Problem:
     """Returns the problem, if UTF-8 can spell it: JSON may hold half of a surrogate pair, as a cut emoji leaves one."""
     texts = [("id", problem.id), ("source", problem.source), ("answer", problem.answer)]
@@ -186,49 +192,6 @@ def _writable(problem: Problem) -> Problem:
         except UnicodeEncodeError as error:
             raise DataError(f"column {column!r} holds half a character (\\u{ord(text[error.start]):04x})") from None
     return problem
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Row | DataError]]:
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # UnicodeDecodeError is one too
-                yield str(number), DataError(f"not JSON: {error}")
-                continue
-            except RecursionError:
-                yield str(number), DataError("not JSON that can be read: nested too deep")
-                continue
-            if not isinstance(row, dict):
-                yield str(number), DataError(f"each line must be a JSON object; got {_kind(row)}")
-                continue
-            yield str(number), row
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Row | DataError]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            # Few rows at a time: a page of a few bytes may stand for rows of megabytes.
-            for batch in file.iter_batches(batch_size=32):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", row
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path}: not a parquet file: {words_of(error)}") from None
-    except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
-        raise DataError(f"{path}: damaged after row {number}: {words_of(error)}") from None
-
-
-_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row | DataError]]]] = {
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
 
 
 class _UnknownLayout(DataError):
@@ -256,6 +219,29 @@ def _parse_own(row: Row, source: str) -> Problem:
     return Problem(known_id, messages, answer, traces, source)
 
 
+def _parse_completion(row: Row, source: str) -> Problem:
+    traces = _traces(_column(row, "completion"), "completion")
+    if not traces:
+        raise DataError(
+            f"column 'completion' must be a text or an assistant's messages; got {kind_of(row['completion'])}"
+        )
+    answer = traces[-1] if row.get("answer") is None else row["answer"]
+    return _parse_own({**row, "traces": list(traces), "answer": answer}, source)
+
+
+def _parse_chat(row: Row, source: str) -> Problem:
+    chat = _column(row, "messages")
+    if not _holds_chat(chat) or not isinstance(chat, list) or isinstance(chat[0], list):
+        raise DataError(f"column 'messages' must be a list of {{role, content}}; got {kind_of(chat)}")
+    if chat[-1]["role"] != "assistant":
+        return _parse_own({**row, "prompt": chat}, source)
+    return _parse_completion({**row, "prompt": chat[:-1], "completion": chat[-1]["content"]}, source)
+
+
+def _parse_math(row: Row, source: str) -> Problem:
+    return _parse_own({**row, "prompt": _column(row, "problem"), "trace": row.get("solution")}, source)
+
+
 def _parse_gsm8k(row: Row, _: str) -> Problem:
     question, solution = _text(_column(row, "question"), "question"), _text(_column(row, "answer"), "answer")
     steps, mark, answer = solution.rpartition(ANSWER_MARK)
@@ -277,7 +263,7 @@ def _parse_verl(row: Row, source: str) -> Problem:
     messages = _messages(_column(row, "prompt"))
     model = _column(row, "reward_model")
     if not isinstance(model, Mapping) or model.get("ground_truth") is None:
-        raise DataError("column 'reward_model' must be a record with a ground_truth; got " + _kind(model))
+        raise DataError("column 'reward_model' must be a record with a ground_truth; got " + kind_of(model))
     answer = _answer(model["ground_truth"], "reward_model.ground_truth")
     extra = row.get("extra_info")
     traces: list[str] = []
@@ -293,8 +279,11 @@ def _parse_verl(row: Row, source: str) -> Problem:
 
 _LAYOUTS: dict[tuple[str, ...], Callable[[Row, str], Problem]] = {
     ("prompt", "reward_model"): _parse_verl,
+    ("prompt", "completion"): _parse_completion,
     ("question", "answer"): _parse_gsm8k,
     ("prompt", "answer"): _parse_own,
+    ("messages",): _parse_chat,
+    ("problem", "answer"): _parse_math,
 }
 
 
@@ -309,7 +298,7 @@ def _column(row: Row, name: str) -> Any:
 
 def _text(value: Any, column: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"column {column!r} must be a text that is not empty; got {_kind(value)}")
+        raise DataError(f"column {column!r} must be a text that is not empty; got {kind_of(value)}")
     return value
 
 
@@ -330,7 +319,7 @@ def _answer(value: Any, column: str) -> str:
             raise DataError(f"column {column!r} must be a text or a finite number; got {value}")
         return str(value)
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"column {column!r} must be a text or a number; got {_kind(value)}")
+        raise DataError(f"column {column!r} must be a text or a number; got {kind_of(value)}")
     return value.strip()
 
 
@@ -339,7 +328,7 @@ def _messages(value: Any) -> tuple[Message, ...]:
     if isinstance(value, str):
         return ({"role": "user", "content": _text(value, "prompt")},)
     if not isinstance(value, list) or not value or not all(_is_message(m) for m in value):
-        raise DataError(f"column 'prompt' must be a text or a list of {{role, content}}; got {_kind(value)}")
+        raise DataError(f"column 'prompt' must be a text or a list of {{role, content}}; got {kind_of(value)}")
     if value[-1]["role"] != "user":
         raise DataError(f"column 'prompt' must end with a user message; got role {value[-1]['role']!r}")
     return tuple({"role": m["role"], "content": m["content"]} for m in value)
@@ -368,7 +357,7 @@ def _traces(value: Any, column: str) -> tuple[str, ...]:
         elif isinstance(item, list) and all(_is_message(m) for m in item):
             traces += [m["content"] for m in item if m["role"] == "assistant"]
         else:
-            raise DataError(f"column {column!r} must hold texts or chat messages; got {_kind(item)}")
+            raise DataError(f"column {column!r} must hold texts or chat messages; got {kind_of(item)}")
     return tuple(t for t in traces if t.strip())
 
 
@@ -379,10 +368,3 @@ def _content_id(source: str, messages: tuple[Message, ...], answer: str) -> str:
 def _content(messages: tuple[Message, ...], answer: str) -> str:
     """Returns a digest of question and answer, whatever the system prompt."""
     return digest("\0".join(m["content"] for m in messages if m["role"] != "system"), answer)
-
-
-def _kind(value: Any) -> str:
-    """Returns what a value is, in one line that any terminal can show."""
-    names = {list: "a list", dict: "a record", str: "text", type(None): "nothing", bool: "true or false"}
-    shown = repr(value).encode(errors="replace").decode()
-    return f"{names.get(type(value), type(value).__name__)} {shown[:60]}{'…' if len(shown) > 60 else ''}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from trapo.errors import TrapoError
 
@@ -21,6 +23,7 @@ class Problem:
     answer: str
     traces: tuple[str, ...]
     source: str
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # its other columns, for rewards
 
 
 class DataError(TrapoError):

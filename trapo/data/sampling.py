@@ -12,8 +12,9 @@ from typing import Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from trapo.data.encode import EncodedProblem, encode_problems
+from trapo.data.encode import EncodedProblem, encode_problems, set_chat_template
 from trapo.data.loading import load_problems
+from trapo.data.problem import prompt_text
 from trapo.errors import TrapoError
 from trapo.modes import Phase
 from trapo.settings.groups import DataConfig
@@ -92,6 +93,24 @@ def load_eval_set(
     return _load(data, data.eval, data.eval_limit, tokenizer, log)
 
 
+def note_shared(
+    train: Sequence[EncodedProblem], held_out: Sequence[EncodedProblem] | None, log: Callable[[str], None]
+) -> None:
+    """Says how many held-out problems are trained on, by question and answer."""
+    if held_out is None:
+        return
+
+    def content(problem: EncodedProblem) -> tuple[str, str]:
+        return prompt_text(problem.problem), problem.problem.answer
+
+    trained = {content(problem) for problem in train}
+    if shared := sum(content(problem) in trained for problem in held_out):
+        log(
+            f"WARNING: data.eval: {shared} of {len(held_out)} problems are in data.train too; accuracy on them is not "
+            "that of new ones"
+        )
+
+
 def longest_sequence(problems: Sequence[EncodedProblem] | None, max_response_tokens: int) -> int:
     """Returns the tokens of the longest prompt with the longest response; 0 where there is no problem."""
     return max((len(p.prompt_ids) + max_response_tokens for p in problems or ()), default=0)
@@ -116,6 +135,7 @@ def _load(
         columns=data.columns,
         on_bad_row=cast(Literal["raise", "skip"], data.on_bad_row),  # config.py has checked it
     )
+    set_chat_template(tokenizer, data.chat_template)
     encoded, left_out = encode_problems(
         problems,
         tokenizer,

@@ -27,6 +27,7 @@ import trapo_kernels as tk
 from trapo.config import PRESETS
 from trapo.errors import TrapoError
 from trapo.models import lora as adapters
+from trapo.models.gpus import GPUS, Gpu, rows
 from trapo.models.layers import attention_width
 from trapo.models.loading import freeze
 from trapo.models.precision import resolve
@@ -107,6 +108,7 @@ class Plan:
     logits: dict[str, int]  # of one micro-batch: as ours, and as those hold them who materialise
     step: StepTokens
     flops: Flops
+    kv_bytes: int = 0  # keys and values of a token in all layers, bfloat16
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -135,7 +137,15 @@ def make_plan(model: ModelConfig, lora: LoraConfig, train: TrainConfig, step: St
     memory |= _activations(model, lora, train, step.longest) | {"logits buffer of the loss": logits[OURS]}
     if head_trained and precision != "float32":
         memory["fp32 sum of the head's gradient"] = 4 * head_size
-    return Plan(model.path, ranks, total, trained, weights, memory, logits, step, flops)
+    return Plan(model.path, ranks, total, trained, weights, memory, logits, step, flops, _kv_bytes(built))
+
+
+def _kv_bytes(model: PreTrainedModel) -> int:
+    """Returns the bytes of a token's keys and values in all layers, in bfloat16."""
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * width * 2
 
 
 def _precision(train: TrainConfig) -> str:
@@ -314,7 +324,7 @@ def update_flops(model: PreTrainedModel, step: StepTokens, *, checkpointing: boo
     return Flops(through * (2 * forward + to_weights), through * 3 * square, step.in_loss * of_head, again)
 
 
-def tables(plan: Plan) -> list[Table]:
+def tables(plan: Plan, gpu: Gpu = GPUS["h100"]) -> list[Table]:
     """Returns what `trapo plan` shows."""
     shapes = _table(f"{plan.model} on {plan.ranks} ranks: rank 0's part", "weight", "count", "shape", "here", "trained")
     for w in plan.weights:
@@ -333,7 +343,10 @@ def tables(plan: Plan) -> list[Table]:
     for field in dataclasses.fields(plan.flops):
         step.add_row(f"update, {field.name} (PFLOP)", f"{getattr(plan.flops, field.name) / 1e15:,.2f}")
     step.add_row("update, sum (PFLOP)", f"{plan.flops.total / 1e15:,.2f}")
-    return [shapes, memory, logits, step]
+    fit = _table(f"on {plan.ranks} x {gpu.name}, by arithmetic: nothing was measured", "", "")
+    for name, words in rows(plan, gpu):
+        fit.add_row(name, words)
+    return [shapes, memory, logits, step, fit]
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import trapo_kernels as tk
 from trapo.errors import TrapoError
-from trapo.guidance import PRESETS, Schedule, schedule
+from trapo.guidance import PRESETS, Schedule, schedule, split_group
 from trapo.modes.phase import Phase, imitates, supervised
 from trapo.settings.groups import OptimConfig
 from trapo.settings.objective import given_fields, make_objective, overruled
@@ -25,11 +25,27 @@ def guided_schedule(config: Config) -> Schedule:
     given = {k: getattr(g, k) for k in ("cut", "traces", "trace_part", "supervise") if getattr(g, k) is not None}
     groups = base.micro_groups
     groups = schedule(
-        [m.size for m in groups] if g.sizes is None else g.sizes,
+        _sizes(config, [m.size for m in groups]),
         [m.ratio for m in groups] if g.ratios is None else g.ratios,
         [m.threshold for m in groups] if g.thresholds is None else g.thresholds,
     ).micro_groups
     return dataclasses.replace(base, micro_groups=groups, stop_decided=g.stop_decided, **given)
+
+
+def _sizes(config: Config, of_preset: list[int]) -> list[int]:
+    """Returns the rollouts of each micro-group. Raises TrapoError where two keys say them, or one says too few."""
+    g = config.guidance
+    if g.group_size is None:
+        return of_preset if g.sizes is None else g.sizes
+    if g.sizes is not None:
+        raise TrapoError(f"guidance.group_size: got {g.group_size} beside guidance.sizes={g.sizes}; give one of them")
+    count = len(of_preset if g.ratios is None else g.ratios)
+    if count != len(of_preset):
+        raise TrapoError(
+            f"guidance.group_size: got {g.group_size} with {count} guidance.ratios; the preset has {len(of_preset)} "
+            "micro-groups, so say guidance.sizes"
+        )
+    return split_group(g.group_size, of_preset)
 
 
 def replace_groups(config: Config, columns: list[tuple[int, float, float]]) -> Schedule:

@@ -69,7 +69,7 @@ class Display:
         self.progress.update(self.task, description=message)
 
     def announce(self, message: str) -> None:
-        """As `status`, for what takes long: a log has a line of it, too."""
+        """Says what is going on where it takes long: as `status`, and in a log by a line."""
         self.status(message)
         if not self.console.is_terminal:
             self.note(f"{message} ...")

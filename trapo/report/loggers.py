@@ -110,12 +110,46 @@ class WandbLogger:
         self.run.finish()
 
 
+class TrackioLogger:
+    """A trackio run under the name of its folder, in trackio's own place on this machine (TRACKIO_DIR); `trackio show`
+    shows it. A continued run goes on there; steps that are computed again are there twice."""
+
+    def __init__(self, run_dir: RunDir, step: int, settings: Tree) -> None:
+        import trackio
+
+        self.trackio = trackio
+        trackio.init(
+            project=os.environ.get("TRACKIO_PROJECT", "trapo"),
+            name=run_dir.path.resolve().name,
+            resume="allow",
+            config=plain_tree(settings),
+        )
+
+    def numbers(self, step: int, values: dict[str, float]) -> None:
+        self.trackio.log(values, step=step)
+
+    def histogram(self, step: int, name: str, counts: list[int]) -> None:
+        """Logs the middle half of the distribution: trackio shows numbers alone."""
+        total, seen, edges = sum(counts), 0, iter((0.25, 0.5, 0.75))
+        quantiles, wanted = {}, next(edges)
+        for place, count in enumerate(counts):
+            seen += count
+            while wanted is not None and seen >= wanted * total:
+                quantiles[f"{name}/p{wanted * 100:.0f}"] = (place + 0.5) / len(counts)
+                wanted = next(edges, None)  # type: ignore[assignment]
+        self.trackio.log(quantiles, step=step)
+
+    def close(self) -> None:
+        self.trackio.finish()
+
+
 WANDB_HINT = "run `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline"
 
 # log.NAME -> (module that must be there, logger)
 LOGGERS: dict[str, tuple[str, type]] = {
     "tensorboard": ("tensorboard", TensorBoardLogger),
     "wandb": ("wandb", WandbLogger),
+    "trackio": ("trackio", TrackioLogger),
 }
 
 

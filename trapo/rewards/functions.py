@@ -9,7 +9,8 @@ r"""This file finds reward functions by name, and says what may be asked of them
 Yours may be written in three ways; which one is seen once, from its signature, before anything is generated. It may be
 async. It returns a number (bool, NumPy scalar, array or tensor without dimensions), or a list of one for TRL's way.
 
-    (text, answer)                          and, by name or as **row, any of: prompt (chat messages), id, source
+    (text, answer)                          and, by name or as **row, any of: prompt (chat messages), id, source,
+                                            and the other columns of the data (a name with a default, or **row)
     (completions, **columns)                TRL's, lists of one: prompts, answer (or solution, ground_truth), id, source
     (data_source, solution_str, ground_truth, extra_info=None)      verl's; a dict's "score" counts
 """
@@ -124,13 +125,16 @@ def _adapted(name: str, function: Callable[..., Any]) -> RewardFunction:
         return _verl(name, function, parameters)
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     extra = [p.name for p in parameters.values() if p.kind not in (*kinds, inspect.Parameter.VAR_POSITIONAL)]
-    extra = [n for n in (*[p.name for p in parameters.values() if p.kind in kinds][2:], *extra) if n in ROW_COLUMNS]
+    extra = [*[p.name for p in parameters.values() if p.kind in kinds][2:], *extra]
+    # Those with a default are given where the data has such a column.
+    optional = {n for n in extra if parameters[n].default is not inspect.Parameter.empty}
+    extra = [n for n in extra if n in ROW_COLUMNS or n in optional]
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     columns = ROW_COLUMNS if takes_any else tuple(extra)
     _check_call(name, function, ("", ""), dict.fromkeys(columns))
 
     def call(text: str, answer: str, row: Row) -> Any:
-        named = row if takes_any else {c: row.get(c) for c in columns}
+        named = row if takes_any else {c: row.get(c) for c in columns if c in row or c not in optional}
         return function(text, answer, **{k: v for k, v in named.items() if k not in ("text", "answer")})
 
     return RewardFunction(name, call, wants_row=bool(columns))
@@ -174,7 +178,7 @@ def _verl(name: str, function: Callable[..., Any], parameters: Mapping[str, insp
             "data_source": row.get("source"),
             "solution_str": text,
             "ground_truth": answer,
-            "extra_info": dict(row),
+            "extra_info": row.get("extra_info", dict(row)),
         }
         return given if takes_any else {c: v for c, v in given.items() if c in parameters}
 

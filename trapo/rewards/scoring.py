@@ -29,7 +29,8 @@ def score_texts(pool: Scorer, texts: Sequence[str], problems: Sequence[Problem])
 
 
 def _row(problem: Problem) -> dict[str, Any]:
-    return {"prompt": [dict(message) for message in problem.prompt], "id": problem.id, "source": problem.source}
+    own = {"prompt": [dict(message) for message in problem.prompt], "id": problem.id, "source": problem.source}
+    return {**problem.row, **own}
 
 
 class FailureNotes:

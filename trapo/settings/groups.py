@@ -40,7 +40,9 @@ class ModelConfig:
 
 @dataclasses.dataclass
 class DataConfig:
-    train: str | None = key(None, "The problems to train on: a JSONL or parquet file, or task://...", named=True)
+    train: str | None = key(
+        None, "The problems to train on: a .jsonl, .json, .csv or .parquet file, or task://...", named=True
+    )
     eval: str | None = key(None, "The held-out problems, in any of the same forms.", named=True)
     dir: str | None = key(None, "The folder that holds the files of named benchmarks.", named=True)
     columns: dict[str, str] = key(
@@ -57,6 +59,11 @@ class DataConfig:
         None, "The system message in place of the prompts' own; empty takes that away, null keeps it."
     )
     prompt_suffix: str = key("", "A text that is put behind each prompt's last message.")
+    chat_template: str | None = key(
+        None,
+        "A chat template in place of the tokenizer's, which base models have none of: a Jinja file, or plain.",
+        named=True,
+    )
     max_prompt_tokens: int = key(1024, "Problems with a longer prompt are left out.", least=1)
     max_trace_tokens: int = key(8192, "Expert traces that are longer are left out.", least=1)
     on_bad_row: str = key(
@@ -75,7 +82,10 @@ class GuidanceConfig:
         "The paper's rules, or those of the authors' code; the keys below change parts of it.",
         choices=guidance.PRESETS,
     )
-    sizes: list[int] | None = key(None, "Rollouts of each micro-group; null is the preset's.")
+    group_size: int | None = key(
+        None, "Rollouts of a prompt, split over micro-groups as the preset's are (paper: 4, 2, 1, 1 of 8).", least=1
+    )
+    sizes: list[int] | None = key(None, "Or the rollouts of each micro-group; null is the preset's.")
     ratios: list[float] | None = key(None, "The share of an expert trace that each micro-group gets as its prefix.")
     thresholds: list[float] | None = key(
         None, "A micro-group is guided while the mean reward of a prompt's earlier rollouts is below its threshold."
@@ -299,5 +309,6 @@ class LogConfig:
 
     tensorboard: bool = key(False, "Write TensorBoard's events, in run_dir/tensorboard.")
     wandb: bool = key(False, "Log to W&B, project trapo or WANDB_PROJECT; WANDB_MODE=offline works.")
+    trackio: bool = key(False, "Log to trackio, project trapo or TRACKIO_PROJECT; `trackio show` shows it.")
     rollouts_every: int = key(5, "Steps between samples of rollouts in rollouts.jsonl; 0 is none.", least=0)
     rollouts: int = key(4, "Rollouts in a sample, at least: prompts are taken whole, with all of theirs.", least=1)

@@ -98,7 +98,7 @@ def _of_schedule(given: Values, schedules: Sequence[Schedule], mode: str) -> dic
     if not any(schedule.guides for schedule in schedules):
         found |= dict.fromkeys(_named(given, *_OF_EXPERTS), f"mode {mode} guides no rollout")
     if not any(schedule.generates for schedule in schedules):
-        names = ("guidance.sizes", "guidance.stop_decided")
+        names = ("guidance.group_size", "guidance.sizes", "guidance.stop_decided")
         found |= dict.fromkeys(_named(given, *names), f"mode {mode} draws no rollout")
     return found
 

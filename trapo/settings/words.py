@@ -37,10 +37,9 @@ WORDS: dict[str, str] = {
     "loss_type": "objective.policy",
     "loss_mode": "objective.policy",
     "loss_agg_mode": "objective.reduction",
-    "num_generations": "guidance.sizes",
-    "group_size": "guidance.sizes",
-    "rollout_n": "guidance.sizes",
-    "n_samples": "guidance.sizes",
+    "num_generations": "guidance.group_size",
+    "rollout_n": "guidance.group_size",
+    "n_samples": "guidance.group_size",
     "scale_rewards": "advantage.std",
     "norm_adv_by_std_in_grpo": "advantage.std",
     "max_completion_length": "rollout.max_response_tokens",
@@ -101,8 +100,7 @@ WORDS: dict[str, str] = {
 # What a key is not, where its name alone would mislead.
 NOTES = {
     "epochs": "steps = epochs × problems / train.prompts_per_step",
-    "batch_size": "prompts, of which each has as many rollouts as guidance.sizes add up to",
-    "num_generations": "a list: rollouts of each micro-group, of which 4, 2, 1, 1 make 8",
+    "batch_size": "prompts, of which each has guidance.group_size rollouts",
     "beta": "the weight of the KL term",
     "epsilon": "and objective.clip_high",
     "report_to": "or log.tensorboard",
@@ -114,7 +112,6 @@ _SAME = {
     "total_epochs": "epochs",
     "train_batch_size": "batch_size",
     "per_device_train_batch_size": "batch_size",
-    "group_size": "num_generations",
     "cliprange": "epsilon",
     "clip_ratio": "epsilon",
 }
