@@ -1,4 +1,4 @@
-"""The layouts and file types that people bring: chats, TRL's, MATH's, JSON and CSV, and the columns that rewards get."""
+"""The layouts and file types that people bring: chats, TRL's, MATH's, JSON and CSV, and columns for rewards."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class Pool:
     [
         "def f(text, answer, **row): return float(row['level'] == 3 and row['id'] == 'a' and 'answer' not in row)",
         "def f(text, answer, level=None, colour='none'): return float(level == 3 and colour == 'none')",
-        "def f(completions, answer, level, **columns): return [float(level == [3] and columns['unit'] == ['m'])]",
+        "def f(completions, answer, **columns): return [float(columns['level'] == [3] and columns['unit'] == ['m'])]",
         "def f(data_source, solution_str, ground_truth, extra_info): return float(extra_info['unit'] == 'm')",
     ],
 )
@@ -130,12 +130,7 @@ def test_a_reward_gets_the_other_columns_of_its_row(tmp_path, source, monkeypatc
     monkeypatch.chdir(tmp_path)
     resolve.cache_clear()
     problems = load_problems(write(tmp_path, {"prompt": "?", "answer": "2", "id": "a", "level": 3, "unit": "m"}))
-    try:
-        function = resolve("./columns_of_rows.py:f")
-    except TrapoError as error:  # TRL's way names a column that only the data knows
-        assert "completions" in source, error
-        return
-    assert score_texts(Pool(function), ["x"], problems) == [1.0]
+    assert score_texts(Pool(resolve("./columns_of_rows.py:f")), ["x"], problems) == [1.0]
 
 
 def test_a_base_model_gets_a_chat_template_by_a_file_or_by_plain(tmp_path, tokenizer):
