@@ -334,9 +334,9 @@ def test_a_missing_file_an_unknown_type_and_a_broken_parquet_say_so(tmp_path):
     with pytest.raises(DataError, match=r"no.jsonl: no such file"):
         load_problems(tmp_path / "no.jsonl")
     with pytest.raises(
-        DataError, match=r"toy.csv: unknown file type '.tsv'; accepted: .jsonl, .json, .csv, .parquet, task://"
+        DataError, match=r"toy.tsv: unknown file type '.tsv'; accepted: .jsonl, .json, .csv, .parquet, task://"
     ):
-        load_problems(tmp_path / "toy.csv")
+        load_problems(tmp_path / "toy.tsv")
     (tmp_path / "toy.parquet").write_text("no")
     with pytest.raises(DataError, match=r"toy.parquet: not a parquet file"):
         load_problems(tmp_path / "toy.parquet")

@@ -220,10 +220,7 @@ def make_batch(
     flat, active = active_tokens(targets, head, masks["mask"])
     if vocab is not None:
         validate.check_range(caller, flat, active, vocab, head.ignore_index)
-    given, advantages = masks["expert_mask"], floats["advantages"]
-    mixed = objective.expert is not None and objective.expert_coef != 0 and objective.has_policy_term
-    if given is None and mixed and not torch.compiler.is_compiling():
-        _say_no_expert(caller)
+    given, advantages = _expert_mask(caller, objective, masks), floats["advantages"]
     expert = torch.full_like(active, objective.supervised) if given is None else given.reshape(-1)
     if (weighted := floats["policy_weights"]) is not None:
         floats["policy_weights"] = weighted = validate.policy_weights(caller, weighted.reshape(-1), active & ~expert)
@@ -255,6 +252,14 @@ def make_batch(
         dense=dense,
         expert_normalizer=of_experts,
     )
+
+
+def _expert_mask(caller: str, objective: Objective, masks: Mapping[str, Tensor | None]) -> Tensor | None:
+    """Returns the mask, and says so where there is none and only a mask could tell expert tokens from own ones."""
+    mixed = objective.expert is not None and objective.expert_coef != 0 and objective.has_policy_term
+    if mixed and masks["expert_mask"] is None and not torch.compiler.is_compiling():
+        _say_no_expert(caller)
+    return masks["expert_mask"]
 
 
 @functools.cache

@@ -14,7 +14,7 @@ __all__ = ["Overrides", "refuse_unknown", "show_signatures"]
 
 
 class Overrides(TypedDict, total=False):
-    """What a preset takes: any field of `Objective`, in place of its own."""
+    """Names what a preset takes: any field of `Objective`, in place of its own."""
 
     expert: str | Callable[..., Tensor] | None
     alpha: float
@@ -91,8 +91,9 @@ def show_signatures(owner: Any, names: Iterable[str]) -> None:
     for name, method in list(vars(owner).items()):
         if not isinstance(method, classmethod) or name.startswith("_"):
             continue
-        made, signature = getattr(owner, name)(), inspect.signature(method.__func__)
+        function: Any = method.__func__
+        made, signature = getattr(owner, name)(), inspect.signature(function)
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         kind = inspect.Parameter.KEYWORD_ONLY
         shown = [inspect.Parameter(field, kind, default=getattr(made, field)) for field in names]
-        method.__func__.__signature__ = signature.replace(parameters=[*own, *shown])
+        function.__signature__ = signature.replace(parameters=[*own, *shown])
