@@ -164,6 +164,8 @@ def compare(
 
     found = comparison.compare(first, second)
     print_table(_console(), comparison.table(found, str(first), str(second)))
+    for line in comparison.knowledge(first, second):
+        _console().print(line, highlight=False)
     if out is not None:
         write_json(out, comparison.as_json(found, str(first), str(second)))
 

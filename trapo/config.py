@@ -156,6 +156,8 @@ def changed_keys(old: Config | Tree, new: Config | Tree) -> list[str]:
 def _check_together(config: Config) -> None:
     """Raises TrapoError, in one line, for values that do not go together."""
     check_mode(config)
+    if config.eval.prior is not None and config.data.eval is None:
+        raise TrapoError("eval.prior: it is measured with data.eval, beside what is to be learnt; data.eval is null")
     if config.objective.tis_cap is not None and config.rollout.engine == "hf":
         raise TrapoError(
             "objective.tis_cap: needs the engine's log-probabilities, which rollout.engine=hf does not give "

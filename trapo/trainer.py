@@ -33,6 +33,7 @@ from trapo.engines.guard import AgreementGuard, unanswered
 from trapo.engines.make import make_engine
 from trapo.engines.protocol import Engine
 from trapo.evaluation.held_out import HeldOut
+from trapo.evaluation.prior import Prior, load_prior
 from trapo.learner import Learner, Update
 from trapo.models import lora
 from trapo.models.finite import refuse_not_finite
@@ -272,7 +273,7 @@ class Trainer:
                 if (memory := self.course.at(self.step)[0].memory) is not None:
                     memory.load_state_dict(state["memory"], {p.name: p for p in self.train_set})
             self.seconds_before = state["seconds"]
-        self._write_in(run_dir, eval_set)
+        self._write_in(run_dir, eval_set, load_prior(config.eval.prior, config.data, self.tokenizer, log))
         self.started = time.monotonic()
         self.timer = StepTimer(self.model.device)
         self.clock = StepClock(self.timer)
@@ -290,7 +291,7 @@ class Trainer:
         shard_over(model, self.ranks, resolve(config.train.precision, model.device))
         return model, tokenizer
 
-    def _write_in(self, run_dir: RunDir, eval_set: Sequence[EncodedProblem] | None) -> None:
+    def _write_in(self, run_dir: RunDir, eval_set: Sequence[EncodedProblem] | None, prior: Prior | None) -> None:
         """Make what writes into the run's folder beside its metrics."""
         config, ranks = self.config, self.ranks
         self.saver = Saver(
@@ -311,6 +312,7 @@ class Trainer:
             max_response_tokens=config.rollout.max_response_tokens,
             steps=config.train.steps,
             seed=config.seed,
+            prior=prior,
         )
         self.samples = RolloutLog(config.log, run_dir.rollouts if ranks.first else None, self.tokenizer)
         self.skips = SkipLimit(config.train.max_skipped_steps, run_dir)

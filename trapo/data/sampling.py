@@ -111,6 +111,13 @@ def note_shared(
         )
 
 
+def load_problem_set(
+    data: DataConfig, path: str, tokenizer: PreTrainedTokenizerBase, log: Callable[[str], None]
+) -> list[EncodedProblem]:
+    """Returns the problems of a file that is read as data.eval is, up to data.eval_limit."""
+    return _load(data, path, data.eval_limit, tokenizer, log)
+
+
 def longest_sequence(problems: Sequence[EncodedProblem] | None, max_response_tokens: int) -> int:
     """Returns the tokens of the longest prompt with the longest response; 0 where there is no problem."""
     return max((len(p.prompt_ids) + max_response_tokens for p in problems or ()), default=0)

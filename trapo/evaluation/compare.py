@@ -54,6 +54,26 @@ def compare(first: Path, second: Path) -> list[Comparison]:
     return [_compare(name, a[name], b[name]) for name in common]
 
 
+def knowledge(first: Path, second: Path) -> list[str]:
+    """Returns a line for each likelihood, and accuracy on eval.prior, that the last evaluations of both have: what
+    either model still knows."""
+    a, b = (_last_result(path) for path in (first, second))
+    names = {
+        "prior_accuracy": "accuracy on what the base could do",
+        "prior_nll": "NLL of what the base knew",
+        "trace_nll": "NLL of held-out traces",
+    }
+    shown = {k: (a[k], b[k]) for k in names if a.get(k) is not None and b.get(k) is not None}
+    return [f"{names[k]}: A {x:.4g}, B {y:.4g}, B − A {y - x:+.3g}" for k, (x, y) in shown.items()]
+
+
+def _last_result(path: Path) -> dict[str, Any]:
+    """Returns the last evaluation of a run, or that of `trapo eval`; {} where there is none."""
+    files = [*sorted((path / "eval").glob("step-*.json")), path / "eval.json"]
+    found = next((f for f in (path / "eval.json", *reversed(files[:-1])) if f.exists()), None)
+    return {} if found is None else json.loads(found.read_text())
+
+
 def table(found: list[Comparison], first: str, second: str) -> Table:
     """Returns one row a problem set."""
     shown = Table(

@@ -20,6 +20,7 @@ from trapo.engines.make import make_engine
 from trapo.engines.protocol import Engine, Request
 from trapo.errors import TrapoError
 from trapo.evaluation.likelihood import Likelihood, trace_likelihood
+from trapo.evaluation.prior import Prior, load_prior
 from trapo.evaluation.stats import bootstrap_interval, mean_interval, pass_at_k, wilson_interval
 from trapo.models import agreement
 from trapo.models.loading import check_positions, load_model
@@ -50,6 +51,9 @@ class EvalResult:
     pass_at_interval: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     trace_nll: float | None = None  # of a token of the problems' expert traces, nats; None: they have none
     trace_tokens: int = 0
+    prior_nll: float | None = None  # of a token of eval.prior's texts, or of its problems' traces
+    prior_tokens: int = 0
+    prior_accuracy: float | None = None  # on eval.prior's problems, greedily
 
     @classmethod
     def load(cls, path: Path) -> EvalResult:
@@ -74,7 +78,9 @@ class EvalResult:
 
     def __str__(self) -> str:
         traces = "" if self.trace_nll is None else f", traces {self.trace_nll:.3f} nats a token"
-        return self._accuracy() + traces
+        prior = "" if self.prior_accuracy is None else f", prior {self.prior_accuracy:.1%}"
+        prior += "" if self.prior_nll is None else f", prior {self.prior_nll:.3f} nats a token"
+        return self._accuracy() + traces + prior
 
     def _accuracy(self) -> str:
         low, high = self.interval
@@ -152,10 +158,31 @@ def evaluate_model(job: EvalJob, log: Callable[[str], None]) -> EvalResult:
             rows_path=path.with_suffix(".jsonl"),
             failures=FailureNotes(log),
         )
-    likely = trace_likelihood(model, problems, job.precision)
-    result = result.with_traces(likely)
+        result = result.with_traces(trace_likelihood(model, problems, job.precision))
+        if (prior := load_prior(job.eval.prior, job.data, tokenizer, log)) is not None:
+            limit = job.max_response_tokens
+            result = with_prior(result, prior, model, job.precision, engine, pool, tokenizer, limit)
     result.save(path)
     return result
+
+
+def with_prior(
+    result: EvalResult,
+    prior: Prior,
+    model: PreTrainedModel,
+    precision: str,
+    engine: Engine,
+    pool: Scorer,
+    tokenizer: PreTrainedTokenizerBase,
+    max_response_tokens: int,
+) -> EvalResult:
+    """Returns the result with what the model still can do of what the base model could."""
+    nll, tokens = prior.nll(model, precision)
+    accuracy = None
+    if prior.problems:
+        limit = max_response_tokens
+        accuracy = evaluate(prior.problems, engine, pool, tokenizer, max_response_tokens=limit, seed=0).accuracy
+    return dataclasses.replace(result, prior_nll=nll, prior_tokens=tokens, prior_accuracy=accuracy)
 
 
 def evaluate(

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trapo.data.encode import EncodedProblem
 from trapo.data.sampling import derive_seed
 from trapo.engines.protocol import Engine
-from trapo.evaluation.evaluate import EvalResult, evaluate
+from trapo.evaluation.evaluate import EvalResult, evaluate, with_prior
 from trapo.evaluation.likelihood import trace_likelihood
+from trapo.evaluation.prior import Prior
 from trapo.rewards.scoring import FailureNotes
 from trapo.runs.ranks import Ranks, Scorer
 from trapo.runs.run_dir import RunDir
@@ -25,7 +26,8 @@ class HeldOut:
     together.
 
     problems: those of data.eval; None: there is none, and nothing is evaluated. max_response_tokens: that of the
-    rollouts, where eval.* has none of its own. steps: of the whole run. seed: the run's.
+    rollouts, where eval.* has none of its own. steps: of the whole run. seed: the run's. prior: what the base model
+    could do, measured beside them.
     """
 
     problems: Sequence[EncodedProblem] | None
@@ -42,6 +44,7 @@ class HeldOut:
     max_response_tokens: int
     steps: int
     seed: int
+    prior: Prior | None = None
 
     def is_due(self, step: int) -> bool:
         """Returns whether an evaluation belongs between this step, the last one that was made, and the next one."""
@@ -69,7 +72,12 @@ class HeldOut:
                 rows_path=path.with_suffix(".jsonl") if self.ranks.first else None,
                 failures=self.failures,
             )
-        result = result.with_traces(trace_likelihood(self.model, self.problems, self.precision))
+            result = result.with_traces(trace_likelihood(self.model, self.problems, self.precision))
+            if self.prior is not None:
+                limit = self.config.max_response_tokens or self.max_response_tokens
+                result = with_prior(
+                    result, self.prior, self.model, self.precision, self.engine, self.pool, self.tokenizer, limit
+                )
         if self.ranks.first:
             result.save(path)
         return result

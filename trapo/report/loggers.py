@@ -190,6 +190,8 @@ class Loggers:
     def evaluation(self, step: int, result: EvalResult) -> None:
         low, high = result.interval
         values = {"eval/accuracy": result.accuracy, "eval/low": low, "eval/high": high}
+        names = ("trace_nll", "prior_nll", "prior_accuracy")
+        values |= {f"eval/{name}": value for name in names if (value := getattr(result, name)) is not None}
         for logger in self.loggers:
             logger.numbers(step, values | {f"eval/pass@{k}": v for k, v in result.pass_at.items()})
 

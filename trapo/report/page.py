@@ -17,6 +17,7 @@ from trapo.errors import TrapoError
 from trapo.report.figures import sections
 from trapo.report.groups import groups_of
 from trapo.report.run_data import RunData
+from trapo.report.summary import PRIOR, change
 from trapo.report.words import run_colour
 from trapo.tools.files import write_atomic
 
@@ -90,6 +91,11 @@ def _head(index: int, run: RunData) -> dict[str, Any]:
         "of_steps": run.config.get("train.steps", last["step"]),
         "before": before,
         "after": after,
+        "knowledge": [
+            (name, change(key, (before or {}).get(key), after[key]))
+            for name, key in PRIOR
+            if after is not None and after.get(key) is not None
+        ],
         "seconds": summary.get("seconds") or last.get("seconds"),
         "memory": summary.get("peak_memory_gb") or last.get("peak_memory_gb"),
         "backend": summary.get("backend"),

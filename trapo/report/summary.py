@@ -36,6 +36,7 @@ def summarise(run_dir: RunDir, mode: str, model: ModelConfig, steps: int, second
         "eval_after": after.accuracy if after else None,
         "eval_after_interval": after.interval if after else None,
         "eval_problems": after.problems if after else 0,
+        **_prior(before, after),
         "best_step": next(iter(run_dir.best_steps(1)), None),
         "reward_failures": _reward_failures(run_dir, rows),
         "peak_memory_gb": max([peak_memory_gb(), *(row["peak_memory_gb"] for row in rows)]),
@@ -51,6 +52,11 @@ def summary_lines(folder: Path, summary: Mapping[str, Any]) -> list[str]:
             low, high = map(_share, summary[f"eval_{when}_interval"])
             value = _share(summary[f"eval_{when}"])
             lines.append(f"held-out accuracy {when + ':':7} {value}  (95% interval {low} to {high})")
+    lines += [
+        f"{name}: {change(key, summary.get(f'{key}_before'), summary[f'{key}_after'])}"
+        for name, key in PRIOR
+        if summary.get(f"{key}_after") is not None
+    ]
     if summary["reward_failures"]:
         lines.append(f"reward failures (scored 0): {summary['reward_failures']}")
     gpu = f" and {summary['peak_gpu_memory_gb']:.1f} GB of the GPU" if "peak_gpu_memory_gb" in summary else ""
@@ -59,6 +65,30 @@ def summary_lines(folder: Path, summary: Mapping[str, Any]) -> list[str]:
         f"backend {summary['backend']}"
     )
     return [*lines, f"{folder}/report.html  {folder}/summary.json  {folder}/final (loads with transformers)"]
+
+
+# What was measured of eval.prior, and the summary's key of it.
+PRIOR = (
+    ("accuracy on what the base could do", "prior_accuracy"),
+    ("NLL of what the base knew", "prior_nll"),
+    ("NLL of held-out traces", "trace_nll"),
+)
+
+
+def _prior(before: EvalResult | None, after: EvalResult | None) -> dict[str, float | None]:
+    """Returns what the model knew before and knows after, where it was measured."""
+    found: dict[str, float | None] = {}
+    for _, key in PRIOR:
+        values = {when: getattr(result, key, None) for when, result in (("before", before), ("after", after))}
+        if any(value is not None for value in values.values()):
+            found |= {f"{key}_{when}": value for when, value in values.items()}
+    return found
+
+
+def change(key: str, before: float | None, after: float | None) -> str:
+    """Returns a quantity of PRIOR before and after, for people."""
+    shown = ["–" if v is None else f"{v:.1%}" if key == "prior_accuracy" else f"{v:.3f}" for v in (before, after)]
+    return " → ".join(shown) + ("" if key == "prior_accuracy" else " nats a token")
 
 
 def _share(value: float) -> str:

@@ -285,6 +285,11 @@ class LoraConfig:
 class EvalConfig:
     every: int = key(0, "Steps between evaluations; 0 is only before and after.", least=0)
     before: bool = key(True, "Evaluate before the first step.")
+    prior: str | None = key(
+        None,
+        "What the base model could do, measured with data.eval: texts (.txt, or .jsonl with `text`) or problems.",
+        named=True,
+    )
     suite: str | None = key(None, "For `trapo eval`: the benchmarks of a suite (math), read from data.dir.", named=True)
     benchmarks: list[str] | None = key(
         None, "Or these: names and files, with @k for k samples a problem, as in aime24@8.", named=True
