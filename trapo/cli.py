@@ -1,5 +1,5 @@
-"""The command line is `trapo train|eval|grade|plan|compare|report|config|presets|doctor`. Heavy imports wait until a
-command needs them, so that --help and the reward workers, which import this module again, start fast."""
+"""The command line is `trapo train|eval|route|grade|plan|compare|report|config|presets|doctor`. Imports wait until
+a command needs them, so that --help and the reward workers, which import this module again, start fast."""
 
 from __future__ import annotations
 
@@ -150,6 +150,27 @@ def eval_job(settings: Config) -> EvalJob:
         seed=settings.seed,
         run_dir=Path(settings.run_dir),
     )
+
+
+@app.command()
+def route(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="the folder of rl.jsonl and sft.jsonl")] = Path("routed"),
+    by: Annotated[str, typer.Option(help="how concentration is measured: gini, cv or kurtosis")] = "gini",
+    rl_share: Annotated[float, typer.Option(help="of the problems, the most concentrated, that go to RL")] = 0.5,
+) -> None:
+    """Sort data.train into problems for SFT and for RL, by how concentrated each trace's gradient is (PRISM)."""
+    from trapo.config import load_config
+
+    settings = load_config(config, overrides or [])
+    _quiet_transformers()
+    from trapo.evaluation import routing
+
+    console = _console()
+    log = functools.partial(console.print, markup=False, highlight=False)
+    routed = routing.route(eval_job(settings), out, by=by, rl_share=rl_share, log=log)
+    log(f"{routed.to_rl} problems in {out}/rl.jsonl, {len(routed.problems) - routed.to_rl} in {out}/sft.jsonl")
 
 
 @app.command()
