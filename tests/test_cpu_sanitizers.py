@@ -54,7 +54,7 @@ def library(tmp_path_factory):
     home = Path(torch.__file__).parent
     folder = tmp_path_factory.mktemp("sanitized")
     built_for = "-DTRAPO_TORCH={}.{}".format(*torch.__version__.split("."))
-    flags = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fopenmp", "-fno-math-errno", "-ffp-contract=off", "-w", built_for]
+    flags = ["-std=c++20", "-Og", "-g1", "-fPIC", "-fopenmp", "-fno-math-errno", "-ffp-contract=off", "-w", built_for]
     flags += [*AVX2, *SANITIZERS]
     headers = [f"-isystem{home / 'include'}", f"-isystem{home / 'include/torch/csrc/api/include'}"]
     objects = [folder / f"{source.stem}.o" for source in SOURCES]

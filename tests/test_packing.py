@@ -53,6 +53,7 @@ def test_changing_one_sequence_leaves_the_others_of_its_row_bit_for_bit(model):
     check_no_cross_talk(model)
 
 
+@pytest.mark.slow
 def test_smollm2_packs_too():
     """Its hidden states reach 50, where neighbouring float32 numbers are 4e-6 apart: 1e-5 is of the largest."""
     model, _ = load_model(ModelConfig())

@@ -43,7 +43,7 @@ def rollouts():
     return [Rollout(problem, i // 3, 0, 0.0, (), own, False, True, 1.0, "ok", 0.5 - i) for i in range(6)]
 
 
-@pytest.mark.parametrize("name", ["smollm2", "tiny", "tiny, adapted"])
+@pytest.mark.parametrize("name", [pytest.param("smollm2", marks=pytest.mark.slow), "tiny", "tiny, adapted"])
 def test_bytes_of_weights_gradients_and_optimizer_are_those_of_a_real_run(name, tiny_model_path):
     overrides = ["lora.rank=4"] if "adapted" in name else []
     if overrides:

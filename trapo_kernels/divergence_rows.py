@@ -23,7 +23,7 @@ def scratch_bytes(vocab: int, itemsize: int, device: torch.device) -> int:
 
 
 def _blocks(x: Tensor, wide: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, four scratch blocks [4, rows, V]) over all rows; the scratch is reused."""
+    """Yields (rows, four scratch blocks [4, rows, V]) over all rows; the scratch is reused."""
     rows, vocab = x.shape
     step = min(block_rows(vocab, x.device), max(rows, 1))
     scratch = x.new_empty(4, step, vocab, dtype=wide)
@@ -33,7 +33,7 @@ def _blocks(x: Tensor, wide: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _log_softmax(x: Tensor, cap: float | None, out: Tensor, spare: Tensor) -> Tensor:
-    """log π of a block of logits, before the soft-cap, written to `out`."""
+    """Writes log π of a block of logits, before the soft-cap, to `out`."""
     out.copy_(x)
     if cap is not None:
         out.div_(cap).tanh_().mul_(cap)

@@ -87,7 +87,7 @@ class Teacher:
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """Σ a (log a − log b) [n]; a class with a = 0 gives 0, and nothing to the gradient."""
+    """Returns Σ a (log a − log b) [n]; a class with a = 0 gives 0, and nothing to the gradient."""
     none = log_a == -torch.inf
     return torch.where(none, 0, log_a.exp() * (log_a.masked_fill(none, 0) - log_b.masked_fill(none, 0))).sum(1)
 

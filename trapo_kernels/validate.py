@@ -109,7 +109,7 @@ def refuse_batched(caller: str, *incoming: Tensor | None) -> None:
 
 
 def refuse_mapped(caller: str, inputs: Mapping[str, Any]) -> None:
-    """Which tokens take part is read before anything is computed, which torch.func.vmap does not allow."""
+    """Refuses torch.func.vmap, since which tokens take part is read before anything is computed."""
     if torch.compiler.is_compiling():
         return
     for name, value in inputs.items():

@@ -1,4 +1,4 @@
-"""ms-swift: supervised losses in its map, from the logits that its trainer hands over.
+"""This adapter puts supervised losses into the map of ms-swift, from the logits that its trainer hands over.
 
     # plugin.py
     import trapo_kernels.integrations.ms_swift
@@ -39,7 +39,8 @@ class _SupervisedLoss(BaseLoss):
         loss_scale: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Labels [B, T] of the tokens themselves; the sum is divided by num_items_in_batch, or by their number."""
+        """Takes labels [B, T] of the tokens themselves; the sum is divided by num_items_in_batch, or by their
+        number."""
         name = type(self).__name__
         if loss_scale is not None:
             raise ValueError(f"{name}: loss_scale must be None (--loss_scale default); got a tensor")
@@ -51,13 +52,13 @@ class _SupervisedLoss(BaseLoss):
 
 
 class TrSFTLoss(_SupervisedLoss):
-    """TrSFT: −log p where p is at least α, and its tangent in p below."""
+    """Computes TrSFT's loss: −log p where p is at least α, and its tangent in p below."""
 
     objective = Objective(expert="trsft", policy=None)
 
 
 class DFTLoss(_SupervisedLoss):
-    """Dynamic Fine-Tuning: −sg(p) log p."""
+    """Computes Dynamic Fine-Tuning's loss: −sg(p) log p."""
 
     objective = Objective.dft()
 

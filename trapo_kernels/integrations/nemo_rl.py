@@ -1,4 +1,4 @@
-"""NeMo-RL: a loss function from log-probabilities, in the place of ClippedPGLossFn.
+"""This adapter gives NeMo-RL a loss function from log-probabilities, in the place of ClippedPGLossFn.
 
     from trapo_kernels.integrations.nemo_rl import TrapoLossFn
 
@@ -23,7 +23,7 @@ __all__ = ["TrapoLossFn"]
 
 
 class TrapoLossFn:
-    """A LossFunction of NeMo-RL: token losses over the number of valid tokens of the global batch.
+    """Is a LossFunction of NeMo-RL: token losses over the number of valid tokens of the global batch.
 
     Args:
         **settings: fields of Objective. Default: TrSFT on expert tokens, ratios clipped at 1 ± 0.2. With kl_coef the
@@ -48,7 +48,8 @@ class TrapoLossFn:
     def __call__(
         self, next_token_logprobs: Tensor, data: Any, global_valid_seqs: Tensor, global_valid_toks: Tensor
     ) -> tuple[Tensor, dict[str, float]]:
-        """next_token_logprobs [B, S − 1]; the batch's own fields are [B, S], and their first column is left out."""
+        """Takes next_token_logprobs [B, S − 1]; the batch's own fields are [B, S], and their first column is left
+        out."""
         inputs = {
             "old_logprobs": "prev_logprobs", "rollout_logprobs": "generation_logprobs",
             "ref_logprobs": "reference_policy_logprobs", "expert_mask": "expert_mask",

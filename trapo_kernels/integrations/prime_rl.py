@@ -104,7 +104,7 @@ def expert_loss(inputs: Any, **settings: Any) -> LossOutputs:
 
 
 def use_expert_loss(**settings: Any) -> None:
-    """From here on prime-rl's ce stream has `expert_loss` of these settings.
+    """Gives prime-rl's ce stream the `expert_loss` of these settings, from here on.
 
     Raises:
         ValueError: as `expert_loss`.

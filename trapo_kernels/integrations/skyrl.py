@@ -1,4 +1,4 @@
-"""SkyRL: a policy loss in its registry, from log-probabilities.
+"""This adapter gives SkyRL a policy loss in its registry, from log-probabilities.
 
     import trapo_kernels.integrations.skyrl as ours     # in your entry point, before the workers start
 

@@ -1,4 +1,5 @@
-"""slime: a custom loss function, on the log-probabilities and entropies that slime makes of Megatron's logits.
+"""This adapter gives slime a custom loss function, on the log-probabilities and entropies that slime makes of
+Megatron's logits.
 
     --loss-type custom_loss --custom-loss-function-path trapo_kernels.integrations.slime.policy_loss
 

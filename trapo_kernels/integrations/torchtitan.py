@@ -1,4 +1,5 @@
-"""torchtitan's RL trainer: a loss in the place of GRPOLoss or DAPOLoss, from the logits that its model returns.
+"""This adapter gives torchtitan's RL trainer a loss in the place of GRPOLoss or DAPOLoss, from the logits that its
+model returns.
 
     from trapo_kernels.integrations.torchtitan import TrapoLoss
 
@@ -25,7 +26,7 @@ __all__ = ["TrapoLoss"]
 
 
 class TrapoLoss(BaseLoss):
-    """The loss of an objective over the tokens whose generator log-probability is finite, as DAPOLoss has it.
+    """Computes the loss of an objective over the tokens whose generator log-probability is finite, as DAPOLoss has it.
 
     Where DAPOLoss bounds |log ratio| at 10 before it is clipped, this loss does not: what lies outside of the clip has
     the clip's value, or the ratio itself where the clip does not bind.
@@ -57,7 +58,7 @@ class TrapoLoss(BaseLoss):
         advantages: Tensor,
         loss_mask: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """pred [..., V]; everything else [...]. Metrics add up over ranks, but those that end in "/max"."""
+        """Takes pred [..., V]; everything else [...]. Metrics add up over ranks, but those that end in "/max"."""
         kept = loss_mask & torch.isfinite(generator_logprobs)
         divisor = 1.0 if global_valid_tokens is None else max(float(global_valid_tokens), 1.0)
         out = policy_loss_from_logits(

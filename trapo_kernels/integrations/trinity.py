@@ -1,4 +1,4 @@
-"""Trinity-RFT: a policy loss in its registry, with its expert samples.
+"""This adapter gives Trinity-RFT a policy loss in its registry, with its expert samples.
 
     import trapo_kernels.integrations.trinity           # in a plugin of your plugin_dir
 
@@ -26,7 +26,7 @@ __all__ = ["TrapoPolicyLossFn"]
 
 @POLICY_LOSS_FN.register_module("trapo")
 class TrapoPolicyLossFn(PolicyLossFn):
-    """The loss of an objective, a mean over the tokens of the micro-batch.
+    """Computes the loss of an objective, a mean over the tokens of the micro-batch.
 
     Args:
         backend: Trinity's, not read.
@@ -45,7 +45,8 @@ class TrapoPolicyLossFn(PolicyLossFn):
         is_expert_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, dict[str, float]]:
-        """logprob, old_logprob, action_mask, advantages [B, T]; is_expert_mask [B], None = no sample is an expert's."""
+        """Takes logprob, old_logprob, action_mask, advantages [B, T]; is_expert_mask [B], None = no sample is an
+        expert's."""
         expert = torch.zeros_like(action_mask, dtype=torch.bool)
         if is_expert_mask is not None:
             expert = is_expert_mask.bool()[:, None].expand_as(expert)

@@ -1,4 +1,4 @@
-"""verl: distillation from a teacher's top-k, with the tail that verl leaves out, forward and reverse.
+"""This adapter gives verl distillation from a teacher's top-k, with the tail that verl leaves out, forward and reverse.
 
     distillation.distillation_loss.loss_mode=forward_kl_topk_tail     # or reverse_kl_topk_tail
 
@@ -52,7 +52,7 @@ def topk_tail_divergence(logits: Tensor, teacher_logprobs: Tensor, teacher_ids: 
 
 
 def _block(z: Tensor, log_p: Tensor, ids: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The divergence, the student's mass on the ids and the teacher's [n]."""
+    """Returns the divergence, the student's mass on the ids and the teacher's [n]."""
     z, log_p = z.float(), log_p.float()
     log_z = z.logsumexp(-1)
     log_q = z.gather(-1, ids) - log_z[:, None]
@@ -69,7 +69,7 @@ def _block(z: Tensor, log_p: Tensor, ids: Tensor, kind: str) -> tuple[Tensor, Te
 def compute_topk_loss(
     config: Any, distillation_config: Any, data: Any, student_logits: Tensor, data_format: str
 ) -> dict[str, Tensor]:
-    """verl's function of this name, which computes `forward_kl_topk` whatever the mode; ours for our modes."""
+    """Returns verl's function of this name, which computes `forward_kl_topk` whatever the mode; ours for our modes."""
     mode = distillation_config.distillation_loss.loss_mode
     if mode not in MODES:
         return _of_verl(config, distillation_config, data, student_logits, data_format)
