@@ -75,6 +75,16 @@ def test_the_loop_of_the_recipe_adds_up_to_one_call(model, ids):
     torch.testing.assert_close(merged["loss"], metrics["loss"], rtol=1e-5, atol=1e-6)
 
 
+def test_the_line_in_the_place_of_cces_is_the_cross_entropy_of_the_next_label(model, ids):
+    (block,) = [block for block in examples("docs/recipes/coming.md") if "linear_policy_loss" in block]
+    labels = ids.masked_fill(ids % 3 == 0, -100)
+    hidden = model.model(ids).last_hidden_state
+    names = {"tk": tk, "hidden": hidden, "lm_head": model.lm_head, "labels": labels}
+    execute(block, "docs/recipes/coming.md", names)
+    expected = model(ids, labels=labels).loss
+    torch.testing.assert_close(names["loss"], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_the_schedule_of_the_recipe_for_trl_is_one():
     (block,) = [block for block in examples("docs/recipes/trl.md") if "trapo.guidance" in block]
     names: dict = {}

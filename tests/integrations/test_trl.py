@@ -258,9 +258,11 @@ def test_guided_training_supervises_the_prefixes_and_scores_whole_responses(tiny
 
 
 @pytest.mark.slow
-def test_two_ranks_score_their_own_rollouts_and_keep_one_model(tiny_model_path, tmp_path):
+def test_two_launched_ranks_score_their_own_rollouts_and_keep_one_model(tiny_model_path, tmp_path):
     script = Path(__file__).with_name("two_ranks.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29533"]
+    # What `accelerate launch` runs for several processes of a machine; the processes' accelerator is told to be a CPU.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=29533"]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     subprocess.run([*command, str(script), str(tiny_model_path), str(tmp_path)], check=True, env=env, timeout=500)
     ranks = [json.loads((tmp_path / f"rank{i}.json").read_text()) for i in range(2)]

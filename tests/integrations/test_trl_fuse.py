@@ -18,7 +18,8 @@ with warnings.catch_warnings():
     from trl_trainers import TRAINERS, letters, logs_of, make_trainer
 
     from trapo_kernels import foreseen
-    from trapo_kernels.integrations.trl import FusedGRPOTrainer, chunked_divergence_loss, fuse
+    from trapo_kernels.integrations.trl import FusedGRPOTrainer, FusedHead, chunked_divergence_loss, fuse
+    from trapo_kernels.integrations.trl.head import stock_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ONE_PASS = {"sft", "dft", "grpo", "distillation"}
@@ -173,6 +174,47 @@ def _dataset(rows):
     from datasets import Dataset
 
     return Dataset.from_list(rows)
+
+
+EVERY = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+@pytest.mark.parametrize("shifted", [False, True], ids=["labels", "shift_labels"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "qwen3_moe"])
+def test_every_field_of_the_head_is_trls(family, shifted):
+    from test_transformers import make_batch, make_model
+    from trl.trainer.utils import add_fused_lm_head
+
+    model, batch = make_model(family), make_batch()
+    if family == "llama":  # logits that are equal in pairs: the first of the largest is the likeliest
+        with torch.no_grad():
+            model.lm_head.weight[51:] = model.lm_head.weight[:50]
+            likeliest = model(batch["input_ids"]).logits.argmax(-1)
+        batch["labels"][:, 1::4], batch["labels"][:, 3::4] = likeliest[:, :-1:4], (likeliest[:, 2::4] + 51).clamp(max=100)
+    if shifted:
+        batch["shift_labels"] = torch.nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)
+    add_fused_lm_head(model, temperature=0.7, outputs=EVERY)
+    found = []
+    for ours in (False, True):
+        if ours:
+            settings = stock_settings(model)
+            assert settings == {"temperature": 0.7, "cast_lm_head_to_fp32": False, "outputs": EVERY}
+            FusedHead(model, **settings)
+        model.zero_grad()
+        out = model(**batch, fused_lm_head=True, num_items_in_batch=20)
+        (out.loss + (out.entropy * torch.arange(out.entropy.shape[1])).sum()).backward()
+        found.append((out, {name: p.grad.clone() for name, p in model.named_parameters()}))
+    (stock, expected), (ours, grads) = found
+    assert ours.keys() == stock.keys()
+    for name in stock:
+        torch.testing.assert_close(
+            ours[name], stock[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    if family == "llama":
+        assert 0 < stock.is_top1.sum() < stock.label_mask.sum()
+    largest = max(float(grad.abs().max()) for grad in expected.values())
+    for name, grad in expected.items():
+        assert_close(grads[name], grad, 1e-5, name, floor=largest)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
