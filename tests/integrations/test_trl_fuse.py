@@ -190,7 +190,10 @@ def test_every_field_of_the_head_is_trls(family, shifted):
         with torch.no_grad():
             model.lm_head.weight[51:] = model.lm_head.weight[:50]
             likeliest = model(batch["input_ids"]).logits.argmax(-1)
-        batch["labels"][:, 1::4], batch["labels"][:, 3::4] = likeliest[:, :-1:4], (likeliest[:, 2::4] + 51).clamp(max=100)
+        batch["labels"][:, 1::4], batch["labels"][:, 3::4] = (
+            likeliest[:, :-1:4],
+            (likeliest[:, 2::4] + 51).clamp(max=100),
+        )
     if shifted:
         batch["shift_labels"] = torch.nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)
     add_fused_lm_head(model, temperature=0.7, outputs=EVERY)
