@@ -211,6 +211,30 @@ def test_a_group_says_what_became_of_the_prompt_with_and_without_a_prefix(tmp_pa
     assert ('data-outcome="not scored"' in third, 'data-own=""' in third, "reward" in third) == (True, True, False)
 
 
+def test_examples_in_a_prompt_are_folded_and_the_question_is_not(tmp_path):
+    chat = "user: 1 + 1?\n\nassistant: 2\n\nuser: 3 + 4?"
+    shown = [rollout(1, prompt=chat), rollout(2, prompt="Say\n\nuser: hello")]
+    text = write_report(write_run(tmp_path / "run", [row(1)], rollouts=shown)).read_text()
+    first, second = group(text, 1), group(text, 2)
+    assert '<p class="prompt">3 + 4?</p>' in first
+    assert re.search(r"<details.*1 \+ 1\?.*assistant: 2.*</details>", first, re.DOTALL)
+    assert "<details" not in second
+    assert '<p class="prompt">Say\n\nuser: hello</p>' in second
+
+
+def test_an_accuracy_whose_file_is_gone_is_taken_from_the_summary(tmp_path):
+    run = write_run(tmp_path / "run", [row(1)])
+    summary = {
+        "eval_before": 0.25,
+        "eval_before_interval": [0.2, 0.3],
+        "eval_after": 0.5,
+        "eval_after_interval": [0.4, 0.6],
+    }
+    text = write_report(run, summary).read_text()
+    assert "25.0%<small>20.0% to 30.0%</small>" in text
+    assert "50.0%<small>40.0% to 60.0%</small>" in text
+
+
 def test_runs_that_differ_in_their_seeds_alone_are_named_together(tmp_path):
     def made(name, *overrides):
         return write_run(tmp_path / name, [row(1, generated_tokens=10, trained_tokens=5), row(2)], overrides=overrides)

@@ -26,6 +26,7 @@ def groups_of(run: RunData) -> list[Row]:
 
 def _group(run: RunData, rows: list[Row]) -> Row:
     first = rows[0]
+    examples, question = _question(first["prompt"])
     rows = sorted(rows, key=lambda row: row["level"])
     levels = [_level(number, list(members)) for number, members in groupby(rows, key=lambda row: row["level"])]
     own = _mean([row["reward"] for row in rows if row["ratio"] == 0])
@@ -35,7 +36,8 @@ def _group(run: RunData, rows: list[Row]) -> Row:
         "run": run.name,
         "step": first["step"],
         "id": first["id"],
-        "prompt": _shortened(first["prompt"]),
+        "examples": _shortened(examples),
+        "prompt": _shortened(question),
         "answer": first["answer"],
         "levels": levels,
         "level_names": sorted({level["name"] for level in levels}),
@@ -45,6 +47,12 @@ def _group(run: RunData, rows: list[Row]) -> Row:
         "guided": any(row["ratio"] > 0 for row in rows),
         "longest": max(row["own_tokens"] for row in rows),
     }
+
+
+def _question(prompt: str) -> tuple[str, str]:
+    """Returns the turns of a chat before the last question, and that: examples are alike in every prompt."""
+    before, mark, question = prompt.rpartition("\n\nuser: ")
+    return (before, question) if mark and before.startswith("user: ") else ("", prompt)
 
 
 def _level(number: int, rows: list[Row]) -> Row:

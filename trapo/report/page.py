@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import gzip
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ def _head(index: int, run: RunData) -> dict[str, Any]:
     last = run.rows[-1]
     before = evaluations[0] if evaluations and evaluations[0]["step"] == 0 else None
     after = evaluations[-1] if evaluations and evaluations[-1]["step"] > 0 else None
+    before, after = before or _evaluated(summary, "before", 0), after or _evaluated(summary, "after", last["step"])
     failures: dict[str, int] = {}
     for row in (*run.rows, *evaluations):
         for kind, count in (row.get("reward_failures") or {}).items():
@@ -102,6 +103,13 @@ def _head(index: int, run: RunData) -> dict[str, Any]:
         "failures": failures,
         "skipped": sum(row.get("skipped_steps") or 0 for row in run.rows),
     }
+
+
+def _evaluated(summary: Mapping[str, Any], when: str, step: int) -> dict[str, Any] | None:
+    """Returns an evaluation whose file is gone, as the summary has it."""
+    accuracy = summary.get(f"eval_{when}")
+    interval = summary.get(f"eval_{when}_interval")
+    return None if accuracy is None else {"step": step, "accuracy": accuracy, "interval": interval}
 
 
 def _axes(runs: Sequence[RunData]) -> dict[str, dict[str, Any]]:
