@@ -75,9 +75,12 @@ def test_flops_are_those_that_torch_counts_in_a_real_update(overrides, tiny_mode
     tk.set_backend("reference")  # whose products are torch's; the streamed ones do as many
     try:
         with FlopCounterMode(display=False) as counter:
-            learner.update(rollouts(), tk.Objective.trapo(), seed=0)
+            update = learner.update(rollouts(), tk.Objective.trapo(), seed=0)
     finally:
         tk.set_backend(None)
+    # Once in many runs torch counted none: this says whether nothing was trained, or nothing was counted.
+    assert (update.optimizer_steps, update.trained_tokens) == (1, 6 * (PROMPT + 1 + RESPONSE)), update
+    assert counter.get_total_flops() > 0, counter.get_flop_counts()
     # Rotary embeddings multiply a few matrices too, of the size of positions × half a head.
     rotary = counter.get_total_flops() * 0.005
     assert plan_of(settings, 1).flops.total == pytest.approx(counter.get_total_flops(), abs=rotary)

@@ -6,8 +6,10 @@ Each situation meets some calls by default, and all of them in the slow suite.
 
 from __future__ import annotations
 
+import inspect
 from contextlib import contextmanager, nullcontext
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +20,10 @@ from torch.utils.checkpoint import checkpoint
 import trapo_kernels as tk
 
 B, T, D, V = 2, 5, 8, 37
+# Presets whose terms read no more of a row than its log-probability and entropy.
+NOT_OF_LOGPROBS = ("sed", "eaft", "asft", "lco")
 PRESETS = [name for name, value in vars(tk.Objective).items() if isinstance(value, classmethod)]
+OF_LOGPROBS = [name for name in PRESETS if name not in NOT_OF_LOGPROBS]
 
 
 class Given:
@@ -61,6 +66,20 @@ def policy_from_logits(preset):
         return tk.policy_loss_from_logits(logits, given.targets, o, backend=backend, **given.inputs).loss
 
     return call
+
+
+def policy_from_logprobs(preset):
+    def call(given, hidden, weight, backend):
+        found = tk.linear_logprobs(hidden, weight, given.targets, entropy=True, backend=backend)
+        o = getattr(tk.Objective, preset)(entropy_coef=0.01)
+        return tk.policy_loss_from_logprobs(found.logprobs, o, entropy=found.entropy, **given.inputs).loss
+
+    return call
+
+
+def as_module(given, hidden, weight, backend):
+    loss = tk.TrapoLoss(tk.Objective.dapo(entropy_coef=0.01), backend=backend)
+    return loss(hidden, weight, given.targets, **given.inputs).loss
 
 
 def logprobs(given, hidden, weight, backend):
@@ -107,13 +126,15 @@ def statistics(given, hidden, weight, backend):
 CALLS = (
     {f"linear {name}": policy(name) for name in PRESETS}
     | {f"logits {name}": policy_from_logits(name) for name in PRESETS if name != "asft"}
+    | {f"logprobs {name}": policy_from_logprobs(name) for name in OF_LOGPROBS}
+    | {"TrapoLoss": as_module}
     | {"linear_logprobs": logprobs, "logprobs_from_logits": logprobs_from_logits}
     | {"linear_divergence": divergence, "linear_statistics": statistics}
     | {"linear_support_logprobs": support(False), "a sampling mask": support(True)}
     | {"linear_topk_divergence": topk_divergence}
 )
 CORE = ("linear grpo", "linear gspo", "linear asft", "logits trapo", "linear_logprobs", "linear_divergence")
-CORE += ("linear_support_logprobs", "linear_topk_divergence")
+CORE += ("linear_support_logprobs", "linear_topk_divergence", "logprobs grpo")
 
 
 # Situations: each runs `fn(hidden, weight)` and gives (value, gradients or None) -----------------------------------
@@ -277,6 +298,22 @@ def test_value_and_gradients_are_the_oracles(situation, call, backend):
     for grad, exact in zip(grads or (), right, strict=grads is not None):
         if grad is not None:
             assert_close(grad, exact, tolerance, "gradient", floor=1e-2)
+
+
+def test_every_function_that_computes_is_called():
+    calls = {"Divergence", "PolicyLoss", "SupportLogprobs", "TokenLogprobs"}  # what such a function returns
+    functions = [getattr(tk, name) for name in tk.__all__ if inspect.isfunction(getattr(tk, name))]
+    computing = {f.__name__ for f in functions if str(f.__annotations__.get("return", "")) in calls}
+    assert len(computing) >= 7
+    source = Path(__file__).read_text()
+    assert [name for name in sorted(computing) if f"tk.{name}(" not in source] == []
+
+
+@pytest.mark.parametrize("preset", NOT_OF_LOGPROBS)
+def test_a_preset_that_reads_more_than_logprobs_is_refused_in_one_line(preset):
+    with pytest.raises((TypeError, ValueError), match=r"^policy_loss_from_logprobs: .*objective.*$") as caught:
+        policy_from_logprobs(preset)(Given(), Given().hidden, Given().weight, "torch")
+    assert "\n" not in str(caught.value)
 
 
 # What is not served is refused in one line ------------------------------------------------------------------------
