@@ -1,4 +1,4 @@
-"""The trainer runs the loop. SFT, GRPO, SFT -> RL, LUFFY and TRAPO are configurations of it (see modes.py).
+"""The trainer runs the loop. SFT, GRPO, SFT -> RL, LUFFY and TRAPO are configurations of it (see modes/).
 
 A step: take prompts; draw their rollouts in micro-groups, guided by an expert prefix where the earlier ones failed;
 score; turn rewards into group-relative advantages; one update of the fused loss over expert and own tokens.

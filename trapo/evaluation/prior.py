@@ -1,4 +1,5 @@
-"""What the base model could do before: texts whose likelihood, or problems whose accuracy, a run should not lose."""
+"""This file keeps what the base model could do before: texts whose likelihood, or problems whose accuracy, a run should
+not lose."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The keys of a configuration come in groups: one dataclass a group, one line a key.
 
 Beside each key stand its default, one sentence, and what it accepts (keys.py). `trapo config` and docs/config.md are
-made of these lines. A field left at None takes its value from the mode or from the guidance preset (modes.py,
+made of these lines. A field left at None takes its value from the mode or from the guidance preset (modes/,
 guidance.py). The group `objective` is made of the fields of `trapo_kernels.Objective` (objective.py).
 """
 
