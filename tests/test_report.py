@@ -224,12 +224,8 @@ def test_examples_in_a_prompt_are_folded_and_the_question_is_not(tmp_path):
 
 def test_an_accuracy_whose_file_is_gone_is_taken_from_the_summary(tmp_path):
     run = write_run(tmp_path / "run", [row(1)])
-    summary = {
-        "eval_before": 0.25,
-        "eval_before_interval": [0.2, 0.3],
-        "eval_after": 0.5,
-        "eval_after_interval": [0.4, 0.6],
-    }
+    summary = {"mode": "trapo", "model": "m", "steps": 1, "seconds": 2.0, "eval_before": 0.25, "eval_after": 0.5}
+    summary |= {"eval_before_interval": [0.2, 0.3], "eval_after_interval": [0.4, 0.6]}
     text = write_report(run, summary).read_text()
     assert "25.0%<small>20.0% to 30.0%</small>" in text
     assert "50.0%<small>40.0% to 60.0%</small>" in text
