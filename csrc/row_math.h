@@ -3,6 +3,7 @@
 // z are a row's logits, y its target, m = max z, S = Σ e^(z−m) = 1 + R, H the entropy, logp = z_y − m − log S.
 //
 //     RowState     m, R and Σ e^(z−m)(z−m) of some columns; states of disjoint columns merge
+//     with_target  the state of a row of 16-bit logits whose z_y is known in fp32
 //     RowStats     logp, m, log S, H of the whole row
 //     slopes       ∂loss/∂logp and ∂loss/∂H of the token: objective.py has the formulas, tests hold the two together
 //     RowGradient  dL/dz_j = g_lp (1[j=y] − π_j) − g_H π_j (log π_j + H), as e^(d_j) (slope · d_j + constant), d = z − m
@@ -24,6 +25,8 @@ namespace trapo {
 
 // e^-1e4 is 0 in double too, so raising z − m to this changes nothing but 0 · −inf, which becomes 0.
 constexpr double kFloor = -1e4;
+// e^80 is a number in fp32.
+constexpr double kFurthest = 80;
 
 // The larger one, NaN if either is.
 template <class T>
@@ -82,6 +85,21 @@ TRAPO_HD RowState<T> merge(const RowState<T>& a, const RowState<T>& b) {
   const RowState<T> x = shifted(a, max), y = shifted(b, max);
   const bool tie = a.max == b.max && !none(max);
   return {max, x.rest + y.rest + ties<T>(1 + tie), x.dot + y.dot};
+}
+
+// The state where z_y is `target` and not the rounded logit that was read. Where the target is the column that is left
+// out, the others are all that there is in `rest`, and keep their digits; elsewhere its share in the sums is exchanged.
+// `target` becomes what is to be taken for it: rounding may have moved a huge logit further than an exponential reaches.
+template <class T>
+TRAPO_HD RowState<T> with_target(const RowState<T>& state, T rounded, T& target) {
+  const T own = std::exp(rounded - state.max);
+  if (rounded >= state.max || state.rest < own / 2) {
+    target = raise(target, state.max - T(kFurthest));
+    const T by = state.max - target, factor = std::exp(by);
+    return {target, factor * state.rest, factor * (state.dot + by * state.rest)};
+  }
+  const T before = raise(rounded - state.max, T(kFloor)), now = raise(target - state.max, T(kFloor)), e = std::exp(now);
+  return {state.max, raise(state.rest - own, T(0)) + e, state.dot - own * before + e * now};
 }
 
 template <class T>

@@ -172,7 +172,7 @@ def test_opcheck_of_every_operator():
     opcheck(ops.row_stats, (logits, targets, None, True))
     opcheck(ops.row_grad_, (logits, targets, *stats, g_lp, g_entropy, 2.0))
     numbers = [1.0, 0.1, 0.1, 0.0, float("inf"), float("inf"), 0.01, 0.0, 0.0]
-    opcheck(ops.row_fused_, (logits, targets, expert, g_lp, None, None, None, g_lp, 2, 1, numbers, 1.0, None))
+    opcheck(ops.row_fused_, (logits, targets, expert, g_lp, None, None, None, g_lp, g_lp, 2, 1, numbers, 1.0, None))
     opcheck(ops.panel_stats, (hidden, weight, bias, targets, 1.0, 3.0, True, keep))
     opcheck(ops.panel_mass, (hidden, weight, targets, None, *stats, g_lp, g_entropy, keep))
     gradients = (torch.zeros(n, width), torch.zeros(vocab, width), torch.zeros(vocab))

@@ -36,8 +36,10 @@ def test_the_operators_keep_their_promises_to_the_compiler(operators, dtype):
     grad = (logits, targets, -vector, vector, vector, vector, vector, None, 2.0)
     torch.library.opcheck(operators.row_grad_.default, grad, test_utils=checks)
     numbers = [1.0, 0.1, 0.1, 0.0, 9.0, 9.0, 0.0, 0.0, 0.0]
-    fused = (logits, targets, expert, vector, None, None, None, vector, 1, 1, numbers, 1.0, None)
+    fused = (logits, targets, expert, vector, None, None, None, vector, -vector, 1, 1, numbers, 1.0, None)
     torch.library.opcheck(operators.row_fused_.default, fused, test_utils=checks)
+    hidden, weight = torch.randn(3, 8).bfloat16(), torch.randn(40, 8).bfloat16()
+    torch.library.opcheck(operators.target_logits.default, (hidden, weight, None, targets, 2.0), test_utils=checks)
 
 
 @on_fibers
@@ -54,6 +56,8 @@ def test_wrong_arguments_are_refused(operators):
         operators.row_grad_(logits, targets, v, v, v.double(), None, v, None, None)
     with pytest.raises(RuntimeError, match="entropy must be given with g_entropy; got None"):
         operators.row_grad_(logits, targets, v, v, v, None, v, v, None)
+    with pytest.raises(RuntimeError, match=r"hidden and weight must be \[C, D\] and \[V, D\] of one 16-bit dtype"):
+        operators.target_logits(torch.randn(3, 8), torch.randn(40, 8), None, targets, 1.0)
 
 
 @on_fibers
@@ -86,6 +90,7 @@ torch.ops.trapo_kernels_cuda.row_stats(torch.zeros(2, 5).double(), torch.zeros(2
 
 def test_an_install_without_the_extension_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda_rows, "__file__", str(tmp_path / "backends" / "cuda.py"))
+    monkeypatch.setattr(torch.version, "cuda", None)
     cuda_rows.missing.cache_clear()
     try:
         assert cuda_rows.missing() == f"torch {torch.__version__} is not built for CUDA"

@@ -333,3 +333,31 @@ def test_expert_and_own_tokens_and_the_entropy_bonus_have_means_of_their_own(mod
     loss = 0.7 * expert / n_expert + own / n_own - 0.05 * entropy
     grads = torch.autograd.grad(loss, [p for p in plain.parameters() if p.requires_grad])
     torch.testing.assert_close(found, torch.cat([g.flatten() for g in grads]), rtol=1e-4, atol=1e-7)
+
+
+def test_micro_batches_add_the_heads_gradient_in_place_where_it_is_multiplied_in_16_bits(model, monkeypatch):
+    options = ("train.precision=bfloat16", "train.micro_batch_tokens=8", "train.share_prefixes=never")
+    calls, real = [], tk.linear_policy_loss
+
+    def seen(hidden, weight, *args, **kwargs):
+        assert kwargs["weight_grad"] is weight.grad
+        assert hidden.dtype == torch.bfloat16
+        calls.append(weight.grad.data_ptr())
+        return real(hidden, weight, *args, **kwargs)
+
+    monkeypatch.setattr(tk, "linear_policy_loss", seen)
+    added, report = updated(model, *options)
+    assert len(calls) > 1
+    assert len(set(calls)) == 1
+    assert report.optimizer_steps == 1
+
+    def handed_over(*args, **kwargs):
+        kwargs["weight_grad"] = None
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(tk, "linear_policy_loss", handed_over)
+    expected, other = updated(model, *options)
+    assert report.grad_norm == pytest.approx(other.grad_norm, rel=1e-2)
+    for name, weight in model.named_parameters():
+        moved, wanted = added[name] - weight, expected[name] - weight
+        assert torch.nn.functional.cosine_similarity(moved.flatten(), wanted.flatten(), 0) > 0.98, name

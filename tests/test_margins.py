@@ -121,6 +121,67 @@ def test_a_loss_pushes_its_target_as_much_as_all_others_together(backend, dtype)
         assert_relative(others, -target, OF_GRADIENTS[dtype], VOCAB * SMALLEST[dtype], "the others' sum")
 
 
+# z_y in fp32 ------------------------------------------------------------------------------------------------------
+
+
+def between(dtype, backend, head):
+    """(hidden, weight, z, targets) of 16-bit heads whose target's logit z_y lies between two numbers of the dtype, as
+    the others do not: its product has a second half in a column of the hidden states of its own."""
+    logits, targets = margins(dtype, backend)
+    n, rows = len(targets), torch.arange(len(targets))
+    logits = logits.clamp(min=-60)
+    upper = logits[rows, targets]
+    half = (upper.abs() * torch.finfo(dtype).eps / 2).clamp(min=2.0**-9)
+    lower = (half * torch.linspace(-0.9, 0.9, n, dtype=torch.float64)).to(dtype)
+    weight = torch.cat([logits.t(), torch.zeros(VOCAB, n)], 1)
+    weight[targets, n + rows] = lower.double()
+    z = logits.clone()
+    z[rows, targets] = upper + lower.double()
+    scale = head.get("logit_scale", 1.0) / head.get("temperature", 1.0)
+    z = z * scale
+    if "softcap" in head:
+        z = head["softcap"] * torch.tanh(z / head["softcap"])
+    eye = torch.eye(n, dtype=dtype)
+    return torch.cat([eye, eye], 1), weight.to(dtype).contiguous(), z, targets
+
+
+@pytest.mark.parametrize("head", [{}, {"logit_scale": 0.5}, {"softcap": 512.0}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_log_p_is_of_a_target_logit_that_was_not_rounded(backend, dtype, head):
+    hidden, weight, z, targets = between(dtype, backend, head)
+    logprobs, entropy, d_logp, _ = truth(z, targets)
+    rows, n = torch.arange(len(targets)), len(targets)
+    # Others' logits are rounded once more by a soft-cap's tanh, in fp32.
+    tolerance = 2e-4 if "softcap" in head else 2e-5
+    weight.requires_grad_()
+    sft = tk.Objective.sft(reduction="sum")
+    out = tk.linear_logprobs(hidden, weight, targets, entropy=True, backend=backend, **head)
+    loss = tk.linear_policy_loss(hidden, weight, targets, sft, backend=backend, **head)
+    with torch.no_grad():
+        alone = tk.linear_logprobs(hidden, weight, targets, entropy=True, backend=backend, **head)
+    for found in (out, loss, alone):
+        assert_relative(found.logprobs, logprobs, tolerance, SMALLEST[torch.float32], "log p")
+        assert_relative(found.entropy, entropy, tolerance, SMALLEST[torch.float32], "entropy")
+    slope = head.get("logit_scale", 1.0) * (1 - (z / head["softcap"]).square() if "softcap" in head else 1)
+    for value in (-out.logprobs.sum(), loss.loss):
+        grad = torch.autograd.grad(value, weight)[0].double().t()
+        assert_relative(grad[:n], -d_logp * slope, OF_GRADIENTS[dtype], SMALLEST[dtype], "gradient")
+        at_target = grad[rows, targets]
+        if "softcap" not in head:
+            others = grad[:n].sum(1) - at_target
+            assert_relative(others, -at_target, OF_GRADIENTS[dtype], VOCAB * SMALLEST[dtype], "the others' sum")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_statistics_of_a_row_are_of_that_logit_too(backend, dtype):
+    hidden, weight, z, targets = between(dtype, backend, {})
+    found = tk.linear_statistics(hidden, weight, targets, ["top1_mass", "sum_sq", "argmax_match"], backend=backend)
+    pi = z.softmax(1)
+    assert_relative(found["top1_mass"], pi.amax(1), 1e-5, 0, "mass of the likeliest class")
+    assert_relative(found["sum_sq"], pi.square().sum(1), 1e-5, 0, "sum of squares")
+    assert torch.equal(found["argmax_match"].bool(), z.argmax(1) == targets)
+
+
 @pytest.mark.parametrize("head", [{"softcap": 200.0}, {"temperature": 0.5}, {"logit_scale": 4.0}], ids=str)
 def test_so_they_do_under_a_head_with_options(backend, head):
     logits, targets = margins(torch.float32, backend)

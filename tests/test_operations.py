@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from kernel_cases import BACKENDS, EVERYTHING, make_case, policy_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trapo_kernels as tk
+from trapo_kernels import validate
 
 # Those that have the terms in their kernels.
 FUSED = [name for name in ("triton", "cpu") if name in BACKENDS]
@@ -33,26 +35,34 @@ class Operations(TorchDispatchMode):
 
 
 def operations(backend: str, objective: tk.Objective, given: tuple[str, ...], **options: Any) -> tuple[int, int]:
-    """(all, those that compute something) of a forward of one chunk, metrics included."""
+    """(all, those that compute something) of a forward of one chunk, metrics included, without those of CPU tensors
+    alone: looking for targets out of range, and widening 16-bit operands of products."""
     case = make_case(12, 64, width=8, dtype=torch.bfloat16)
-    case.inputs = {name: value if name in given else None for name, value in case.inputs.items()}
-    with Operations() as counted:
+    case.inputs = {name: _in_fp32(value) if name in given else None for name, value in case.inputs.items()}
+    with Operations() as counted, mock.patch.object(validate, "can_look", return_value=False):
         policy_loss(case, objective, backend, **options)
-    return counted.seen.total(), sum(n for name, n in counted.seen.items() if name not in VIEWS)
+    widened = 2
+    return counted.seen.total() - widened, sum(n for name, n in counted.seen.items() if name not in VIEWS) - widened
+
+
+def _in_fp32(value: torch.Tensor | None) -> torch.Tensor | None:
+    return value.float() if value is not None and value.is_floating_point() else value
 
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_a_fused_loss_with_all_metrics_takes_so_many_operations(backend: str) -> None:
+    """Of a kernel for the target's logit there is one on GPUs; the CPU's backend has plain torch."""
     trapo = operations(backend, tk.Objective.trapo(entropy_coef=0.01), ("advantages", "expert_mask"))
     everything = operations(backend, EVERYTHING, tuple(make_case(1, 2).inputs))
     found = (*trapo, *everything)
-    assert all(n <= most for n, most in zip(found, (145, 106, 254, 201), strict=True)), found
+    plain = {"cpu": 8}.get(backend, 0)
+    assert all(n <= most + plain for n, most in zip(found, (104, 60, 189, 127), strict=True)), found
 
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_the_parts_of_a_loss_are_computed_once(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, losses = [], tk.Objective.losses
-    monkeypatch.setattr(tk.Objective, "losses", lambda o, tokens: calls.append(o) or losses(o, tokens))
+    monkeypatch.setattr(tk.Objective, "losses", lambda o, *given: calls.append(o) or losses(o, *given))
     case = make_case(12, 64, width=8, dtype=torch.bfloat16)
     for objective in (EVERYTHING, tk.Objective.grpo()):  # in one pass
         policy_loss(case, objective, backend)

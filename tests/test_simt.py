@@ -140,7 +140,7 @@ CLUSTER_BARRIER = "    cluster_arrive();\n    cluster_wait();\n"
 SUM = "  state = shifted(state, max);\n#pragma unroll\n  for (int by = kWarp / "
 TARGET_LATE = """[&] {
     const auto state = block_state(read_state(row, cap), scratch);
-    return finish(state, read_target(row, target, cap) + 0 * z_target);
+    return tokens.finished(state, read_target(row, target, cap) + 0 * z_target, exact);
   }()"""
 MUTANTS = [
     Mutant(
@@ -213,7 +213,7 @@ MUTANTS = [
     ),
     Mutant(
         "target read after the barrier",
-        *(KERNELS, "finish(block_state(read_state(row, cap), scratch), z_target)", TARGET_LATE),
+        *(KERNELS, "tokens.finished(block_state(read_state(row, cap), scratch), z_target, exact)", TARGET_LATE),
         *("tsan", "data race", "read twice"),
     ),
     Mutant(

@@ -82,6 +82,8 @@ def test_the_operators_have_fake_kernels_that_agree_with_them():
     torch.library.opcheck(
         rows._fused_, (logits.clone(), targets, *inputs, [float(t) for t in terms], 1.0, None), test_utils=utils
     )
+    operands = torch.randn(3, 8).bfloat16(), torch.randn(70, 8).bfloat16()
+    torch.library.opcheck(rows._target_logits, (*operands, None, torch.tensor([0, 9, 69]), 2.0), test_utils=utils)
     torch.library.opcheck(
         tiles._linear_stats, (torch.randn(3, 8), torch.randn(70, 8), None, targets.new_zeros(3), 1.0, None),
         test_utils=utils,

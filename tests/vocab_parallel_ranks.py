@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import trapo_kernels as tk
+from trapo_kernels import vocab_parallel
 
 VOCAB = 257
 LCO = tk.Objective(expert="lco_mse", policy="clip", entropy_coef=0.02)
@@ -146,6 +147,40 @@ def hostile_numbers_are_those_of_the_oracle(*ranks):
     assert out.loss.isnan()
     assert grads[0][0].isnan().all()
     assert torch.isfinite(grads[0][1:]).all()
+
+
+def the_targets_logit_of_16_bits_is_not_rounded(group, rank, world):
+    """It has a second half in a column of the hidden states of its own, so that it lies between two numbers of bf16."""
+    targets = torch.tensor([0, 5, 120, 170, 250, 256])
+    n, rows = len(targets), torch.arange(6)
+    upper = torch.tensor([16.0, 24.0, 32.0, 60.0, 20.0, -3.0])
+    weight = torch.zeros(VOCAB, 2 * n)
+    weight[:, :n] = -2.0
+    weight[targets, rows], weight[targets, n + rows] = upper, 0.002 * upper
+    hidden = torch.cat([torch.eye(n), torch.eye(n)], 1).bfloat16()
+    part = shard(weight.bfloat16(), rank, world)
+    z = torch.full((n, VOCAB), -2.0, dtype=torch.float64)
+    z[rows, targets] = upper.double() + weight.bfloat16()[targets, n + rows].double()
+    others = z.scatter(1, targets[:, None], -torch.inf).logsumexp(1) - z[rows, targets]
+    expected = -others.exp().log1p()
+    sft = tk.Objective.sft(reduction="sum")
+    for out in (
+        tk.linear_logprobs(hidden, part, targets, group=group),
+        tk.linear_policy_loss(hidden, part, targets, sft, group=group),
+    ):
+        assert (out.logprobs.double() / expected - 1).abs().max() < 1e-5
+    grad = whole(torch.autograd.grad(out.loss, part)[0], weight, world)[:, :n].double().t()
+    assert ((grad.sum(1) - 2 * grad[rows, targets]) / -grad[rows, targets] - 2).abs().max() < 2e-2
+    assert (grad[rows, targets] / torch.expm1(expected) - 1).abs().max() < 2e-2
+
+
+def a_target_of_no_rank_is_no_number(group, rank, world):
+    sizes = sizes_of(VOCAB, world)
+    part = vocab_parallel.shard_of(group, sizes)
+    kernel = vocab_parallel.sharded(tk.backends()["torch"].kernel, part)
+    logits = torch.randn(3, part.size)
+    found = kernel.stats(logits, torch.tensor([VOCAB, -7, 1]), None, True).finish()
+    assert found.logprobs.isnan().tolist() == [True, True, False]
 
 
 def a_second_backward_is_right(group, rank, world):
@@ -355,6 +390,8 @@ CHECKS = [
     weights_of_the_policy_term_are_those_of_the_oracle,
     logprobs_and_entropies_are_differentiable,
     hostile_numbers_are_those_of_the_oracle,
+    the_targets_logit_of_16_bits_is_not_rounded,
+    a_target_of_no_rank_is_no_number,
     a_second_backward_is_right,
     nothing_of_the_size_of_the_vocabulary_is_sent,
     a_dtensor_weight_brings_its_group_and_gets_a_dtensor_gradient,

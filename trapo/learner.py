@@ -40,7 +40,7 @@ from trapo.errors import TrapoError
 from trapo.models import agreement, prefix_tree
 from trapo.models.checkpointing import prepare_checkpointing
 from trapo.models.loading import head_of
-from trapo.models.optimizer import Kept, Schedule, make_optimizer
+from trapo.models.optimizer import Kept, Schedule, main_grad, make_optimizer
 from trapo.models.precision import compute_in, resolve
 from trapo.models.sharding import as_forward, is_sharded, load_shards, scatter_optimizer_state, whole
 from trapo.report.metrics import ProbabilityHistogram, added_up, finite_or_none, merged_metrics
@@ -324,6 +324,7 @@ class Learner:
                 mask=batch.mask,
                 normalizer=by.own,
                 expert_normalizer=by.expert,
+                weight_grad=main_grad(self.model, head.weight, hidden),
                 sequence_ids=batch.sequence_ids if objective.needs_sequences else None,
                 temperature=self.temperature,
                 **others,

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import columns, stream, validate
 from .agreement import compare
 from .backends.base import RowKernel, RowStats, stats_dtype
-from .batch import Batch
+from .batch import Batch, PolicyLoss
 from .call import Params, in_one_dtype
 from .head import Head
 from .selection import Selection
@@ -28,7 +28,17 @@ from .statistics import Collector
 from .tokens import Slopes
 from .vocab_parallel import ShardedSource
 
-__all__ = ["Ask", "Job", "StreamedLogprobs", "StreamedLoss", "apply", "check_backward", "finish_all", "rows_of"]
+__all__ = [
+    "Ask",
+    "Deposit",
+    "Job",
+    "StreamedLogprobs",
+    "StreamedLoss",
+    "apply",
+    "check_backward",
+    "finish_all",
+    "rows_of",
+]
 __all__ += ["run_loss"]
 
 
@@ -55,6 +65,7 @@ class Job:
     targets: Tensor  # compact
     wants: tuple[bool, ...]  # which params
     tolerance: float = 0.0  # share of the gradient's mass that may be left out
+    into: Tensor | None = None  # where the gradient of the weight is added; None: it is handed over
 
     def source(self, params: Params, selection: Selection, wants: tuple[bool, ...]) -> Source:
         """Returns where logits come from and gradients go."""
@@ -69,8 +80,11 @@ class Job:
         hidden = selection.counting(hidden)
         which = (wants[0], wants[1], wants[2])
         if self.kernel.shard is not None:
-            return ShardedSource(self.kernel.shard, hidden, weight, bias, self.head, selection, wants=which)
-        return LinearSource(hidden, weight, bias, self.head, selection, wants=which, tolerance=self.tolerance)
+            shard = self.kernel.shard
+            return ShardedSource(shard, hidden, weight, bias, self.head, selection, wants=which, into=self.into)
+        return LinearSource(
+            hidden, weight, bias, self.head, selection, wants=which, tolerance=self.tolerance, into=self.into
+        )
 
     def forward_only(self, params: Params, ask: Ask) -> RowStats:
         """Returns the statistics of the rows, by the kernel that writes no logits where there is one and nothing else
@@ -91,7 +105,7 @@ class Job:
 
     def by_columns(self, params: Params, selection: Selection) -> bool:
         """Returns whether to recompute over blocks of the vocabulary rather than over chunks of rows."""
-        if len(params) != 3 or not self.kernel.by_columns:
+        if len(params) != 3 or not self.kernel.by_columns or self.into is not None:
             return False
         hidden, weight, _ = params
         assert hidden is not None
@@ -153,7 +167,7 @@ class StreamedLogprobs(torch.autograd.Function):
         ctx.job, ctx.params = job, len(params)
         ctx.save_for_backward(*params, *stats)
         ctx.set_materialize_grads(False)
-        return stats.logprobs, stats.entropy, stream.target_logits(stats) if ask.target_logits else None
+        return stats.logprobs, stats.entropy, stats.target_logits if ask.target_logits else None
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Any, ...]:
@@ -208,30 +222,62 @@ def run_loss(
 
 
 class StreamedLoss(torch.autograd.Function):
-    """Computes loss and gradients in one pass over the logits; the backward hands the gradients over. The other outputs
-    have no gradient: the share that was left out, each part of the loss [n], and the values as `Batch.flat` has
-    them."""
+    """Computes loss and gradients in one pass over the logits; the backward hands the gradients over. What else there
+    is to report, which has no gradient, is left in `found`."""
 
     @staticmethod
-    def forward(ctx: Any, job: Job, batch: Batch, *params: Tensor | None) -> tuple[Tensor | None, ...]:
-        values, ctx.grads, left_out = run_loss(job, batch, params)
-        parts = batch.parts(batch.values(*values))
+    def forward(
+        ctx: Any, job: Job, batch: Batch, left_out: Tensor | None, found: list[PolicyLoss], *params: Tensor | None
+    ) -> Tensor:
+        values, ctx.grads, share = run_loss(job, batch, params)
+        result = batch.result(None, batch.values(*values), None, left_out if share is None else share)
+        found.append(result)
         ctx.job, ctx.batch = job, batch
         ctx.save_for_backward(*params)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*values, *parts.values(), *(() if left_out is None else (left_out,)))
-        return batch.loss(parts), left_out, *parts.values(), *values
+        return result.loss.clone()  # which may be changed in place, as a metric may not
 
     @staticmethod
-    def backward(ctx: Any, g_loss: Tensor | None, *others: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, g_loss: Tensor | None) -> tuple[Any, ...]:
         check_backward("linear_policy_loss", g_loss)
         params: Params = ctx.saved_tensors
         if g_loss is None:
-            return (None,) * (2 + len(params))
+            return (None,) * (4 + len(params))
         # The first backward gives its gradients away (they are scaled in place, and become `.grad`); a second one
         # through a retained graph makes its own.
         grads: tuple[Tensor | None, ...] | None = ctx.grads
         ctx.grads = None
         if grads is None:
             _, grads, _ = run_loss(ctx.job, ctx.batch, params)
-        return None, None, *finish_all(grads, params, g_loss / ctx.batch.normalizer)
+        if ctx.job.into is None:
+            return *(None,) * 4, *finish_all(grads, params, g_loss / ctx.batch.normalizer)
+        return *(None,) * 4, *finish_all(grads, params, _one(g_loss, ctx.job.into))
+
+
+def _one(g_loss: Tensor, into: Tensor) -> Tensor:
+    """Returns an incoming gradient, which must be 1, since the weight's has been added up for that. A GPU is not waited
+    for: NaN in all gradients says there that it was another.
+
+    Raises:
+        RuntimeError: it is seen to be another.
+    """
+    if g_loss.device.type == "cpu" and g_loss != 1:
+        got = f"{float(g_loss):.6g}"
+        raise RuntimeError(f"linear_policy_loss: with weight_grad the gradient of the loss must be 1; got {got}")
+    if g_loss.device.type != "cpu" and into.numel():
+        into[:1, :1] += torch.where(g_loss == 1, 0.0, torch.nan)
+    return torch.where(g_loss == 1, g_loss, torch.nan)
+
+
+class Deposit(torch.autograd.Function):
+    """Gives a weight as it is, whose gradient is added to a tensor and goes no further."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, into: Tensor) -> Tensor:
+        ctx.into = into
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        ctx.into += grad
+        return None, None

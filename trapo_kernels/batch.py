@@ -61,6 +61,7 @@ class Batch:
     counts: dict[str, Tensor]
     shape: torch.Size  # of the caller's tokens
     dense: Dense | None = None
+    divided: bool = False  # the gradients are: they are added to those of other calls
     expert_normalizer: Tensor | None = None  # of the expert tokens, which is among the weights; None: normalizer
 
     def tokens(self, values: TokenValues, at: slice | None = None) -> Tokens:
@@ -94,17 +95,17 @@ class Batch:
     def flat(self, stats: RowStats, extras: Collector) -> tuple[Tensor, ...]:
         """Returns the values of all rows, one after the other."""
         assert stats.entropy is not None
-        target = [stream.target_logits(stats)] if self.objective.reads_logit else []
+        target = [stats.target_logits] if self.objective.reads_logit else []
         return (stats.logprobs, stats.entropy, *target, *extras.values.values())
 
     def slopes(self, at: slice, stats: RowStats, extras: Collector) -> Slopes:
-        """Returns the slopes of the loss of rows `at`, undivided."""
-        target = stream.target_logits(stats) if self.objective.reads_logit else None
+        """Returns the slopes of the loss of rows `at`, undivided unless `divided`."""
+        target = stats.target_logits if self.objective.reads_logit else None
         values = TokenValues(stats.logprobs, stats.entropy, target, extras.at(at))
-        slopes = self.objective.all_slopes(self.tokens(values, at))
-        if self.weights is None:
+        slopes, weights = self.objective.all_slopes(self.tokens(values, at)), self._slope_weights
+        if weights is None:
             return slopes
-        weights = self.weights[at]
+        weights = weights[at]
         return Slopes(*(None if slope is None else slope * weights for slope in slopes))
 
     def fused(self, kernel: RowKernel) -> stream.Fused | None:
@@ -114,11 +115,20 @@ class Batch:
             return None
         if self.normalizer.dtype == torch.float64 and not kernel.fused_float64:
             return None
-        weights = self.weights
+        weights = self._slope_weights
         if self.selection.inside is not None:
             inside = self.selection.inside.to(self.normalizer.dtype)
             weights = inside if weights is None else inside * weights
         return stream.Fused(verb, terms, RowInputs(self.expert, **self._fused_inputs(), weights=weights))
+
+    @property
+    def _slope_weights(self) -> Tensor | None:
+        """Returns by what the slopes of each token are multiplied [n]; None: by 1."""
+        if not self.divided:
+            return self.weights
+        return (
+            (1 / self.normalizer).expand(self.expert.shape) if self.weights is None else self.weights / self.normalizer
+        )
 
     def _fused_inputs(self) -> dict[str, Tensor | None]:
         """Returns the inputs as kernels take them, which know no weight of the policy term: it is put into the
@@ -130,9 +140,11 @@ class Batch:
             inputs["advantages"] = torch.where(self.expert, advantages, weighted)
         return inputs
 
-    def parts(self, values: TokenValues) -> dict[str, Tensor]:
-        """Returns the weighted parts of the loss per token [n]."""
-        parts = self.objective.losses(self.tokens(values))
+    def parts(self, values: TokenValues, tokens: Tokens | None = None) -> dict[str, Tensor]:
+        """Returns the weighted parts of the loss per token [n]; `tokens`: of these values, for the metrics, which know
+        where a part does not count: anything finite may stand there."""
+        filled = tokens is None
+        parts = self.objective.losses(self.tokens(values) if tokens is None else tokens, filled)
         return parts if self.weights is None else {name: part * self.weights for name, part in parts.items()}
 
     def token_losses(self, values: TokenValues) -> dict[str, Tensor]:
@@ -146,18 +158,24 @@ class Batch:
         return functools.reduce(torch.add, parts.values()).sum() / self.normalizer
 
     def result(
-        self, loss: Tensor, values: TokenValues, parts: Mapping[str, Tensor], left_out: Tensor | None = None
+        self,
+        loss: Tensor | None,
+        values: TokenValues,
+        parts: Mapping[str, Tensor] | None,
+        left_out: Tensor | None = None,
     ) -> PolicyLoss:
         """Returns what the caller gets; `left_out`: the share of the gradients' mass that was, where some might be left
-        out."""
+        out. Where loss and parts are not known yet, they are computed with the metrics, which have much in common."""
         counts = self.counts if left_out is None else {**self.counts, "grad_left_out": left_out}
         logprobs, entropy, target, statistics = values
         with torch.no_grad():
             logprobs, entropy = logprobs.detach(), given(entropy).detach()
             values = TokenValues(logprobs, entropy, None if target is None else target.detach(), statistics)
-            metrics = policy_metrics(self.objective, self.tokens(values), parts, self.normalizer, counts)
-        spread = self.selection.spread
-        return PolicyLoss(loss, metrics, spread(logprobs).reshape(self.shape), spread(entropy).reshape(self.shape))
+            tokens = self.tokens(values)
+            parts = self.parts(values, tokens) if parts is None else parts
+            metrics = policy_metrics(self.objective, tokens, parts, self.normalizer, counts)
+        logprobs, entropy = (t.reshape(self.shape) for t in self.selection.spread_all(logprobs, entropy))
+        return PolicyLoss(metrics["loss"] if loss is None else loss, metrics, logprobs, entropy)
 
     def facts(self, caller: str, inputs: Mapping[str, Tensor | None]) -> dict[str, Any]:
         """Returns what the ranks of a group must have in common of a batch, by agreement.py's names.
@@ -224,10 +242,10 @@ def make_batch(
     expert = torch.full_like(active, objective.supervised) if given is None else given.reshape(-1)
     if (weighted := floats["policy_weights"]) is not None:
         floats["policy_weights"] = weighted = validate.policy_weights(caller, weighted.reshape(-1), active & ~expert)
-    live = objective.has_gradient(expert, None if advantages is None else advantages.reshape(-1), weighted)
+    live = _live(objective, expert, advantages, weighted)
     selection, dense = _select(objective, active, live, expert, skip_inactive)
     sequences = validate.sequences(caller, targets, sequence_ids, like) if objective.needs_sequences else None
-    weights, count = _weights(objective, active, sequences, dtype), active.sum()
+    weights, (count, dead) = _weights(objective, active, sequences, dtype), _counts(selection, active, live)
     checked = {
         name: None if value is None else validate.divisor(caller, name, value, dtype, flat.device)
         for name, value in divisors.items()
@@ -247,7 +265,7 @@ def make_batch(
         weights=None if weights is None else take(weights),
         statistics=names,
         normalizer=divisor,
-        counts={"tokens": count, "zero_gradient_tokens": (active & ~live).sum()},
+        counts={"tokens": count, "zero_gradient_tokens": dead},
         shape=targets.shape,
         dense=dense,
         expert_normalizer=of_experts,
@@ -281,10 +299,11 @@ def active_tokens(targets: Tensor, head: Head, mask: Tensor | None) -> tuple[Ten
 
 
 def _select(
-    objective: Objective, active: Tensor, live: Tensor, expert: Tensor, skip_inactive: bool
+    objective: Objective, active: Tensor, live: Tensor | None, expert: Tensor, skip_inactive: bool
 ) -> tuple[Selection, Dense | None]:
     """Returns the tokens to compute of those that are `active`, first the ones that have a gradient."""
     if torch.compiler.is_compiling():
+        assert live is not None
         computed = active & live if skip_inactive and not objective.coupled else active
         return Selection.every(active), Dense(computed & ~expert, computed, live)
     if objective.coupled:  # its tokens stay together and in order: no others are known before all are
@@ -292,6 +311,21 @@ def _select(
     # The expert tokens of a reference head lie together, so that they need not be looked for again.
     leading = expert if objective.reference_head else None
     return Selection.choose(active, live, drop_others=skip_inactive, leading=leading), None
+
+
+def _live(objective: Objective, expert: Tensor, advantages: Tensor | None, weighted: Tensor | None) -> Tensor | None:
+    """Returns the tokens that can have a gradient [N]; None: all can, which a compiler is not told."""
+    if objective.every_token_has_gradient and not torch.compiler.is_compiling():
+        return None
+    return objective.has_gradient(expert, None if advantages is None else advantages.reshape(-1), weighted)
+
+
+def _counts(selection: Selection, active: Tensor, live: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns how many tokens are `active`, and how many of those have no gradient, as far as is known."""
+    if selection.counts is not None:
+        return selection.counts[0], selection.counts[0] - selection.counts[1]
+    count = active.sum()
+    return count, torch.zeros_like(count) if live is None else (active & ~live).sum()
 
 
 def _weights(objective: Objective, active: Tensor, sequences: Sequences | None, dtype: torch.dtype) -> Tensor | None:

@@ -38,7 +38,8 @@ def row_bytes(vocab: int, dtype: torch.dtype) -> int:
 def logits_buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Returns a buffer [rows, V] for logits that are yet to be written, its padding zero."""
     whole = torch.empty(rows, _stride(vocab, dtype.itemsize), dtype=dtype, device=device)
-    whole[:, vocab:].zero_()
+    if whole.shape[1] > vocab:
+        whole[:, vocab:].zero_()
     return whole[:, :vocab]
 
 

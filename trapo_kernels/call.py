@@ -40,6 +40,7 @@ class Call:
     backend: str  # its name
     kernel: RowKernel | Named | None
     params: Params
+    weight_grad: Tensor | None = None  # where the gradient of the weight is added; None: it is handed over
 
     @property
     def first(self) -> Tensor:
@@ -93,7 +94,15 @@ class Call:
 
 
 def call_of_linear(
-    caller: str, head: Head, hidden: Any, weight: Any, bias: Any, targets: Any, backend: str | None, group: Any = None
+    caller: str,
+    head: Head,
+    hidden: Any,
+    weight: Any,
+    bias: Any,
+    targets: Any,
+    backend: str | None,
+    group: Any = None,
+    weight_grad: Any = None,
 ) -> Call:
     """Makes the call of a linear head on hidden states that have targets.
 
@@ -104,7 +113,8 @@ def call_of_linear(
     def check(hidden: Tensor) -> None:
         validate.check_targets(caller, targets, "hidden", hidden)
 
-    return call_of_head(caller, head, hidden, weight, bias, backend, group, check)
+    call = call_of_head(caller, head, hidden, weight, bias, backend, group, check)
+    return replace(call, weight_grad=validate.weight_grad(caller, weight_grad, weight, call.stats_dtype))
 
 
 def call_of_head(

@@ -198,6 +198,7 @@ def linear_policy_loss(
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
     grad_tolerance: float = 0.0,
+    weight_grad: Tensor | None = None,
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -245,8 +246,9 @@ def linear_policy_loss(
             the metrics.
         ref_hidden, ref_weight, ref_bias: [..., D'], [V, D'] and [V] of a frozen reference, for expert="asft".
         grad_tolerance: share of the logit gradients' mass Σ|dL/dz| that may be left out where that saves work, in
-            [0, 1); 0 = exact. The metric grad_left_out is the share that was. Only backend "cpu" saves any, in fp32;
-            the others stay exact.
+            [0, 1); 0 = exact. The metric grad_left_out is the share that was. Only backend "cpu" saves any, in fp32.
+        weight_grad: [V, D] float32 (float64 for float64), as weight.grad: weight's gradient is added to it, not handed
+            over. Call `backward()` on the loss itself: a factor is an error, on a GPU NaN in all gradients.
         bias, temperature, softcap, logit_scale, ignore_index, backend, group: as `linear_logprobs`.
 
     Advantages, policy_weights and the given logprobs are constants: no gradient flows into them.
@@ -266,10 +268,8 @@ def linear_policy_loss(
     """
     caller = "linear_policy_loss"
     hidden, weight, bias, group = vocab_parallel.local_parts(caller, hidden, weight, bias, group)
-    floats = {
-        "advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
-        "rollout_logprobs": rollout_logprobs, "policy_weights": policy_weights,
-    }  # fmt: skip
+    floats = {"advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
+    floats |= {"rollout_logprobs": rollout_logprobs, "policy_weights": policy_weights}
     masks = {"expert_mask": expert_mask, "mask": mask}
     ref = validate.under_autocast(ref_hidden, ref_weight, ref_bias)
 
@@ -277,7 +277,7 @@ def linear_policy_loss(
         head = validate.check_head(
             caller, temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
         )
-        call = call_of_linear(caller, head, hidden, weight, bias, targets, backend, group)
+        call = call_of_linear(caller, head, hidden, weight, bias, targets, backend, group, weight_grad)
         batch = make_batch(
             caller, objective, targets, head, vocab=call.columns if group is None else None, dtype=call.stats_dtype,
             divisors={"normalizer": normalizer, "expert_normalizer": expert_normalizer}, floats=floats, masks=masks,
@@ -286,7 +286,7 @@ def linear_policy_loss(
         made = call, batch, validate.check_grad_tolerance(caller, grad_tolerance)
         if group is not None:
             facts = batch.facts(caller, {**floats, **masks, "sequence_ids": sequence_ids})
-            return made, call.facts(targets, settings=(skip_inactive, made[2]), **facts)
+            return made, call.facts(targets, settings=(skip_inactive, made[2], weight_grad is None), **facts)
         validate.check_reference(caller, ref, targets, objective.reference_head, call.columns)
         return made, {}
 

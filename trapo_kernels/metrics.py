@@ -3,7 +3,6 @@ sync."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .objective import Objective
-from .ratios import clipped, k3, log_ratio, tis_weight
+from .ratios import clipped, k3, log_ratio, probability, tis_weight
 from .statistics import is_statistic
 from .tokens import Regions, Tokens
 
@@ -63,39 +62,40 @@ _STATISTIC = Metric("mean", "computed_tokens", "a statistic of statistics.py")
 def policy_metrics(
     objective: Objective, tokens: Tokens, losses: Mapping[str, Tensor], normalizer: Tensor, counts: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Returns the metrics of computed tokens [n]. `losses` as `Objective.losses` gives them; `counts` are reported as
-    given."""
+    """Returns the metrics of computed tokens [n]. `losses` as `Objective.losses` gives them, filled or not; `counts`
+    are reported as given."""
     regions, out = Regions(tokens), dict(counts)
     zero = torch.zeros((), dtype=tokens.logprobs.dtype, device=tokens.logprobs.device)
-    sums = torch.stack(list(losses.values())).sum(1) / normalizer if losses else ()
-    parts = dict(zip(losses, sums, strict=True))
-    out["loss"] = functools.reduce(torch.add, parts.values()) if parts else zero
+    values = _values(objective, tokens, regions["expert"].tokens, regions["own"].tokens)
+    known = {name: each for name, (_, each) in values.items() if each is not None}
+    # All sums in few operations: on a GPU each is a launch, which costs more than what it computes.
+    inside = {"expert": tokens.expert, "own": regions.own, "all": tokens.expert | regions.own}
+    within = [objective.regions[name] for name in losses] + [values[name][0] for name in known]
+    where = torch.stack([inside[region] for region in within])
+    each = torch.where(where, torch.stack([*losses.values(), *known.values()]), zero)
+    sums, number = each.sum(1), where.sum(1)[len(losses) :]
+    parts = sums[: len(losses)] / normalizer
+    means = dict(zip(known, sums[len(losses) :] / number.clamp(min=1), strict=True))
+    of = dict(zip(known, number, strict=True))
+    out["loss"] = parts.sum()
+    found = dict(zip(losses, parts, strict=True))
     for name in ("expert", "policy", "entropy", "kl"):
-        out[f"loss_{name}"] = parts.get(name, zero)
-    expert, own = torch.stack([tokens.expert, regions.own]).sum(1)
-    number = {"expert": expert, "own": own, "all": expert + own}
-    out["expert_tokens"], out["own_tokens"], out["computed_tokens"] = expert, own, number["all"]
-    values = _values(objective, tokens, regions["own"].tokens)
-    means, rows = dict.fromkeys(values, zero), []
-    over: dict[str, Tensor] = {}
-    for region, count in number.items():
-        each = {name: value for name, (where, value) in values.items() if where == region and value is not None}
-        rows.append(regions.fill(region, torch.stack(list(each.values()))))
-        over |= dict.fromkeys(each, count)
-    filled, divisors = torch.cat(rows), torch.stack(list(over.values())).clamp(min=1)
-    means |= dict(zip(over, filled.sum(1) / divisors, strict=True))
-    if filled.shape[1]:
-        means["ratio_max"] = filled[list(over).index("ratio_mean")].amax()
-    return out | means
+        out[f"loss_{name}"] = found.get(name, zero)
+    for name, over in (("expert", "expert_prob"), ("own", "ratio_mean"), ("computed", "entropy")):
+        out[f"{name}_tokens"] = of[over]
+    if each.shape[1]:
+        means["ratio_max"] = each[len(losses) + list(known).index("ratio_mean")].amax()
+    return out | dict.fromkeys(values, zero) | means
 
 
 # The region whose tokens a metric is the mean of, and each token's value [n]; None: it is 0 at every token.
 _Values = dict[str, tuple[str, Tensor | None]]
 
 
-def _values(objective: Objective, tokens: Tokens, mine: Tokens) -> _Values:
-    """Returns what there are means of; `mine` are the own tokens. "ratio_max" holds its place among the names."""
-    p, delta = tokens.logprobs.exp(), log_ratio(mine)
+def _values(objective: Objective, tokens: Tokens, expert: Tokens, mine: Tokens) -> _Values:
+    """Returns what there are means of; `expert` and `mine` are the expert and the own tokens. "ratio_max" holds its
+    place among the names."""
+    p, delta = probability(expert), log_ratio(mine)
     values: _Values = {
         "entropy": ("all", tokens.entropy),
         "expert_prob": ("expert", p),

@@ -251,15 +251,17 @@ class Objective:
 
     # What it gives
 
-    def losses(self, tokens: Tokens) -> dict[str, Tensor]:
+    def losses(self, tokens: Tokens, filled: bool = True) -> dict[str, Tensor]:
         """Returns the weighted loss per token [n] of each part ("expert", "policy", "kl", "entropy"); their sum is the
-        token's loss. Differentiable in `tokens.logprobs`, `tokens.entropy` and `tokens.target_logits`."""
+        token's loss. Differentiable in `tokens.logprobs`, `tokens.entropy` and `tokens.target_logits`. Not
+        `filled`: anything finite stands where a part does not count."""
         out, regions = {}, Regions(tokens)
         for name_of_region, name, coef, term in self.parts:
             region, weight = self._seen(regions[name_of_region], name, term)
             value = term.value(self, region.tokens)
             value = value if coef == 1 else coef * value
-            out[name] = region.fill(value if weight is None else value * weight)
+            value = value if weight is None else value * weight
+            out[name] = region.fill(value) if filled else value
         return out
 
     def all_slopes(self, tokens: Tokens) -> Slopes:
@@ -321,10 +323,15 @@ class Objective:
             tis_cap=self.tis_cap or 0.0,
         )
 
+    @property
+    def regions(self) -> dict[str, str]:
+        """Returns where each part counts: among "expert", "own" or "all" tokens."""
+        return {name: region for region, name, _, _ in self.parts}
+
     def has_gradient(self, expert: Tensor, advantages: Tensor | None, policy_weights: Tensor | None = None) -> Tensor:
         """Returns which tokens can have a gradient at all [n] bool: known before any logit is, so that the others are
         spared the backward. A clipped ratio is not among the reasons: that takes the logprob to know."""
-        if any(region == "all" for region, *_ in self.parts):
+        if self.every_token_has_gradient:
             return torch.ones_like(expert)
         live = torch.zeros_like(expert)
         for region, name, _, term in self.parts:
@@ -333,6 +340,10 @@ class Objective:
                 inside = inside & (policy_weights != 0)
             live |= inside & (given(advantages) != 0) if term.scales_with_advantage else inside
         return live
+
+    @property
+    def every_token_has_gradient(self) -> bool:
+        return "all" in self.regions.values()
 
     # Named presets: the published loss of a method, nothing of its recipe. No preset sets entropy_coef or kl_coef
     # (TRAPO's and LUFFY's code train with entropy_coef=0.001). Advantages and normaliser are the caller's.

@@ -200,7 +200,7 @@ def token_values(
     source = job.source(params, selection, (False,) * len(params))
     extras = Collector(tuple(statistics), selection.size, stats_dtype(first.dtype), first.device)
     stats = stream.forward(source, job.kernel, selection, job.targets, job.head, entropy, extras=extras)
-    values = (stats.logprobs, stats.entropy, stream.target_logits(stats), stats.max, stats.log_sum)
+    values = (stats.logprobs, stats.entropy, stats.target_logits, stats.max, stats.log_sum)
     # Every output is a tensor of its own, as operators' must be.
     spread = [stats.logprobs.new_empty(0) if t is None else selection.spread(t).clone() for t in values]
     found = [selection.spread(t) for t in extras.values.values()]

@@ -15,13 +15,14 @@ AVX-512, 1 thread, best of calls in turns, machine shared, 2026-11-30): a loss o
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import divergence, ops, reference, validate
-from .autograd import Ask, Job, StreamedLogprobs, StreamedLoss, apply
+from .autograd import Ask, Deposit, Job, StreamedLogprobs, StreamedLoss, apply
 from .backends.base import stats_dtype
 from .batch import Batch, PolicyLoss, make_batch
 from .call import Call, Named, Params, in_one_dtype, wanted
@@ -62,7 +63,7 @@ def token_values(
     if call.kernel is None:
         first = selection.counting(selection.take(call.first))
         return reference.token_values(_logits(call, first), targets, call.head, statistics)
-    job = Job(call.kernel, call.head, selection, targets, wanted(call.params))
+    job = Job(call.kernel, call.head, selection, targets, wanted(call.params), into=call.weight_grad)
     extras = Collector(statistics, selection.size, call.stats_dtype, call.first.device)
     logprobs, entropies, target = apply(
         StreamedLogprobs, caller, job, Ask(entropy, target_logits, extras), *call.params
@@ -93,17 +94,26 @@ def policy_loss(caller: str, call: Call, batch: Batch, ref: Params, tolerance: f
     """Computes the loss of a linear head; with the divergence from a reference head where the objective has one."""
     left_out = torch.zeros((), dtype=torch.float32, device=call.first.device) if tolerance else None
     if call.kernel is None or batch.objective.coupled:
-        out = two_passes(caller, call, batch, left_out)
+        out = two_passes(caller, _depositing(call) if call.kernel is None else call, batch, left_out)
     elif isinstance(call.kernel, Named):
         loss, values = ops.run_policy_loss(call, call.kernel, batch)
         out = batch.result(loss, values, batch.parts(values), left_out)
     else:
-        job = Job(call.kernel, call.head, batch.selection, batch.targets, wanted(call.params), tolerance)
-        loss, found, *others = apply(StreamedLoss, caller, job, batch, *call.params)
-        names = [name for _, name, _, _ in batch.objective.parts]
-        parts = dict(zip(names, others, strict=False))
-        out = batch.result(loss, batch.values(*others[len(names) :]), parts, left_out if found is None else found)
-    return _add_anchor(out, call, batch, ref) if batch.objective.reference_head else out
+        into, wants = call.weight_grad, wanted(call.params)
+        batch = replace(batch, divided=into is not None)
+        job = Job(call.kernel, call.head, batch.selection, batch.targets, wants, tolerance, into)
+        found: list[PolicyLoss] = []
+        loss = apply(StreamedLoss, caller, job, batch, left_out, found, *call.params)
+        out = found[-1]._replace(loss=loss)
+    return _add_anchor(out, _depositing(call), batch, ref) if batch.objective.reference_head else out
+
+
+def _depositing(call: Call) -> Call:
+    """Returns the call with a weight whose gradient autograd adds to `weight_grad`."""
+    if call.weight_grad is None:
+        return call
+    hidden, weight, bias = call.params
+    return replace(call, params=(hidden, Deposit.apply(weight, call.weight_grad), bias))
 
 
 def two_passes(caller: str, call: Call, batch: Batch, left_out: Tensor | None = None) -> PolicyLoss:

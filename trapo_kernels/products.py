@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["WIDE_BYTES", "add_product", "power_of_two", "product"]
+__all__ = ["WIDE_BYTES", "add_product", "power_of_two", "product", "soft_capped", "target_bytes", "target_logits"]
 
 # Widening 16-bit operands takes a block of this many bytes.
 WIDE_BYTES = 2**21
@@ -42,6 +42,30 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, beta: float = 1.0) -> None:
         if beta != 0:
             found.add_(total[at], alpha=beta)
         total[at] = found
+
+
+def target_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float) -> Tensor:
+    """Returns scale · (h · W[y] + b[y]) [n] in fp32, of 16-bit operands, a block of rows at a time. A target outside of
+    the vocabulary has any: the row kernels find it, and give NaN."""
+    column = targets.clamp(0, weight.shape[0] - 1)
+    out = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    step = max(1, target_bytes(hidden.device) // (hidden.shape[1] * (8 + weight.dtype.itemsize)))
+    for start in range(0, hidden.shape[0], step):
+        at = slice(start, start + step)
+        torch.sum(hidden[at].float().mul_(weight.index_select(0, column[at])), 1, out=out[at])
+    if bias is not None:
+        out += bias[column]
+    return out if scale == 1 else out.mul_(scale)
+
+
+def target_bytes(device: torch.device) -> int:
+    """Returns the bytes of a block of `target_logits`: on a GPU launches must stay few."""
+    return WIDE_BYTES if device.type == "cpu" else _BLOCK_BYTES
+
+
+def soft_capped(x: Tensor, cap: float | None) -> Tensor:
+    """Returns z of logits x, in their place."""
+    return x if cap is None else x.div_(cap).tanh_().mul_(cap)
 
 
 def power_of_two(largest: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ __all__ = [
     "log_ratio",
     "outside_clip",
     "possible",
-    "ratio_where",
+    "probability",
+    "ratio_unless",
     "tis_weight",
     "weighted",
 ]
@@ -38,6 +39,13 @@ def possible(logprobs: Tensor) -> Tensor:
 def log_ratio(t: Tokens) -> Tensor:
     """Returns log r = logp − old_logp [n]. A token of probability zero has log r = −inf whatever the old
     probability."""
+    if "log_ratio" not in t.memo:  # terms and metrics need it of the same tokens
+        t.memo["log_ratio"] = _log_ratio(t)
+    found: Tensor = t.memo["log_ratio"]
+    return found
+
+
+def _log_ratio(t: Tokens) -> Tensor:
     impossible = t.logprobs == -torch.inf
     # Filled before the subtraction: −inf − −inf would leave NaN in its backward.
     filled = t.logprobs.masked_fill(impossible, 0)
@@ -45,9 +53,17 @@ def log_ratio(t: Tokens) -> Tensor:
     return (filled - old).masked_fill(impossible, -torch.inf)
 
 
-def ratio_where(counts: Tensor, log_r: Tensor) -> Tensor:
-    """Returns r where it `counts`, else 1: an overflown r times a zero, here or in a backward, would be NaN."""
-    return log_r.masked_fill(~counts, 0).exp()
+def ratio_unless(stopped: Tensor, log_r: Tensor) -> Tensor:
+    """Returns r unless it is `stopped`, else 1: an overflown r times a zero, here or in a backward, would be NaN."""
+    return log_r.masked_fill(stopped, 0).exp()
+
+
+def probability(t: Tokens) -> Tensor:
+    """Returns p [n]."""
+    if "probability" not in t.memo:
+        t.memo["probability"] = t.logprobs.exp()
+    found: Tensor = t.memo["probability"]
+    return found
 
 
 def log_of_clipped_ratio(o: Objective, t: Tokens) -> Tensor:

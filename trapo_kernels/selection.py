@@ -27,6 +27,7 @@ class Selection:
     with_gradient: int
     inside: Tensor | None = None
     leading: int | None = None
+    counts: Tensor | None = None  # how many rows are active, and how many of those live; None: not counted
 
     @classmethod
     def choose(
@@ -42,19 +43,19 @@ class Selection:
             inside = active & live if drop_others and live is not None else active
             return cls(active.numel(), None, active.numel(), active.numel(), inside=inside)
         first = active if live is None else active & live
-        total, front = active.numel(), None
-        if leading is None and (live is None or drop_others):
+        total, front, counts = active.numel(), None, None
+        if leading is None and live is None:
             index = first.nonzero().squeeze(1)
             size = with_gradient = index.numel()
         else:  # in one order by how many of these a row belongs to, with all counts in one copy from the device
-            sets = [first if live is None or drop_others else active, first]
-            if leading is not None:
-                sets.append(first & leading)
-            index = torch.stack(sets).sum(0).argsort(stable=True, descending=True)
-            size, with_gradient, *fronts = torch.stack([each.sum() for each in sets]).tolist()
+            sets = torch.stack([active, first] if leading is None else [active, first, first & leading])
+            index = sets.sum(0).argsort(stable=True, descending=True)
+            counts = sets.sum(1)
+            size, with_gradient, *fronts = counts.tolist()
+            size = with_gradient if drop_others else size
             front = fronts[0] if fronts else None
         in_order = with_gradient == total and front in (None, total)
-        return cls(total, None if in_order else index[:size], size, with_gradient, leading=front)
+        return cls(total, None if in_order else index[:size], size, with_gradient, leading=front, counts=counts)
 
     def front(self) -> Selection | None:
         """Returns the leading rows alone; inside a capture all rows; None where none were asked for."""
@@ -104,6 +105,13 @@ class Selection:
         if self.order is None:
             return self.counting(values)
         return values.new_zeros(self.total, *values.shape[1:]).index_copy(0, self.order, values)
+
+    def spread_all(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """Returns constants [n] of one dtype, each spread; together, since on a GPU each operation is a launch."""
+        if self.order is None:
+            return tuple(map(self.counting, values))
+        out = values[0].new_zeros(len(values), self.total)
+        return out.index_copy_(1, self.order, torch.stack(values)).unbind()
 
 
 def _capturing(device: torch.device) -> bool:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from .backends.base import stats_dtype
+from .backends.base import TargetLogitsVerb, stats_dtype
 from .buffers import row_bytes
 from .head import Head
-from .products import WIDE_BYTES, add_product, power_of_two, product
+from .products import WIDE_BYTES, add_product, power_of_two, product, soft_capped, target_bytes
 
 if TYPE_CHECKING:
     from .selection import Selection
@@ -33,6 +33,10 @@ class Source(Protocol):
     extra_bytes: int  # and beside that
 
     def logits(self, rows: slice, out: Tensor) -> Tensor: ...
+
+    def target_logits(self, verb: TargetLogitsVerb, targets: Tensor, cap: float | None) -> Tensor | None:
+        """Returns z_y [C] of the chunk whose logits came last, where those are rounded; None: they are not."""
+        ...
 
     def magnify(self, largest: Tensor) -> Tensor:
         """Magnifies chunks in fp16: what the gradient of the next chunk is to be multiplied by; `largest` bounds it."""
@@ -65,6 +69,7 @@ class LinearSource:
     """Makes logits of hidden [N, D], weight [V, D], bias [V] or None; gradients of those `wants` names, in that order.
 
     `wide_chunks`: 16-bit operands give chunks of fp32 logits, whose gradient is not rounded before it has to be.
+    `into`: a wide tensor [V, D] to which the gradient of the weight is added, and which then is none of `gradients`.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class LinearSource:
         wants: tuple[bool, bool, bool] = (False, False, False),
         wide_chunks: bool = False,
         tolerance: float = 0.0,
+        into: Tensor | None = None,
     ) -> None:
         self.hidden, self.weight, self.bias, self.scale, self.selection = hidden, weight, bias, head.scale, selection
         self.operands, self.wide = hidden.dtype, stats_dtype(hidden.dtype)
@@ -87,8 +93,8 @@ class LinearSource:
         wide_products = self.dtype == self.wide or wants[1] or wants[2] or (wants[0] and d_hidden == self.wide)
         self.widen = self.operands != self.wide and self.device.type != "cuda" and wide_products
         self.row_bytes = row_bytes(self.vocab, self.dtype)
-        self.extra_bytes = WIDE_BYTES if self.widen or self.dtype != self.operands else 0
-        self._beta = 0.0  # of the next sum: the first one overwrites
+        self.extra_bytes = target_bytes(hidden.device) if self.operands != self.wide else 0
+        self._beta, self.into = 0.0, into  # of the next sum: the first one overwrites
         self.unit: Tensor | None = None  # what the gradient of the current chunk is multiplied by
         self.weight_unit: Tensor | None = None  # and the sums in d_weight, where they are
         self.tolerance = tolerance  # share of the gradient's mass that may be left out (sparse.py)
@@ -97,7 +103,9 @@ class LinearSource:
         if wants[0]:
             make = hidden.new_empty if selection.order is None else hidden.new_zeros
             self.d_hidden = make(hidden.shape, dtype=d_hidden)
-        if wants[1]:
+        if wants[1] and into is not None and (self.operands != torch.float16 or self.widen):
+            self.d_weight, self._beta = into, 1.0
+        elif wants[1]:  # in fp16 the sums of CUDA's products have a factor, which another's have not
             self.d_weight = weight.new_empty(weight.shape, dtype=self.wide)
         if wants[2]:
             self.d_bias = weight.new_zeros(self.vocab, dtype=self.wide)
@@ -120,6 +128,12 @@ class LinearSource:
         if self.bias is not None:
             out += self.bias
         return out if self.scale == 1 else out.mul_(self.scale)
+
+    def target_logits(self, verb: TargetLogitsVerb, targets: Tensor, cap: float | None) -> Tensor | None:
+        return None if self.dtype == self.wide else soft_capped(self._target_logits(verb, targets), cap)
+
+    def _target_logits(self, verb: TargetLogitsVerb, targets: Tensor) -> Tensor:
+        return verb(self._chunk, self.weight, self.bias, targets, self.scale)
 
     def magnify(self, largest: Tensor) -> Tensor:
         self.unit = power_of_two(largest)
@@ -215,15 +229,23 @@ class LinearSource:
 
     def begin_sum(self) -> bool:
         """Returns whether d_weight holds a sum that the next one is added to; from now on it does."""
-        before, self._beta = self._beta != 0, 1.0
+        before, self._beta = self.has_sum, 1.0
         return before
+
+    @property
+    def has_sum(self) -> bool:
+        return self._beta != 0
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         if self.d_weight is not None and self._beta == 0:
             self.d_weight.zero_()
         if self.d_weight is not None and self.weight_unit is not None:
             self.d_weight.div_(self.weight_unit)
-        return self.d_hidden, self.d_weight, self.d_bias
+        if self.into is None or self.d_weight is None:
+            return self.d_hidden, self.d_weight, self.d_bias
+        if self.d_weight is not self.into:
+            self.into += self.d_weight
+        return self.d_hidden, None, self.d_bias
 
 
 class LogitsSource:
@@ -241,6 +263,9 @@ class LogitsSource:
 
     def logits(self, rows: slice, out: Tensor) -> Tensor:
         return out.copy_(self.selection.take(self.given, rows)).mul_(self.scale)
+
+    def target_logits(self, verb: TargetLogitsVerb, targets: Tensor, cap: float | None) -> Tensor | None:
+        return None
 
     def magnify(self, largest: Tensor) -> Tensor:
         raise AssertionError("chunks are wide")

@@ -103,6 +103,8 @@ class Collector:
             z = logits[rows].to(stats.max.dtype)
             if cap is not None:
                 z = z.div(cap).tanh_().mul_(cap)
+            if logits.dtype != z.dtype:  # the target's logit is known better than from what is rounded
+                z.scatter_(1, targets[rows][:, None], stats.target_logits[rows][:, None])
             shifted = z - stats.max[rows][:, None]
             found = row_statistics(self.values, shifted, targets[rows], stats.max[rows], stats.log_sum[rows])
             for name, values in found.items():

@@ -2,7 +2,7 @@
 
     for rows in chunks:
         x = scale · (hidden[rows] Wᵀ + b)        GEMM 1, into one reused buffer           [C, V]
-        row kernel: statistics -> logp, H        vectors of length C
+        row kernel: statistics -> logp, H        vectors of length C; of 16-bit heads with z_y = h · W[y] in fp32
         slopes: g_lp = scale · ∂loss/∂logp, g_H = scale · ∂loss/∂H
         row kernel: x becomes scale · dL/dx in place; where a loss reads z_y, scale · ∂loss/∂z_y is added in column y
         d_hidden[rows] = x W                     GEMM 2
@@ -33,7 +33,7 @@ from .sources import Source
 from .statistics import Collector
 from .tokens import Slopes
 
-__all__ = ["Fused", "SlopesOf", "TwoSlopesOf", "backward", "forward", "target_logits"]
+__all__ = ["Fused", "SlopesOf", "TwoSlopesOf", "backward", "forward"]
 
 # (compact rows, their statistics) -> their slopes [C]
 SlopesOf = Callable[[slice, RowStats], Slopes]
@@ -49,9 +49,10 @@ class Fused:
     terms: FusedTerms
     inputs: RowInputs
 
-    def __call__(self, at: slice, logits: Tensor, targets: Tensor, head: Head) -> RowStats:
+    def __call__(self, at: slice, logits: Tensor, targets: Tensor, z_target: Tensor | None, head: Head) -> RowStats:
         """Computes statistics of the rows, whose logits become their gradient."""
-        return self.verb(logits, targets[at], self.inputs.at(at), self.terms, head.scale, head.cap)
+        inputs = self.inputs.at(at)._replace(target_logits=z_target)
+        return self.verb(logits, targets[at], inputs, self.terms, head.scale, head.cap)
 
 
 def _chunks(
@@ -114,12 +115,14 @@ def forward(
         fused = None
     for at, buffer in _chunks(source, kernel, (0, middle), (middle, selection.size), extras=extras):
         logits = source.logits(at, buffer)
+        z_target = source.target_logits(kernel.target_logits, targets[at], head.cap)
         has_gradient = slopes is not None and at.stop <= middle
         if has_gradient and fused is not None:
-            found = fused(at, logits, targets, head)
+            found = fused(at, logits, targets, z_target, head)
             source.put(at, logits)
         else:
-            found = kernel.stats(logits, targets[at], head.cap, entropy).finish()
+            state = kernel.stats(logits, targets[at], head.cap, entropy)
+            found = (state if z_target is None else state.with_target(z_target)).finish()
             if extras is not None:
                 extras.take(at, logits, targets[at], found, head.cap)
         out = out.put(at, found)
@@ -188,15 +191,10 @@ def _add_at_target(logits: Tensor, targets: Tensor, stats: RowStats, g_logit: Te
     """Adds the gradient of z_y: on one column of each row, so that row kernels need not know of it."""
     if logits.shape[1] == 0:
         return
-    z = target_logits(stats)
+    z = stats.target_logits
     g_logit = g_logit.masked_fill(z == -torch.inf, 0)  # of a column that a bias of −∞ removed
     if cap is not None:  # dz/dx = 1 − (z / cap)²
         g_logit = g_logit * (1 - (z / cap).square())
     column = targets[:, None]
     at_target = logits.gather(1, column).squeeze(1)
     logits.scatter_(1, column, (at_target.to(g_logit.dtype) + g_logit).to(logits.dtype)[:, None])
-
-
-def target_logits(stats: RowStats) -> Tensor:
-    """Returns z_y [C]."""
-    return stats.logprobs + (stats.max + stats.log_sum)

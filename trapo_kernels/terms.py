@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import lco
 from .custom_terms import OwnFunction, function_name, slopes_by_autograd
-from .ratios import clipped_where, k3, log_of_clipped_ratio, log_ratio, possible, ratio_where, weighted
+from .ratios import clipped_where, k3, log_of_clipped_ratio, log_ratio, possible, probability, ratio_unless, weighted
 from .tokens import Slopes, Tokens, given
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ def _sft_slope(o: Objective, t: Tokens) -> Tensor:
 def _trsft_value(o: Objective, t: Tokens) -> Tensor:
     # ℓ(p) = −log p for p ≥ α, else 1 − log α − p/α: C¹, with the gradient of the authors' −p/sg(max(p, α)).
     inside = t.logprobs >= math.log(o.alpha)
-    return torch.where(inside, -t.logprobs, 1 - math.log(o.alpha) - t.logprobs.exp() / o.alpha)
+    below = torch.rsub(probability(t), 1 - math.log(o.alpha), alpha=1 / o.alpha)
+    return torch.where(inside, -t.logprobs, below)
 
 
 def _trsft_slope(o: Objective, t: Tokens) -> Tensor:
@@ -263,7 +264,7 @@ EXPERT_TERMS: dict[str, Term] = {
 
 def _unclipped_value(o: Objective, t: Tokens) -> Tensor:
     advantages = given(t.advantages)
-    return -ratio_where(advantages != 0, log_ratio(t)) * advantages
+    return -ratio_unless(advantages == 0, log_ratio(t)) * advantages
 
 
 def _unclipped_slope(o: Objective, t: Tokens) -> Tensor:
@@ -280,18 +281,18 @@ def _stopped(o: Objective, t: Tokens, log_r: Tensor) -> list[tuple[Tensor, float
     return [(where, end) for where, end, bound in found if bound is not None]
 
 
-def _counts(advantages: Tensor, stopped: list[tuple[Tensor, float]]) -> Tensor:
-    """Returns where the ratio has a gradient [n]."""
-    counts = advantages != 0
+def _without_gradient(advantages: Tensor, stopped: list[tuple[Tensor, float]]) -> Tensor:
+    """Returns where the ratio has none [n]."""
+    none = advantages == 0
     for beyond, _ in stopped:
-        counts = counts & ~beyond
-    return counts
+        none = none | beyond
+    return none
 
 
 def _clip_value(o: Objective, t: Tokens) -> Tensor:
     log_r, advantages = log_of_clipped_ratio(o, t), given(t.advantages)
     stopped = _stopped(o, t, log_r)
-    r = ratio_where(_counts(advantages, stopped), log_r)
+    r = ratio_unless(_without_gradient(advantages, stopped), log_r)
     for beyond, bound in stopped:
         r = torch.where(beyond, bound, r)
     return -r * advantages
@@ -299,8 +300,8 @@ def _clip_value(o: Objective, t: Tokens) -> Tensor:
 
 def _clip_slope(o: Objective, t: Tokens) -> Tensor:
     log_r, advantages = log_of_clipped_ratio(o, t), given(t.advantages)
-    counts = _counts(advantages, _stopped(o, t, log_r))
-    return (-ratio_where(counts, log_r) * advantages).masked_fill(~counts, 0)
+    none = _without_gradient(advantages, _stopped(o, t, log_r))
+    return (-ratio_unless(none, log_r) * advantages).masked_fill(none, 0)
 
 
 def _inside_clip(o: Objective, r: Tensor) -> Tensor:
@@ -310,7 +311,7 @@ def _inside_clip(o: Objective, r: Tensor) -> Tensor:
 
 def _cispo_weight(o: Objective, t: Tokens) -> Tensor:
     advantages = given(t.advantages)
-    return _inside_clip(o, ratio_where(advantages != 0, log_ratio(t).detach())) * advantages
+    return _inside_clip(o, ratio_unless(advantages == 0, log_ratio(t).detach())) * advantages
 
 
 def _cispo_value(o: Objective, t: Tokens) -> Tensor:

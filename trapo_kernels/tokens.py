@@ -91,6 +91,7 @@ class Tokens:
     sequences: Sequences | None = None
     own: Tensor | None = None  # bool; None: every token that is not an expert token
     policy_weights: Tensor | None = None  # of the policy term, constants
+    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)  # what was found of them
 
     @property
     def own_tokens(self) -> Tensor:
@@ -98,7 +99,7 @@ class Tokens:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Tokens:
         """Returns the same tokens with `fn` applied to every tensor."""
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         mapped: dict[str, Any] = {name: fn(value) for name, value in given.items() if isinstance(value, Tensor)}
         return replace(self, **mapped, statistics={name: fn(value) for name, value in self.statistics.items()})
 
@@ -106,7 +107,25 @@ class Tokens:
         """Puts zeros outside `region`, so that what a caller padded other tokens with can neither give nor poison
         anything: 0 · NaN in a backward would. `outside`: where the region is not, if that is known."""
         outside = ~region if outside is None else outside
-        return self.map(lambda t: t if t.dtype == torch.bool else t.masked_fill(outside, 0))
+        values = self._values
+        filled = dict(zip(values, self._stacked.masked_fill(outside, 0), strict=True))
+        statistics = {name: filled.pop(name) for name in self.statistics}
+        return replace(self, **filled, statistics=statistics)
+
+    @property
+    def _values(self) -> dict[str, Tensor]:
+        """Returns what a term computes with: all but masks."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        found = {name: t for name, t in own.items() if isinstance(t, Tensor) and t.dtype != torch.bool}
+        return {**found, **self.statistics}
+
+    @property
+    def _stacked(self) -> Tensor:
+        """Returns those [k, n], put together once for all regions: on a GPU each operation is a launch."""
+        if "stacked" not in self.memo:
+            self.memo["stacked"] = torch.stack(list(self._values.values()))
+        found: Tensor = self.memo["stacked"]
+        return found
 
 
 class Region(NamedTuple):
@@ -123,17 +142,20 @@ class Region(NamedTuple):
 
 
 class Regions:
-    """Holds the regions of some tokens, each looked for once: "expert", "own" or "all"."""
+    """Holds the regions of some tokens, "expert", "own" or "all"; each is looked for once, whoever asks."""
 
     def __init__(self, tokens: Tokens) -> None:
-        self.tokens, self.own = tokens, tokens.own_tokens
-        self._found: dict[str, Region] = {}
+        if "own" not in tokens.memo:
+            tokens.memo["own"] = tokens.own_tokens
+        self.tokens, self.own = tokens, tokens.memo["own"]
+        self._found: dict[str, Region] = tokens.memo.setdefault("regions", {})
 
     def __getitem__(self, name: str) -> Region:
         if name not in self._found:
             inside, outside = self._sides(name)
-            seen = self.tokens if inside is None else self.tokens.only(inside, outside)
-            self._found[name] = Region(inside, outside, seen)
+            if inside is None:  # not kept: tokens that hold themselves would live until they are collected
+                return Region(None, None, self.tokens)
+            self._found[name] = Region(inside, outside, self.tokens.only(inside, outside))
         return self._found[name]
 
     def _sides(self, name: str) -> tuple[Tensor | None, Tensor | None]:

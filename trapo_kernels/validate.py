@@ -30,7 +30,7 @@ __all__ = [
     "divisor",
 ]
 __all__ += ["check_sequence_ids", "check_token_inputs", "refuse_batched", "sequences", "under_autocast"]
-__all__ += ["one_dtype"]
+__all__ += ["one_dtype", "weight_grad"]
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -156,6 +156,22 @@ def check_linear(caller: str, hidden: Any, weight: Any, bias: Any, sharded: bool
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"{caller}: {b} must be [V] with V={weight.shape[0]}; got {list(bias.shape)}")
         _same(caller, b, bias, h, hidden, dtype=not _is_master(bias, hidden))
+
+
+def weight_grad(caller: str, value: Any, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Checks a dense tensor like weight, of the accumulators' dtype, which others may add to as well; or None."""
+    if value is None:
+        return None
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(f"{caller}: weight_grad must be None under torch.compile; got a tensor")
+    if _tensor(caller, "weight_grad", value).shape != weight.shape or value.dtype != dtype:
+        wanted = f"{str(dtype).removeprefix('torch.')} {list(weight.shape)} as weight"
+        raise ValueError(f"{caller}: weight_grad must be {wanted}; got {_dtype(value)} {list(value.shape)}")
+    if not value.is_contiguous() or value.requires_grad:
+        got = "one that requires grad" if value.requires_grad else f"strides {list(value.stride())}"
+        raise ValueError(f"{caller}: weight_grad must be contiguous and require no grad; got {got}")
+    _same(caller, "weight_grad", value, "weight", weight, dtype=False)
+    return value
 
 
 def check_reference(caller: str, ref: tuple[Any, Any, Any], targets: Tensor, needed: bool, vocab: int) -> None:

@@ -5,6 +5,7 @@ the same on all.
     per chunk, forward     all-reduce max z                              C numbers, maximum
                            all-reduce Σ e^(z−m), Σ e^(z−m)(z−m), z_y     4 C numbers, sum
                            and how many shards have the maximum
+                           of 16-bit heads, all-reduce z_y in fp32       C numbers, sum
     per call               all-gather shard sizes and what must agree    23 integers (agreement.py), and once more in
                            the backward of log-probabilities
                            all-reduce d_hidden                           N·D numbers, where hidden states are trained
@@ -26,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .backends.base import RowKernel, RowState, RowStats, stats_dtype
+from .backends.base import RowKernel, RowState, RowStats, TargetLogitsVerb, stats_dtype
 from .buffers import row_bytes
 from .sources import LinearSource
 
@@ -63,7 +64,7 @@ def shard_of(group: Any, sizes: list[int]) -> Shard:
 def sharded(kernel: RowKernel, shard: Shard) -> RowKernel:
     """Returns a row kernel over the whole vocabulary, made of one over this rank's columns."""
     verbs = _Verbs(kernel, shard)
-    return RowKernel(verbs.stats, verbs.grad_, verbs.scratch_bytes, shard=shard)
+    return RowKernel(verbs.stats, verbs.grad_, verbs.scratch_bytes, target_logits=kernel.target_logits, shard=shard)
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class _Verbs:
         parts = [torch.where(holds, mine.rest, factor * all_here).masked_fill(none, 0), holds.to(whole.dtype)]
         if mine.dot is not None:
             parts.append((factor * (mine.dot + moved * all_here)).masked_fill(none, 0))
-        sums = torch.stack([*parts, mine.target.masked_fill(~here, 0)])
+        nobody = (targets < 0) | (targets >= self.shard.vocab)
+        sums = torch.stack([*parts, mine.target.masked_fill(~here, 0).masked_fill(nobody, torch.nan)])
         dist.all_reduce(sums, group=self.shard.group)
         return RowState(whole, sums[0] + (sums[1] - 1).clamp(min=0), sums[2] if entropy else None, sums[-1])
 
@@ -138,6 +140,15 @@ class ShardedSource(LinearSource):
         super().__init__(*args, **options)
         self.shard = shard
         self.row_bytes = row_bytes(shard.largest, self.dtype)
+
+    def _target_logits(self, verb: TargetLogitsVerb, targets: Tensor) -> Tensor:
+        """Returns those of the whole vocabulary: each is known to the rank that holds its column."""
+        column, here = self.shard.columns(targets)
+        found = torch.zeros(targets.shape, dtype=self.wide, device=self.device)
+        if self.shard.size:
+            found = super()._target_logits(verb, column).masked_fill(~here, 0)
+        dist.all_reduce(found, group=self.shard.group)
+        return found
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight, d_bias = super().gradients()

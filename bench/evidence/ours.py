@@ -43,6 +43,8 @@ def row_launches() -> Iterator[tuple[str, Launch]]:
             rows.grad_(logits, targets, given, vector, vector, cap)
             rows.grad_(logits, targets, given, vector, None, cap)
             inputs = RowInputs(torch.zeros(16, dtype=torch.bool), vector, vector, vector, vector)
+            if dtype.itemsize == 2:
+                inputs = inputs._replace(target_logits=vector)
             rows.fused_(logits, targets, inputs, terms, 1.5, cap)
         options = ["", " with entropy", "", " with every term"]
         for launch, option in zip(launches, options, strict=True):

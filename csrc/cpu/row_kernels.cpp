@@ -186,8 +186,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_fused_(Tensor logits, const Tenso
                                                       const OptionalTensor& old_logprobs,
                                                       const OptionalTensor& ref_logprobs,
                                                       const OptionalTensor& rollout_logprobs,
-                                                      const OptionalTensor& weights, int64_t expert_term,
-                                                      int64_t policy_term, at::ArrayRef<double> numbers, double scale,
+                                                      const OptionalTensor& weights, const OptionalTensor& target_logits,
+                                                      int64_t expert_term, int64_t policy_term, at::ArrayRef<double> numbers, double scale,
                                                       std::optional<double> cap) {
   check(logits, targets);
   TORCH_CHECK(numbers.size() == 9, "trapo_kernels: numbers must be the 9 of FusedTerms; got ", numbers.size());
@@ -202,10 +202,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_fused_(Tensor logits, const Tenso
     A* fields[] = {&terms.expert_coef, &terms.alpha,        &terms.luffy_gamma, &terms.clip_low, &terms.clip_high,
                    &terms.dual_clip,   &terms.entropy_coef, &terms.kl_coef,     &terms.tis_cap};
     for (size_t i = 0; i < numbers.size(); ++i) *fields[i] = A(numbers[i]);
-    Tensor keep[5];
+    Tensor keep[6];
     const A *adv = values<A>(advantages, keep[0]), *old_lp = values<A>(old_logprobs, keep[1]);
     const A *ref = values<A>(ref_logprobs, keep[2]), *rollout = values<A>(rollout_logprobs, keep[3]);
-    const A* weight = values<A>(weights, keep[4]);
+    const A *weight = values<A>(weights, keep[4]), *exact = values<A>(target_logits, keep[5]);
     const bool* e = is_expert.const_data_ptr<bool>();
     const int64_t* target = y.const_data_ptr<int64_t>();
     T* x = logits.data_ptr<T>();
@@ -217,7 +217,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_fused_(Tensor logits, const Tenso
       for (int64_t i = begin; i < end; ++i) {
         T* mine = x + i * stride;
         const int64_t t = checked(target[i], vocab);
-        const auto stats = finish(row.state(mine, vocab), row.logit(mine[t]));
+        auto state = row.state(mine, vocab);
+        A z = row.logit(mine[t]);
+        if (exact != nullptr) {
+          const A rounded = z;
+          z = exact[i], state = with_target(state, rounded, z);
+        }
+        const auto stats = finish(state, z);
         logprob[i] = stats.logprob, max[i] = stats.max, log_sum[i] = stats.log_sum, entropy[i] = stats.entropy;
         const Token<A> token{e[i],
                              old_lp != nullptr,
@@ -244,8 +250,8 @@ TORCH_LIBRARY_FRAGMENT(trapo_kernels_cpu, m) {
       "Tensor g_lp, Tensor? g_entropy, float? cap) -> ()");
   m.def(
       "row_fused_(Tensor(a!) logits, Tensor targets, Tensor expert, Tensor? advantages, Tensor? old_logprobs, "
-      "Tensor? ref_logprobs, Tensor? rollout_logprobs, Tensor? weights, int expert_term, int policy_term, "
-      "float[] numbers, float scale, float? cap) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? ref_logprobs, Tensor? rollout_logprobs, Tensor? weights, Tensor? target_logits, int expert_term, "
+      "int policy_term, float[] numbers, float scale, float? cap) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(trapo_kernels_cpu, CPU, m) {

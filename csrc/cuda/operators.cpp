@@ -116,8 +116,8 @@ void row_grad_(Tensor logits, Tensor targets, Tensor logprobs, Tensor max, Tenso
 
 FourTensors row_fused_(Tensor logits, Tensor targets, Tensor expert, OptionalTensor advantages,
                        OptionalTensor old_logprobs, OptionalTensor ref_logprobs, OptionalTensor rollout_logprobs,
-                       OptionalTensor weights, int64_t expert_term, int64_t policy_term, std::vector<double> numbers,
-                       double scale, std::optional<double> cap) {
+                       OptionalTensor weights, OptionalTensor target_logits, int64_t expert_term, int64_t policy_term,
+                       std::vector<double> numbers, double scale, std::optional<double> cap) {
   STD_TORCH_CHECK(numbers.size() == 9, "trapo_kernels: numbers must be the 9 of FusedTerms; got ", numbers.size());
   STD_TORCH_CHECK(expert.scalar_type() == ScalarType::Bool && expert.is_contiguous() && expert.numel() == logits.size(0),
                   "trapo_kernels: expert must be contiguous bool [C] with C=", logits.size(0));
@@ -130,8 +130,27 @@ FourTensors row_fused_(Tensor logits, Tensor targets, Tensor expert, OptionalTen
   const Terms<double> terms{int(expert_term), int(policy_term), n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8]};
   fused(rows,
         {static_cast<const bool*>(expert.const_data_ptr()), of(advantages), of(old_logprobs), of(ref_logprobs),
-         of(rollout_logprobs), of(weights), terms, scale},
+         of(rollout_logprobs), of(weights), of(target_logits), terms, scale},
         {logprob.mutable_data_ptr(), max.mutable_data_ptr(), log_sum.mutable_data_ptr(), entropy.mutable_data_ptr()});
+  return out;
+}
+
+Tensor target_logits_(Tensor hidden, Tensor weight, OptionalTensor bias, Tensor targets, double scale) {
+  const ScalarType dtype = hidden.scalar_type();
+  STD_TORCH_CHECK((dtype == ScalarType::Half || dtype == ScalarType::BFloat16) && weight.scalar_type() == dtype &&
+                      hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1) && hidden.stride(1) == 1 &&
+                      weight.stride(1) == 1 && weight.size(0) >= 1,
+                  "trapo_kernels: hidden and weight must be [C, D] and [V, D] of one 16-bit dtype with contiguous rows");
+  STD_TORCH_CHECK(!bias || (bias->scalar_type() == dtype && bias->is_contiguous() && bias->numel() == weight.size(0)),
+                  "trapo_kernels: bias must be contiguous [V] of the dtype of weight with V=", weight.size(0));
+  STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long && targets.is_contiguous() && targets.numel() == hidden.size(0),
+                  "trapo_kernels: targets must be contiguous int64 [C] with C=", hidden.size(0));
+  const OnDevice on(hidden);
+  Tensor out = torch::stable::new_empty(hidden, {hidden.size(0)}, ScalarType::Float);
+  target_logits({hidden.const_data_ptr(), weight.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr, dtype_of(hidden),
+                 hidden.size(0), weight.size(0), hidden.stride(0), weight.stride(0), int(hidden.size(1)),
+                 targets.const_data_ptr<int64_t>(), scale, on.stream},
+                out.mutable_data_ptr<float>());
   return out;
 }
 
@@ -144,8 +163,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(trapo_kernels_cuda, m) {
       "Tensor g_lp, Tensor? g_entropy, float? cap) -> ()");
   m.def(
       "row_fused_(Tensor(a!) logits, Tensor targets, Tensor expert, Tensor? advantages, Tensor? old_logprobs, "
-      "Tensor? ref_logprobs, Tensor? rollout_logprobs, Tensor? weights, int expert_term, int policy_term, "
-      "float[] numbers, float scale, float? cap) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? ref_logprobs, Tensor? rollout_logprobs, Tensor? weights, Tensor? target_logits, int expert_term, "
+      "int policy_term, float[] numbers, float scale, float? cap) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("target_logits(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float scale) -> Tensor");
   m.def("stream_symbol() -> int");  // address of torch's function for the current stream; 0: not found
 }
 
@@ -157,6 +177,7 @@ STABLE_TORCH_LIBRARY_IMPL(trapo_kernels_cuda, TRAPO_DISPATCH_KEY, m) {
   m.impl("row_stats", TORCH_BOX(&row_stats));
   m.impl("row_grad_", TORCH_BOX(&row_grad_));
   m.impl("row_fused_", TORCH_BOX(&row_fused_));
+  m.impl("target_logits", TORCH_BOX(&target_logits_));
 }
 
 }  // namespace trapo::cuda

@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(max_threads(sizeof(T))) grad_kernel(Rows<T> ro
 template <class A>
 struct Tokens {
   const bool* expert;
-  const A *advantages, *old_logprobs, *ref_logprobs, *rollout_logprobs, *weights;  // each may be missing
+  const A *advantages, *old_logprobs, *ref_logprobs, *rollout_logprobs, *weights, *target_logits;  // each may be missing
   Terms<A> terms;
   A scale;
 
@@ -248,6 +248,13 @@ struct Tokens {
     const auto value = [i](const A* of) { return of != nullptr ? of[i] : A(0); };
     return {expert[i], old_logprobs != nullptr, value(advantages), value(old_logprobs), value(ref_logprobs),
             value(rollout_logprobs), weights != nullptr ? weights[i] : A(1)};
+  }
+  __device__ __forceinline__ A exact_target(int64_t i) const { return target_logits != nullptr ? target_logits[i] : A(0); }
+  // Of a row whose target was read as `target`; `exact` as above.
+  __device__ __forceinline__ RowStats<A> finished(const RowState<A>& state, A target, A exact) const {
+    if (target_logits == nullptr) return finish(state, target);
+    const RowState<A> better = with_target(state, target, exact);
+    return finish(better, exact);
   }
   __device__ __forceinline__ Slopes<A> slopes_of(const Token<A>& token, const RowStats<A>& row) const {
     const Slopes<A> g = slopes(terms, token, row);
@@ -274,9 +281,9 @@ __global__ void __launch_bounds__(max_threads_of_long_row(sizeof(T)))
   const int target = target_of(rows, row, i);
   auto& scratch = *reinterpret_cast<Scratch<A>*>(dynamic_shared());
   const Token<A> token = tokens.at(i);
-  const A z_target = read_target(row, target, cap);
+  const A z_target = read_target(row, target, cap), exact = tokens.exact_target(i);
   // The barrier in it stands between the reading of the target and its writing.
-  const RowStats<A> stats = finish(block_state(read_state(row, cap), scratch), z_target);
+  const RowStats<A> stats = tokens.finished(block_state(read_state(row, cap), scratch), z_target, exact);
   if (threadIdx.x == 0) out.put(i, stats);
   const Gradient<T, kCap> gradient(cap, stats, tokens.slopes_of(token, stats), tokens.terms.entropy_coef != 0);
   write_gradient(row, gradient, target);
@@ -341,7 +348,7 @@ __global__ void __launch_bounds__(max_threads(sizeof(T)), sizeof(T) == 8 && kCap
   // What else the row needs, while its logits are on their way.
   const auto cap = rows.template soft_cap<kCap>();
   const int target = target_of(rows, row, i), edge = rank == 0 ? row.edge(threadIdx.x) : -1;
-  const A x_edge = edge >= 0 ? widen(row.base[edge]) : A(0);
+  const A x_edge = edge >= 0 ? widen(row.base[edge]) : A(0), exact = tokens.exact_target(i);
   const Token<A> token = tokens.at(i);
 
   RowState<A> state = edge_state<T>(edge >= 0, x_edge, cap);
@@ -368,7 +375,7 @@ __global__ void __launch_bounds__(max_threads(sizeof(T)), sizeof(T) == 8 && kCap
     cluster_arrive();
   }
 
-  const RowStats<A> stats = finish(state, z_target);
+  const RowStats<A> stats = tokens.finished(state, z_target, exact);
   if (rank == 0 && threadIdx.x == 0) out.put(i, stats);
   const Gradient<T, kCap> gradient(cap, stats, tokens.slopes_of(token, stats), tokens.terms.entropy_coef != 0);
   part.each(0, plan.slots, [&](int slot) {
@@ -468,6 +475,7 @@ void fused(const Logits& logits, const FusedIn& in, const StatsOut& out) {
                            of<A>(in.ref_logprobs),
                            of<A>(in.rollout_logprobs),
                            of<A>(in.weights),
+                           of<A>(in.target_logits),
                            terms_of<A>(in.terms),
                            A(in.scale)};
     const Found<A> found{of<A>(out.logprob), of<A>(out.max), of<A>(out.log_sum), of<A>(out.entropy)};

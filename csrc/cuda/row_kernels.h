@@ -1,4 +1,4 @@
-// What the operators call: the three verbs on pointers, without torch. Each launches one kernel on `stream` and returns;
+// What the operators call: the verbs on pointers, without torch. Each launches one kernel on `stream` and returns;
 // nothing is allocated and nothing waits, so calls can be captured into a CUDA graph.
 #pragma once
 
@@ -31,9 +31,20 @@ struct GradIn {
 };
 struct FusedIn {
   const bool* expert;
-  const void *advantages, *old_logprobs, *ref_logprobs, *rollout_logprobs, *weights;  // each may be missing
+  // Each may be missing.
+  const void *advantages, *old_logprobs, *ref_logprobs, *rollout_logprobs, *weights, *target_logits;
   Terms<double> terms;
   double scale;
+};
+// hidden [C, D], weight [V, D], bias [V] or nullptr: of fp16 or bf16, strides in elements.
+struct TargetsIn {
+  const void *hidden, *weight, *bias;
+  Dtype dtype;
+  int64_t rows, vocab, hidden_stride, weight_stride;
+  int width;
+  const int64_t* targets;
+  double scale;
+  void* stream;
 };
 struct StatsOut {
   void *logprob, *max, *log_sum, *entropy;
@@ -43,6 +54,7 @@ struct StatsOut {
 void stats(const Logits& logits, const StateOut& out);
 void grad(const Logits& logits, const GradIn& in);
 void fused(const Logits& logits, const FusedIn& in, const StatsOut& out);
+void target_logits(const TargetsIn& in, float* out);
 
 // The plan of fused_ on the current device.
 Plan plan_of_fused(int64_t vocab, Dtype dtype);

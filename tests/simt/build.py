@@ -42,7 +42,7 @@ def check(checker: str = "plain", source: Path = CUDA, options: Sequence[str] = 
     """The program check.cpp with the kernels in `source`."""
     build = ["-O1", *CHECKERS[checker], *options]
     parts = [
-        _object(source / "row_kernels.cu", [*flags(source), *build]),
+        *(_object(part, [*flags(source), *build]) for part in sorted(source.glob("*.cu"))),
         _object(HERE / "check.cpp", [*flags(), *build]),
     ]
     return _linked(f"check-{checker}", parts, CHECKERS[checker])
@@ -63,7 +63,7 @@ def library() -> Path:
     torch_home = Path(torch.__file__).parent
     torch_flags = [f"-isystem{torch_home / 'include'}", "-DTRAPO_DISPATCH_KEY=CPU", f"-DTORCH_IS='{torch.__version__}'"]
     parts = [
-        _object(CUDA / "row_kernels.cu", [*flags(), "-O2"]),
+        *(_object(source, [*flags(), "-O2"]) for source in sorted(CUDA.glob("*.cu"))),
         _object(CUDA / "operators.cpp", [*flags(), "-O1", *torch_flags]),
     ]
     return _linked("_cuda_on_cpu.so", parts, ["-shared", f"-L{torch_home / 'lib'}", "-ltorch_cpu"])

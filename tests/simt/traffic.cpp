@@ -98,7 +98,7 @@ void measure(const char* verb, const Model& model, Dtype dtype, int size, int vo
   else if (verb[0] == 'g')
     cuda::grad(logits, {vector(0), vector(1), vector(2), nullptr, vector(4), nullptr});
   else
-    cuda::fused(logits, {expert, nullptr, nullptr, nullptr, nullptr, nullptr, terms, 1}, {vector(0), vector(1), vector(2), vector(3)});
+    cuda::fused(logits, {expert, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, terms, 1}, {vector(0), vector(1), vector(2), vector(3)});
   const cuda::Plan plan = cuda::plan_of_fused(vocab, dtype);
   std::printf("%s{\"verb\": \"%s\", \"device\": \"%s\", \"itemsize\": %d, \"rows\": %d, \"vocab\": %d, \"skip\": %d, ",
               first ? "" : ",\n", verb, model.name, size, rows, vocab, skip);

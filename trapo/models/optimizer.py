@@ -60,6 +60,19 @@ class Kept:
         self.gradients = {}
 
 
+def main_grad(model: PreTrainedModel, weight: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor | None:
+    """Returns the gradient of a head's weight, of zeros where there is none yet, for the loss to add to: of a head that
+    is multiplied in 16 bits, or on a GPU, that saves a tensor of its size and the passes over it in every micro-batch.
+    None: autograd hands the gradient over, as it must where the weight is sharded, or not a parameter itself."""
+    if is_sharded(model) or not (weight.is_leaf and weight.requires_grad):
+        return None
+    if hidden.dtype == torch.float32 and not hidden.is_cuda:
+        return None
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    return weight.grad
+
+
 def has_fused(model: PreTrainedModel) -> bool:
     """Returns whether AdamW can update these weights in one kernel: on CPUs and GPUs, unless shards are on a CPU."""
     return model.device.type == "cuda" or (model.device.type == "cpu" and not is_sharded(model))

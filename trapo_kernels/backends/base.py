@@ -14,17 +14,26 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .. import products
+
 if TYPE_CHECKING:
     from ..head import Head
     from ..sources import Source
     from ..vocab_parallel import Shard
 
 __all__ = ["FusedTerms", "FusedVerb", "Passes", "RowInputs", "RowKernel", "RowState", "RowStats", "stats_dtype"]
+__all__ += ["TargetLogitsVerb"]
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype of statistics: fp32, and fp64 for fp64 logits."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# e^-1e4 is 0 in fp64 too; 0 · −∞ is not.
+_FLOOR = -1e4
+# e^80 is a number in fp32.
+_FURTHEST = 80.0
 
 
 class RowStats(NamedTuple):
@@ -35,6 +44,11 @@ class RowStats(NamedTuple):
     max: Tensor
     log_sum: Tensor
     entropy: Tensor | None
+
+    @property
+    def target_logits(self) -> Tensor:
+        """Returns z_y [C]."""
+        return self.logprobs + (self.max + self.log_sum)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> RowStats:
         """Returns the statistics with `fn` applied to every tensor."""
@@ -74,10 +88,31 @@ class RowState(NamedTuple):
         entropy = None if self.dot is None else (log_sum - self.dot / (1 + rest)).clamp(min=0)
         return RowStats((self.target - self.max) - log_sum, self.max, log_sum, entropy)
 
+    def with_target(self, target: Tensor) -> RowState:
+        """Returns the state where z_y is `target` [C] and not the rounded logit that was read: row_math.h has the same.
+        Where the target is the column that is left out, the others are all that there is in `rest`, so that none of
+        their digits are lost; elsewhere its share in the sums is exchanged."""
+        rounded = (self.target - self.max).clamp(min=_FLOOR)
+        share = rounded.exp()
+        held = (self.target >= self.max) | (self.rest < share / 2)
+        # Rounding may have moved a huge logit further than an exponential reaches.
+        target = torch.where(held, torch.maximum(target, self.max - _FURTHEST), target)
+        top = torch.where(held, target, self.max)
+        by = (self.max - top).masked_fill(~held, 0)
+        others = torch.where(held, self.rest, (self.rest - share).clamp(min=0))
+        below = (target - top).clamp(min=_FLOOR)
+        new = below.exp().masked_fill(held, 0)
+        dot = self.dot
+        if dot is not None:
+            dot = torch.where(held, dot + by * others, dot - share * rounded)
+            dot = by.exp() * dot + new * below
+        return RowState(top, by.exp() * others + new, dot, target)
+
 
 class RowInputs(NamedTuple):
     """Holds the per-token constants [C] that an objective reads; None where the caller gave nothing. `weights` multiply
-    the loss of each token; a row of weight 0 gets the gradient 0, whatever else it holds."""
+    the loss of each token; a row of weight 0 gets the gradient 0, whatever else it holds. `target_logits` are z_y where
+    they are known better than from the logits, which are rounded (`RowState.with_target`)."""
 
     expert: Tensor  # bool
     advantages: Tensor | None
@@ -85,6 +120,7 @@ class RowInputs(NamedTuple):
     ref_logprobs: Tensor | None
     rollout_logprobs: Tensor | None
     weights: Tensor | None = None
+    target_logits: Tensor | None = None
 
     def at(self, rows: slice) -> RowInputs:
         expert, *others = (None if t is None else t[rows] for t in self)
@@ -147,6 +183,14 @@ class FusedVerb(Protocol):
     ) -> RowStats: ...
 
 
+class TargetLogitsVerb(Protocol):
+    """Computes scale · (h · W[y] + b[y]) in fp32 [C], of 16-bit hidden [C, D], weight [V, D] and bias [V] or None."""
+
+    def __call__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float
+    ) -> Tensor: ...
+
+
 class LinearStatsVerb(Protocol):
     """Computes statistics straight from hidden [N, D], weight [V, D] and bias [V] or None, without writing a logit;
     None: not for these operands."""
@@ -181,6 +225,7 @@ class RowKernel:
         scratch_bytes: what the two allocate beside the logits, in bytes.
         fused_: both at once, for the terms that `FusedTerms` can name; the row is read once.
         fused_float64: `fused_` keeps float64's digits.
+        target_logits: the logits of the targets alone, in fp32, of heads whose logits are rounded.
         linear_stats: statistics without logits, where nothing but statistics is asked for.
         by_columns: its recomputing backward runs over blocks of the vocabulary (columns.py) where that pays.
         passes: a chunk loop of its own, for the sources that it takes.
@@ -192,6 +237,7 @@ class RowKernel:
     scratch_bytes: ScratchBytes = no_scratch
     fused_: FusedVerb | None = None
     fused_float64: bool = True
+    target_logits: TargetLogitsVerb = products.target_logits
     linear_stats: LinearStatsVerb | None = None
     by_columns: bool = False
     passes: Passes | None = None

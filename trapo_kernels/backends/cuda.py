@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import products
 from . import native
 from .base import FusedTerms, RowInputs, RowKernel, RowState, RowStats, stats_dtype
 
@@ -73,6 +74,16 @@ def fused_(
     )
 
 
+def target_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float) -> Tensor:
+    if weight.stride(1) != 1:
+        return products.target_logits(hidden, weight, bias, targets, scale)
+    bias = None if bias is None else bias.contiguous()
+    found: Tensor = torch.ops.trapo_kernels_cuda.target_logits(
+        hidden.contiguous(), weight, bias, targets.contiguous(), scale
+    )
+    return found
+
+
 def _vector(t: Tensor | None, logits: Tensor) -> Tensor | None:
     return None if t is None else t.to(stats_dtype(logits.dtype)).contiguous()
 
@@ -81,9 +92,13 @@ def register_fakes() -> None:
     def four_vectors(logits: Tensor, *_: object) -> tuple[Tensor, ...]:
         return tuple(logits.new_empty(logits.shape[0], dtype=stats_dtype(logits.dtype)) for _ in range(4))
 
+    def one_vector(hidden: Tensor, *_: object) -> Tensor:
+        return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+
+    torch.library.register_fake("trapo_kernels_cuda::target_logits", one_vector)
     torch.library.register_fake("trapo_kernels_cuda::row_stats", four_vectors)
     torch.library.register_fake("trapo_kernels_cuda::row_fused_", four_vectors)
     torch.library.register_fake("trapo_kernels_cuda::row_grad_", lambda *_: None)
 
 
-KERNEL = RowKernel(stats, grad_, fused_=fused_)
+KERNEL = RowKernel(stats, grad_, fused_=fused_, target_logits=target_logits)

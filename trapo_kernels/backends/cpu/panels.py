@@ -7,7 +7,8 @@
         panel_grad_: d_hidden[rows], d_weight += ..., d_bias += ...                           GEMMs 2 and 3
 
 Every chunk but the first reads and writes all of d_weight, so fewer chunks are faster. A chunk's logits [V, C] are what
-the budget bounds; the first chunk can do without where C <= D: it keeps them in d_weight, which is written only then.
+the budget bounds; the first chunk can do without where C <= D: it keeps them in d_weight, which is written only then,
+unless there is a sum in it already.
 Rows without gradient, and losses without any, keep none: their chunks are as long as pays.
 """
 
@@ -95,7 +96,7 @@ def _keeping_chunks(source: LinearSource, size: int) -> Iterator[_Chunk]:
         return
     step = chunk_rows(size, _row_bytes(source, keep=True), 0, "cpu", most=_LONGEST)
     start = 0
-    if source.d_weight is not None and not source.tolerance:
+    if source.d_weight is not None and not source.tolerance and not source.has_sum:
         torch.ops.trapo_kernels_cpu.advise_huge_pages(source.d_weight)
         first = min(size, source.weight.shape[1], _LONGEST)
         if first == size or 1 - (first - size) // step <= -(-size // step):

@@ -11,6 +11,7 @@ KERNEL = RowKernel(
     rows.grad_,
     fused_=rows.fused_,
     fused_float64=False,  # Triton passes an objective's numbers in fp32
+    target_logits=rows.target_logits,
     linear_stats=tiles.linear_stats,
     by_columns=True,
 )

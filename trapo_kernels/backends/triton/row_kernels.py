@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["row_fused", "row_grad", "row_stats"]
+__all__ = ["row_fused", "row_grad", "row_stats", "target_logits"]
 
 
 # e^-1e4 is 0 in fp64 too, so raising z − m to this changes nothing but 0 · −inf, which becomes 0.
@@ -28,6 +28,8 @@ _FLOOR = tl.constexpr(-1e4)
 # Columns per lane of a block with a mask: few, since a mask per element takes registers.
 _REST = tl.constexpr(2)
 _NOTHING = tl.constexpr(float("-inf"))
+# e^80 is a number in fp32.
+_FURTHEST = tl.constexpr(80.0)
 
 
 @triton.jit
@@ -107,6 +109,24 @@ def meet(m, s, d):
     top = tl.max(m, 0)
     s, d, held = moved(m, s, d, top)
     return top, tl.sum(s, 0) + tl.maximum(tl.sum(held, 0) - 1, 0).to(s.dtype), tl.sum(d, 0)
+
+
+@triton.jit
+def with_target(m, s, d, rounded, z):
+    """Returns (m, s, d, z_y) of a row whose z_y is `z` and not the rounded logit that was read: see row_math.h."""
+    below = tl.maximum(rounded - m, _FLOOR)
+    share = tl.exp(rounded - m)
+    held = (rounded >= m) | (s < share * 0.5)
+    least = m - _FURTHEST
+    z = tl.where(held & (z < least), least, z)
+    by = tl.where(held, m - z, 0.0)
+    factor = tl.exp(by)
+    now = tl.where(held, 0.0, z - m)
+    new = tl.where(held, 0.0, tl.exp(now))
+    rest = s - share
+    others = tl.where(held, s, tl.where(rest < 0, 0.0, rest))
+    dot = tl.where(held, d + by * s, d - share * below + new * tl.maximum(now, _FLOOR))
+    return tl.where(held, z, m), factor * others + new, factor * dot, z
 
 
 @triton.jit
@@ -224,6 +244,27 @@ def row_grad(
 
 
 @triton.jit
+def target_logits(
+    hidden, weight, bias, targets, out, V, D, hidden_row, hidden_column, weight_row, weight_column, scale,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Computes scale · (h · W[y] + b[y]) of a row, in fp32; NaN for a target outside the vocabulary."""
+    i = tl.program_id(0).to(tl.int64)
+    y = tl.load(targets + i)
+    known = (y >= 0) & (y < V)
+    y = tl.where(known, y, 0)
+    acc = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, D, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        h = tl.load(hidden + i * hidden_row + k * hidden_column, mask=k < D, other=0.0).to(tl.float32)
+        acc += h * tl.load(weight + y * weight_row + k * weight_column, mask=k < D, other=0.0).to(tl.float32)
+    z = tl.sum(acc, 0)
+    if bias is not None:
+        z += tl.load(bias + y).to(tl.float32)
+    tl.store(out + i, tl.where(known, z * scale, float("nan")))
+
+
+@triton.jit
 def _expert_slope(logp, A, alpha, gamma, TERM: tl.constexpr):
     """Returns ∂E/∂logp of the expert term with this number in EXPERT_TERMS."""
     p = tl.exp(logp)
@@ -264,16 +305,19 @@ def _policy_slope(
 
 @triton.jit
 def row_fused(
-    logits, targets, expert, advantages, old, ref, rollout, weights, logprobs, max_, log_sum, entropy, V, stride,
+    logits, targets, expert, advantages, old, ref, rollout, weights, exact, logprobs, max_, log_sum, entropy, V, stride,
     scale, expert_coef, alpha, gamma, low, high, dual, entropy_coef, kl_coef, tis_cap,
     EXPERT: tl.constexpr, POLICY: tl.constexpr, ADVANTAGES: tl.constexpr, OLD: tl.constexpr, TIS: tl.constexpr,
-    KL: tl.constexpr, ENTROPY: tl.constexpr, cap: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+    KL: tl.constexpr, ENTROPY: tl.constexpr, EXACT: tl.constexpr, cap: tl.constexpr, WIDE: tl.constexpr,
+    R: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)
     row = logits + i * stride
     y = tl.load(targets + i)
     z_y = _target(row, y, V, cap, WIDE)
     m, s, d = _state(row, V, cap, WIDE, R, K)
+    if EXACT:
+        m, s, d, z_y = with_target(m, s, d, z_y, tl.load(exact + i))
     s = s + (m - m)  # NaN where the maximum is no number
     log_s = log1p(s)
     logp = (z_y - m) - log_s

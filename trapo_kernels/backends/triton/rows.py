@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..base import FusedTerms, RowInputs, RowState, RowStats, stats_dtype
 
-__all__ = ["Sizes", "fused_", "grad_", "interpreted", "missing", "sizes", "stats"]
+__all__ = ["Sizes", "fused_", "grad_", "interpreted", "missing", "sizes", "stats", "target_logits"]
 
 
 class Sizes(NamedTuple):
@@ -38,6 +38,10 @@ class Sizes(NamedTuple):
 
 # (rows up to this many bytes, warps, 16-byte accesses per thread and block)
 _TABLE = ((4_096, 4, 1), (32_768, 8, 2), (131_072, 16, 2), (2**62, 32, 2))
+
+
+# Columns of hidden and weight that a program of `target_logits` takes at once: 16 bytes a thread of each.
+_TARGET_BLOCK = 1024
 
 
 def sizes(vocab: int, dtype: torch.dtype, capped: bool = False) -> Sizes:
@@ -153,6 +157,30 @@ def grad_(
     )  # fmt: skip
 
 
+@torch.library.custom_op("trapo_kernels::triton_target_logits", mutates_args=())
+def _target_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float) -> Tensor:
+    rows, width = hidden.shape
+    out = hidden.new_empty(rows, dtype=torch.float32)
+    if rows:
+        with torch.cuda.device_of(hidden):
+            _kernels().target_logits[(rows,)](
+                hidden, weight, bias, targets, out, weight.shape[0], width, *hidden.stride(), *weight.stride(), scale,
+                BLOCK=_TARGET_BLOCK, num_warps=4,
+            )  # fmt: skip
+    return out
+
+
+@_target_logits.register_fake
+def _(hidden: Tensor, *_: Any) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+
+
+def target_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float) -> Tensor:
+    bias = None if bias is None else bias.contiguous()
+    found: Tensor = _target_logits(hidden, weight, bias, targets.contiguous(), scale)
+    return found
+
+
 @torch.library.custom_op("trapo_kernels::triton_row_fused_", mutates_args=("logits",))
 def _fused_(
     logits: Tensor,
@@ -163,6 +191,7 @@ def _fused_(
     ref_logprobs: Tensor | None,
     rollout_logprobs: Tensor | None,
     weights: Tensor,
+    target_logits: Tensor | None,
     terms: Sequence[float],
     scale: float,
     cap: float | None,
@@ -173,11 +202,13 @@ def _fused_(
     if rows:
         with torch.cuda.device_of(logits):
             _kernels().row_fused[(rows,)](
-                logits, targets, expert, advantages, old_logprobs, ref_logprobs, rollout_logprobs, weights, *out,
+                logits, targets, expert, advantages, old_logprobs, ref_logprobs, rollout_logprobs, weights,
+                target_logits, *out,
                 vocab, logits.stride(0), scale, t.expert_coef, t.alpha, t.luffy_gamma, t.clip_low, t.clip_high,
                 t.dual_clip, t.entropy_coef, t.kl_coef, t.tis_cap,
                 EXPERT=t.expert, POLICY=t.policy, ADVANTAGES=advantages is not None, OLD=old_logprobs is not None,
-                TIS=t.tis_cap != 0, KL=t.kl_coef != 0, ENTROPY=t.entropy_coef != 0, **_common(logits, cap),
+                TIS=t.tis_cap != 0, KL=t.kl_coef != 0, ENTROPY=t.entropy_coef != 0, EXACT=target_logits is not None,
+                **_common(logits, cap),
             )  # fmt: skip
     return out[0], out[1], out[2], out[3]
 

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from ...head import Head
+from ...products import soft_capped
 from ..base import RowState, RowStats
-from .rows import interpreted
+from .rows import interpreted, target_logits
 
 __all__ = ["Tile", "linear_stats", "shares", "tile"]
 
@@ -203,4 +204,7 @@ def linear_stats(
     top, rest, dot, target = _linear_stats(
         hidden.contiguous(), weight, bias, targets.contiguous(), head.scale, head.cap
     )
-    return RowState(top, rest, dot if entropy else None, target).finish()
+    state = RowState(top, rest, dot if entropy else None, target)
+    if hidden.dtype != torch.float32:
+        state = state.with_target(soft_capped(target_logits(hidden, weight, bias, targets, head.scale), head.cap))
+    return state.finish()
