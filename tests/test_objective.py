@@ -111,7 +111,8 @@ def test_nan_in_a_token_stays_in_that_token():
         ),
         (
             {"policy": "ppo"},
-            "Objective: policy must be one of 'unclipped', 'clip', 'gspo', 'cispo', 'sapo', a function or None; "
+            "Objective: policy must be one of 'unclipped', 'clip', 'gspo', 'cispo', "
+            "'dppo_tv', 'dppo_kl', 'sapo', a function or None; "
             "got 'ppo'",
         ),
         (
@@ -138,8 +139,8 @@ def test_nan_in_a_token_stays_in_that_token():
         ({"luffy_gamma": 0}, "Objective: luffy_gamma must be a number above 0; got 0"),
         (
             {"policy": "unclipped", "clip_low": 0.2},
-            "Objective: clip_low must be None unless policy='clip' or policy='gspo' or policy='cispo'; "
-            "got policy='unclipped'",
+            "Objective: clip_low must be None unless policy='clip' or policy='gspo' or policy='cispo' or "
+            "policy='dppo_tv' or policy='dppo_kl'; got policy='unclipped'",
         ),
         (
             {"policy": None, "tis_cap": 2.0},
@@ -203,12 +204,16 @@ OTHER = {
     "alpha": 0.9,
     "expert_coef": 0.5,
     "policy_coef": 0.5,
-    "clip_low": 0.2,
-    "clip_high": 0.2,
+    "clip_low": 0.003,
+    "clip_high": 0.003,
     "dual_clip": 1.5,
     "entropy_coef": 0.1,
     "kl_coef": 0.1,
     "tis_cap": 0.5,
+    "tis_low": 1.8,
+    "tis_mode": "mask",
+    "tis_level": "sequence",
+    "dppo_cap": 0.3,
     "reduction": "sequence_mean",
     "luffy_gamma": 0.7,
     "sed_coef": 3.0,
@@ -243,7 +248,7 @@ def loss_of(o):
         advantages=torch.randn(64, generator=g, dtype=torch.float64),
         old_logprobs=old,
         ref_logprobs=old.flip(0) if o.kl_coef else None,
-        rollout_logprobs=old - 0.4 if o.tis_cap else None,
+        rollout_logprobs=old - 0.4 - 0.6 * (torch.arange(64) % 2) if o.tis_cap else None,
         expert_mask=torch.arange(64) % 3 == 0,
         sequence_ids=sequences,
         backend="reference",

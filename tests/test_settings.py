@@ -54,6 +54,10 @@ GIVEN = {
     "lco_neg": (0.5, {}),
     "sapo_tau_pos": (0.5, {}),
     "sapo_tau_neg": (0.5, {}),
+    "dppo_cap": (3.0, {}),
+    "tis_low": (0.5, {}),
+    "tis_mode": ("mask", {}),
+    "tis_level": ("sequence", {}),
 }
 
 

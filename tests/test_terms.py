@@ -63,6 +63,12 @@ OLD = {
     "clip": Objective.dapo(),
     "dual clip": Objective.grpo(dual_clip=3.0),
     "tis": Objective.grpo(tis_cap=2.0),
+    "tis, both bounds": Objective.grpo(tis_cap=1.2, tis_low=0.8),
+    "icepop": Objective.grpo(tis_cap=1.2, tis_low=0.8, tis_mode="mask"),
+    "tis of sequences": Objective.grpo(tis_cap=1.5, tis_level="sequence"),
+    "masked sequences": Objective.grpo(tis_cap=1.5, tis_low=0.3, tis_mode="mask", tis_level="sequence"),
+    "dppo_tv": Objective(policy="dppo_tv", clip_low=0.02, clip_high=0.03),
+    "dppo_kl": Objective(policy="dppo_kl", clip_low=0.01, clip_high=0.02, dppo_cap=1.3),
 }
 
 
@@ -129,6 +135,14 @@ def own_loss(o, x, held, sequence):
     if o.policy == "gspo":
         s = math.exp(sum(t.lp - t.old for t in sequence) / len(sequence))
         r = s * math.exp(x.lp) / math.exp(held.lp)
+    if o.policy in ("dppo_tv", "dppo_kl"):  # verl, core_algos.py, without its clamp of log r to ±20
+        p, mu = math.exp(held.lp), math.exp(x.old)
+        kl = mu * (x.old - held.lp) + (1 - mu) * math.log((1 - mu + 1e-8) / (1 - p + 1e-8))
+        if o.policy == "dppo_tv":
+            valid = p - mu <= o.clip_high if a > 0 else p - mu >= -o.clip_low
+        else:
+            valid = kl <= o.clip_high or p <= mu if a > 0 else kl <= o.clip_low or p >= mu
+        return -a * min(math.exp(held.lp - x.old), o.dppo_cap) * x.lp * valid
     if o.policy == "cispo":
         return -min(max(math.exp(held.lp - x.old), low), high) * a * x.lp
     if o.policy == "sapo":
@@ -136,6 +150,17 @@ def own_loss(o, x, held, sequence):
         return -4 / tau * a / (1 + math.exp(-tau * (r - 1)))
     loss = -min(r * a, min(max(r, low), high) * a)
     return min(loss, -o.dual_clip * a) if o.dual_clip is not None and a < 0 else loss
+
+
+def importance(o, x, own):
+    """verl, rollout_corr_helper.py: TIS for a single bound, IcePop for two, of a token or of its sequence."""
+    if o.tis_cap is None:
+        return 1.0
+    weight = math.exp(sum(t.old - t.rollout for t in own) if o.tis_level == "sequence" else x.old - x.rollout)
+    low = -math.inf if o.tis_low is None else o.tis_low
+    if o.tis_mode == "mask":
+        return weight if low <= weight <= o.tis_cap else 0.0
+    return max(min(weight, o.tis_cap), low)
 
 
 def published(o, rows, held, expert, shape, active):
@@ -153,7 +178,7 @@ def published(o, rows, held, expert, shape, active):
                 loss += o.expert_coef * expert_loss(o, x, held[i], [held[j] for j in experts], experts.index(i))
             if not expert[i]:
                 if o.policy is not None:
-                    weight = 1.0 if o.tis_cap is None else min(math.exp(x.old - x.rollout), o.tis_cap)
+                    weight = importance(o, x, [rows[j] for j in own])
                     loss += o.policy_coef * weight * own_loss(o, x, held[i], [held[j] for j in own])
                 loss += o.kl_coef * (math.exp(x.ref - x.lp) - (x.ref - x.lp) - 1)
             total += loss

@@ -33,7 +33,14 @@ def explain(o: Objective) -> str:
         label = f"{name} {shown_setting(getattr(o, name))}" if name in ("expert", "policy") else name
         lines.append(f"  {coef:g} · {label} on {where}: {term.source}")
     if o.tis_cap is not None:
-        lines.append(f"  policy weighted by min(π_old / π_rollout, {o.tis_cap:g}), a constant")
+        what = "π_old / π_rollout" if o.tis_level == "token" else "Π π_old / π_rollout of the sequence"
+        low = "" if o.tis_low is None else f", at least {o.tis_low:g}"
+        shape = (
+            f"{what} where at most {o.tis_cap:g}{low}, else 0"
+            if o.tis_mode == "mask"
+            else f"min({what}, {o.tis_cap:g}){low}"
+        )
+        lines.append(f"  policy weighted by {shape}, a constant")
     lines.append(f"reduction: {_REDUCTION[o.reduction]}; `normalizer` replaces the divisor")
     lines.append(f"inputs: {', '.join(sorted(o.needs)) or 'none'} needed")
     optional = sorted(o.reads - set(o.needs))
@@ -43,6 +50,7 @@ def explain(o: Objective) -> str:
         lines[-1] += "; targets [B, T], a row a sequence, or sequence_ids"
     if o.coupled:
         terms = " and ".join(f"{name}={shown_setting(getattr(o, name))}" for _, name, _, t in o.parts if t.coupled)
+        terms = terms or "tis_level='sequence'"
         lines.append(
             f"path: two passes, because {terms} couples the tokens of a sequence: log-probabilities of all tokens "
             "first, then the terms on vectors, then the logits again for the gradients: 4 GEMMs (2·N·D·V FLOPs "

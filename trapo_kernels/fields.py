@@ -43,6 +43,10 @@ class Overrides(TypedDict, total=False):
     lco_neg: float
     sapo_tau_pos: float
     sapo_tau_neg: float
+    dppo_cap: float | None
+    tis_low: float | None
+    tis_mode: str
+    tis_level: str
 
 
 # What TRL, Liger, verl and prime-rl call it -> the field, or where it belongs.

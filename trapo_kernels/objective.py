@@ -30,7 +30,7 @@ from torch import Tensor
 from .backends.base import FusedTerms
 from .explain import explain, shown_setting
 from .fields import Overrides, refuse_unknown, show_signatures
-from .ratios import tis_weight
+from .ratios import tis_fields, tis_is_a_cap, tis_of_sequences, tis_weight
 from .scalars import constant, shown
 from .terms import ENTROPY, EXPERT_TERMS, K3, POLICY_TERMS, Term, own_term
 from .tokens import Region, Regions, Slopes, Tokens, given
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 __all__ = ["EXPERT_TERMS", "FIELDS", "POLICY_TERMS", "REDUCTIONS", "Objective", "Term", "Tokens"]
 
 REDUCTIONS = ("token_mean", "region_mean", "sequence_mean", "sum")
-_CLIPPED = ("clip", "gspo", "cispo")
+_CLIPPED = ("clip", "gspo", "cispo", "dppo_tv", "dppo_kl")
+_CHOICES = {"reduction": REDUCTIONS, "tis_mode": ("clip", "mask"), "tis_level": ("token", "sequence")}
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Objective:
         dual_clip: for A < 0 the loss of a token is at most dual_clip · |A|; above 1, or None.
         entropy_coef: weight of the entropy bonus, on all active tokens (expert tokens too). Nats.
         kl_coef: weight of the k3 estimate of KL(policy ‖ reference), on own tokens.
-        tis_cap: cap of the weight π_old / π_rollout on the policy term, or None for no weight.
+        tis_cap, tis_low: highest (and lowest, or None) weight π_old / π_rollout on the policy term; tis_cap=None: none.
+        tis_mode, tis_level: "clip" (TIS), or "mask" out beyond the bounds (IcePop); by "token" or "sequence".
         reduction: "token_mean", "region_mean", "sequence_mean" or "sum": weights of tokens and the default normalizers.
         luffy_gamma: γ of LUFFY's p/(p + γ).
         sed_coef, sed_k, sed_tau: λ, k and τ of SED-SFT. The authors' code has λ = 1, k = 2 in the loss (10 where it
@@ -71,6 +73,7 @@ class Objective:
         lco_beta, lco_neg: β of LCO for A > 0, and the factor on it for the others: 1 in the authors' code for rewards
             by rule, 100 in their older variant of the KLD form.
         sapo_tau_pos, sapo_tau_neg: τ of SAPO for A > 0 and for the others.
+        dppo_cap: highest ratio in DPPO (None: any), whose clip_low and clip_high bound p − μ, or the KL.
 
     Raises:
         TypeError, ValueError: a field is out of its range; the message names it and what it accepts.
@@ -103,6 +106,10 @@ class Objective:
     lco_neg: float = 1.0
     sapo_tau_pos: float = 1.0
     sapo_tau_neg: float = 1.05
+    dppo_cap: float | None = 20.0
+    tis_low: float | None = None
+    tis_mode: str = "clip"
+    tis_level: str = "token"
 
     def __post_init__(self) -> None:
         self._one_of("expert", EXPERT_TERMS)
@@ -112,6 +119,8 @@ class Objective:
         self._number("clip_high", "at least 0 or None", lambda x: x >= 0, optional=True)
         self._number("dual_clip", "above 1 or None", lambda x: x > 1, optional=True)
         self._number("tis_cap", "above 0 or None", lambda x: x > 0, optional=True)
+        self._number("tis_low", "in (0, tis_cap] or None", lambda x: 0 < x <= (self.tis_cap or x), optional=True)
+        self._number("dppo_cap", "above 0 or None", lambda x: x > 0, optional=True)
         for name in ("entropy_coef", "pear_low", "pear_high", "pear_floor", "pear_ceil"):
             self._number(name, "that is finite", lambda x: True)
         for name in ("expert_coef", "policy_coef", "kl_coef", "sed_coef", "eaft_power", "asft_kl"):
@@ -120,9 +129,11 @@ class Objective:
             self._number(name, "above 0", lambda x: x > 0)
         self._number("sed_k", "that is whole and above 0", lambda x: x > 0 and x == int(x))
         object.__setattr__(self, "sed_k", int(self.sed_k))
-        if not isinstance(self.reduction, str) or self.reduction not in REDUCTIONS:
-            accepted = ", ".join(map(repr, REDUCTIONS))
-            raise ValueError(f"Objective: reduction must be one of {accepted}; got {shown(self.reduction)}")
+        for name, choices in _CHOICES.items():
+            if not isinstance(value := getattr(self, name), str) or value not in choices:
+                raise ValueError(
+                    f"Objective: {name} must be one of {', '.join(map(repr, choices))}; got {shown(value)}"
+                )
         self._fits_the_policy_term()
 
     def _fits_the_policy_term(self) -> None:
@@ -170,8 +181,7 @@ class Objective:
 
     @property
     def needs(self) -> dict[str, str]:
-        """Returns the inputs that must be given (some of advantages, old_logprobs, ref_logprobs, rollout_logprobs),
-        each with what needs it."""
+        """Returns inputs that must be given, by name, each with what needs it."""
         needs: dict[str, str] = {}
         for _, part, _, term in self.parts:
             setting = "kl_coef" if part == "kl" else part
@@ -199,7 +209,7 @@ class Objective:
             if name in ("expert", "policy"):
                 found |= {f"{name}_coef", *term.fields}
         found |= {f"{name}_coef" for name in ("expert", "policy") if getattr(self, name) is not None}
-        return frozenset(found | ({"tis_cap"} if self.has_policy_term else set()))
+        return frozenset(found | set(tis_fields(self) if self.has_policy_term else ()))
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -227,9 +237,8 @@ class Objective:
 
     @property
     def coupled(self) -> bool:
-        """Returns whether a token's loss depends on others of its sequence: no gradient is known before all
-        log-probabilities are."""
-        return any(term.coupled for _, _, _, term in self.parts)
+        """Returns whether a token's loss depends on others of its sequence: it takes two passes."""
+        return tis_of_sequences(self) or any(term.coupled for _, _, _, term in self.parts)
 
     @property
     def needs_sequences(self) -> bool:
@@ -283,7 +292,7 @@ class Objective:
         constant)."""
         if name != "policy":
             return region, None
-        seen, weight = region.tokens, region.tokens.policy_weights
+        seen, everyone, weight = region.tokens, region.tokens, region.tokens.policy_weights
         if weight is not None:  # where 0 there is no policy term at all: 0 · ∞ would be NaN
             inside = given(region.inside) & (weight != 0)
             outside = ~inside
@@ -293,7 +302,7 @@ class Objective:
                 seen = seen.only(inside, outside)
             region, weight = Region(inside, outside, seen), seen.policy_weights
         if self.tis_cap is not None:
-            tis = tis_weight(self, seen)
+            tis = tis_weight(self, seen if self.tis_level == "token" else everyone)
             weight = tis if weight is None else tis * weight
         return region, weight
 
@@ -303,25 +312,18 @@ class Objective:
         return given(g_lp), g_entropy
 
     def fused(self) -> FusedTerms | None:
-        """Returns this objective as numbers for row kernels that compute slopes themselves; None: they cannot express
-        it."""
+        """Returns this objective as numbers for kernels that compute slopes; None: they cannot express it."""
         parts = {name: term for _, name, _, term in self.parts}
         numbers = [parts[name].fused if name in parts else None for name in ("expert", "policy")]
-        if 0 in numbers or self.policy_coef not in (0, 1):
+        if 0 in numbers or self.policy_coef not in (0, 1) or not tis_is_a_cap(self):
             return None
         return FusedTerms(
-            expert=numbers[0] or 0,
-            policy=numbers[1] or 0,
-            expert_coef=self.expert_coef,
-            alpha=self.alpha,
-            luffy_gamma=self.luffy_gamma,
-            clip_low=0.0 if self.clip_low is None else 1 - self.clip_low,
-            clip_high=math.inf if self.clip_high is None else 1 + self.clip_high,
-            dual_clip=math.inf if self.dual_clip is None else self.dual_clip,
-            entropy_coef=self.entropy_coef,
-            kl_coef=self.kl_coef,
-            tis_cap=self.tis_cap or 0.0,
-        )
+            expert=numbers[0] or 0, policy=numbers[1] or 0, expert_coef=self.expert_coef, alpha=self.alpha,
+            luffy_gamma=self.luffy_gamma, clip_low=0.0 if self.clip_low is None else 1 - self.clip_low,
+            clip_high=math.inf if self.clip_high is None else 1 + self.clip_high, dual_clip=math.inf if self.dual_clip
+            is None else self.dual_clip, entropy_coef=self.entropy_coef, kl_coef=self.kl_coef, tis_cap=self.tis_cap or
+            0.0,
+        )  # fmt: skip
 
     @property
     def regions(self) -> dict[str, str]:
@@ -445,14 +447,12 @@ class Objective:
 
     @classmethod
     def cispo(cls, **overrides: Unpack[Overrides]) -> Objective:
-        """Makes CISPO's loss (arXiv 2506.13585): −sg(clip r)·A·log p; as published only the upper side is clipped, at a
-        value that is tuned: 1 + clip_high."""
+        """Makes CISPO's loss (arXiv 2506.13585): −sg(clip r)·A·log p, clipped above alone, at a tuned value."""
         return cls._made(overrides, expert=None, policy="cispo", clip_high=0.28)
 
     @classmethod
     def sapo(cls, **overrides: Unpack[Overrides]) -> Objective:
-        """Makes SAPO's loss: a soft gate instead of the clip, τ = 1 for A > 0 and 1.05 for the others; mean over
-        sequences of token means."""
+        """Makes SAPO's loss: a soft gate for the clip, τ = 1 for A > 0, else 1.05; mean over sequences."""
         return cls._made(overrides, expert=None, policy="sapo", reduction="sequence_mean")
 
 

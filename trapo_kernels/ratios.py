@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .objective import Objective
 
 __all__ = [
+    "beyond_divergence",
     "clipped",
     "clipped_where",
     "k3",
@@ -26,6 +27,9 @@ __all__ = [
     "possible",
     "probability",
     "ratio_unless",
+    "tis_fields",
+    "tis_is_a_cap",
+    "tis_of_sequences",
     "tis_weight",
     "weighted",
 ]
@@ -95,7 +99,27 @@ def outside_clip(
 def clipped(o: Objective, t: Tokens) -> tuple[Tensor, Tensor, Tensor]:
     """Returns where the clip takes the gradient away [n]: ratio too low (A < 0), too high (A > 0), beyond the dual
     clip."""
+    if o.policy in ("dppo_tv", "dppo_kl"):
+        low, high = beyond_divergence(o, t)
+        return low, high, torch.zeros_like(low)
     return clipped_where(o, t, log_of_clipped_ratio(o, t))
+
+
+def beyond_divergence(o: Objective, t: Tokens) -> tuple[Tensor, Tensor]:
+    """Returns where DPPO takes the gradient away [n]: too far below the old policy (A <= 0), too far above (A > 0)."""
+    logprobs, advantages = t.logprobs.detach(), given(t.advantages)
+    old = logprobs if t.old_logprobs is None else t.old_logprobs
+    p, mu = logprobs.exp(), old.exp()
+    far = p - mu
+    if o.policy == "dppo_kl":
+        own = (mu * (possible(old) - logprobs)).masked_fill(mu == 0, 0)
+        kl = own + (1 - mu) * torch.log((1 - mu + 1e-8) / (1 - p + 1e-8))
+        far = torch.where(p > mu, kl, -kl)
+    none = torch.zeros_like(far, dtype=torch.bool)
+    return (
+        none if o.clip_low is None else (advantages <= 0) & (far < -o.clip_low),
+        none if o.clip_high is None else (advantages > 0) & (far > o.clip_high),
+    )
 
 
 def clipped_where(o: Objective, t: Tokens, log_r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,11 +132,37 @@ def k3(difference: Tensor) -> Tensor:
     return torch.expm1(difference) - difference.clamp(max=80)
 
 
+def tis_fields(o: Objective) -> tuple[str, ...]:
+    """Returns the fields that can change the weight."""
+    return ("tis_cap", "tis_low", "tis_mode", "tis_level") if o.tis_cap is not None else ("tis_cap",)
+
+
+def tis_of_sequences(o: Objective) -> bool:
+    """Returns whether a token's weight depends on others of its sequence."""
+    return o.has_policy_term and o.tis_cap is not None and o.tis_level == "sequence"
+
+
+def tis_is_a_cap(o: Objective) -> bool:
+    """Returns whether the weight is a token's ratio with a cap, or none: what kernels know."""
+    return o.tis_cap is None or (o.tis_low, o.tis_mode, o.tis_level) == (None, "clip", "token")
+
+
 def tis_weight(o: Objective, t: Tokens) -> Tensor:
     """Returns sg(min(π_old / π_rollout, C)) [n]: truncated importance sampling of the engine that sampled the tokens; 0
     where π_old is, whatever π_rollout."""
     old = (t.logprobs if t.old_logprobs is None else t.old_logprobs).detach()
-    weight = (old - given(t.rollout_logprobs)).exp().clamp(max=o.tis_cap)
+    log_weight, cap = old - given(t.rollout_logprobs), o.tis_cap
+    assert cap is not None
+    if o.tis_level == "sequence":
+        assert t.sequences is not None
+        inside = torch.where(t.own_tokens & (old != -torch.inf), log_weight, 0)
+        log_weight = t.sequences.total(inside)
+    weight = log_weight.exp()
+    if o.tis_mode == "mask":
+        outside = weight > cap if o.tis_low is None else (weight > cap) | (weight < o.tis_low)
+        weight = weight.masked_fill(outside, 0)
+    else:
+        weight = weight.clamp(min=o.tis_low, max=cap)
     return weight.masked_fill(old == -torch.inf, 0)
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import lco
+from . import dppo, lco
 from .custom_terms import OwnFunction, function_name, slopes_by_autograd
 from .ratios import clipped_where, k3, log_of_clipped_ratio, log_ratio, possible, probability, ratio_unless, weighted
 from .tokens import Slopes, Tokens, given
@@ -377,6 +377,12 @@ POLICY_TERMS: dict[str, Term] = {
         fields=("clip_low", "clip_high"),
         **_POLICY_INPUTS,
     ),
+    **{
+        f"dppo_{name}": Term(
+            dppo.value, dppo.slope, source=source, fields=("clip_low", "clip_high", "dppo_cap"), **_POLICY_INPUTS
+        )
+        for name, source in dppo.SOURCES.items()
+    },
     "sapo": Term(
         _sapo_value,
         _sapo_slope,

@@ -51,6 +51,8 @@ def _group() -> type:
         "policy": {"said": ", ".join([*tk.POLICY_TERMS, "a function, none"])},
         "reduction": {"said": ", ".join(REDUCTIONS)},
         "tis_cap": {"above": 0},
+        "tis_mode": {"said": "clip, mask"},
+        "tis_level": {"said": "token, sequence"},
         **{name: {"said": "number, inf"} for name in _UNCLIPPED},
     }
     for field in dataclasses.fields(tk.Objective):
