@@ -90,9 +90,9 @@ def refuse_unknown(caller: str, names: Iterable[str], known: Iterable[str]) -> N
             raise TypeError(f"{caller}: unknown field {name!r}{hint}")
 
 
-def show_signatures(owner: Any, names: Iterable[str]) -> None:
-    """Gives each preset of `owner` a signature that names every field with the value that the preset has for it."""
-    for name, method in list(vars(owner).items()):
+def show_signatures(owner: Any, presets: Any, names: Iterable[str]) -> None:
+    """Gives each of `presets`, which `owner` inherits, a signature that names every field with its value there."""
+    for name, method in vars(presets).items():
         if not isinstance(method, classmethod) or name.startswith("_"):
             continue
         function: Any = method.__func__
