@@ -34,7 +34,7 @@ CAPABILITIES = {
 # What g++ 12 says of its own AVX-512 headers.
 QUIET = ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 # Without contraction a logit minus the maximum is 0 where it is the maximum; cap · tanh − m, rounded once, is not.
-CPU_FLAGS = ["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-ffp-contract=off"]
+CPU_FLAGS = ["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-ffp-contract=off", "-fno-strict-aliasing"]
 WANTED = os.environ.get("TRAPO_KERNELS_BUILD", "optional")
 
 CUDA_NAME = "trapo_kernels._cuda"

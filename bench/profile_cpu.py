@@ -1,4 +1,4 @@
-"""Where the time of a chunk goes on a CPU: the parts of csrc/cpu/panels.cpp beside the bare GEMMs they contain.
+"""Where the time of a chunk goes on a CPU: the parts of csrc/cpu/panels.h beside the bare GEMMs they contain.
 
 python -m bench.profile_cpu [--rounds 5]        writes bench/results/cpu_profile.json and .md
 """
@@ -16,7 +16,7 @@ import torch
 import trapo_kernels as tk
 from bench.measure import RESULTS, Shape, interleaved, machine
 
-# Chunks as the loop makes them at the shapes of docs/results.md: in d_weight (C = D), in the buffer.
+# Chunks of the shapes of docs/results.md, whose logits wait in a buffer.
 CHUNKS = [Shape(576, 576, 49152), Shape(736, 576, 49152), Shape(896, 896, 151936), Shape(512, 3584, 65536)]
 
 
@@ -25,22 +25,23 @@ def parts(shape: Shape) -> dict[str, Callable[[], Any]]:
     hidden = torch.randn(shape.tokens, shape.width, generator=g)
     weight = torch.randn(shape.vocab, shape.width, generator=g) / shape.width**0.5
     targets = torch.randint(0, shape.vocab, (shape.tokens,), generator=g)
-    keep, logits = torch.empty(shape.vocab, shape.tokens), torch.empty(shape.tokens, shape.vocab)
+    keep = torch.empty(-(-shape.vocab // 256), -(-shape.tokens // 64), 256, 64)
+    logits = torch.empty(shape.tokens, shape.vocab)
     d_hidden, d_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
     ops = torch.ops.trapo_kernels_cpu
 
     def stats(kept: torch.Tensor | None, entropy: bool = True) -> Any:
-        return ops.panel_stats(hidden, weight, None, targets, 1.0, None, entropy, kept)
+        return ops.panel_stats(hidden, weight, None, targets, 1.0, None, entropy, 0, 2048, None, kept)
 
-    top, rest, dot, target = stats(keep)
+    top, rest, dot, target, references = stats(keep)
     log_sum = rest.log1p()
     found = (target - top - log_sum, top, log_sum, log_sum - dot / (1 + rest))
     slope, entropy_slope = torch.randn(shape.tokens, generator=g), torch.full((shape.tokens,), -0.001)
 
     def grad(d_hidden: torch.Tensor | None, d_weight: torch.Tensor | None) -> None:
         ops.panel_grad_(
-            hidden, weight, None, targets, 1.0, None, *found, slope, entropy_slope, keep, False, d_hidden, d_weight,
-            None, True, False,
+            hidden, weight, None, targets, 1.0, None, *found, slope, entropy_slope, 0, 2048, 4, False, keep, references,
+            d_hidden, d_weight, None, True, False,
         )  # fmt: skip
 
     return {

@@ -240,12 +240,24 @@ class GemmCounter(TorchDispatchMode):
             self.macs += args[0].numel() * args[1].shape[0]
         elif name == "panel_grad_":
             hidden, weight = args[0], args[1]
-            kept, in_d_weight, d_hidden, d_weight = args[12:16]
-            products = (d_hidden is not None) + (d_weight is not None) + (kept is None and not in_d_weight)
-            self.macs += products * hidden.numel() * weight.shape[0]
+            in_d_weight, kept, _, d_hidden, d_weight = args[15:20]
+            products = (d_hidden is not None) + (d_weight is not None)
+            self.macs += products * hidden.numel() * weight.shape[0] + self.again(
+                hidden, weight, kept, in_d_weight, d_weight
+            )
+        elif name == "panel_mass":
+            self.macs += self.again(args[0], args[1], args[13], False, None)
         else:
             assert name not in ("bmm", "baddbmm", "linear", "mv", "dot"), f"count {name} too"
         return func(*args, **(kwargs or {}))
+
+    def again(self, hidden: Any, weight: Any, kept: Any, in_d_weight: bool, d_weight: Any) -> int:
+        """Of the logits that were kept nowhere."""
+        itemsize = 4 if weight.dtype == torch.float32 else 2
+        room = 0 if kept is None else kept.shape[1] * 64
+        if in_d_weight:
+            room += d_weight.shape[1] * d_weight.dtype.itemsize // (64 * itemsize) * 64
+        return max(0, hidden.shape[0] - room) * weight.numel()
 
 
 def gemms(fn: Callable[[], Any], case: Case) -> float:

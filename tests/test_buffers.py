@@ -81,8 +81,8 @@ def test_losses_and_logprobs_are_right(backend, dtype, megabytes):
     assert_same_result(actual, expected, dtype)
     for a, b in zip(found, values, strict=True):
         assert_close(a, b, TOLERANCE[dtype], "logprobs", floor=1.0)
-    # Chunks of bf16 logits go through products as they are.
-    assert watched.padded or dtype != torch.bfloat16 or megabytes != 64
+    # Chunks of bf16 logits go through products as they are, but those of the CPU's panels, which are nobody else's.
+    assert watched.padded or dtype != torch.bfloat16 or megabytes != 64 or backend == "cpu"
 
 
 @backends

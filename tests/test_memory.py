@@ -79,7 +79,7 @@ def test_temporaries_keep_to_the_budget_and_are_never_tokens_by_vocabulary(backe
     assert used.peak <= budget * MB + gradient_bytes(case) + 12 * V + vectors
     # The bound would be idle if the stream used a fraction of the budget. What is computed again panel by panel keeps
     # nothing that could fill one.
-    if (backend, step, dtype) != ("cpu", "logprobs", torch.float32):
+    if (backend, step) != ("cpu", "logprobs") or dtype == torch.float64:
         assert used.peak > 0.5 * budget * MB
 
 
@@ -101,7 +101,8 @@ def test_memory_does_not_grow_with_the_number_of_tokens(backend):
         with tk.budget_mb(7):
             return memory(loss_step(case, backend)).peak - gradient_bytes(case)
 
-    assert extra(4 * N) - extra(N) < 3 * N * 400
+    # Vectors, and copies of hidden states, of which one may be padded to 64 columns.
+    assert extra(4 * N) - extra(N) < 3 * N * (400 + 64 * 4)
 
 
 @backends

@@ -10,5 +10,5 @@ KERNEL = RowKernel(
     rows.stats,
     rows.grad_,
     fused_=rows.fused_,
-    passes=Passes(panels.takes, panels.forward, panels.backward),  # fp32 heads interleave GEMMs and softmax
+    passes=Passes(panels.takes, panels.forward, panels.backward),  # GEMMs and softmax interleaved
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import native
 from ..base import FusedTerms, RowInputs, RowState, RowStats, stats_dtype
-from .panels import PANEL
+from .operands import BLOCK, PANEL
 
 __all__ = ["fused_", "grad_", "library", "missing", "stats"]
 
@@ -70,16 +70,34 @@ def _register_fakes() -> None:
     def four_vectors(logits: Tensor, *_: object) -> tuple[Tensor, ...]:
         return tuple(logits.new_empty(logits.shape[0], dtype=stats_dtype(logits.dtype)) for _ in range(4))
 
-    def four_vectors_of_panels(hidden: Tensor, *_: object) -> tuple[Tensor, ...]:
-        return tuple(hidden.new_empty(hidden.shape[0]) for _ in range(4))
+    def panel_stats(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: object,
+        targets: object,
+        scale: float,
+        cap: object,
+        entropy: bool,
+        products: int,
+        at_once: int,
+        keep_in_weight: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        blocks = 0 if keep is None else keep.shape[1]
+        if keep_in_weight is not None:
+            blocks += keep_in_weight.shape[1] * keep_in_weight.dtype.itemsize // (BLOCK * 2)
+        blocks = 0 if weight.dtype == torch.float32 else min(blocks, -(-hidden.shape[0] // BLOCK))
+        vectors = [hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(4)]
+        return *vectors, hidden.new_empty(blocks, -(-weight.shape[0] // PANEL), BLOCK, dtype=torch.float32)
 
     torch.library.register_fake("trapo_kernels_cpu::row_stats", four_vectors)
 
     def masses(hidden: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-        vocab = weight.shape[0]
-        return hidden.new_empty(vocab), hidden.new_empty(-(-vocab // PANEL), hidden.shape[0])
+        vocab, wide = weight.shape[0], torch.float32
+        by_row = hidden.new_empty(vocab, dtype=wide)
+        return by_row, hidden.new_empty(-(-vocab // PANEL), hidden.shape[0], dtype=wide)
 
-    torch.library.register_fake("trapo_kernels_cpu::panel_stats", four_vectors_of_panels)
+    torch.library.register_fake("trapo_kernels_cpu::panel_stats", panel_stats)
     torch.library.register_fake("trapo_kernels_cpu::panel_mass", masses)
     for nothing in ("panel_grad_", "advise_huge_pages"):
         torch.library.register_fake(f"trapo_kernels_cpu::{nothing}", lambda *_: None)
