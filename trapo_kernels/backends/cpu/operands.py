@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import NamedTuple
 
@@ -12,17 +13,24 @@ __all__ = ["BLOCK", "FLOATS", "PANEL", "Keep", "products_of"]
 
 # As in panels.h: rows of the weight in a panel, tokens in a block; and in products.h.
 PANEL, BLOCK = 256, 64
-FLOATS = 0
+FLOATS, TILES = 0, 2
 
 
-def products_of(dtype: torch.dtype) -> int:
-    """Returns the products of products.h for operands of this dtype on this CPU."""
+def products_of(dtype: torch.dtype) -> int | None:
+    """Returns the products of products.h for operands of this dtype on this CPU; None: this loop leaves them to
+    stream.py."""
     return _best_products() if dtype == torch.bfloat16 else FLOATS
 
 
 @cache
-def _best_products() -> int:
-    return int(torch.ops.trapo_kernels_cpu.best_products())
+def _best_products() -> int | None:
+    found = int(torch.ops.trapo_kernels_cpu.best_products())
+    return found if found != TILES or trusts_tiles() else None
+
+
+def trusts_tiles() -> bool:
+    """Returns whether AMX may be used: no CPU that has it has run this loop yet, so it is not unless asked for."""
+    return os.environ.get("TRAPO_KERNELS_AMX", "0") == "1"
 
 
 class Keep(NamedTuple):

@@ -48,6 +48,7 @@ def takes(source: Source) -> bool:
     return (
         isinstance(source, LinearSource)
         and source.operands in (torch.float32, torch.bfloat16, torch.float16)
+        and products_of(source.operands) is not None
         and source.device.type == "cpu"
         and source.weight.stride(1) == 1
     )
