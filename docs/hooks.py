@@ -1,4 +1,5 @@
-"""Fills the site's generated parts: result tables from bench/results/, and what this version has, from its sources."""
+"""Fills the site's generated parts: result tables from bench/results/, what this version has, from its sources, and the
+README and the changelog."""
 
 from __future__ import annotations
 
@@ -50,6 +51,24 @@ def _demoted(text: str) -> str:
     return "\n".join(lines)
 
 
+def readme() -> str:
+    return _of_repository("README.md")
+
+
+def changelog() -> str:
+    return _of_repository("CHANGELOG.md")
+
+
+def _of_repository(name: str) -> str:
+    """A file of the repository's top as a page: links into docs/ lead to its pages, those to other files are text."""
+    text = (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
+
+    def link(found: re.Match[str]) -> str:
+        return found[0] if (ROOT / "docs" / found[2].partition("#")[0]).is_file() else found[1]
+
+    return re.sub(r"(?<!!)\[([^\]]*)\]\((?!https?://|#)([^)]*)\)", link, text)
+
+
 def backends() -> str:
     import trapo_kernels as tk
 
@@ -95,6 +114,8 @@ def presets() -> str:
 
 
 PARTS = {
+    "readme": readme,
+    "changelog": changelog,
     "results": results,
     "backends": backends,
     "metrics": metrics,

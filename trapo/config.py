@@ -99,7 +99,7 @@ def find_config(name: str) -> Path:
 
 
 def load_config(name: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a YAML file or preset, apply `key=value` overrides, check everything.
+    """Reads a YAML file or preset, applies `key=value` overrides and checks everything.
 
     Raises TrapoError with one line that names the key.
     """

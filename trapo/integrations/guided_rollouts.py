@@ -56,7 +56,7 @@ def draw_guided(
     rng: random.Random,
     always_generate: bool = False,
 ) -> GuidedRollouts:
-    """Draw the rows micro-group after micro-group, each for all prompts at once.
+    """Draws the rows micro-group after micro-group, each for all prompts at once.
 
     Rows stand in groups of `schedule.rollouts_per_prompt`, one prompt and its traces each. Rows of a micro-group share
     their prefix. A whole trace gets no own tokens, a response at most max_tokens.
