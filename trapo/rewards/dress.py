@@ -76,6 +76,10 @@ def _in_base(match: re.Match[str]) -> str:
     return "_" + _BASES.get(base, base)
 
 
+def _ratio(match: re.Match[str]) -> str:
+    return ":".join(re.findall(r"\d+", match.group(1)))
+
+
 def _mark_bold(match: re.Match[str]) -> str:
     return match.group(1)
 
@@ -137,6 +141,9 @@ REWRITES: tuple[tuple[str, re.Pattern[str], _Replacement], ...] = tuple(
         ("bases", rf"(?<=\d)\s*_\s*\{{?\s*(?:\(\s*(?:base\s*)?{_BASE}\s*\)|(?:base\s*)?{_BASE})\s*\}}?\s*(?:base)?$"
          rf"|(?<=\d)\s*,?\s*\(?(?:in\s+)?base[\s-]*\{{?{_BASE}\}}?\)?\s*$",
          _in_base),
+        ("ratios in words",
+         r"(?i)^\s*(?:(?:in\s+)?(?:(?:the|a)\s+)?ratio\s+(?:(?:is|of)\s+)?)?(\d+(?:\s+(?:is\s+)?to\s+\d+)+)\s*\.?\s*$",
+         _ratio),
     )
 )  # fmt: skip
 # What a sentence puts before its answer.
