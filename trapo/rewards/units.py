@@ -40,7 +40,12 @@ _NO_VALUE_WORDS = """
 """  # negations; comparisons; guesses; operations; parts of a text
 _NO_VALUE = frozenset(_NO_VALUE_WORDS.split())
 # "at least" and "up to" begin with small words that may stand in any sentence.
-_NO_VALUE_PHRASES = re.compile(r"(?i)\b(?:up to|at least|at most|out of|one of|some of|all but)\b")
+_NO_VALUE_PHRASES = re.compile(
+    r"(?i)\b(?:up to|at least|at most|out of|one of|some of|all but)\b"
+    # What a number of another one's making is said of: "a multiple of 24", "divisible by 24", "the value at n = 24".
+    r"|\b(?:multiples?|divisors?|factors?|logarithm|set|list|sequence)\s+of\s+-?[\d\\]|\bdivisible\s+by\b"
+    r"|\bdegree\s+-?\d|\b(?:at|with|using)\s+[A-Za-z]\s*="
+)
 _LESS_OR_MORE_NOUN = re.compile(
     r"(?i)^\s*-?[\d.,/{}\\ ]+(?:frac[\d{}]+)?\s*(?:more|less|fewer)\b(?!\s*than)(?:\s+[a-z]+)*$"
 )
