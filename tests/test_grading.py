@@ -68,6 +68,8 @@ DRESSES = {
     "announced": "#### The answer is {g}.",
     "boxed announcement": "\\boxed{{\\text{{Answer: }}{g}}}",
     "check after it": "so \\boxed{{{g}}}.\n\n#### Check\nIt fits.",
+    "last sentence": "We add them. So the answer is {g}.",
+    "last sentence in bold": "**The answer is ${p}$.**",
     "phrase": "Final Answer: The final answer is ${p}$. I hope it is correct.",
     "displayed": "\\[\\boxed{{\\displaystyle {p}}}\\]",
     "left and right": "\\boxed{{\\left({p}\\right)}}",
@@ -89,6 +91,10 @@ NEIGHBOURS = {
     "cut short": "so \\boxed{{{g}",
     "in passing": "So {g} it is.",
     "negated": "#### not {p}",
+    "announced and left": "The answer is {g}. Now 1 + 1 = 2 is added.",
+    "announced in a condition": "If the answer is {g}, then it fits.",
+    "asked": "Is it so that the answer is {g}?",
+    "cited": "Tom says the answer is {g}.",
 }
 NEIGHBOURS_OF_NUMBERS = {
     "heading": "### Plan\n#### Step {g}\nWe go on",
@@ -197,6 +203,10 @@ def test_easy_answers_are_graded_at_two_thousand_a_second():
         "\n" * 10**5,
         "#### Step\n" * 50_000,
         "\\boxed{2880000!}",
+        "So the answer is " * 50_000,
+        "since so, and " * 50_000 + "the answer is 5",
+        "The answer" + "*_ " * 10**5 + "is " + "5 (" * 10**5,
+        "The answer is " + "$" * 10**5 + "because" * 10**4 + "." * 10**5,
     ],
 )
 def test_long_texts_are_graded_in_a_moment(text):

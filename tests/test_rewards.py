@@ -32,7 +32,9 @@ MISBEHAVE = "reward_fixtures:misbehave"
         (r"\boxed{2}" "\n#### 1", "1"),
         (r"\boxed{2", None),
         (r"\boxed", None),
-        ("The answer is 12", None),
+        ("5 + 7 = 12. The answer is 12", "12"),
+        ("The answer is 12. Then 13", None),
+        ("<answer>13</answer>. The answer is 12", "13"),
         ("12", None),
         ("####", None),
         ("", None),
@@ -103,7 +105,7 @@ def test_any_other_final_answer_scores_zero(given, answer):
     assert math_reward(f"24 24 thinking\n#### {given}", answer) == 0.0
 
 
-@pytest.mark.parametrize("text", ["5 + 7 = 12. So 12.", "The answer is 12.", "12", "#### 13\nI mean 12"])
+@pytest.mark.parametrize("text", ["5 + 7 = 12. So 12.", "Is 12 the answer?", "12", "#### 13\nI mean 12"])
 def test_the_right_number_without_a_final_answer_scores_zero(text):
     assert math_reward(text, "12") == 0.0
 

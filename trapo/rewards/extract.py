@@ -6,6 +6,7 @@ r"""This file finds where a text says its final answer.
 | mark | the rest of the line after the last `####`; after a bare heading such as `#### Answer` the next line |
 | phrase | without both: what follows "final answer is", "Final answer:", a line's "Answer:", a heading "Final answer" |
 | tag | where none of these is: the last `<answer>...</answer>` |
+| announcement | where none of these is: what the text's last sentence says the answer is (announced.py) |
 
 A box wins, unless a mark after it stands before a bare value (`\boxed{2}`, then `#### 1`): chat models write headings
 with the same mark. A heading ("#### Step 24", "#### 2. Verify") is no answer, and a number in passing is none either.
@@ -14,6 +15,8 @@ with the same mark. A heading ("#### Step 24", "#### 2. Verify") is no answer, a
 from __future__ import annotations
 
 import re
+
+from trapo.rewards.announced import announced_answer
 
 # The one form that the tasks and the GSM8K reader write.
 ANSWER_MARK = "####"
@@ -136,4 +139,4 @@ def _phrased(text: str) -> str | None:
     if phrases:
         return _plain(_I_HOPE.sub("", max(phrases)[1])) or None
     tags = _TAG.findall(text)
-    return _plain(tags[-1]) or None if tags else None
+    return _plain(tags[-1]) or None if tags else announced_answer(text)

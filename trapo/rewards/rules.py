@@ -1,6 +1,6 @@
 r"""This file decides whether a given answer is the gold one: `RULES`, tried in order until one decides.
 
-Every rule reads both answers undressed (dress.py). `docs/evaluation.md` has examples of each; `trapo grade` shows which
+Every rule reads both answers undressed (dress.py). `docs/rewards.md` has examples of each; `trapo grade` shows which
 one decided. Adding one: a function (Answer, Answer) -> bool, or None to leave it to the next, and its line in `RULES`.
 """
 
