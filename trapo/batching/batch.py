@@ -176,7 +176,8 @@ def refuse_unsampled(rollouts: Sequence[Rollout]) -> None:
 
 def _advantages(rollout: Rollout) -> torch.Tensor:
     """Returns the advantage of each target [n] fp32."""
-    values = torch.full((len(rollout) - 1,), rollout.advantage, dtype=torch.float32)
+    # By way of fp64: torch refuses to fill with what is too large for fp32, and the loss is to say so itself.
+    values = torch.full((len(rollout) - 1,), rollout.advantage, dtype=torch.float64).float()
     if rollout.prefix_advantages is not None:
         start = len(rollout.problem.prompt_ids) - 1
         values[start : start + len(rollout.prefix_ids)] = torch.tensor(rollout.prefix_advantages)
