@@ -12,8 +12,9 @@ import trapo_kernels as tk
 from trapo_kernels import batch
 from trapo_kernels.fields import WORDS, Overrides
 from trapo_kernels.objective import FIELDS
+from trapo_kernels.presets import Presets
 
-PRESETS = [name for name, value in vars(tk.Objective).items() if isinstance(value, classmethod) and name[0] != "_"]
+PRESETS = [name for name, value in vars(Presets).items() if isinstance(value, classmethod) and name[0] != "_"]
 
 
 def test_an_editor_knows_the_fields_that_there_are():

@@ -59,9 +59,9 @@ def test_settings_have_the_digest_that_they_had(base, expected):
     ("preset", "expected"),
     [
         ("demo", "5558fa4e4d02e0dc7bde26d052b8d8d0a7b665a1f8ee0428852764988640471c"),
-        ("paper", "c1c577ede25114b637f8662edaf7acc8750d2a8b42c0e36fed7d69521764b6b1"),
-        ("official", "7d3d2f7252b07b362c04b7d86e8aebd615608f18c6d70dcc0b51e82170668235"),
-        ("qwen2.5-math-7b", "929e9af21ed539ab7bd47f47cf153c8f5fc8fba861798cf85c48905159bd8bba"),
+        ("paper", "508079befe0523f56178f1603033ef65bc68ddbcfefd8d69235567dc915f6920"),
+        ("official", "d97f90a68b88dd7bfdc20da479b81c6f0ed38d88ec06dd16dc851b03aa6afb49"),
+        ("qwen2.5-math-7b", "e8376086d0dffcfe38262c2af48e4aa21ae57bbb708e67aec5deed23fc82d9fd"),
         ("smollm2-gsm8k", "a4c331d5c71d272e97d8a4ba2ce5ff590f990ec8c17f0f20e1bedb09f064ceb9"),
     ],
 )

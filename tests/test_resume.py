@@ -67,7 +67,9 @@ def test_the_run_that_is_compared_with_did_train(undisturbed, tiny_model_path):
     assert all(row["optimizer_steps"] == 2 for row in rows)
     assert len({row["grad_norm"] for row in rows}) == len(rows)
     samples = (undisturbed / "rollouts.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in samples] == [1, 1, 1, 3, 3, 3, 5, 5, 5]
+    assert [json.loads(line)["step"] for line in samples] == [
+        step for step in (1, 3, 5) for _ in range(8)
+    ]  # a prompt's
 
 
 def test_transformers_loads_the_final_checkpoint(undisturbed):

@@ -89,14 +89,11 @@ def test_backward_in_bfloat16(temperature):
             logprobs, _ = logprobs_and_entropy(hidden @ weight.T / temperature, tensors[3])
         logprobs.sum().backward()
         grads.append((hidden.grad, weight.grad))
-    for a, peer_grad, plain, exact in zip(*grads, strict=True):
-        if temperature == 1.0:
-            close(a, plain, 2e-2, 2e-2)
-            close(a, peer_grad, 2e-2, 2e-2)
-        # At another temperature our GEMM scales before it rounds to bfloat16, theirs after: other errors of the same
-        # size, which their tolerance between two bfloat16 results cannot tell from a mistake. The exact result can.
-        errors = [(g.double() - exact).square().mean().sqrt() for g in (a, plain)]
-        assert errors[0] <= 1.1 * errors[1]
+    for ours_grad, peer_grad, plain, exact in zip(*grads, strict=True):
+        # Theirs rounds logits to bfloat16, ours does not round those of targets: their tolerance between two results
+        # in bfloat16 cannot tell that from a mistake. The exact result can.
+        errors = [(g.double() - exact).square().mean().sqrt() for g in (ours_grad, peer_grad, plain)]
+        assert errors[0] <= min(errors[1:])
 
 
 LOGIT_GRADIENTS = [(2.0, None, True), (None, 0.5, True), (2.0, 0.5, True), (2.0, 0.5, False)]

@@ -23,13 +23,12 @@ from ..paths import batch_of_logprobs
 
 __all__ = ["make_policy_loss", "policy_loss"]
 
-LossFunction = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 DIVISORS: dict[str, Any] = {"normalizer": 1.0, "expert_normalizer": None}
 # slime's arguments that change its own loss, and mean nothing to this one
 UNREAD = ("use_tis", "use_opsm", "use_unbiased_kl", "custom_pg_loss_reducer_function_path")
 
 
-def make_policy_loss(**settings: Any) -> LossFunction:
+def make_policy_loss(**settings: Any) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
     """Returns a loss function of slime's signature; `settings`: fields of Objective, over what slime's arguments say.
 
     Raises:
