@@ -37,7 +37,7 @@ RESULTS = Path(__file__).parent / "results" / "gpu_evidence.json"
 def kernel_rows(providers: list[str]) -> list[dict[str, Any]]:
     """Compiles every kernel for every GPU."""
     rows = []
-    for config, launch in ours.row_launches():
+    for config, launch in [*ours.row_launches(), *ours.target_launches()]:
         rows += [compile_for(launch, arch, ours.PROVIDER, config) for arch in ARCHS]
     for arch in ARCHS:
         rows += [compile_for(launch, arch, ours.PROVIDER, config) for config, launch in ours.tile_launches(arch)]

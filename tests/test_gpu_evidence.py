@@ -30,7 +30,7 @@ def evidence():
 def test_the_committed_evidence_keeps_every_invariant_on_every_architecture(evidence):
     assert gpu_evidence.broken(evidence) == []
     ours = [row for row in evidence["kernels"] if row["provider"] == "trapo_kernels"]
-    kernels = {"row_stats", "row_grad", "row_fused", "linear_stats", "merge_stats"}
+    kernels = {"row_stats", "row_grad", "row_fused", "target_logits", "linear_stats", "merge_stats"}
     assert {(r["kernel"], r["arch"]) for r in ours} == {(k, f"sm_{a}") for k in kernels for a in (80, 90, 100, 120)}
     tensor_core = {
         r["arch"]: r["tensor_core"] for r in ours if "bfloat16" in r["config"] and r["kernel"] == "linear_stats"
@@ -114,7 +114,7 @@ def test_every_triton_kernel_compiles_for_hopper_and_blackwell_with_the_triton_t
     program = (
         "import json; from bench.evidence import ours; from bench.evidence.compiled import compile_for\n"
         "found = [compile_for(l, arch, 'trapo_kernels', c) for arch in (90, 100)\n"
-        "         for c, l in [*ours.row_launches(), *ours.tile_launches(arch)]]\n"
+        "         for c, l in [*ours.row_launches(), *ours.target_launches(), *ours.tile_launches(arch)]]\n"
         "print(json.dumps(found))"
     )
     found = compiled_by(program)

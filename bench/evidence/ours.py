@@ -13,7 +13,7 @@ from trapo_kernels.objective import Objective
 
 from .launches import Launch, recorded
 
-__all__ = ["PROVIDER", "row_launches", "tile_launches"]
+__all__ = ["PROVIDER", "row_launches", "target_launches", "tile_launches"]
 
 PROVIDER = "trapo_kernels"
 
@@ -50,6 +50,17 @@ def row_launches() -> Iterator[tuple[str, Launch]]:
         for launch, option in zip(launches, options, strict=True):
             head = "" if cap is None else f" softcap={cap:g}"
             yield f"V={vocab} {str(dtype).removeprefix('torch.')}{head}{option}", launch
+
+
+def target_launches() -> Iterator[tuple[str, Launch]]:
+    """Yields (config, launch) of the targets' logits, which heads in 16 bits take by themselves."""
+    for width, dtype, with_bias in ((3_584, torch.bfloat16, False), (1_001, torch.float16, True)):
+        hidden, weight = torch.empty(16, width, dtype=dtype), torch.empty(32, width, dtype=dtype)
+        bias = torch.empty(32, dtype=dtype) if with_bias else None
+        with recorded() as launches:
+            rows.target_logits(hidden, weight, bias, torch.zeros(16, dtype=torch.int64), 1.0)
+        for launch in launches:
+            yield f"D={width} {str(dtype).removeprefix('torch.')}{' with a bias' if with_bias else ''}", launch
 
 
 def tile_launches(arch: int) -> Iterator[tuple[str, Launch]]:

@@ -77,8 +77,8 @@ def _row_chunks(n: int, d: int, v: int, rows: int, d_weight_bytes: float) -> lis
 
 
 def ours(n: int, d: int, v: int) -> list[Phase]:
-    """Returns chunks of the budget, targets' logits in fp32, fused row kernel, d_weight in fp32, one pass at the end that
-    scales and converts it."""
+    """Returns targets' logits in fp32, chunks of the budget, fused row kernel, d_weight in fp32, one pass at the end
+    that scales and converts it."""
     rows = chunk_rows(n, 2 * v, 0, "cuda")
     targets = Phase("target logits", 0, 4.0 * n * d)  # a row of hidden and one of the weight each
     return [targets, *_row_chunks(n, d, v, rows, 4), Phase("d_weight to bf16", 0, 6.0 * v * d)]
