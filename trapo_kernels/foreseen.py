@@ -22,10 +22,10 @@ from torch import Tensor
 from . import validate
 from .autograd import Ask, Job, StreamedLogprobs, apply, check_backward, finish_all, run_loss
 from .backends.base import RowKernel, RowStats
-from .batch import Batch, active_tokens, make_batch
+from .batch import Batch, make_batch
 from .call import Call, Params, call_of_linear, wanted
 from .objective import Objective
-from .paths import select, token_values
+from .paths import values_of_targets
 from .statistics import Collector, check_statistics
 from .tokens import Slopes
 
@@ -97,12 +97,8 @@ def token_outputs(
         logprobs, entropies, *found = apply(_ForeseenLogprobs, caller, job, batch, foreseen, *call.params)
         spread, of_names = batch.selection.spread, dict(zip(batch.statistics, found, strict=True))
     else:
-        flat, active = active_tokens(targets, head, None)
-        validate.check_range(caller, flat, active, call.vocab, ignore_index)
-        selection, dense = select(active)
-        compact = selection.counting(selection.take(flat))
-        logprobs, entropies, _, of_names = token_values(
-            caller, call, selection, compact, entropy=entropy, statistics=names, active=dense
+        selection, (logprobs, entropies, _, of_names) = values_of_targets(
+            caller, call, targets, entropy=entropy, statistics=names
         )
         spread = selection.spread
     return TokenOutputs(

@@ -12,7 +12,7 @@ from . import validate, vocab_parallel
 from .batch import Batch, PolicyLoss, active_tokens, make_batch
 from .call import Call, call_of_linear, call_of_logits, over_shards
 from .objective import Objective
-from .paths import batch_of_logprobs, from_values, policy_loss, select, token_values, two_passes
+from .paths import batch_of_logprobs, from_values, policy_loss, two_passes, values_of_targets
 from .statistics import check_statistics
 
 __all__ = [
@@ -126,11 +126,7 @@ def logprobs_from_logits(
 
 
 def _logprobs(caller: str, call: Call, targets: Tensor, entropy: bool) -> TokenLogprobs:
-    flat, active = active_tokens(targets, call.head, None)
-    validate.check_range(caller, flat, active, call.vocab, call.head.ignore_index)
-    selection, dense = select(active)
-    compact = selection.counting(selection.take(flat))
-    logprobs, entropies, _, _ = token_values(caller, call, selection, compact, entropy=entropy, active=dense)
+    selection, (logprobs, entropies, _, _) = values_of_targets(caller, call, targets, entropy=entropy)
     shape = targets.shape
     return TokenLogprobs(
         selection.spread(logprobs).reshape(shape),
@@ -168,12 +164,8 @@ def linear_statistics(
     )
     call = call_of_linear(caller, head, hidden, weight, bias, targets, backend)
     names = check_statistics(caller, statistics)
-    flat, active = active_tokens(targets, head, None)
-    validate.check_range(caller, flat, active, call.vocab, ignore_index)
-    selection, dense = select(active)
-    compact = selection.counting(selection.take(flat))
-    found = token_values(caller, call, selection, compact, statistics=names, active=dense).statistics
-    return {name: selection.spread(values).reshape(targets.shape) for name, values in found.items()}
+    selection, found = values_of_targets(caller, call, targets, statistics=names)
+    return {name: selection.spread(values).reshape(targets.shape) for name, values in found.statistics.items()}
 
 
 def linear_policy_loss(

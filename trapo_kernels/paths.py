@@ -24,7 +24,7 @@ from torch import Tensor
 from . import divergence, ops, reference, validate
 from .autograd import Ask, Deposit, Job, StreamedLogprobs, StreamedLoss, apply
 from .backends.base import stats_dtype
-from .batch import Batch, PolicyLoss, make_batch
+from .batch import Batch, PolicyLoss, active_tokens, make_batch
 from .call import Call, Named, Params, in_one_dtype, wanted
 from .divergence import linear_divergence
 from .head import Head
@@ -32,7 +32,15 @@ from .reference import TokenValues
 from .selection import Selection
 from .statistics import Collector
 
-__all__ = ["batch_of_logprobs", "from_values", "policy_loss", "select", "token_values", "two_passes"]
+__all__ = [
+    "batch_of_logprobs",
+    "from_values",
+    "policy_loss",
+    "select",
+    "token_values",
+    "two_passes",
+    "values_of_targets",
+]
 
 
 def select(active: Tensor) -> tuple[Selection, Tensor | None]:
@@ -69,6 +77,18 @@ def token_values(
         StreamedLogprobs, caller, job, Ask(entropy, target_logits, extras), *call.params
     )
     return TokenValues(logprobs, entropies, target, extras.values)
+
+
+def values_of_targets(caller: str, call: Call, targets: Tensor, **asked: Any) -> tuple[Selection, TokenValues]:
+    """Returns (which tokens take part, what is asked for of them) of targets [...] that nobody has looked at yet.
+
+    asked: entropy and statistics, as `token_values`. Raises ValueError for a target out of range.
+    """
+    flat, active = active_tokens(targets, call.head, None)
+    validate.check_range(caller, flat, active, call.vocab, call.head.ignore_index)
+    selection, dense = select(active)
+    compact = selection.counting(selection.take(flat))
+    return selection, token_values(caller, call, selection, compact, active=dense, **asked)
 
 
 def _logits(call: Call, first: Tensor) -> Tensor:
