@@ -17,6 +17,7 @@ from trapo_kernels.backends.triton import rows
 from trapo_kernels.budget import _DEFAULT_MB, _FULL_SPEED_ROWS
 
 ROOT = Path(__file__).parent.parent
+KERNELS = {"row_stats", "row_grad", "row_fused", "target_logits", "linear_stats", "merge_stats"}
 interpreted = pytest.mark.skipif(
     rows.missing() is not None or not rows.interpreted(), reason="bytes are counted in Triton's interpreter"
 )
@@ -30,8 +31,7 @@ def evidence():
 def test_the_committed_evidence_keeps_every_invariant_on_every_architecture(evidence):
     assert gpu_evidence.broken(evidence) == []
     ours = [row for row in evidence["kernels"] if row["provider"] == "trapo_kernels"]
-    kernels = {"row_stats", "row_grad", "row_fused", "target_logits", "linear_stats", "merge_stats"}
-    assert {(r["kernel"], r["arch"]) for r in ours} == {(k, f"sm_{a}") for k in kernels for a in (80, 90, 100, 120)}
+    assert {(r["kernel"], r["arch"]) for r in ours} == {(k, f"sm_{a}") for k in KERNELS for a in (80, 90, 100, 120)}
     tensor_core = {
         r["arch"]: r["tensor_core"] for r in ours if "bfloat16" in r["config"] and r["kernel"] == "linear_stats"
     }
@@ -119,8 +119,7 @@ def test_every_triton_kernel_compiles_for_hopper_and_blackwell_with_the_triton_t
     )
     found = compiled_by(program)
     assert [row["error"] for row in found if "error" in row] == []
-    kernels = {"row_stats", "row_grad", "row_fused", "linear_stats", "merge_stats"}
-    assert {(row["kernel"], row["arch"]) for row in found} == {(k, a) for k in kernels for a in ("sm_90", "sm_100")}
+    assert {(row["kernel"], row["arch"]) for row in found} == {(k, a) for k in KERNELS for a in ("sm_90", "sm_100")}
 
 
 @pytest.mark.parametrize("card", roofline.CARDS, ids=lambda card: card.name)
