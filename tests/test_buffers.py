@@ -26,7 +26,7 @@ from kernel_cases import (
 from test_divergence import KINDS, Pair, same
 
 import trapo_kernels as tk
-from trapo_kernels.buffers import logits_buffer, row_bytes
+from trapo_kernels.chunks.buffers import logits_buffer, row_bytes
 
 backends = pytest.mark.parametrize("backend", STREAMED)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))

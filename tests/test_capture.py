@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import trapo_kernels as tk
 from bench.gpu.graphs import captured
-from trapo_kernels import selection
 from trapo_kernels.backends.cpu import operands
 from trapo_kernels.backends.triton.rows import interpreted
+from trapo_kernels.chunks import selection
 
 ROWS = 16  # a number for which Triton compiles another kernel, if it may
 IDS = torch.arange(ROWS) // 4

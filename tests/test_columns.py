@@ -7,7 +7,7 @@ import torch
 from kernel_cases import BACKENDS, DEVICE, HEADS, TOLERANCE, affordable, assert_close, make_case
 
 import trapo_kernels as tk
-from trapo_kernels import columns
+from trapo_kernels.chunks import columns
 from trapo_kernels.head import Head
 
 KERNELS = [name for name in BACKENDS if name != "reference"]

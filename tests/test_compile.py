@@ -24,7 +24,7 @@ from torch import nn
 
 import trapo_kernels as tk
 from trapo_kernels import ops
-from trapo_kernels.divergence import KINDS
+from trapo_kernels.divergence.heads import KINDS
 
 streamed = pytest.mark.parametrize("backend", STREAMED)
 # The graph is the same whatever the row kernel: one backend by default, all of them in the slow suite.

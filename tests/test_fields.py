@@ -10,7 +10,7 @@ import torch
 
 import trapo_kernels as tk
 from trapo_kernels import batch
-from trapo_kernels.fields import WORDS, Overrides
+from trapo_kernels.arguments.fields import WORDS, Overrides
 from trapo_kernels.objective import FIELDS
 from trapo_kernels.presets import Presets
 

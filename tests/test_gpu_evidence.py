@@ -14,7 +14,7 @@ import pytest
 from bench import gpu_evidence
 from bench.evidence import roofline
 from trapo_kernels.backends.triton import rows
-from trapo_kernels.budget import _DEFAULT_MB, _FULL_SPEED_ROWS
+from trapo_kernels.chunks.budget import _DEFAULT_MB, _FULL_SPEED_ROWS
 
 ROOT = Path(__file__).parent.parent
 KERNELS = {"row_stats", "row_grad", "row_fused", "target_logits", "linear_stats", "merge_stats"}

@@ -7,8 +7,8 @@ import torch
 from kernel_cases import EVERYTHING, STREAMED, make_case, oracle, run, slow
 
 import trapo_kernels as tk
-from trapo_kernels import products, sources
-from trapo_kernels.products import power_of_two
+from trapo_kernels.chunks import products, sources
+from trapo_kernels.chunks.products import power_of_two
 
 backends = pytest.mark.parametrize("backend", STREAMED)
 SCALE = 2.0**16

@@ -12,7 +12,7 @@ from kernel_cases import BACKENDS, EVERYTHING, make_case, policy_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trapo_kernels as tk
-from trapo_kernels import validate
+from trapo_kernels.arguments import validate
 
 # Those that have the terms in their kernels.
 FUSED = [name for name in ("triton", "cpu") if name in BACKENDS]

@@ -22,8 +22,8 @@ from kernel_cases import (
 )
 
 import trapo_kernels as tk
-from trapo_kernels import budget
-from trapo_kernels.budget import chunk_rows
+from trapo_kernels.chunks import budget
+from trapo_kernels.chunks.budget import chunk_rows
 
 backends = pytest.mark.parametrize("backend", STREAMED)
 

@@ -15,6 +15,7 @@ FOLDERS = ("trapo_kernels", "trapo", "bench", "study", "examples", "docs", "test
 PACKAGES = ("trapo_kernels", "trapo")
 FILE, FUNCTION = 450, 60  # lines
 TOP_FILES, TOP_LINES = 10, 1900  # of trapo's top floor
+TOP_KERNELS = 20  # files of trapo_kernels' top floor
 
 # A docstring stands where its code does not: in an editor's tooltip, in the API pages. So that it says there whether a
 # value is returned, taken or written, that of a function or class opens with one of these verbs, whose subject is what
@@ -81,6 +82,11 @@ def test_the_top_floor_of_the_trainer_can_be_read_in_an_afternoon() -> None:
     top = {place(path): path.read_text().count("\n") for path in (ROOT / "trapo").glob("*.py")}
     assert len(top) <= TOP_FILES, sorted(top)
     assert sum(top.values()) <= TOP_LINES, top
+
+
+def test_the_fused_losses_keep_what_belongs_together_behind_folders() -> None:
+    top = sorted(path.name for path in (ROOT / "trapo_kernels").glob("*.py"))
+    assert len(top) <= TOP_KERNELS, top
 
 
 def test_no_file_is_longer_than_what_one_subject_needs() -> None:

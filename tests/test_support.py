@@ -22,7 +22,8 @@ from kernel_cases import (
 )
 
 import trapo_kernels as tk
-from trapo_kernels import gathered, support_ops
+from trapo_kernels.support import gathered
+from trapo_kernels.support import ops as support_ops
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))

@@ -7,8 +7,8 @@ import torch
 from kernel_cases import STREAMED, make_case, memory, policy_loss
 
 import trapo_kernels as tk
-from trapo_kernels import products
 from trapo_kernels.backends.base import RowState
+from trapo_kernels.chunks import products
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 

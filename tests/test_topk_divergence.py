@@ -10,7 +10,7 @@ from kernel_cases import BACKENDS, DTYPES, STREAMED, TOLERANCE, affordable, asse
 from torch.nn import functional as F
 
 import trapo_kernels as tk
-from trapo_kernels.topk_terms import KINDS, TAILS
+from trapo_kernels.support.topk_terms import KINDS, TAILS
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 kinds = pytest.mark.parametrize("kind", KINDS)

@@ -10,10 +10,10 @@ import torch
 from kernel_cases import EVERYTHING, TOLERANCE, assert_close, make_case, run
 
 import trapo_kernels as tk
-from trapo_kernels import selection
 from trapo_kernels.backends import plain as torch_rows
 from trapo_kernels.backends.base import FusedTerms, RowInputs
 from trapo_kernels.backends.triton import rows, tiles
+from trapo_kernels.chunks import selection
 from trapo_kernels.head import Head
 
 pytestmark = pytest.mark.skipif(rows.missing() is not None, reason=f"triton: {rows.missing()}")
@@ -187,7 +187,14 @@ def test_what_the_tile_kernel_does_not_take_is_streamed():
 # Calls that wait for the stream, or copy to the host. Selection.choose alone has any, and does one of them: leaving
 # rows out takes their number (test_waits.py counts).
 WAITS = {"item", "cpu", "tolist", "numpy", "nonzero", "synchronize", "as_tensor", "is_nonzero", "argwhere", "unique"}
-ON_THE_PATH = ("stream.py", "selection.py", "columns.py", "objective.py", "metrics.py", "backends/base.py")
+ON_THE_PATH = (
+    "stream.py",
+    "chunks/selection.py",
+    "chunks/columns.py",
+    "objective.py",
+    "metrics.py",
+    "backends/base.py",
+)
 ON_THE_PATH += ("functional.py", "paths.py", "call.py", "batch.py", "autograd.py")
 ON_THE_PATH += tuple(f"backends/triton/{name}.py" for name in ("rows", "row_kernels", "tiles", "tile_kernels"))
 

@@ -10,8 +10,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trapo_kernels as tk
-from trapo_kernels import validate
-from trapo_kernels.selection import Selection
+from trapo_kernels.arguments import validate
+from trapo_kernels.chunks.selection import Selection
 
 # What reads a value on the host, or has a shape that depends on values.
 OPERATORS = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique", "_unique2", "unique_dim", "equal"}
@@ -55,7 +55,7 @@ def waits(fn):
 
 @pytest.fixture(autouse=True)
 def _as_on_an_accelerator(monkeypatch):
-    """Values are checked on the CPU alone (validate.py)."""
+    """Values are checked on the CPU alone (arguments/validate.py)."""
     monkeypatch.setattr(validate, "can_look", lambda *_: False)
 
 

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import trapo_kernels as tk
-from trapo_kernels import vocab_parallel
+from trapo_kernels.shards import vocab_parallel
 
 VOCAB = 257
 LCO = tk.Objective(expert="lco_mse", policy="clip", entropy_coef=0.02)

@@ -10,7 +10,7 @@ out.loss.backward()
 __version__ = "0.2.0.dev0"
 
 from .backends.dispatch import Backend, backends, default_backend, set_backend
-from .budget import budget_mb, get_budget_mb, set_budget_mb
+from .chunks.budget import budget_mb, get_budget_mb, set_budget_mb
 from .divergence import Divergence, linear_divergence
 from .functional import (
     PolicyLoss,
@@ -26,10 +26,9 @@ from .metrics import METRICS, Metric, merge_metrics
 from .module import TrapoLoss
 from .objective import Objective
 from .statistics import sed_threshold
-from .support import SupportLogprobs, linear_support_logprobs
+from .support import SupportLogprobs, TopkDivergence, linear_support_logprobs, linear_topk_divergence
 from .terms import EXPERT_TERMS, POLICY_TERMS, Term
 from .tokens import Sequences, Tokens
-from .topk_divergence import TopkDivergence, linear_topk_divergence
 from .verify import verify
 
 __all__ = [

@@ -16,17 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import columns, stream, validate
-from .agreement import compare
+from . import stream
+from .arguments import validate
 from .backends.base import RowKernel, RowStats, stats_dtype
 from .batch import Batch, PolicyLoss
 from .call import Params, in_one_dtype
+from .chunks import columns
+from .chunks.selection import Selection
+from .chunks.sources import LinearSource, LogitsSource, Source, finish
 from .head import Head
-from .selection import Selection
-from .sources import LinearSource, LogitsSource, Source, finish
+from .shards.agreement import compare
+from .shards.vocab_parallel import ShardedSource
 from .statistics import Collector
 from .tokens import Slopes
-from .vocab_parallel import ShardedSource
 
 __all__ = [
     "Ask",
@@ -110,7 +112,7 @@ class Job:
         hidden, weight, _ = params
         assert hidden is not None
         assert weight is not None
-        if hidden.dtype == torch.float16:  # whose factor (sources.py) blocks of columns do not have
+        if hidden.dtype == torch.float16:  # whose factor (chunks/sources.py) blocks of columns do not have
             return False
         return columns.pays(selection.size, weight.shape[0], hidden.dtype.itemsize, hidden.device.type)
 

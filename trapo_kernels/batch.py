@@ -12,15 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import stream, validate
+from . import stream
+from .arguments import validate
+from .arguments.scalars import filled
 from .backends.base import RowInputs, RowKernel, RowStats
-from .custom_terms import function_name
+from .chunks.selection import Selection
+from .formulas.custom import function_name
 from .head import Head
 from .metrics import policy_metrics
 from .objective import FIELDS, Objective
 from .reference import TokenValues
-from .scalars import filled
-from .selection import Selection
 from .statistics import Collector, check_statistics
 from .tokens import Sequences, Slopes, Tokens, given
 

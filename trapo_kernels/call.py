@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import validate, vocab_parallel
-from .agreement import shards_of
+from .arguments import validate
 from .backends.base import RowKernel, stats_dtype
 from .backends.dispatch import backend_name, pick
 from .head import Head
+from .shards import vocab_parallel
+from .shards.agreement import shards_of
 
 __all__ = ["Call", "Named", "Params", "call_of_head", "call_of_linear", "call_of_logits", "in_one_dtype", "over_shards"]
 __all__ += ["wanted"]

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import validate
+from .arguments import validate
 from .autograd import Ask, Job, StreamedLogprobs, apply, check_backward, finish_all, run_loss
 from .backends.base import RowKernel, RowStats
 from .batch import Batch, make_batch

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import validate, vocab_parallel
+from .arguments import validate
 from .batch import Batch, PolicyLoss, active_tokens, make_batch
 from .call import Call, call_of_linear, call_of_logits, over_shards
 from .objective import Objective
 from .paths import batch_of_logprobs, from_values, policy_loss, two_passes, values_of_targets
+from .shards import vocab_parallel
 from .statistics import check_statistics
 
 __all__ = [

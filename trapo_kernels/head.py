@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .scalars import from_tensor, number, shown
+from .arguments.scalars import from_tensor, number, shown
 
 __all__ = ["Head"]
 

@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .formulas.ratios import clipped, k3, log_ratio, probability, tis_weight
 from .objective import Objective
-from .ratios import clipped, k3, log_ratio, probability, tis_weight
 from .statistics import is_statistic
 from .tokens import Regions, Tokens
 

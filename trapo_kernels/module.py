@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import validate
+from .arguments import validate
 from .backends.dispatch import check_backend
 from .batch import PolicyLoss
 from .functional import linear_policy_loss

@@ -26,12 +26,12 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from .arguments.fields import show_signatures
+from .arguments.scalars import constant, shown
 from .backends.base import FusedTerms
-from .explain import explain, shown_setting
-from .fields import show_signatures
+from .formulas.explain import explain, shown_setting
+from .formulas.ratios import tis_fields, tis_is_a_cap, tis_of_sequences, tis_weight
 from .presets import Presets
-from .ratios import tis_fields, tis_is_a_cap, tis_of_sequences, tis_weight
-from .scalars import constant, shown
 from .terms import ENTROPY, EXPERT_TERMS, K3, POLICY_TERMS, Term, own_term
 from .tokens import Region, Regions, Slopes, Tokens, given
 

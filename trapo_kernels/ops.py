@@ -21,20 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import divergence as divergences
 from . import stream, tokens
+from .arguments.scalars import constant
 from .autograd import Job, finish_all, rows_of, run_loss
 from .backends.base import RowStats, stats_dtype
 from .backends.dispatch import pick
 from .batch import Batch
 from .call import Call, Named, Params, wanted
+from .chunks.selection import Selection
+from .chunks.sources import d_hidden_dtype
+from .divergence import heads
+from .divergence.references import from_lists
 from .head import Head
 from .objective import FIELDS, Objective
 from .reference import TokenValues
-from .references import from_lists
-from .scalars import constant
-from .selection import Selection
-from .sources import d_hidden_dtype
 from .statistics import Collector
 from .tokens import Slopes
 
@@ -391,10 +391,10 @@ def divergence(
     selection, wants = Selection.choose(active, weights != 0), heads_and_wants[-3:]
     of_rows = selection.counting(selection.take(weights))
     head, ref_head = Head(*heads_and_wants[:3]), Head(*heads_and_wants[3:6])
-    job = divergences.Job(kind, beta, head, ref_head, selection, of_rows, weights.new_ones(()), wants, tuple(shares))
+    job = heads.Job(kind, beta, head, ref_head, selection, of_rows, weights.new_ones(()), wants, tuple(shares))
     refs = from_lists(ref_first, ref_weights, ref_biases)
-    tokens, grads = divergences.run(job, refs, (hidden, weight, bias))
-    total = divergences.weighted_sum(of_rows, tokens)
+    tokens, grads = heads.run(job, refs, (hidden, weight, bias))
+    total = heads.weighted_sum(of_rows, tokens)
     return total, selection.spread(tokens).clone(), *three(grads, total)
 
 

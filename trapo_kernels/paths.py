@@ -21,15 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import divergence, ops, reference, validate
+from . import ops, reference
+from .arguments import validate
 from .autograd import Ask, Deposit, Job, StreamedLogprobs, StreamedLoss, apply
 from .backends.base import stats_dtype
 from .batch import Batch, PolicyLoss, active_tokens, make_batch
 from .call import Call, Named, Params, in_one_dtype, wanted
-from .divergence import linear_divergence
+from .chunks.selection import Selection
+from .divergence import heads, linear_divergence
 from .head import Head
 from .reference import TokenValues
-from .selection import Selection
 from .statistics import Collector
 
 __all__ = [
@@ -202,7 +203,7 @@ def _add_anchor(out: PolicyLoss, call: Call, batch: Batch, ref: Params) -> Polic
     ref_hidden, selection = ref_hidden.reshape(-1, ref_hidden.shape[-1]), batch.selection.front()
     if selection is not None:
         weights = selection.counting(weights[: selection.size])
-        anchor = divergence.anchor(
+        anchor = heads.anchor(
             "linear_policy_loss", selection, weights, batch.normalizer, head, call.params,
             (ref_hidden, ref_weight, ref_bias), streamed=call.kernel is not None,
         )  # fmt: skip

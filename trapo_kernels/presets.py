@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .fields import Overrides, refuse_unknown
-from .scalars import constant, shown
+from .arguments.fields import Overrides, refuse_unknown
+from .arguments.scalars import constant, shown
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack

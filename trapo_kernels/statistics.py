@@ -19,9 +19,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from .arguments.scalars import shown
 from .backends.base import RowStats, stats_dtype
-from .buffers import block_rows
-from .scalars import shown
+from .chunks.buffers import block_rows
 
 __all__ = ["Collector", "check_statistics", "is_statistic", "row_statistics", "sed_threshold"]
 

@@ -10,10 +10,11 @@
 
 FLOPs: 2·N·D·V per GEMM, 6·N·D·V in all. Rows without gradient do the first GEMM alone; a frozen head has no third,
 frozen hidden states no second. Passes over the logits: GEMM 1 writes them, the row kernel reads them twice and writes
-them once, GEMMs 2 and 3 read them. Memory: budget.py.
+them once, GEMMs 2 and 3 read them. Memory: chunks/budget.py.
 
 Gradients here are sums, undivided: the factor 1/normalizer · grad_output is put on at the end, in the accumulator's
-precision. fp16 has a factor of its own, by which a chunk's gradient is multiplied before it is stored (sources.py).
+precision. fp16 has a factor of its own (chunks/sources.py), by which a chunk's gradient is multiplied before it is
+stored.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ import torch
 from torch import Tensor
 
 from .backends.base import FusedTerms, FusedVerb, Passes, RowInputs, RowKernel, RowStats, stats_dtype
-from .budget import chunk_rows
-from .buffers import logits_buffer
+from .chunks.budget import chunk_rows
+from .chunks.buffers import logits_buffer
+from .chunks.selection import Selection
+from .chunks.sources import Source
 from .head import Head
-from .selection import Selection
-from .sources import Source
 from .statistics import Collector
 from .tokens import Slopes
 

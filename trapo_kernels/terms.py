@@ -1,5 +1,5 @@
-"""This file has the terms of a token's loss, with their values and slopes. The place for formulas, with ratios.py and
-lco.py.
+"""This file has the terms of a token's loss, with their values and slopes; the longer formulas are in the folder
+formulas/.
 
 Notation: y is a token's target, z the logits that the softmax sees, logp = log π(y), p = exp(logp), H the entropy of π,
 A the advantage, r = exp(logp − old_logp) the ratio (1 with the gradient of logp where no old_logprobs are given), sg
@@ -24,9 +24,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import dppo, lco
-from .custom_terms import OwnFunction, function_name, slopes_by_autograd
-from .ratios import clipped_where, k3, log_of_clipped_ratio, log_ratio, possible, probability, ratio_unless, weighted
+from .formulas import dppo, lco, sapo
+from .formulas.custom import OwnFunction, function_name, slopes_by_autograd
+from .formulas.ratios import (
+    clipped_where,
+    k3,
+    log_of_clipped_ratio,
+    log_ratio,
+    possible,
+    probability,
+    ratio_unless,
+    weighted,
+)
 from .tokens import Slopes, Tokens, given
 
 if TYPE_CHECKING:
@@ -217,7 +226,7 @@ EXPERT_TERMS: dict[str, Term] = {
     "asft": Term(
         _dft_value,
         _dft_slope,
-        source="ASFT, the authors' code: −sg(p) log p + λ·KL(π_ref ‖ π), the latter by divergence.py",
+        source="ASFT, the authors' code: −sg(p) log p + λ·KL(π_ref ‖ π), the latter by divergence/",
         reference_head=True,
         fields=("asft_kl",),
         fused=3,
@@ -322,24 +331,6 @@ def _cispo_slope(o: Objective, t: Tokens) -> Tensor:
     return -_cispo_weight(o, t)
 
 
-def _sapo_gate(o: Objective, t: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (τ, r, σ(τ(r − 1))) [n]."""
-    # Beyond 80 the gate is 1 and flat; an overflown r would make the backward 0 · ∞.
-    r = log_ratio(t).clamp(max=80).exp()
-    tau = torch.where(given(t.advantages) > 0, torch.full_like(r, o.sapo_tau_pos), torch.full_like(r, o.sapo_tau_neg))
-    return tau, r, torch.sigmoid(tau * (r - 1))
-
-
-def _sapo_value(o: Objective, t: Tokens) -> Tensor:
-    tau, _, gate = _sapo_gate(o, t)
-    return -4 / tau * gate * given(t.advantages)
-
-
-def _sapo_slope(o: Objective, t: Tokens) -> Tensor:
-    _, r, gate = _sapo_gate(o, t)
-    return -4 * gate * (1 - gate) * r * given(t.advantages)
-
-
 _POLICY_INPUTS: dict[str, Any] = {
     "needs": ("advantages",),
     "reads": ("old_logprobs",),
@@ -384,8 +375,8 @@ POLICY_TERMS: dict[str, Term] = {
         for name, source in dppo.SOURCES.items()
     },
     "sapo": Term(
-        _sapo_value,
-        _sapo_slope,
+        sapo.value,
+        sapo.slope,
         source="SAPO: −(4/τ)·σ(τ(r−1))·A, τ by the sign of A",
         fields=("sapo_tau_pos", "sapo_tau_neg"),
         **_POLICY_INPUTS,

@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trapo_kernels as tk
-from trapo_kernels import budget, validate
-from trapo_kernels.selection import Selection
+from trapo_kernels.arguments import validate
+from trapo_kernels.chunks import budget
+from trapo_kernels.chunks.selection import Selection
 
 from . import peers
 

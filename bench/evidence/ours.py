@@ -8,7 +8,7 @@ import torch
 
 from trapo_kernels.backends.base import RowInputs, RowStats
 from trapo_kernels.backends.triton import rows, tiles
-from trapo_kernels.buffers import logits_buffer
+from trapo_kernels.chunks.buffers import logits_buffer
 from trapo_kernels.objective import Objective
 
 from .launches import Launch, recorded

@@ -12,8 +12,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from trapo_kernels.budget import budget_mb, chunk_rows, share_of
-from trapo_kernels.columns import block_columns
+from trapo_kernels.chunks.budget import budget_mb, chunk_rows, share_of
+from trapo_kernels.chunks.columns import block_columns
 
 __all__ = ["APPROACHES", "CARDS", "SHAPES", "Card", "Phase", "bound", "rows_for_share"]
 

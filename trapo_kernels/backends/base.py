@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .. import products
+from ..chunks import products
 
 if TYPE_CHECKING:
+    from ..chunks.sources import Source
     from ..head import Head
-    from ..sources import Source
-    from ..vocab_parallel import Shard
+    from ..shards.vocab_parallel import Shard
 
 __all__ = ["FusedTerms", "FusedVerb", "Passes", "RowInputs", "RowKernel", "RowState", "RowStats", "stats_dtype"]
 __all__ += ["TargetLogitsVerb"]
@@ -227,7 +227,7 @@ class RowKernel:
         fused_float64: `fused_` keeps float64's digits.
         target_logits: the logits of the targets alone, in fp32, of heads whose logits are rounded.
         linear_stats: statistics without logits, where nothing but statistics is asked for.
-        by_columns: its recomputing backward runs over blocks of the vocabulary (columns.py) where that pays.
+        by_columns: its recomputing backward runs over blocks of the vocabulary (chunks/columns.py) where that pays.
         passes: a chunk loop of its own, for the sources that it takes.
         shard: the part of the vocabulary that it holds; None: all. Targets are ids in the whole vocabulary.
     """

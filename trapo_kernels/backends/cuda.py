@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import products
+from ..chunks import products
 from . import native
 from .base import FusedTerms, RowInputs, RowKernel, RowState, RowStats, stats_dtype
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..scalars import shown
+from ..arguments.scalars import shown
 from . import cpu, cuda, plain, triton
 from .base import RowKernel
 

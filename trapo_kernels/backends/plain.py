@@ -5,7 +5,7 @@
 
 Passes over memory: stats reads each logit once, grad_ reads and writes it once, as long as a block of rows stays
 in cache: the elementwise passes (7 and 6, of one exp each; a tanh more with a soft-cap) run block by block over two
-reused scratch blocks (buffers.py), which are all that is allocated.
+reused scratch blocks (chunks/buffers.py), which are all that is allocated.
 FLOPs: about 7 + 6 per logit and two exps, against 6·D per logit in the GEMMs around it.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..buffers import block_rows
+from ..chunks.buffers import block_rows
 from .base import RowKernel, RowState, RowStats, stats_dtype
 
 # e^-1e4 is 0 in fp64 too, so raising z − m to this changes nothing but 0 · −inf, which becomes 0.

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..ratios import outside_clip
+from ..formulas.ratios import outside_clip
 
 __all__ = ["GRPOOptions", "GRPOTokens", "clipped_tokens", "grpo_loss", "masked_mean", "policy_normalizer"]
 __all__ += ["two_pass_reason"]

@@ -32,9 +32,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..formulas.ratios import k3
 from ..objective import Objective
 from ..paths import batch_of_logprobs
-from ..ratios import k3
 
 __all__ = ["LossOutputs", "expert_loss", "policy_loss", "use_expert_loss"]
 

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
 
+from ..formulas.ratios import clipped, log_ratio
 from ..functional import linear_logprobs
 from ..objective import Objective
 from ..paths import batch_of_logprobs
-from ..ratios import clipped, log_ratio
 from ..tokens import Tokens
 from . import verl_distillation  # noqa: F401  registers
 

@@ -23,10 +23,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...budget import get_budget_mb
+from ...chunks.budget import get_budget_mb
+from ...chunks.selection import Selection
+from ...chunks.sources import LinearSource, Source
 from ...head import Head
-from ...selection import Selection
-from ...sources import LinearSource, Source
 from ...stream import TwoSlopesOf
 from ..base import RowState, RowStats
 from .operands import BLOCK, FLOATS, PANEL, Keep, products_of

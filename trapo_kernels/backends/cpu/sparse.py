@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...chunks.sources import LinearSource
 from ...head import Head
-from ...sources import LinearSource
 from ...stream import TwoSlopesOf
 from ..base import RowStats
 from .operands import BLOCK, PANEL, Keep, products_of

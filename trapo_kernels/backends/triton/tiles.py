@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...chunks.products import soft_capped
 from ...head import Head
-from ...products import soft_capped
 from ..base import RowState, RowStats
 from .rows import interpreted, target_logits
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from ...divergence import linear_divergence
+from ...divergence.heads import linear_divergence
 from ...functional import linear_logprobs
 
 __all__ = ["chunked_divergence_loss"]

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from trl import GRPOTrainer
 
+from ...formulas.ratios import outside_clip
 from ...functional import PolicyLoss, linear_policy_loss, policy_loss_from_logprobs
 from ...objective import Objective
-from ...ratios import outside_clip
 from ..transformers import LinearHead
 from .head import FusedHead
 from .settings import objective_of, per_token, reduction_of, token_normalizer, why_two_passes

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .autograd import check_backward, finish_all
-from .backends.base import stats_dtype
-from .call import Params, in_one_dtype
-from .vocab_parallel import Shard
+from ..autograd import check_backward, finish_all
+from ..backends.base import stats_dtype
+from ..call import Params, in_one_dtype
+from ..shards.vocab_parallel import Shard
 
 __all__ = ["GatheredLogits", "pays", "run", "run_backward"]
 

@@ -1,4 +1,4 @@
-"""This file has the functions of autograd of losses on a support, by the chunk loop of support_rows.py.
+"""This file has the functions of autograd of losses on a support, by the chunk loop of rows.py.
 
     StreamedSupport        values of rows in one pass; the backward recomputes the logits of rows with a gradient
     StreamedSupportLoss    a loss that is known beforehand, and its gradients, in one pass: three GEMMs
@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import columns, support_rows
-from .agreement import compare
-from .autograd import Job, check_backward, finish_all
-from .backends.base import RowKernel, RowStats, stats_dtype
-from .call import Params, in_one_dtype
-from .custom_terms import autograd_on
-from .head import Head
-from .selection import Selection
-from .support_rows import SupportSlopes, SupportValues, targets_of
+from ..autograd import Job, check_backward, finish_all
+from ..backends.base import RowKernel, RowStats, stats_dtype
+from ..call import Params, in_one_dtype
+from ..chunks import columns
+from ..chunks.selection import Selection
+from ..formulas.custom import autograd_on
+from ..head import Head
+from ..shards.agreement import compare
+from . import rows
+from .rows import SupportSlopes, SupportValues, targets_of
 
 __all__ = ["StreamedSupport", "StreamedSupportLoss", "SupportLoss", "make_job", "run", "run_backward", "run_loss"]
 
@@ -41,7 +42,7 @@ def make_job(
 def run(job: Job, ids: Tensor, params: Params, entropy: bool) -> tuple[SupportValues, RowStats]:
     """Returns (values of all rows [N], statistics of the rest of the compact rows [n])."""
     source = job.source(params, job.selection, (False,) * len(params))
-    values, stats = support_rows.forward(source, job.kernel, job.selection, ids, job.head, entropy)
+    values, stats = rows.forward(source, job.kernel, job.selection, ids, job.head, entropy)
     return values.map(job.selection.spread), stats
 
 
@@ -76,7 +77,7 @@ def run_backward(
         return None if d_hidden is None else selection.spread(d_hidden), *others
     source = job.source(params, selection, job.wants)
     slopes = SupportSlopes(g_inside, g_outside, g_entropy)
-    support_rows.backward(source, job.kernel, selection, ids, job.head, stats, slopes)
+    rows.backward(source, job.kernel, selection, ids, job.head, stats, slopes)
     return source.gradients()
 
 
@@ -137,7 +138,7 @@ def run_loss(
     source = job.source(params, job.selection, job.wants)
     tokens = loss.weights.new_empty(job.selection.size, dtype=stats_dtype(source.dtype))
     trains = any(job.wants)
-    values, _ = support_rows.forward(
+    values, _ = rows.forward(
         source, job.kernel, job.selection, ids, job.head, False,
         slopes=(lambda at, found: loss.slopes(at, found, tokens)) if trains else None,
     )  # fmt: skip
@@ -145,7 +146,7 @@ def run_loss(
     if first < job.selection.size:
         rest = slice(first, job.selection.size)
         tokens[rest] = loss.of(rest, values.map(lambda t: t[rest]))
-    tail = support_rows.normalize(values.inside, values.outside)[1]
+    tail = rows.normalize(values.inside, values.outside)[1]
     return tokens, tail, source.gradients()
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .custom_terms import function_name
+from .custom import function_name
 
 if TYPE_CHECKING:
-    from .objective import Objective
+    from ..objective import Objective
 
 __all__ = ["explain", "shown_setting"]
 

@@ -12,7 +12,7 @@ With p the teacher and q the student on classes j, and P = Σ p, Q = Σ q over a
     mixed        β · forward_kl + (1 − β) · reverse_kl
 
 With a bucket the gradient of forward_kl by the student's logits is q_j − p_j on the ids and q_j (P − Q) / (1 − Q) on
-all others. The student's tail is summed by itself (support_rows.py); the teacher's is what its log-probabilities leave
+all others. The student's tail is summed by itself (rows.py); the teacher's is what its log-probabilities leave
 of 1.
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .support_rows import SupportValues, normalize
+from .rows import SupportValues, normalize
 
 __all__ = ["KINDS", "TAILS", "Teacher"]
 

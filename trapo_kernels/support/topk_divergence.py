@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import support, support_ops, validate
-from .autograd import apply
-from .backends.base import RowKernel, stats_dtype
-from .call import Named, wanted
-from .scalars import filled, number, shown
-from .selection import Selection
-from .support import Supported
-from .support_autograd import StreamedSupportLoss, SupportLoss, make_job
+from ..arguments import validate
+from ..arguments.scalars import filled, number, shown
+from ..autograd import apply
+from ..backends.base import RowKernel, stats_dtype
+from ..call import Named, wanted
+from ..chunks.selection import Selection
+from . import ops
+from .autograd import StreamedSupportLoss, SupportLoss, make_job
+from .logprobs import Supported, SupportLogprobs, materialize, prepare, restricted_logprobs
 from .topk_terms import KINDS, TAILS, Teacher
 
 __all__ = ["TopkDivergence", "linear_topk_divergence"]
@@ -83,7 +84,7 @@ def linear_topk_divergence(
     options = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
     settings = (kind, tail, beta, weights is None, number(normalizer))
     inputs = {"ref_logprobs": teacher_logprobs, "advantages and policy_weights": weights}
-    on = support.prepare(caller, hidden, weight, ids, bias, mask, backend, group, settings, inputs, **options)
+    on = prepare(caller, hidden, weight, ids, bias, mask, backend, group, settings, inputs, **options)
     validate.check_of_ids(caller, "teacher_logprobs", teacher_logprobs, ids)
     dtype, shape, tokens_like = stats_dtype(on.call.first.dtype), ids.shape[:-1], ids.sum(-1)
     given = validate.check_token_inputs(caller, tokens_like, {"weights": weights}, {}, "hidden")[0]["weights"]
@@ -120,12 +121,12 @@ def _loss(
     call = on.call
     if call.kernel is None or teacher.tail == "renormalise":
         if call.kernel is None:
-            found = support.materialize(on, teacher.tail == "renormalise")
+            found = materialize(on, teacher.tail == "renormalise")
         else:
-            found = support.restricted_logprobs(caller, on)
+            found = restricted_logprobs(caller, on)
         return _by_autograd(on, teacher, weights, scale, found)
     if isinstance(call.kernel, Named):
-        total, tokens, left = support_ops.run_topk(call, call.kernel, on.ids, on.active, teacher, weights)
+        total, tokens, left = ops.run_topk(call, call.kernel, on.ids, on.active, teacher, weights)
         return total / scale, tokens, left
     assert isinstance(call.kernel, RowKernel)
     selection = Selection.choose(on.active, weights != 0)
@@ -137,7 +138,7 @@ def _loss(
 
 
 def _by_autograd(
-    on: Supported, teacher: Teacher, weights: Tensor, scale: Tensor, found: support.SupportLogprobs
+    on: Supported, teacher: Teacher, weights: Tensor, scale: Tensor, found: SupportLogprobs
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Computes it from log-probabilities that have a gradient of their own."""
     counted = on.active & (weights != 0)

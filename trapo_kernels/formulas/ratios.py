@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .tokens import Tokens, given
+from ..tokens import Tokens, given
 
 if TYPE_CHECKING:
-    from .objective import Objective
+    from ..objective import Objective
 
 __all__ = [
     "beyond_divergence",

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..tokens import Tokens, given
 from .ratios import beyond_divergence, log_ratio, possible
-from .tokens import Tokens, given
 
 if TYPE_CHECKING:
-    from .objective import Objective
+    from ..objective import Objective
 
 __all__ = ["SOURCES", "slope", "value"]
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .budget import get_budget_mb
+from ..chunks.budget import get_budget_mb
 
 __all__ = ["compare", "shards_of"]
 

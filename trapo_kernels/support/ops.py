@@ -1,5 +1,5 @@
-"""This file makes the functions of support_autograd.py and gathered.py operators of torch.library, for torch.compile:
-see ops.py.
+"""This file makes the functions of autograd.py and gathered.py operators of torch.library, for torch.compile:
+see the ops.py above.
 
 trapo_kernels::support_values             inside, outside and entropy of every row [N]
 trapo_kernels::support_values_backward    its gradients, by recomputing the logits
@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.base import RowStats, stats_dtype
+from ..backends.dispatch import pick
+from ..call import Call, Named, wanted
+from ..chunks.selection import Selection
+from ..head import Head
+from ..ops import fake_gradients, finish, loss_backward, save_loss, three
 from . import gathered
-from .backends.base import RowStats, stats_dtype
-from .backends.dispatch import pick
-from .call import Call, Named, wanted
-from .head import Head
-from .ops import fake_gradients, finish, loss_backward, save_loss, three
-from .selection import Selection
-from .support_autograd import SupportLoss, make_job, run, run_backward, run_loss
-from .support_rows import SupportValues
+from .autograd import SupportLoss, make_job, run, run_backward, run_loss
+from .rows import SupportValues
 from .topk_terms import Teacher
 
 __all__ = ["run_gathered", "run_support", "run_topk"]

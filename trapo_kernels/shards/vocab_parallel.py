@@ -27,9 +27,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .backends.base import RowKernel, RowState, RowStats, TargetLogitsVerb, stats_dtype
-from .buffers import row_bytes
-from .sources import LinearSource
+from ..backends.base import RowKernel, RowState, RowStats, TargetLogitsVerb, stats_dtype
+from ..chunks.buffers import row_bytes
+from ..chunks.sources import LinearSource
 
 __all__ = ["Shard", "ShardedSource", "gather", "local_parts", "shard_of", "sharded"]
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .statistics import is_statistic
-from .tokens import Slopes, Tokens, given
+from ..statistics import is_statistic
+from ..tokens import Slopes, Tokens, given
 
 if TYPE_CHECKING:
-    from .objective import Objective
+    from ..objective import Objective
 
 __all__ = ["OwnFunction", "autograd_on", "function_name", "slopes_by_autograd"]
 

@@ -18,21 +18,20 @@ time, for a column that is −inf before a tanh is not after it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .backends.base import RowKernel, RowState, RowStats, stats_dtype
-from .budget import chunk_rows
-from .buffers import block_rows, logits_buffer
-from .head import Head
-from .selection import Selection
-from .sources import Source
+from ..backends.base import RowKernel, RowState, RowStats, stats_dtype
+from ..chunks.budget import chunk_rows
+from ..chunks.buffers import block_rows, logits_buffer
+from ..chunks.columns import Columns, capped_slope
+from ..chunks.selection import Selection
+from ..chunks.sources import Source
+from ..head import Head
 
-__all__ = ["Columns", "SupportSlopes", "SupportValues", "backward", "capped_slope", "forward"]
-__all__ += ["normalize", "once", "targets_of"]
+__all__ = ["SupportSlopes", "SupportValues", "backward", "forward", "normalize", "once", "targets_of"]
 
 
 class SupportValues(NamedTuple):
@@ -91,51 +90,6 @@ def normalize(inside: Tensor, outside: Tensor | None) -> tuple[Tensor, Tensor]:
     others = below.exp().scatter(1, leader, 0).sum(1, keepdim=True)
     logprobs = below - others.log1p()
     return logprobs[:, :-1], logprobs[:, -1]
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Says where the ids of a support are in columns `start` to `start + size` of a row: `index` [n, K], where
-    `here`."""
-
-    index: Tensor
-    here: Tensor
-
-    @classmethod
-    def of(cls, ids: Tensor, start: int, size: int) -> Columns:
-        here = (ids >= start) & (ids < start + size)
-        return cls((ids - start).masked_fill(~here, 0), here)
-
-    @classmethod
-    def in_shard(cls, ids: Tensor, kernel: RowKernel, vocab: int) -> Columns:
-        """Returns which ids are among the columns that a kernel holds."""
-        shard = kernel.shard
-        return cls.of(ids, 0, vocab) if shard is None else cls.of(ids, shard.offset, shard.size)
-
-    def at(self, rows: slice) -> Columns:
-        return Columns(self.index[rows], self.here[rows])
-
-    def take(self, x: Tensor) -> Tensor:
-        """Returns the logits there [n, K], 0 where not here."""
-        if x.shape[1] == 0:
-            return x.new_zeros(self.index.shape)
-        return x.gather(1, self.index).masked_fill(~self.here, 0)
-
-    def put_(self, x: Tensor, values: Tensor) -> None:
-        """Writes `values` [n, K] there, and nothing anywhere else."""
-        if x.shape[1] == 0 or self.index.shape[1] == 0:
-            return
-        # What is not here writes once more what the first one that is writes; a row without any its own first column.
-        first = self.here.to(torch.uint8).argmax(1, keepdim=True)
-        some = self.here.gather(1, first)
-        index = torch.where(self.here, self.index, self.index.gather(1, first))
-        alike = torch.where(some, values.gather(1, first).to(x.dtype), x[:, :1])
-        x.scatter_(1, index, torch.where(self.here, values.to(x.dtype), alike))
-
-
-def capped_slope(z: Tensor, cap: float | None) -> Tensor | float:
-    """Returns dz/dx at z = cap · tanh(x / cap)."""
-    return 1.0 if cap is None else 1 - (z / cap).square()
 
 
 def _capped(x: Tensor, cap: float | None, dtype: torch.dtype) -> Tensor:
@@ -276,7 +230,7 @@ def _put_gradient(
     g_inside = slopes.inside * capped_slope(own, head.cap) * head.scale
     g_rest, g_entropy = -slopes.outside * head.scale, slopes.entropy
     g_entropy = None if g_entropy is None else g_entropy * head.scale
-    if source.dtype == torch.float16:  # whose chunks are multiplied before they are stored (sources.py)
+    if source.dtype == torch.float16:  # whose chunks are multiplied before they are stored (chunks/sources.py)
         unit = source.magnify(_bound(stats, g_inside, g_rest, g_entropy))
         g_inside, g_rest = g_inside * unit, g_rest * unit
         g_entropy = None if g_entropy is None else g_entropy * unit

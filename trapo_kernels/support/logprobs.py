@@ -13,13 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import gathered, reference, support_ops, validate, vocab_parallel
-from .autograd import apply
-from .backends.base import RowKernel
-from .call import Call, Named, call_of_head, in_one_dtype, over_shards, wanted
-from .selection import Selection
-from .support_autograd import StreamedSupport, make_job
-from .support_rows import SupportValues, normalize, once
+from .. import reference
+from ..arguments import validate
+from ..autograd import apply
+from ..backends.base import RowKernel
+from ..call import Call, Named, call_of_head, in_one_dtype, over_shards, wanted
+from ..chunks.selection import Selection
+from ..shards import vocab_parallel
+from . import gathered, ops
+from .autograd import StreamedSupport, make_job
+from .rows import SupportValues, normalize, once
 
 __all__ = ["SupportLogprobs", "Supported", "linear_support_logprobs", "materialize", "prepare", "restricted_logprobs"]
 
@@ -154,7 +157,7 @@ def _streamed(caller: str, on: Supported, entropy: bool) -> SupportLogprobs:
     active = on.active if entropy else on.active & (on.ids >= 0).any(1)
     call = on.call
     if isinstance(call.kernel, Named):
-        values = support_ops.run_support(call, call.kernel, on.ids, active, entropy)
+        values = ops.run_support(call, call.kernel, on.ids, active, entropy)
     else:
         assert isinstance(call.kernel, RowKernel)
         job, mine = make_job(call.kernel, call.head, Selection.choose(active), on.ids, wanted(call.params))
@@ -190,7 +193,7 @@ def restricted_logprobs(caller: str, on: Supported) -> SupportLogprobs:
     if gathered.pays(on.ids.shape[1], on.vocab):
         ids = on.ids.masked_fill(~on.active[:, None], -1)
         if isinstance(call.kernel, Named):
-            x = support_ops.run_gathered(call, ids)
+            x = ops.run_gathered(call, ids)
         else:
             assert isinstance(call.kernel, RowKernel)
             arguments = (ids, call.head.scale, call.kernel.shard, wanted(call.params))
@@ -199,7 +202,7 @@ def restricted_logprobs(caller: str, on: Supported) -> SupportLogprobs:
     else:
         active = on.active & there.any(1)
         if isinstance(call.kernel, Named):
-            z = support_ops.run_support(call, call.kernel, on.ids, active, False).inside
+            z = ops.run_support(call, call.kernel, on.ids, active, False).inside
         else:
             assert isinstance(call.kernel, RowKernel)
             job, mine = make_job(call.kernel, call.head, Selection.choose(active), on.ids, wanted(call.params))

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .head import Head
-from .objective import Objective
+from ..head import Head
+from ..objective import Objective
+from ..tokens import Sequences
 from .scalars import filled, number, shown
-from .tokens import Sequences
 
 __all__ = [
     "check_flag",

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..tokens import Tokens, given
 from .ratios import weighted
-from .tokens import Tokens, given
 
 if TYPE_CHECKING:
-    from .objective import Objective
+    from ..objective import Objective
 
 _MOST = 1e30  # of a factor that overflows
 

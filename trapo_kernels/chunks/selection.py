@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .backends.base import RowStats
+from ..backends.base import RowStats
 
 __all__ = ["Selection"]
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from .backends.base import TargetLogitsVerb, stats_dtype
+from ..backends.base import TargetLogitsVerb, stats_dtype
+from ..head import Head
 from .buffers import row_bytes
-from .head import Head
 from .products import WIDE_BYTES, add_product, power_of_two, product, soft_capped, target_bytes
 
 if TYPE_CHECKING:

@@ -1,5 +1,5 @@
 """This file computes value and gradient of a divergence of two rows of logits, block by block in elementwise torch:
-divergence.py has the formulas. A block of rows takes four scratch blocks [block, V] and a mask."""
+heads.py has the formulas. A block of rows takes four scratch blocks [block, V] and a mask."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .buffers import block_rows
+from ..chunks.buffers import block_rows
 
 __all__ = ["KINDS", "Rows", "scratch_bytes"]
 

@@ -9,7 +9,7 @@ without either's `[tokens, vocab]` logits: for distillation, and for ASFT's anch
 One stream over chunks of rows: the student's logits and the reference's (a GEMM each), value and gradient in place of
 the student's logits, then the GEMMs of the gradients: 4 in all, 2·N·D·V FLOPs each; one more for each further
 reference, whose gradients are summed in a third buffer. The budget holds the buffers and the scratch of a block of rows
-(divergence_rows.py). Logits are fp32 where the heads are of 16 bits: a divergence is a difference of two distributions,
+(rows.py). Logits are fp32 where the heads are of 16 bits: a divergence is a difference of two distributions,
 in which their rounding would be large.
 """
 
@@ -24,19 +24,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import reference, validate
-from .autograd import apply, check_backward, finish_all
-from .backends.base import stats_dtype
-from .backends.dispatch import backend_name, pick
-from .budget import chunk_rows
-from .buffers import logits_buffer
-from .call import Params, wanted
-from .divergence_rows import KINDS, Rows, scratch_bytes
-from .head import Head
+from .. import reference
+from ..arguments import validate
+from ..arguments.scalars import filled, number, shown
+from ..autograd import apply, check_backward, finish_all
+from ..backends.base import stats_dtype
+from ..backends.dispatch import backend_name, pick
+from ..call import Params, wanted
+from ..chunks.budget import chunk_rows
+from ..chunks.buffers import logits_buffer
+from ..chunks.selection import Selection
+from ..chunks.sources import LinearSource, LogitsSource, Source
+from ..head import Head
 from .references import References, as_lists, check_reference, frozen, references, shares_of
-from .scalars import filled, number, shown
-from .selection import Selection
-from .sources import LinearSource, LogitsSource, Source
+from .rows import KINDS, Rows, scratch_bytes
 
 __all__ = ["KINDS", "Divergence", "Job", "anchor", "linear_divergence", "run", "weighted_sum"]
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from . import validate
-from .call import Params
-from .scalars import number, shown
+from ..arguments import validate
+from ..arguments.scalars import number, shown
+from ..call import Params
 
 __all__ = ["References", "as_lists", "check_reference", "from_lists", "frozen", "references", "shares_of"]
 

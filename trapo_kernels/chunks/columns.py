@@ -15,7 +15,7 @@ accumulator that goes through memory once per block:
 
 With one budget for the buffer (C·V = n·B) blocks of columns move n / V times the bytes, so `pays` compares those.
 
-A loss on a support (support_rows.py) has K columns a row that are written over what the kernel leaves there.
+A loss on a support (support/rows.py) has K columns a row that are written over what the kernel leaves there.
 
 A target outside the block must not be written: every row kernel puts its gradient at one column, so the buffer ends in
 columns nobody reads, and that is where those targets point.
@@ -30,16 +30,60 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends.base import RowKernel, RowStats, stats_dtype
+from ..backends.base import RowKernel, RowStats, stats_dtype
+from ..head import Head
 from .budget import get_budget_mb
-from .head import Head
 from .products import WIDE_BYTES, add_product
-from .support_rows import Columns, capped_slope
 
-__all__ = ["Recompute", "block_columns", "pays"]
+__all__ = ["Columns", "Recompute", "block_columns", "capped_slope", "pays"]
 
 # Columns at the end of the buffer that are nobody's; as many as keep its rows aligned.
 _SPARE = 64
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Says where the ids of a support are in columns `start` to `start + size` of a row: `index` [n, K], where
+    `here`."""
+
+    index: Tensor
+    here: Tensor
+
+    @classmethod
+    def of(cls, ids: Tensor, start: int, size: int) -> Columns:
+        here = (ids >= start) & (ids < start + size)
+        return cls((ids - start).masked_fill(~here, 0), here)
+
+    @classmethod
+    def in_shard(cls, ids: Tensor, kernel: RowKernel, vocab: int) -> Columns:
+        """Returns which ids are among the columns that a kernel holds."""
+        shard = kernel.shard
+        return cls.of(ids, 0, vocab) if shard is None else cls.of(ids, shard.offset, shard.size)
+
+    def at(self, rows: slice) -> Columns:
+        return Columns(self.index[rows], self.here[rows])
+
+    def take(self, x: Tensor) -> Tensor:
+        """Returns the logits there [n, K], 0 where not here."""
+        if x.shape[1] == 0:
+            return x.new_zeros(self.index.shape)
+        return x.gather(1, self.index).masked_fill(~self.here, 0)
+
+    def put_(self, x: Tensor, values: Tensor) -> None:
+        """Writes `values` [n, K] there, and nothing anywhere else."""
+        if x.shape[1] == 0 or self.index.shape[1] == 0:
+            return
+        # What is not here writes once more what the first one that is writes; a row without any its own first column.
+        first = self.here.to(torch.uint8).argmax(1, keepdim=True)
+        some = self.here.gather(1, first)
+        index = torch.where(self.here, self.index, self.index.gather(1, first))
+        alike = torch.where(some, values.gather(1, first).to(x.dtype), x[:, :1])
+        x.scatter_(1, index, torch.where(self.here, values.to(x.dtype), alike))
+
+
+def capped_slope(z: Tensor, cap: float | None) -> Tensor | float:
+    """Returns dz/dx at z = cap · tanh(x / cap)."""
+    return 1.0 if cap is None else 1 - (z / cap).square()
 
 
 def block_columns(rows: int, vocab: int, itemsize: int, device_type: str) -> int:
