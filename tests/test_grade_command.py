@@ -57,6 +57,16 @@ def test_other_columns_and_functions_can_be_named(file):
     assert (failed.rule, failed.reward.detail) == ("error", "KeyError: 'api_key missing'")
 
 
+def test_rewards_of_another_range_are_declared_or_refused(file):
+    command = ["grade", str(file([{"answer": "4", "text": "so 4", "reward": 0.75}])), "--workers", "1"]
+    command += ["--function", "reward_fixtures:five"]
+    declared = CliRunner().invoke(app, [*command, "--range", "-10", "10"])
+    assert declared.exit_code == 0, declared.output
+    assert "1 answers, mean reward 0.750" in declared.output
+    refused = CliRunner().invoke(app, command)
+    assert str(refused.exception).startswith("reward.function: got a reward of 5 in eval.jsonl; accepted: 0 to 1")
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

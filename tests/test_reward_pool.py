@@ -121,5 +121,7 @@ def test_rewards_are_scaled_from_their_bounds_and_refused_outside():
     with RewardPool("reward_fixtures:five", workers=1, bounds=(0.0, 1.0)) as pool:
         (reward,) = pool.score([("", "")])
     assert reward == Reward(0.0, "error", "reward_fixtures:five returned 5, outside reward.range [0, 1]")
+    with RewardPool("reward_fixtures:five", workers=1, bounds=(-5.0, 4.999999)) as pool:
+        assert pool.score([("", "")]) == [Reward(1.0, "ok")]
     with pytest.raises(ValueError, match="bounds must be two finite numbers, the lower one first"):
         RewardPool("math", bounds=(1.0, 0.0))

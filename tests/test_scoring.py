@@ -42,12 +42,19 @@ def test_a_later_one_is_a_warning(notes):
     assert any(line.startswith("WARNING: reward.function: all 2 rewards of step 2 failed") for line in notes.said)
 
 
-def test_rewards_that_are_no_shares_of_one_are_said_once(notes):
-    notes.check([Reward(5.0, "ok")], "step 1")
-    notes.check([Reward(-1.0, "ok")], "step 2")
-    (said,) = notes.said
-    assert "a reward of 5 lies outside 0 to 1" in said
-    assert "reward.range" in said
+@pytest.mark.parametrize("value", [5.0, -1.0, 1.0001])
+def test_a_reward_that_is_no_share_of_one_ends_the_run_and_says_how_to_declare_it(notes, value):
+    with pytest.raises(TrapoError) as caught:
+        notes.check([OK, ERROR, Reward(value, "ok")], "step 7")
+    message = str(caught.value)
+    assert message.startswith(f"reward.function: got a reward of {value:g} in step 7; accepted: 0 to 1")
+    assert "reward.range=[LOW,HIGH]" in message
+    assert "\n" not in message
+
+
+def test_a_sum_that_passes_one_by_its_rounding_is_a_share(notes):
+    notes.check([Reward(1.0000001, "ok"), Reward(-1e-8, "ok")], "step 1")
+    assert notes.said == []
 
 
 class Pool:

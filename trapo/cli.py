@@ -199,6 +199,9 @@ def grade(
     text: Annotated[str | None, typer.Option(help="the column of answers; default: the first that is there")] = None,
     answer: Annotated[str | None, typer.Option(help="the column of golds; default: the first that is there")] = None,
     function: Annotated[str, typer.Option(help="as reward.function")] = "math",
+    range: Annotated[
+        tuple[float, float] | None, typer.Option(metavar="LOW HIGH", help="as reward.range, two numbers")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="write each row with its grade to this JSONL file")] = None,
     show: Annotated[int, typer.Option(min=0, help="so many rows of each rule, right ones and wrong ones")] = 0,
     timeout: Annotated[float, typer.Option(help="seconds for one answer")] = 10.0,
@@ -208,7 +211,7 @@ def grade(
     from trapo.rewards import grading
 
     console = _console()
-    graded = grading.grade_file(file, text, answer, function, timeout=timeout, workers=workers)
+    graded = grading.grade_file(file, text, answer, function, bounds=range, timeout=timeout, workers=workers)
     console.print(grading.table(graded), highlight=False)
     for line in grading.lines(graded, show):
         console.print(line, markup=False, highlight=False)

@@ -39,7 +39,7 @@ def digits(completions, **kwargs):
 
 
 def make_trainer(kind, path, folder, *, traces=False, seed=0, **settings):
-    names = ("objective", "guidance", "backend")
+    names = ("objective", "guidance", "backend", "reward_range")
     options = {name: settings.pop(name) for name in names if name in settings}
     rows = {"prompt": PROMPTS * 4}
     if traces:
@@ -296,6 +296,26 @@ def test_a_given_objective_decides_the_loss(tiny_model_path, tmp_path):
     assert_close(loss, (token * inputs["completion_mask"]).sum() / 61, 1e-5, "loss")
 
 
+def test_thresholds_see_shares_of_the_declared_range_and_sums_outside_end_the_training(tiny_model_path, tmp_path):
+    asked = schedule([2, 2], [0.0, 0.5], [NEVER, 0.6])
+
+    def guided(reward_range):
+        trainer = make_trainer(
+            TrapoGRPOTrainer, tiny_model_path, tmp_path, traces=True, guidance=asked, reward_range=reward_range,
+            max_steps=1,
+        )  # fmt: skip
+        trainer.reward_weights.fill_(0.0)  # every sum is 0
+        trainer.train()
+        return trainer.state.log_history[0]["expert/guided"]
+
+    assert guided((-1.0, 1.0)) == 0.5  # 0 is half of it, below 0.6
+    assert guided((-3.0, 1.0)) == 0.0  # three quarters
+    with pytest.raises(
+        ValueError, match=r"reward_range must hold every weighted sum .* got 0 with reward_range=\(1, 2\)"
+    ):
+        guided((1.0, 2.0))
+
+
 def test_settings_that_do_not_go_together_are_refused(tiny_model_path, tmp_path):
     def build(**settings):
         return make_trainer(TrapoGRPOTrainer, tiny_model_path, tmp_path, traces=True, **settings)
@@ -304,6 +324,8 @@ def test_settings_that_do_not_go_together_are_refused(tiny_model_path, tmp_path)
         build(guidance="paper")
     with pytest.raises(ValueError, match=r"guidance must be 'paper', 'official', a Schedule or None; got 'magic'"):
         build(guidance="magic")
+    with pytest.raises(ValueError, match=r"reward_range must be two finite numbers, the lower one first; got \(1, 0\)"):
+        build(guidance=ALWAYS_GUIDED, reward_range=(1, 0))
     with pytest.raises(ValueError, match=r"loss_type must be bnpo, dr_grpo, dapo with an objective; got 'grpo'"):
         build(objective=tk.Objective.trapo(), loss_type="grpo")
     with pytest.raises(ValueError, match="must have an expert term with guidance"):

@@ -84,8 +84,6 @@ class EvalResult:
 
     def _accuracy(self) -> str:
         low, high = self.interval
-        if not 0 <= self.accuracy <= 1:  # rewards that are no shares of 1
-            return f"mean reward {self.accuracy:.3g} [{low:.3g}, {high:.3g}] of {self.problems} problems"
         several = f", {self.samples} samples each" if self.samples > 1 else ""
         return f"{self.accuracy:.1%} [{low:.1%}, {high:.1%}] of {self.problems} problems{several}"
 

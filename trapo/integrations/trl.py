@@ -12,6 +12,7 @@ rollouts.
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from trl.data_utils import is_conversational
 from trapo.data.encode import PromptEncoder, Trace, TraceEncoder
 from trapo.guidance import PRESETS, Schedule
 from trapo.integrations.guided_rollouts import draw_guided, unlogged
+from trapo.rewards.worker import within
 from trapo_kernels.integrations.trl import FusedGRPOTrainer
 from trapo_kernels.objective import Objective
 
@@ -40,7 +42,9 @@ class TrapoGRPOTrainer(FusedGRPOTrainer):
             and TrSFT with α = 0.1 on expert tokens. One that is given decides alone; loss_type then gives the
             normalizer (one of "dapo", "bnpo", "dr_grpo").
         guidance: None, a preset ("paper", "official") or a `trapo.guidance.Schedule`, whose sizes add up to
-            num_generations. Rewards decide who is guided; thresholds are means of the weighted sum of the rewards.
+            num_generations. Rewards decide who is guided: thresholds are means of shares of 1.
+        reward_range: the lowest and the highest weighted sum of the rewards, which thresholds take for 0 and 1. A sum
+            outside ends the training in one line. Advantages stay those of TRL.
         trace_column: the dataset's column with expert traces: a string, or a list of strings; may be empty.
         backend: of the loss; None = the fastest here.
 
@@ -56,11 +60,13 @@ class TrapoGRPOTrainer(FusedGRPOTrainer):
         *args: Any,
         objective: Objective | None = None,
         guidance: Schedule | str | None = None,
+        reward_range: tuple[float, float] = (0.0, 1.0),
         trace_column: str = "trace",
         backend: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.schedule, self.trace_column = _schedule(guidance), trace_column
+        self.reward_range = _range(reward_range)
         self.guided = self.schedule is not None
         super().__init__(*args, objective=objective, backend=backend, **kwargs)
         self._encoder: TraceEncoder | None = None
@@ -125,7 +131,8 @@ class TrapoGRPOTrainer(FusedGRPOTrainer):
             gathered.append((rows, found))
             rank = self.accelerator.process_index
             mine = found.view(self.accelerator.num_processes, len(rows), -1)[rank]
-            return (mine * self.reward_weights.to(mine.device)).nansum(dim=1).tolist()
+            sums = (mine * self.reward_weights.to(mine.device)).nansum(dim=1).tolist()
+            return [_share(value, *self.reward_range) for value in sums]
 
         self._rollouts = draw_guided(
             self.schedule,
@@ -191,3 +198,23 @@ def _schedule(guidance: Schedule | str | None) -> Schedule | None:
         accepted = ", ".join(map(repr, PRESETS))
         raise ValueError(f"TrapoGRPOTrainer: guidance must be {accepted}, a Schedule or None; got {guidance!r}")
     return PRESETS[guidance]
+
+
+def _range(pair: tuple[float, float]) -> tuple[float, float]:
+    low, high = pair
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(
+            f"TrapoGRPOTrainer: reward_range must be two finite numbers, the lower one first; got {pair!r}"
+        )
+    return low, high
+
+
+def _share(value: float, low: float, high: float) -> float:
+    """Returns the reward as a share of 1, which is what thresholds are."""
+    inside = within(value, low, high)
+    if inside is None:
+        raise ValueError(
+            f"TrapoGRPOTrainer: reward_range must hold every weighted sum of the rewards, which guidance compares with "
+            f"its thresholds; got {value:g} with reward_range=({low:g}, {high:g})"
+        )
+    return (inside - low) / (high - low)

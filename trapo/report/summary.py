@@ -49,9 +49,9 @@ def summary_lines(folder: Path, summary: Mapping[str, Any]) -> list[str]:
     lines = []
     if summary["eval_before"] is not None and summary["eval_after"] is not None:
         for when in ("before", "after"):
-            low, high = map(_share, summary[f"eval_{when}_interval"])
-            value = _share(summary[f"eval_{when}"])
-            lines.append(f"held-out accuracy {when + ':':7} {value}  (95% interval {low} to {high})")
+            low, high = summary[f"eval_{when}_interval"]
+            value = summary[f"eval_{when}"]
+            lines.append(f"held-out accuracy {when + ':':7} {value:.1%}  (95% interval {low:.1%} to {high:.1%})")
     lines += [
         f"{name}: {change(key, summary.get(f'{key}_before'), summary[f'{key}_after'])}"
         for name, key in PRIOR
@@ -89,11 +89,6 @@ def change(key: str, before: float | None, after: float | None) -> str:
     """Returns a quantity of PRIOR before and after, for people."""
     shown = ["–" if v is None else f"{v:.1%}" if key == "prior_accuracy" else f"{v:.3f}" for v in (before, after)]
     return " → ".join(shown) + ("" if key == "prior_accuracy" else " nats a token")
-
-
-def _share(value: float) -> str:
-    """Returns a percentage; a plain number where rewards are no shares of 1."""
-    return f"{value:.1%}" if 0 <= value <= 1 else f"{value:.3g}"
 
 
 def _peak_gpu_memory(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

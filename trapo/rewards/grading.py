@@ -18,6 +18,8 @@ from rich.table import Table
 from trapo.errors import TrapoError
 from trapo.rewards import Reward, RewardPool, final_answer
 from trapo.rewards.functions import ROW_COLUMNS
+from trapo.rewards.scoring import refuse_outside
+from trapo.rewards.worker import Bounds
 from trapo.tools.files import write_atomic
 
 TEXT_COLUMNS = ("text", "response", "completion", "output", "prediction")
@@ -49,16 +51,19 @@ def grade_file(
     answer: str | None = None,
     function: str = "math",
     *,
+    bounds: Bounds | None = None,
     timeout: float = 10.0,
     workers: int = 2,
 ) -> list[Graded]:
-    """Returns each row's grade. Raises TrapoError, in one line, for an unreadable file or missing columns."""
+    """Returns each row's grade. Raises TrapoError, in one line, for an unreadable file, missing columns, and rewards
+    that are no shares of 1. bounds: as reward.range."""
     rows = list(_rows(path))
     texts = [_text(path, number, row, text) for number, row in rows]
     golds = [_column(path, number, row, answer, ANSWER_COLUMNS, "--answer") for number, row in rows]
     columns = [{name: row[name] for name in ROW_COLUMNS if name in row} for _, row in rows]
-    with RewardPool(function, workers=workers, timeout=timeout) as pool:
+    with RewardPool(function, workers=workers, timeout=timeout, bounds=bounds) as pool:
         rewards = pool.score(list(zip(texts, golds, columns, strict=True)))
+    refuse_outside(rewards, path.name)
     return [
         Graded(row, t, a, reward, reward.rule or reward.status, final_answer(t) if reward.rule else None)
         for (_, row), t, a, reward in zip(rows, texts, golds, rewards, strict=True)

@@ -9,6 +9,7 @@ from typing import Any
 from trapo.data.problem import Problem
 from trapo.errors import TrapoError
 from trapo.rewards import Reward, RewardPool
+from trapo.rewards.worker import within
 from trapo.runs.ranks import Scorer
 from trapo.settings.groups import RewardConfig
 
@@ -34,7 +35,8 @@ def _row(problem: Problem) -> dict[str, Any]:
 
 
 class FailureNotes:
-    """Says the first reason of each kind of failure, and stops a run whose first rewards all fail."""
+    """Says the first reason of each kind of failure, and stops a run whose first rewards all fail, or are no shares of
+    1."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
         self.note = note
@@ -43,7 +45,8 @@ class FailureNotes:
 
     def check(self, rewards: Sequence[Reward], where: str) -> None:
         """Takes the rewards of a whole step or evaluation. Raises TrapoError when all failed and none has worked
-        before."""
+        before, and for one that is no share of 1."""
+        refuse_outside(rewards, where)
         failed = [r for r in rewards if r.status != "ok"]
         for reward in failed:
             if reward.status not in self.seen:
@@ -53,7 +56,6 @@ class FailureNotes:
                 )
         if len(failed) < len(rewards) or not rewards:
             self.worked = self.worked or bool(rewards)
-            self._note_range(rewards)
             return
         counts = ", ".join(f"{n} x {status}" for status, n in Counter(r.status for r in failed).items())
         first = (
@@ -63,11 +65,13 @@ class FailureNotes:
             raise TrapoError(first)
         self.note(f"WARNING: {first}; they score 0 and training goes on")
 
-    def _note_range(self, rewards: Sequence[Reward]) -> None:
-        outside = next((r.value for r in rewards if r.status == "ok" and not 0 <= r.value <= 1), None)
-        if outside is not None and "range" not in self.seen:
-            self.seen.add("range")
-            self.note(
-                f"WARNING: a reward of {outside:g} lies outside 0 to 1: guidance thresholds and accuracies take "
-                "rewards for shares of 1; reward.range=[LOW,HIGH] scales them"
-            )
+
+def refuse_outside(rewards: Sequence[Reward], where: str) -> None:
+    """Raises TrapoError, in one line, for a reward that is no share of 1: nothing that is compared with a threshold or
+    shown as an accuracy would mean what it says."""
+    outside = next((r.value for r in rewards if within(r.value, 0.0, 1.0) is None), None)
+    if outside is not None:
+        raise TrapoError(
+            f"reward.function: got a reward of {outside:g} in {where}; accepted: 0 to 1, for guidance thresholds and "
+            "accuracies take rewards for shares of 1; reward.range=[LOW,HIGH] says what yours are, and scales them"
+        )

@@ -79,9 +79,16 @@ def score(function: RewardFunction, text: str, answer: str, row: Any, bounds: Bo
     if bounds is None:
         return Reward(value, "ok", rule=rule)
     low, high = bounds
-    if not low <= value <= high:
+    inside = within(value, low, high)
+    if inside is None:
         return Reward(0.0, "error", f"{function.name} returned {value:g}, outside reward.range [{low:g}, {high:g}]")
-    return Reward((value - low) / (high - low), "ok", rule=rule)
+    return Reward((inside - low) / (high - low), "ok", rule=rule)
+
+
+def within(value: float, low: float, high: float) -> float | None:
+    """Returns the value, or the bound that it passes by a rounding error of float32 sums; None for one outside."""
+    slack = 1e-6 * (high - low)
+    return min(max(value, low), high) if low - slack <= value <= high + slack else None
 
 
 def _lead_own_session() -> None:

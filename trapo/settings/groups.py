@@ -163,7 +163,7 @@ class RewardConfig:
     )
     range: list[float] | None = key(
         None,
-        "The lowest and the highest reward, scaled to 0 and 1 (others are errors); null takes rewards as they are.",
+        "The lowest and the highest reward, scaled to 0 and 1 (others are errors); null: 0 to 1, others stop the run.",
         rule=Rule(
             "must be two finite numbers, the lower one first",
             lambda pair: len(pair) == 2 and all(map(math.isfinite, pair)) and pair[0] < pair[1],
