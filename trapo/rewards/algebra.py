@@ -18,7 +18,8 @@ from trapo.rewards.numbers import Number, read_number
 
 _LONGEST = 1500  # characters of a formula that are worth parsing
 
-_HUGE_FACTORIAL = re.compile(r"\d{6,}\s*\}?\)?\s*!")  # of millions of digits, which take half a minute
+# Of millions of digits, which take half a minute; and 24!!, which is read as (24!)! and never ends.
+_HUGE_FACTORIAL = re.compile(r"\d{6,}\s*\}?\)?\s*!|!(?:\s|\\right|[)}])*!")
 
 _NOT_IN_MACRO = "".join(rf"(?<!\\[A-Za-z]{{{k}}})" for k in range(14))  # a letter of its own, also in a run: rx(t)
 _SUBSCRIPTED = re.compile(

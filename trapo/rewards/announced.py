@@ -2,12 +2,12 @@ r"""This file finds the answer that the last sentence of a text announces: "So t
 
 | part | what it may be |
 | --- | --- |
-| before it | nothing, "So", "Therefore,", "We see that", "In conclusion,", "He has 3 * 8, so", "Since 3 * 8 = 24," |
+| before it | nothing, "So", "Therefore,", "We see that", "I think", "He has 3 * 8, so", "Since 3 * 8 = 24," |
 | announcement | "the answer is", "our answer equals", "the answer to the question is", "the correct option is" |
 | after it | the answer to the end of the text, also as a displayed formula; a reason ("because ...") is cut off |
 
-Where the text goes on after that sentence, or the sentence asks, supposes ("if"), guesses, tells somebody's words or
-goes on itself ("24, but", "24 so we"), the announcement was one in passing, and there is no answer.
+Where the text goes on after that sentence, or the sentence asks, supposes ("if"), doubts ("might"), tells words of
+others or thoughts of before or goes on itself ("24, but", "24 so we"), it was in passing, and there is no answer.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ _BREAK = re.compile(
 _LEADS = re.compile(
     r"""(?ix) [\s*_\#>-]* (?:
     (?: so|thus|hence|therefore|and|then|now|finally|consequently|accordingly|overall|ultimately
+      | clearly|obviously|evidently|altogether|all\s+in\s+all|in\s+other\s+words|of\s+course|in\s+my\s+(?:opinion|view)
       | in\s+(?:conclusion|summary|short|total|the\s+end) | as\s+a\s+result | to\s+(?:conclude|sum\s+up|summari[sz]e)
       | (?:conclusion|solution|summary|result|step\s+\d+|a)(?=\s*[*_]*:)
       | (?:yes|no|ok|okay|actually|wait|right)(?=\s*[,!.])
@@ -43,7 +44,14 @@ _LEADS = re.compile(
 )
 _CLAUSE = re.compile(
     r"(?is)(?:.*(?<!\bnot\s)\b(?:so|thus|hence|therefore|means|implies)(?:\s+that)?[\s,:]*|.*,\s*and\s+"
-    r"|[\s*_]*(?:so\s+|and\s+)?(?:since|because|as|given|using|by|after|from|\w+ing|rounded)\b.*,\s*)"
+    r"|[\s*_]*(?:so\s+|and\s+)?(?:since|because|as|given|using|by|after|from|based\s+on|\w+ing|rounded)\b.*,\s*)"
+)
+# What the text itself holds now; "I thought" and "they think" say what it or others held.
+_OPINION = re.compile(
+    r"""(?x) (?:^|(?<=[\s,:*_])) (?:I|[Ww]e) (?:
+      [ ](?:(?:do|really|now|strongly|still)[ ])?(?:think|believe|reckon)
+      | (?:[ ]am|[ ]are|['’]m|['’]re)[ ](?:(?:very|quite|fairly|pretty)[ ])?(?:sure|certain|confident|convinced)
+    ) (?:[ ]that)? ,? [ *_]*\Z"""
 )
 # Words that make a clause or an answer a condition, a guess or somebody's words.
 _DOUBT = re.compile(
@@ -74,6 +82,7 @@ def announced_answer(text: str) -> str | None:
 
 def _leads(clause: str) -> bool:
     """Returns whether what stands before an announcement leaves it an assertion of the text's own."""
+    clause = _OPINION.sub("", clause)
     return bool(_LEADS.fullmatch(clause)) or bool(_CLAUSE.fullmatch(clause) and not _DOUBT.search(clause))
 
 

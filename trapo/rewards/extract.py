@@ -15,6 +15,7 @@ with the same mark. A heading ("#### Step 24", "#### 2. Verify") is no answer, a
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from trapo.rewards.announced import announced_answer
 
@@ -50,15 +51,29 @@ _LONGEST, _MARKS = 20_000, 50  # characters of an answer, headings looked at fro
 _I_HOPE = re.compile(r"(?i)[.,]?\s*I hope (?:it|this) is correct.*$")
 
 
+class Found(NamedTuple):
+    """Holds a final answer as written. said: it stands in a sentence, not in a box, a tag or alone after a mark."""
+
+    answer: str
+    said: bool
+
+
 def final_answer(text: str) -> str | None:
     """Returns the final answer as written in `text`, or None when there is none (see the module's docstring)."""
+    found = find_answer(text)
+    return found.answer if found is not None else None
+
+
+def find_answer(text: str) -> Found | None:
+    """Returns the same with how it was said."""
     # A chat model's end mark may stand in the text when it was decoded with its special tokens.
     text = re.sub(r"<\|[^|<>\n]*\|>\s*$", "", _BLANKS.sub(lambda m: m.group()[:9], text).rstrip())
     boxes = list(_BOX.finditer(text))
     mark = _marked(text, after=boxes[-1].end() if boxes else 0)
     if boxes and (mark is None or not _is_bare_value(mark)):
-        return _boxed(text, boxes[-1].end())
-    return mark if mark is not None else _phrased(text)
+        box = _boxed(text, boxes[-1].end())
+        return Found(box, said=False) if box is not None else None
+    return Found(mark, said=_has_words(mark)) if mark is not None else _phrased(text)
 
 
 def joined_boxes(text: str) -> str | None:
@@ -105,7 +120,11 @@ def _plain(line: str) -> str:
 
 def _is_bare_value(line: str) -> bool:
     """Returns whether a marked line is a value without words, which no heading is."""
-    return not _WORD.search(_TEXT_MACRO.sub("", line)) and bool(re.search(r"[\d\\]", line))
+    return not _has_words(line) and bool(re.search(r"[\d\\]", line))
+
+
+def _has_words(line: str) -> bool:
+    return _WORD.search(_TEXT_MACRO.sub("", line)) is not None
 
 
 def _boxed(text: str, start: int) -> str | None:
@@ -133,10 +152,14 @@ def _end_of_braces(text: str, start: int) -> int | None:
     return None
 
 
-def _phrased(text: str) -> str | None:
+def _phrased(text: str) -> Found | None:
     phrases = [(m.start(), m.group("rest")) for m in _PHRASE.finditer(text)]
     phrases += [(m.start(), m.group(1)) for m in _HEADED.finditer(text)]
-    if phrases:
-        return _plain(_I_HOPE.sub("", max(phrases)[1])) or None
     tags = _TAG.findall(text)
-    return _plain(tags[-1]) or None if tags else announced_answer(text)
+    if phrases:
+        answer = _plain(_I_HOPE.sub("", max(phrases)[1]))
+    elif tags:
+        answer = _plain(tags[-1])
+    else:
+        answer = announced_answer(text) or ""
+    return Found(answer, said=bool(phrases) or not tags) if answer else None

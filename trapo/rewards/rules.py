@@ -14,7 +14,7 @@ from fractions import Fraction
 
 from trapo.rewards import algebra, structure, units
 from trapo.rewards.dress import undress
-from trapo.rewards.extract import final_answer, joined_boxes
+from trapo.rewards.extract import find_answer, joined_boxes
 from trapo.rewards.numbers import Number, percent_agrees, read_number
 
 
@@ -28,10 +28,11 @@ class Grade:
 
 
 class Answer:
-    """Is one answer, undressed, with what rules ask of it."""
+    """Is one answer, undressed, with what rules ask of it. said: it stands in a sentence, which a mark may end."""
 
-    def __init__(self, raw: str) -> None:
+    def __init__(self, raw: str, *, said: bool = False) -> None:
         self.raw = raw
+        self.said = said
         self.text = structure.without_outer_brackets(undress(raw))
         self.key = _key(self.text)
 
@@ -87,10 +88,10 @@ def _gold(answer: str) -> Answer:
 
 def grade(text: str, answer: str) -> Grade:
     """Returns the verdict on a whole text: its final answer against `answer`."""
-    given = final_answer(text)
-    if given is None:
+    if (found := find_answer(text)) is None:
         return Grade(0.0, "no final answer", None)
-    right, rule = decide(_gold(answer), Answer(given))
+    given = found.answer
+    right, rule = decide(_gold(answer), Answer(given, said=found.said))
     if not right and len(_gold(answer).items) > 1 and (several := joined_boxes(text)) is not None:
         joined, joined_rule = decide(_gold(answer), Answer(several))
         if joined:
@@ -118,6 +119,11 @@ def _equal(gold: str, given: str) -> bool:
 
 def _same_text(gold: Answer, given: Answer) -> bool | None:
     return True if gold.key == given.key and gold.key else None
+
+
+def _exclamation(gold: Answer, given: Answer) -> bool | None:
+    bare = given.text.rstrip("! ")
+    return True if given.said and bare and given.text.endswith("!") and _equal(gold.text, bare) else None
 
 
 _CHOICE = re.compile(
@@ -404,6 +410,7 @@ class Rule:
 
 RULES: tuple[Rule, ...] = (
     Rule("same text", _same_text, "the gold verbatim; case, blanks, braces, text macros and articles do not matter"),
+    Rule("exclamation", _exclamation, '24 in "The answer is 24!"; a factorial in a box and alone after ####'),
     Rule("choice letter", _choice_letter, "C, (C), C. and (C) 24 for the gold (C); (C) 24 for the gold 24"),
     Rule("no value", _says_no_value, "nothing: not 24, more than 24, half of 24, Step 24"),
     Rule("text", _text, "for a gold of words the same words; lists of words in any order"),
