@@ -10,6 +10,7 @@ from killed_run import base, settings, train_here
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import trapo_kernels as tk
 from trapo.config import merge_config
 from trapo.data.sampling import load_eval_set
 from trapo.errors import TrapoError
@@ -76,6 +77,25 @@ def test_what_sft_does_not_say_is_as_in_optim_and_train(tiny_model_path):
     first, second = phases(merge_config({}, [*BOTH, "optim.lr=1e-3", "train.prompts_per_step=16"]))
     assert (first.optim.lr, first.optim.schedule, first.prompts_per_step) == (3e-2, "cosine", 3)
     assert (second.optim.lr, second.optim.schedule, second.prompts_per_step) == (1e-3, "constant", 16)
+
+
+@pytest.mark.parametrize(
+    "own",
+    ["clip_low=0.1", "clip_high=0.3", "dual_clip=3", "policy=gspo", "policy_coef=0.5", "kl_coef=0.01"],
+)
+def test_keys_about_own_tokens_are_of_the_rl_phase(own):
+    overrides = ["mode=sft_then_rl", "train.sft_steps=3", f"objective.{own}"]
+    first, second = phases(merge_config({}, overrides))
+    assert (first.objective, first.overruled) == (tk.Objective.sft(), ())
+    assert second.objective == phases(merge_config({}, ["mode=grpo", f"objective.{own}"]))[0].objective
+    assert second.objective != tk.Objective.grpo()
+
+
+def test_keys_about_expert_tokens_are_of_the_sft_phase_and_those_of_all_tokens_of_both():
+    keys = ["objective.expert=trsft", "objective.alpha=0.2", "objective.entropy_coef=0.01"]
+    first, second = phases(merge_config({}, ["mode=sft_then_rl", "train.sft_steps=3", *keys]))
+    assert first.objective == tk.Objective.sft(expert="trsft", alpha=0.2, entropy_coef=0.01)
+    assert second.objective == tk.Objective.grpo(entropy_coef=0.01)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from trapo.config import Config
 
 AUTO = "auto"
+# The keys of `objective` that are about own tokens alone, and about expert tokens alone.
+_OF_RL = frozenset({"policy", "policy_coef", "kl_coef", "tis_cap", "tis_low", "tis_mode", "tis_level"}).union(
+    *(term.fields for term in tk.POLICY_TERMS.values())
+)
+_OF_SFT = frozenset({"expert", "expert_coef"}).union(*(term.fields for term in tk.EXPERT_TERMS.values()))
 
 
 def _has_sft_steps(config: Config) -> None:
@@ -55,7 +60,8 @@ def sft(config: Config, **of_phase: Any) -> list[Phase]:
 
 
 @mode(
-    "sft for train.sft_steps steps, by the keys of `sft`, then grpo from its model, with an optimizer of its own.",
+    "sft for train.sft_steps steps, by the keys of `sft`, then grpo from its model, with an optimizer of its own; of "
+    "`objective`, each has the keys of its term.",
     _has_sft_steps,
 )
 def sft_then_rl(config: Config) -> list[Phase]:
@@ -64,9 +70,14 @@ def sft_then_rl(config: Config) -> list[Phase]:
     optim = dataclasses.replace(
         config.optim, lr=own.lr or config.optim.lr, schedule=own.schedule or config.optim.schedule
     )
-    (first,) = sft(config, steps=steps, optim=optim, prompts_per_step=own.prompts_per_step)
+    (first,) = sft(_without(config, _OF_RL), steps=steps, optim=optim, prompts_per_step=own.prompts_per_step)
     first = dataclasses.replace(first, ends_at_plateau=asked == AUTO)
-    return [first, *grpo(config, config.train.steps - steps)]
+    return [first, *grpo(_without(config, _OF_SFT), config.train.steps - steps)]
+
+
+def _without(config: Config, names: frozenset[str]) -> Config:
+    """Returns the configuration with these keys of `objective` left to the mode."""
+    return dataclasses.replace(config, objective=dataclasses.replace(config.objective, **dict.fromkeys(names)))
 
 
 @mode("One full expert trace is among the rollouts of each group, always, with LUFFY's off-policy term on it.")
