@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from trapo.config import LoraConfig, ModelConfig
 from trapo.errors import TrapoError
 from trapo.models import lora
-from trapo.models.loading import check_positions, load_model
+from trapo.models.loading import check_positions, find_weights, load_model
 
 
 @pytest.fixture
@@ -141,3 +142,12 @@ def test_an_adapters_dropout_is_off(adapter):
     path.write_text(json.dumps({**json.loads(path.read_text()), "lora_dropout": 0.5}))
     model, _ = load_model(ModelConfig(path=str(adapter)))
     assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("path", ["./typo", "../typo", "/no/typo", "~/typo", "runs/a/typo", "runs/typo/", "typo.gguf"])
+def test_a_path_that_looks_local_and_is_not_there_is_looked_for_nowhere_else(path):
+    assert refusal(path) == f"model.path: cannot load {path!r}: no such {'file' if '.gguf' in path else 'folder'}"
+
+
+def test_an_id_of_the_hub_is_no_path():
+    assert find_weights("owner/no-such_model.v2") == Path("owner/no-such_model.v2")

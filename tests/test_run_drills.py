@@ -227,7 +227,7 @@ def test_data_that_changed_meanwhile_stop_a_run_that_goes_on(tiny_model_path, tm
     with interrupted_evaluation(2, kill), pytest.raises(Killed):
         train(tiny_model_path, tmp_path / "run", *options)
     data.write_text(data.read_text().replace("2 + 2", "1 + 3"))
-    with pytest.raises(TrapoError, match=r"data\.train: the contents has changed since the run in .* began; put them"):
+    with pytest.raises(TrapoError, match=r"data\.train: the contents have changed since the run in .* began; put them"):
         train(tiny_model_path, tmp_path / "run", *options)
     output = train(tiny_model_path, tmp_path / "run", *options, accept_changed=True)
     assert "data.train: the contents have changed since the run began; it goes on with the new ones" in output

