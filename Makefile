@@ -45,13 +45,14 @@ $(VENV)/.log: $(STAMP)
 	touch $@
 
 # verl wants an older transformers and omegaconf than everything else here, so it lives in a venv of its own, on top of
-# the packages of the first: its loss functions run on a CPU, the rest of it does not. No --deps: it would pull a second
-# torch's worth of packages (vLLM's friends, wandb, ...).
+# the packages of the first: its losses, engine and agent loop run on a CPU, its servers do not. No --deps: it would pull a
+# second torch's worth of packages (vLLM's friends, wandb, ...).
 VERL := .venv-verl
 VERL_STAMP := $(VERL)/.installed
 VERL_PACKAGES := verl==0.9.1 tensordict==0.10.0 "ray>=2.41,<3" hydra-core==1.3.8 omegaconf==2.3.0 \
     antlr4-python3-runtime==4.9.3 codetiming torchdata "pyvers>=0.1,<0.2" importlib_metadata zipp cloudpickle orjson \
-    dill msgpack attrs jsonschema jsonschema-specifications referencing rpds-py protobuf
+    dill msgpack attrs jsonschema jsonschema-specifications referencing rpds-py protobuf cachetools fastapi \
+    aiohttp aiohappyeyeballs aiosignal frozenlist multidict propcache yarl TransferQueue==0.1.11 pyzmq msgspec
 
 setup-verl: $(VERL_STAMP)
 
@@ -63,7 +64,8 @@ $(VERL_STAMP): $(STAMP)
 	touch $@
 
 test-verl: $(VERL_STAMP)
-	$(VERL)/bin/python -m pytest tests/integrations/test_verl.py tests/integrations/test_verl_distillation.py
+	$(VERL)/bin/python -m pytest tests/integrations/test_verl.py tests/integrations/test_verl_distillation.py \
+	    tests/integrations/test_verl_guided.py
 
 # vLLM for CPUs, in a venv of its own on top of the first: it pins an older transformers.
 VLLM := .venv-vllm

@@ -37,6 +37,7 @@ ADAPTERS: dict[str, set[str]] = {
     "trl": {"trl", "transformers"},
     "verl": {"verl"},
     "verl_distillation": {"verl"},
+    "verl_head": {"verl"},
 }
 
 
@@ -203,6 +204,8 @@ def test_an_adapter_is_imported_where_little_else_is_installed() -> None:
     assert {"liger", "prime_rl"} <= set(done.stdout.split())
 
 
-def test_guided_rollouts_for_trl_need_no_part_of_the_command_line() -> None:
+def test_guided_rollouts_need_no_part_of_the_command_line() -> None:
     """TrapoGRPOTrainer is in `trapo`, but imports neither its configuration nor its rewards."""
     assert needed("trapo.integrations.trl") <= {"trl", "transformers", "trapo"}
+    brings = {"numpy", "tensordict"}  # verl does
+    assert needed("trapo.integrations.verl") <= {"verl", "transformers", "trapo", *brings}

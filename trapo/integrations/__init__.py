@@ -2,5 +2,6 @@
 trapo_kernels/integrations/.
 
 trl.py              TrapoGRPOTrainer: TRL's GRPOTrainer with expert prefixes and the fused loss
-guided_rollouts.py  how its batches are drawn
+verl.py             GuidedAgentLoop: verl's rollouts with expert prefixes
+guided_rollouts.py  how batches of other trainers are drawn
 """

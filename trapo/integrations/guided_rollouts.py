@@ -15,7 +15,7 @@ from typing import Any
 from trapo.data.encode import Trace, prefix_of
 from trapo.guidance import Schedule, open_micro_group
 
-__all__ = ["GuidedRollouts", "draw_guided"]
+__all__ = ["Guided", "GuidedRollouts", "draw_guided", "with_every_row"]
 
 # token ids to continue -> (own token ids, their logprobs or None)
 Generate = Callable[[list[list[int]]], tuple[list[list[int]], list[list[float]] | None]]
@@ -24,7 +24,7 @@ Score = Callable[[list[int], list[list[int]]], Sequence[float]]
 
 
 @dataclass(frozen=True)
-class _Guided:
+class Guided:
     """Is a prompt, of which nothing but the traces decides its prefixes."""
 
     traces: Sequence[Trace]
@@ -45,6 +45,12 @@ class GuidedRollouts:
     order: list[int] = field(default_factory=list)  # rows in the order in which they were scored
 
 
+def with_every_row(schedule: Schedule) -> Schedule:
+    """Returns the schedule without what leaves rollouts out: batches of other trainers have every row."""
+    groups = tuple(dataclasses.replace(group, guided_only=False) for group in schedule.micro_groups)
+    return dataclasses.replace(schedule, micro_groups=groups, stop_decided=False)
+
+
 def draw_guided(
     schedule: Schedule,
     prompts: Sequence[Sequence[int]],
@@ -63,12 +69,9 @@ def draw_guided(
 
     always_generate: call `generate` even for nothing, where other ranks wait in it.
     """
-    every = tuple(dataclasses.replace(group, guided_only=False) for group in schedule.micro_groups)
-    schedule = dataclasses.replace(
-        schedule, micro_groups=every, stop_decided=False
-    )  # the trainer's batch has every row
+    schedule = with_every_row(schedule)
     size = schedule.rollouts_per_prompt
-    groups = [_Guided(own) for own in traces[::size]]
+    groups = [Guided(own) for own in traces[::size]]
     found = GuidedRollouts([[] for _ in prompts], [0] * len(prompts), [False] * len(prompts), None)
     rewards: list[list[float]] = [[] for _ in groups]
     logprobs: dict[int, list[float]] = {}

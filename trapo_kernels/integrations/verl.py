@@ -1,39 +1,40 @@
-"""This adapter gives verl an actor loss with an expert mask, in verl's registry of policy losses, and verl's fused head
-done here.
+"""This adapter gives verl an actor loss with an expert mask, in verl's registry of policy losses.
 
 verl finds this module by its entry point (group "verl.plugins"), or by VERL_USE_EXTERNAL_MODULES=
 trapo_kernels.integrations.verl. Importing it registers the policy loss "trapo":
 
     actor_rollout_ref.actor.policy_loss.loss_mode=trapo
 
-verl's own loss passes no expert mask to a policy loss. Where the batch has one (field "expert_mask", of the shape of
-response_mask), replace the loss of the actor:
+A batch that has a field "expert_mask", of the shape of response_mask, gets the expert term there: verl's own `ppo_loss`
+hands no mask to a policy loss, so importing this replaces it, for this loss mode and such batches. What puts the field
+there is `trapo.integrations.verl`, an agent loop with expert prefixes, or you.
 
-    actor_rollout_wg.set_loss_fn(partial(actor_loss, config=actor_config))
-
-Importing it also registers the distillation losses of verl_distillation.py.
-
-With actor.use_fused_kernels and the "torch" backend, `use_fused_head()` makes verl's FusedLinearForPPO this package's.
-verl's engines hand over log-probabilities, so the loss takes two passes (four GEMMs).
+Importing it also registers the distillation losses of verl_distillation.py and the head of verl_head.py
+(`impl_backend=trapo`). verl's engines hand over log-probabilities, so the loss takes two passes (four GEMMs).
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
+from verl.workers.utils import losses as verl_losses
 
 from ..formulas.ratios import clipped, log_ratio
-from ..functional import linear_logprobs
 from ..objective import Objective
 from ..paths import batch_of_logprobs
 from ..tokens import Tokens
 from . import verl_distillation  # noqa: F401  registers
+from .verl_head import FusedLinearForPPO, use_fused_head
 
-__all__ = ["FusedLinearForPPO", "actor_loss", "actor_objective", "trapo_policy_loss", "use_fused_head"]
+__all__ = ["FusedLinearForPPO", "actor_loss", "actor_objective", "ppo_loss", "trapo_policy_loss", "use_fused_head"]
+
+NAME = "trapo"  # of the policy loss
 
 # What the loss reads from a batch, where it is there.
 FIELDS = (
@@ -63,7 +64,7 @@ def actor_objective(config: Any, **overrides: Any) -> Objective:
     return Objective(**{**settings, **overrides})
 
 
-@register_policy_loss("trapo")
+@register_policy_loss(NAME)
 def trapo_policy_loss(
     old_log_prob: Tensor,
     log_prob: Tensor,
@@ -96,7 +97,7 @@ def trapo_policy_loss(
 def actor_loss(
     config: Any, model_output: Any, data: Any, dp_group: Any = None, *, objective: Objective | None = None
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Does what verl's `ppo_loss` does, with an expert mask: for `set_loss_fn(partial(actor_loss, config=config))`.
+    """Does what verl's `ppo_loss` does, with an expert mask.
 
     Args:
         config: ActorConfig.
@@ -132,7 +133,7 @@ def actor_loss(
     }
     mask = fields["response_mask"].to(bool)
     parts, metrics = _token_losses(
-        objective, log_prob, mask, inputs, entropy, fields.get("expert_mask", None),
+        objective, log_prob, mask, inputs, entropy, _as_wide(fields.get("expert_mask", None), mask),
         fields.get("rollout_is_weights", None),
     )  # fmt: skip
     metrics = Metric.from_dict(metrics, aggregation=AggregationType.MEAN)
@@ -143,6 +144,12 @@ def actor_loss(
         aggregation = AggregationType.SUM if summed else AggregationType.MEAN
         metrics[f"actor/{name}_loss"] = Metric(value=part.detach(), aggregation=aggregation)
     return loss, metrics
+
+
+def _as_wide(expert_mask: Tensor | None, mask: Tensor) -> Tensor | None:
+    """Returns the expert mask in the width of the mask: rows that verl adds to fill a batch up have one token and no
+    loss, but the expert mask of the row that they were copied from."""
+    return None if expert_mask is None else F.pad(expert_mask, (0, mask.shape[1] - expert_mask.shape[1]))
 
 
 def _token_losses(
@@ -195,25 +202,14 @@ def _metrics(objective: Objective, tokens: Tokens) -> dict[str, Any]:
     return found
 
 
-class FusedLinearForPPO(nn.Module):
-    """Does what verl's class of this name does: (log-probabilities, entropies) of the labels, without the logits."""
-
-    def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
-        super().__init__()
-
-    def forward(
-        self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
-        """Takes hidden_states [..., D], vocab_weights [V, D] and input_ids [...]."""
-        logprobs, entropy = linear_logprobs(
-            hidden_states, vocab_weights, input_ids.long(), temperature=float(temperature), entropy=True
-        )
-        assert entropy is not None
-        return logprobs, entropy
+def ppo_loss(config: Any, model_output: Any, data: Any, dp_group: Any = None) -> tuple[Tensor, dict[str, Any]]:
+    """Does what verl's `ppo_loss` does; with loss_mode=trapo and an expert_mask in the batch it is `actor_loss`."""
+    if config.policy_loss.get("loss_mode", "vanilla") == NAME and "expert_mask" in data:
+        return actor_loss(config, model_output, data, dp_group)
+    return _loss_of_verl(config, model_output, data, dp_group)
 
 
-def use_fused_head() -> None:
-    """Makes verl's patched forwards (use_fused_kernels, backend "torch") use this package's head from here on."""
-    import verl.utils.experimental.torch_functional as verl_functional
-
-    verl_functional.FusedLinearForPPO = FusedLinearForPPO
+_loss_of_verl = verl_losses.ppo_loss
+for _name in ("verl.workers.utils.losses", "verl.trainer.distillation.losses", "verl.workers.engine_workers"):
+    if _name in sys.modules:  # each has it under its own name; the workers' module is imported later as a rule
+        setattr(sys.modules[_name], "ppo_loss", ppo_loss)  # noqa: B010
