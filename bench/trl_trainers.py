@@ -1,6 +1,7 @@
 """TRL's trainers with their own head and with `fuse(trainer)`: time and memory of an update, side by side.
 
     python -m bench.trl_trainers sft dpo        # these; all without names; adds to bench/results/trl_trainers.json
+    python -m bench.trl_trainers --steps 20 --layers 30          # real steps, and what they log, instead of times
 
 The first `--layers` layers of SmolLM2-135M-Instruct (D = 576, V = 49,152), fp32, all parameters trained, eight
 sequences of about 128 tokens. Timed is the trainer's own `compute_loss` and its backward on one batch, whose
@@ -9,6 +10,11 @@ out. Both sides are one trainer and one batch in one process, in turns, one thre
 after one that warms up. Memory is the process's high-water mark over the update less what was resident before it and
 less the gradients that the parameters keep. `gradient` is the largest difference between the gradients of the two
 sides, as a share of the largest gradient.
+
+With `--steps` each side is a trainer of its own that trains: optimizer, generation and rewards included, four short
+rows a step. Compared is every number that is logged but times, by |a − b| / max(|b|, 0.05): rewards and divergences
+are differences of log-probabilities, whose rounding does not shrink with them. `rewards/accuracies` is left out where
+the margin that it is the sign of is 0 but for rounding, as in a first step, whose policy is its own reference.
 """
 
 from __future__ import annotations
@@ -32,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "integ
 
 NAMES = ("sft", "dpo", "kto", "rloo", "grpo", "distillation")
 ROWS, TOKENS = 8, 128
+FLOOR = 0.05  # of a logged number, for a relative difference: as in tests/integrations/test_trl_fuse.py
 SENTENCE = "The river runs past the mill and the town, and the people of the town walk along it every day of the week. "
 
 
@@ -111,6 +118,38 @@ def row_of(name: str, model: Path, folder: Path, rounds: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def steps_of(name: str, model: Path, folder: Path, steps: int) -> dict[str, Any]:
+    """Trains both sides, and returns how far apart the numbers are that they log."""
+    import trl_trainers
+
+    from trapo_kernels.integrations.trl import fuse
+
+    logs, path = [], ""
+    for fused in (False, True):
+        trainer = trl_trainers.make_trainer(
+            name, model, folder, max_steps=steps, gradient_accumulation_steps=1, learning_rate=1e-5
+        )
+        handle = fuse(trainer) if fused else None
+        logs.append(trl_trainers.logs_of(trainer))
+        path = path if handle is None else handle.path
+        del trainer, handle
+        gc.collect()
+    stock, ours = logs
+    assert len(stock) == len(ours) == steps
+    pairs = [
+        (abs(a[key] - b[key]) / max(abs(b[key]), FLOOR), key)
+        for a, b in zip(ours, stock, strict=True)
+        for key in b
+        if "time" not in key and b[key] == b[key] and not (key == "rewards/accuracies" and tie(b))
+    ]
+    largest, key = max(pairs)
+    return {"trainer": name, "path": path, "steps": steps, "numbers": len(pairs), "largest": largest, "key": key}
+
+
+def tie(logged: dict[str, float]) -> bool:
+    return abs(logged["rewards/margins"]) < 1e-5
+
+
 def report(results: dict[str, Any]) -> str:
     """Returns the rows as a page of their own."""
     m = results["machine"]
@@ -123,19 +162,36 @@ def report(results: dict[str, Any]) -> str:
         "| trainer | layers | gradients | TRL, s | fused, s | | TRL, MB | fused, MB | gradients differ by |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in results["rows"]:
+    rows = sorted(results.get("rows", []), key=lambda row: (row["layers"], NAMES.index(row["trainer"])))
+    for row in rows:
         times = row["trl_seconds"] / row["fused_seconds"]
         lines.append(
             f"| {row['trainer']} | {row['layers']} | {row['path'].split(':')[0]} | {row['trl_seconds']:.2f} | "
-            f"{row['fused_seconds']:.2f} | {times:.2f}× | {_mb(row, 'trl')} | {_mb(row, 'fused')} | "
+            f"{row['fused_seconds']:.2f} | {times:.2f}× | {row['trl_mb']:.0f} | {row['fused_mb']:.0f} | "
             f"{row['gradient']:.0e} |"
         )
-    notes = [f"{r['trainer']} {r['layers']}: {r['date']}, {r['rounds']} rounds, {r['note']}" for r in results["rows"]]
-    return "\n".join([*lines, "<!-- --8<-- [end:table] -->", "", "; ".join(notes) + ".", ""])
+    lines += ["<!-- --8<-- [end:table] -->", "", *_notes(rows, "rounds")]
+    steps = sorted(results.get("steps", []), key=lambda row: NAMES.index(row["trainer"]))
+    if steps:
+        lines += [
+            "Real steps of the whole model, each side a trainer of its own; the largest difference of all logged "
+            f"numbers but times, as a share of the number, or of {FLOOR}, which is more.\n",
+            "<!-- --8<-- [start:steps] -->",
+            "| trainer | layers | steps | logged numbers | largest difference | of |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
+        for row in steps:
+            lines.append(
+                f"| {row['trainer']} | {row['layers']} | {row['steps']} | {row['numbers']} | {row['largest']:.0e} | "
+                f"{row['key']} |"
+            )
+        lines += ["<!-- --8<-- [end:steps] -->", "", *_notes(steps, "steps")]
+    return "\n".join(lines)
 
 
-def _mb(row: dict[str, Any], side: str) -> str:
-    return f"{row[f'{side}_mb']:.0f}" if f"{side}_mb" in row else "not measured"
+def _notes(rows: list[dict[str, Any]], unit: str) -> list[str]:
+    notes = [f"{r['trainer']} {r['layers']}: {r['date']}, {r[unit]} {unit}, {r['note']}" for r in rows]
+    return ["; ".join(notes) + ".", ""]
 
 
 def main() -> None:
@@ -143,26 +199,36 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=NAMES, metavar="trainer", help=", ".join(NAMES))
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="compare what so many real steps log, instead of times")
     parser.add_argument("--model", type=Path, help="a folder that an earlier run wrote, or will")
     parser.add_argument("--note", default="", help="what else the machine did, kept with the rows")
     parser.add_argument("--out", type=Path, default=RESULTS / "trl_trainers.json")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": []}
+    kind = "steps" if arguments.steps else "rows"
     with tempfile.TemporaryDirectory() as folder:
         model = arguments.model or Path(folder, "model")
         if not (model / "config.json").exists():
             write_model(model, arguments.layers)
         for name in arguments.names:
-            row = row_of(name, model, Path(folder), arguments.rounds)
+            if arguments.steps:
+                row = steps_of(name, model, Path(folder), arguments.steps)
+            else:
+                row = row_of(name, model, Path(folder), arguments.rounds)
             row |= {"layers": arguments.layers, "note": arguments.note, "date": time.strftime("%Y-%m-%d")}
-            same = [r for r in results["rows"] if (r["trainer"], r["layers"]) == (name, arguments.layers)]
-            results["rows"] = [r for r in results["rows"] if r not in same] + [row]
-            results["machine"] = machine()
-            arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+            keep(arguments.out, kind, row)
             print(json.dumps(row), flush=True)
-    arguments.out.with_suffix(".md").write_text(report(results))
+
+
+def keep(path: Path, kind: str, row: dict[str, Any]) -> None:
+    """Writes a row in the place of an earlier one of its trainer and layers, and the page with it."""
+    results = json.loads(path.read_text()) if path.exists() else {}
+    same = (row["trainer"], row["layers"])
+    earlier = [r for r in results.get(kind, []) if (r["trainer"], r["layers"]) != same]
+    results |= {kind: [*earlier, row], "machine": machine()}
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.with_suffix(".md").write_text(report(results))
 
 
 if __name__ == "__main__":
