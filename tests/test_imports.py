@@ -29,6 +29,7 @@ ADAPTERS: dict[str, set[str]] = {
     "ms_swift": {"swift"},
     "nemo_rl": {"nemo_rl"},
     "prime_rl": set(),
+    "prime_rl_head": set(),
     "skyrl": {"skyrl"},
     "slime": {"slime"},
     "torchtitan": {"torchtitan"},

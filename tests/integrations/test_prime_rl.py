@@ -14,6 +14,7 @@ import torch
 
 import trapo_kernels as tk
 from trapo_kernels.integrations.prime_rl import use_expert_loss
+from trapo_kernels.integrations.prime_rl_head import use_fused_head
 
 
 @dataclass
@@ -175,9 +176,102 @@ def test_the_module_needs_torch_alone():
 
     code = (
         "import sys, trapo_kernels, trapo_kernels.integrations, trapo_kernels.integrations.prime_rl, "
-        "trapo_kernels.integrations.liger\n"
+        "trapo_kernels.integrations.prime_rl_head, trapo_kernels.integrations.liger\n"
         "found = {'transformers', 'trl', 'verl', 'liger_kernel', 'datasets', 'trapo'} & set(sys.modules)\n"
         "assert not found, found"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert tk.Objective
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_dppo_with_a_squared_log_ratio_has_the_gradient_of_prime_rls_default_loss(policy_loss, weighted):
+    inputs = make(loss_weights=lambda n, g: torch.rand(n, generator=g, dtype=torch.float64))
+    if not weighted:
+        inputs.loss_weights = None
+    out = policy_loss(inputs, policy="dppo_tv", clip_low=0.1, clip_high=0.15, dppo_cap=1e6, adv_tau=0.7, kl_tau=0.05)
+    # default_loss_fn of src/prime_rl/trainer/rl/loss.py.
+    logp, sampled, a = inputs.trainer_logprobs, inputs.inference_logprobs, inputs.advantages
+    moved = logp.exp() - sampled.exp()
+    masked = torch.where(a > 0, moved > 0.15, moved < -0.1)
+    mask, log_ratio = inputs.loss_mask.double(), logp - sampled
+    token = mask * (0.05 * log_ratio**2 - (~masked).double() * 0.7 * a * log_ratio.exp())
+    expected = (token if inputs.loss_weights is None else token * inputs.loss_weights).sum()
+    assert 0 < (masked & inputs.loss_mask).sum() < inputs.loss_mask.sum()
+    ours, theirs = (torch.autograd.grad(loss, logp)[0] for loss in (out.loss, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+# The head --------------------------------------------------------------------------------------------------------
+
+
+class FusedOutputLinear(torch.nn.Linear):
+    """prime-rl's class by its constructor and its forward's arguments."""
+
+    def __init__(self, in_features, out_features, chunk_size):
+        super().__init__(in_features, out_features, bias=False)
+        self.chunk_size = chunk_size
+
+    def forward(self, hidden_states, labels=None, temperature=None):
+        raise AssertionError("prime-rl's own")
+
+
+class GemmaFusedOutputLinear(FusedOutputLinear):
+    def __init__(self, in_features, out_features, chunk_size, softcap):
+        super().__init__(in_features, out_features, chunk_size)
+        self.softcap = softcap
+
+
+@pytest.fixture
+def prime_rl_heads(monkeypatch):
+    """The classes where prime-rl has them."""
+    name = "prime_rl.trainer.models.layers"
+    for end in range(1, name.count(".") + 2):
+        monkeypatch.setitem(sys.modules, ".".join(name.split(".")[:end]), types.ModuleType("stub"))
+    kinds = []
+    for module, kind in (("lm_head", FusedOutputLinear), ("lm_head_gemma", GemmaFusedOutputLinear)):
+        copy = type(kind.__name__, (kind,), {})
+        monkeypatch.setitem(sys.modules, f"{name}.{module}", types.SimpleNamespace(**{kind.__name__: copy}))
+        kinds.append(copy)
+    return kinds
+
+
+@pytest.mark.parametrize("temperatures", [[1.7], [0.5, 1.0, 1.3]], ids=str)
+@pytest.mark.parametrize("softcap", [None, 3.0], ids=str)
+def test_a_head_that_exists_gives_each_token_its_temperature(prime_rl_heads, softcap, temperatures):
+    plain, gemma = prime_rl_heads
+    torch.manual_seed(0)
+    head = plain(8, 37, chunk_size=3) if softcap is None else gemma(8, 37, chunk_size=3, softcap=softcap)
+    use_fused_head()
+    hidden, labels = torch.randn(2, 5, 8, requires_grad=True), torch.randint(0, 37, (2, 5))
+    temperature = torch.tensor(temperatures)[torch.randint(0, len(temperatures), (2, 5))]
+    out = head(hidden, labels, temperature=temperature)
+    logits = hidden @ head.weight.t()
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    log_pi = (logits / temperature[..., None]).log_softmax(-1)
+    logprobs, entropy = log_pi.gather(-1, labels[..., None]).squeeze(-1), -(log_pi.exp() * log_pi).sum(-1)
+    torch.testing.assert_close(out["logprobs"], logprobs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out["entropy"], entropy, rtol=1e-5, atol=1e-5)
+    slopes = torch.randn(2, 5)
+    grads = [torch.autograd.grad((x * slopes).sum(), (hidden, head.weight)) for x in (out["logprobs"], logprobs)]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_head_gets_no_gradient(prime_rl_heads):
+    head = prime_rl_heads[0](8, 37, chunk_size=3).requires_grad_(False)
+    use_fused_head()
+    hidden = torch.randn(2, 5, 8, requires_grad=True)
+    head(hidden, torch.zeros(2, 5, dtype=torch.int64), temperature=torch.ones(2, 5))["logprobs"].sum().backward()
+    assert hidden.grad is not None
+    assert head.weight.grad is None
+
+
+def test_a_head_says_what_it_misses(prime_rl_heads, monkeypatch):
+    use_fused_head()
+    head = prime_rl_heads[0](8, 37, chunk_size=3)
+    with pytest.raises(ValueError, match=r"FusedOutputLinear: temperature must be given; got None"):
+        head(torch.zeros(1, 2, 8), torch.zeros(1, 2, dtype=torch.int64))
+    monkeypatch.setitem(sys.modules, "prime_rl.trainer.models.layers.lm_head", types.SimpleNamespace())
+    with pytest.raises(RuntimeError, match=r"lm_head must have FusedOutputLinear; got another version"):
+        use_fused_head()

@@ -1,4 +1,4 @@
-"""This adapter gives prime-rl a custom loss by import path, from log-probabilities; the terms alone, without the head.
+"""This adapter gives prime-rl a custom loss by import path, from log-probabilities; the terms alone.
 
     [trainer.loss]
     type = "custom"
@@ -17,6 +17,8 @@ names:
     from trapo_kernels.integrations.prime_rl import policy_loss, use_expert_loss
 
     use_expert_loss(expert="trsft")
+
+The head is in prime_rl_head.py.
 
 Imports torch alone: prime-rl is not on PyPI, and its two dataclasses are read and written by their field names. Written
 against prime-rl at commit 559b447, src/prime_rl/trainer/rl/loss.py.
@@ -55,12 +57,16 @@ def _objective(policy: bool, settings: tuple[tuple[str, Any], ...]) -> Objective
     return Objective(**{**terms, **dict(settings), "reduction": "sum"})
 
 
-def policy_loss(inputs: Any, **settings: Any) -> LossOutputs:
+def policy_loss(inputs: Any, *, adv_tau: float = 1.0, kl_tau: float = 0.0, **settings: Any) -> LossOutputs:
     """Computes the objective's loss of one sequence, summed over its tokens.
+
+    With policy="dppo_tv" and prime-rl's own adv_tau and kl_tau it has the gradient of prime-rl's default loss.
 
     Args:
         inputs: prime-rl's LossInputs: trainer_logprobs [T], inference_logprobs [T], advantages [T], loss_mask [T] bool;
             ref_logprobs [T] and loss_weights [T] or None.
+        adv_tau: factor of the advantages.
+        kl_tau: factor of the squared log-ratio to the engine, added to the loss of each token.
         **settings: fields of Objective. Default: policy "unclipped". The ratio is to the engine that sampled; with
             tis_cap it is to this policy, weighted by the truncated ratio to the engine.
 
@@ -73,10 +79,13 @@ def policy_loss(inputs: Any, **settings: Any) -> LossOutputs:
         raise ValueError(f"policy_loss: expert must be None, see use_expert_loss; got {objective.expert!r}")
     sampled = inputs.inference_logprobs.detach()
     given = {
-        "advantages": inputs.advantages, "old_logprobs": None if objective.tis_cap is not None else sampled,
+        "advantages": adv_tau * inputs.advantages, "old_logprobs": None if objective.tis_cap is not None else sampled,
         "ref_logprobs": inputs.ref_logprobs, "rollout_logprobs": sampled,
     }  # fmt: skip
-    loss, metrics, _ = _sum_over("policy_loss", inputs, objective, given)
+    loss, metrics, logprobs = _sum_over("policy_loss", inputs, objective, given)
+    if kl_tau:
+        weights = 1.0 if inputs.loss_weights is None else inputs.loss_weights
+        loss = loss + kl_tau * (weights * (logprobs - sampled).square())[inputs.loss_mask].sum()
     with torch.no_grad():
         mismatch = k3((inputs.trainer_logprobs - sampled)[inputs.loss_mask])
         metrics["mismatch_kl"] = mismatch.sum() / inputs.loss_mask.sum().clamp(min=1)
