@@ -23,6 +23,7 @@ from trapo.settings.groups import (
     AdvantageConfig,
     CheckpointConfig,
     DataConfig,
+    DistillConfig,
     EvalConfig,
     GuidanceConfig,
     HybridConfig,
@@ -70,6 +71,7 @@ class Config:
     reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     hybrid: HybridConfig = dataclasses.field(default_factory=HybridConfig)
+    distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
     sft: SftConfig = dataclasses.field(default_factory=SftConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)

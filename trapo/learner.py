@@ -29,6 +29,7 @@ from trapo.batching import (
     groups,
     has_gradient,
     layout,
+    loss_tokens,
     own_part,
     pack,
     refuse_unsampled,
@@ -36,6 +37,7 @@ from trapo.batching import (
     target_logprobs,
     with_entropy_mean,
 )
+from trapo.distillation import Tutor
 from trapo.errors import TrapoError
 from trapo.models import agreement, prefix_tree
 from trapo.models.checkpointing import prepare_checkpointing
@@ -96,6 +98,7 @@ class Learner:
         self.ranks = ranks
         self.costs: prefix_tree.Costs | None = None  # of sharing what rollouts begin with; None: it is not shared
         self.layout = self._agreed()  # of packed rows; None: padded
+        self.tutor: Tutor | None = None  # adds the divergence from a teacher to the loss
         self.expert_histogram = ProbabilityHistogram()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.begin(optim, train.steps if steps is None else steps)
@@ -159,6 +162,9 @@ class Learner:
         timer, train, limit = timer or StepTimer(), self.train, self.max_response_tokens
         minibatches = self._minibatches(rollouts, seed)
         compared = self._set_logprobs(rollouts, objective, updates=len(minibatches), timer=timer)
+        if self.tutor is not None:
+            with timer.part("teacher"):
+                self.tutor.teacher.prepare(rollouts)
         metrics: list[dict[str, torch.Tensor]] = []
         rates = {region: schedule.lr for region, schedule in self._schedules().items()}
         steps, skipped, tokens = 0, 0, 0
@@ -166,17 +172,18 @@ class Learner:
         for minibatch in minibatches:
             found: dict[str, float] = {}  # norms of gradients by region
             for region, rows, part in self._regions(minibatch, objective):
-                trained = [r for r in rows if has_gradient(r, part, train.skip_inactive)]
+                taught = self.tutor is not None
+                trained = [r for r in rows if has_gradient(r, part, train.skip_inactive and not taught)]
                 if not trained:
                     continue
                 by = divisors(rows, part, train, minibatches=len(minibatches), max_response_tokens=limit)
                 divided, losses = with_entropy_mean(rows, part, train, by.own), []
                 for group in self._micro_batches(trained):
-                    loss = self._loss(group, divided, by, compared)
-                    loss.loss.backward()
-                    losses.append(loss.loss.detach())
+                    loss, said = self._loss(group, divided, by, compared)
+                    loss.backward()
+                    losses.append(loss.detach())
                     if group.rollouts:
-                        metrics.append(loss.metrics)
+                        metrics.append(said)
                 tokens += sum(len(r) for r in trained)
                 found[region] = self._step(float(torch.stack(losses).sum()), region)
             if found:
@@ -188,6 +195,8 @@ class Learner:
         if self.ranks.world > 1:
             metrics = self.ranks.gather([{k: v.cpu() for k, v in m.items()} for m in metrics])
         merged = merged_metrics(metrics, steps + skipped)
+        if self.tutor is not None:
+            merged |= self.tutor.take()
         histogram = added_up(self.ranks.gather([self.expert_histogram.take()]))
         if self.expert_schedule is not None:
             merged |= {"grad_norm_expert": finite_or_none(norms.get("expert")), "lr_expert": rates["expert"]}
@@ -224,6 +233,17 @@ class Learner:
     def entropies(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
         """Returns the entropy of each target [len − 1] of each rollout, on the CPU; 0 outside the loss."""
         return [row.cpu() for row in self._logprobs(self.model, rollouts, entropy=True)]
+
+    @torch.no_grad()
+    def divergence(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """Returns what the tutor says of rollouts that an update has prepared; {} without a token in the loss."""
+        assert self.tutor is not None
+        for group in self._micro_batches([r for r in rollouts if loss_tokens(r)]):
+            batch = self._batch(group)
+            hidden, head = self._hidden_and_head(self.model, batch)
+            known = self.tutor.teacher.know(group.rollouts)
+            self.tutor.loss(hidden[batch.mask], head, group.rollouts, known, normalizer=1.0, by_sequence=False)
+        return self.tutor.take()
 
     def _set_logprobs(
         self, rollouts: Sequence[Rollout], objective: tk.Objective, *, updates: int, timer: StepTimer
@@ -306,14 +326,17 @@ class Learner:
         told = {name: value for name, value in batch.layout.items() if name in (self.layout or ())}
         return agreement.hidden_states(model, batch.input_ids, **told)
 
-    def _loss(self, group: Group, objective: tk.Objective, by: Divisors, compared: Sequence[str]) -> tk.PolicyLoss:
-        """Returns the loss of a micro-batch. compared: the rollouts' fields of log-probabilities that it needs."""
+    def _loss(
+        self, group: Group, objective: tk.Objective, by: Divisors, compared: Sequence[str]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Returns the loss of a micro-batch and its metrics. compared: the rollouts' fields of log-probabilities that
+        it needs."""
         batch = self._batch(group)
         values = {name: [target_logprobs(r, name) for r in group.rollouts] for name in compared}
         others: dict[str, Any] = {name: batch.spread(rows or [None]) for name, rows in values.items()}
+        known = None if self.tutor is None else self.tutor.teacher.know(group.rollouts)
 
-        def forward() -> tk.PolicyLoss:
-            hidden, head = self._hidden_and_head(self.model, batch)
+        def policy_loss(hidden: torch.Tensor, head: LinearHead) -> tk.PolicyLoss:
             return tk.linear_policy_loss(
                 hidden,
                 head.weight,
@@ -331,9 +354,26 @@ class Learner:
                 **head.options,
             )
 
-        loss = as_forward(self.model, forward)
-        self.expert_histogram.add(loss.logprobs, batch.expert_mask & batch.mask)
-        return loss
+        def forward() -> tuple[tk.PolicyLoss | None, torch.Tensor | None]:
+            hidden, head = self._hidden_and_head(self.model, batch)
+            of_terms = policy_loss(hidden, head) if objective.parts or known is None else None
+            if self.tutor is None or known is None:
+                return of_terms, None
+            return of_terms, self.tutor.loss(
+                hidden[batch.mask],
+                head,
+                group.rollouts,
+                known,
+                normalizer=by.own,
+                by_sequence=objective.reduction == "sequence_mean",
+            )
+
+        of_terms, taught = as_forward(self.model, forward)
+        if of_terms is None:
+            assert taught is not None
+            return taught, {}
+        self.expert_histogram.add(of_terms.logprobs, batch.expert_mask & batch.mask)
+        return of_terms.loss if taught is None else of_terms.loss + taught, of_terms.metrics
 
     @torch.no_grad()
     def _logprobs(

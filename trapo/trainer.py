@@ -29,6 +29,7 @@ from trapo.data.sampling import (
     problems_at,
     to_imitate,
 )
+from trapo.distillation.making import make_tutor
 from trapo.engines.guard import AgreementGuard, unanswered
 from trapo.engines.make import make_engine
 from trapo.engines.protocol import Engine
@@ -210,11 +211,10 @@ def _inputs(
 ) -> dict[str, str]:
     """Returns the SHA-256 of the files that the run reads. Raises TrapoError where a run that goes on would read
     others."""
-    again = (
-        resume_from is None or config.lora.rank > 0 or any("ref_logprobs" in phase.objective.needs for phase in plan)
-    )
+    again = resume_from is None or config.lora.rank > 0 or any(phase.needs_base for phase in plan)
+    teacher = next((phase.distills.weights for phase in plan if phase.distills is not None), None)
     code = {"reward.function": config.reward.function, **own_terms(config.objective)}
-    now = fingerprints(config.data, code, config.model.path if again else None)
+    now = fingerprints(config.data, code, config.model.path if again else None, teacher)
     run_dir.check_inputs(now, accept_changed=accept_changed, log=log)
     return now
 
@@ -259,12 +259,12 @@ class Trainer:
         )
         needs_reference = any("ref_logprobs" in phase.objective.needs for phase in plan)
         reference = load_reference(config.model, ranks, config.train.precision) if needs_reference else None
-        pad_id = self.tokenizer.pad_token_id
         self.step, self.seconds_before = 0 if resume_from is None else resume_from.step, 0.0
         self._cut_course()
-        self.learner = make_learner(
-            config, self.model, pad_id=pad_id, phase=self.course.at(self.step)[0], reference=reference, ranks=ranks
-        )
+        phase, pad_id = self.course.at(self.step)[0], self.tokenizer.pad_token_id
+        self.learner = make_learner(config, self.model, pad_id=pad_id, phase=phase, reference=reference, ranks=ranks)
+        if (how := plan[0].distills) is not None:
+            self.learner.tutor = make_tutor(how, self.learner, self.tokenizer, self.train_set, config.model)
         self.guard = AgreementGuard(config.rollout, config.model.dtype)
         if resume_from is not None:
             state = resume_from.load_state()

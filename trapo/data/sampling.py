@@ -68,11 +68,11 @@ def load_train_set(
     if some := any(not phase.schedule.generates for phase in plan):
         limit = min(limit, max_response_tokens)
     none = not (to_imitate(problems, max_response_tokens) if some else with_traces)
-    if none and any(phase.schedule.guides for phase in plan):
+    if none and any(phase.schedule.guides or phase.needs_traces for phase in plan):
         raise TrapoError(
             f"data.train: {data.train} has no expert trace (of at most {limit} tokens); mode {mode} needs some"
         )
-    if imitates and len(with_traces) < len(problems):
+    if all(phase.needs_traces for phase in plan) and len(with_traces) < len(problems):
         log(f"data.train: {len(problems) - len(with_traces)} problems without an expert trace left out")
         return with_traces
     return problems

@@ -27,20 +27,21 @@ LARGEST = 2**28  # bytes of an answer
 
 class Server:
     """Calls a server at http(s)://host:port. timeout: seconds for a whole call, however slowly the answer trickles.
+    key: of the configuration, that gives the address.
 
-    Raises TrapoError, one line that names rollout.server_url, for an address of another kind, a server that does not
+    Raises TrapoError, one line that names the key, for an address of another kind, a server that does not
     answer, an answer that is an error, and one that is not JSON.
     """
 
-    def __init__(self, url: str, timeout: float = TIMEOUT) -> None:
-        self.url, self.timeout = url.rstrip("/"), timeout
+    def __init__(self, url: str, timeout: float = TIMEOUT, key: str = "rollout.server_url") -> None:
+        self.url, self.timeout, self.key = url.rstrip("/"), timeout, key
         try:
             parts = urlsplit(self.url)
             self._host, self._port = parts.hostname, parts.port
         except ValueError:
             self._host = None
         if self._host is None or parts.scheme not in ("http", "https") or parts.query or parts.fragment:
-            raise TrapoError(f"rollout.server_url: must be http://host:port; got {url!r}")
+            raise TrapoError(f"{self.key}: must be http://host:port; got {url!r}")
         self._kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         self._prefix = parts.path
 
@@ -65,12 +66,12 @@ class Server:
                     raise IncompleteRead(text, response.length)
         except (OSError, HTTPException) as error:  # refused, reset in the middle of an answer, timed out
             raise TrapoError(
-                f"rollout.server_url: the vLLM server at {self.url} does not answer ({words_of(error, 200)}); start it "
+                f"{self.key}: the vLLM server at {self.url} does not answer ({words_of(error, 200)}); start it "
                 "and repeat the command: a run continues from its last checkpoint"
             ) from error
         if not 200 <= status < 300:
             said = _reason(text) or reason
-            raise TrapoError(f"rollout.server_url: {self.url}{path} answered {status}: {said}{_hint(path, status)}")
+            raise TrapoError(f"{self.key}: {self.url}{path} answered {status}: {said}{_hint(path, status)}")
         if len(text) > LARGEST:
             raise self.wrong(path, f"more than {LARGEST} bytes")
         try:
@@ -107,7 +108,7 @@ class Server:
 
     def wrong(self, path: str, what: str) -> TrapoError:
         """Returns the error for an answer that is not what was asked for."""
-        return TrapoError(f"rollout.server_url: {self.url}{path} answered what no vLLM server would: {what}")
+        return TrapoError(f"{self.key}: {self.url}{path} answered what no vLLM server would: {what}")
 
 
 def _reason(raw: bytes) -> str:

@@ -37,7 +37,7 @@ class VLLMServerEngine:
         self.server = Server(url)
         self.eos_ids = list(eos_ids)
         self.batch_size = batch_size
-        self.name = self._name()
+        self.name = name_of_model(self.server)
         self.vocab = len(model.get_input_embeddings().weight)  # type: ignore[operator]
         self.sync_weights: WeightSync = (
             SharedFolder(self.server, folder) if sync == "folder" else Transfer(self.server, model, sync)
@@ -78,15 +78,17 @@ class VLLMServerEngine:
         except ValueError as error:
             raise self.server.wrong(COMPLETIONS, str(error)) from None
 
-    def _name(self) -> str:
-        answer = self.server.get(MODELS)
-        try:
-            name = answer["data"][0]["id"]
-        except (KeyError, IndexError, TypeError):
-            name = None
-        if not isinstance(name, str):
-            raise self.server.wrong(MODELS, f"no name of a model, but {_shown(answer)}")
-        return name
+
+def name_of_model(server: Server) -> str:
+    """Returns the name that a server has for what it serves."""
+    answer = server.get(MODELS)
+    try:
+        name = answer["data"][0]["id"]
+    except (KeyError, IndexError, TypeError):
+        name = None
+    if not isinstance(name, str):
+        raise server.wrong(MODELS, f"no name of a model, but {_shown(answer)}")
+    return name
 
 
 def completion_of(answer: Any, max_tokens: int, vocab: int) -> Completion:

@@ -6,7 +6,7 @@ the key `mode`, `trapo config` and the documentation have it. Sources are named 
 
 from __future__ import annotations
 
-from trapo.modes import basic, hybrids
+from trapo.modes import basic, distilling, hybrids
 from trapo.modes.phase import Course, Phase, cut_at_plateau, phase_at
 from trapo.modes.registry import MODES, Mode, check_mode, mode, phases
 
@@ -18,6 +18,7 @@ __all__ = [
     "basic",
     "check_mode",
     "cut_at_plateau",
+    "distilling",
     "hybrids",
     "mode",
     "phase_at",

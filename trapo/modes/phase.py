@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import trapo_kernels as tk
+from trapo.distillation.how import INITIAL, Distillation
 from trapo.guidance import Schedule
 from trapo.settings.groups import OptimConfig
 
@@ -37,12 +38,24 @@ class Phase:
     vary: Callable[[Phase, int], Phase] | None = None  # makes the phase of a step, where it has a schedule
     weigh: Callable[[Sequence[Rollout], Learner], None] | None = None  # changes what tokens weigh, before the update
     memory: Memory | None = None  # is told of every step, and kept in checkpoints
+    distills: Distillation | None = None  # adds a teacher's divergence to the loss
     shown: Mapping[str, float] = dataclasses.field(default_factory=dict)  # for the step's line of metrics
     overruled: tuple[str, ...] = ()  # a line for each choice of the mode that the configuration changes
 
     def at(self, step: int) -> Phase:
         """Returns the phase as a step of it, counted from 0, has it."""
         return self if self.vary is None else self.vary(self, step)
+
+    @property
+    def needs_traces(self) -> bool:
+        """Returns whether a problem without an expert trace is of no use."""
+        return not self.schedule.generates or (self.distills is not None and self.distills.privileged)
+
+    @property
+    def needs_base(self) -> bool:
+        """Returns whether the run's initial weights are read beside those that are trained."""
+        is_teacher = self.distills is not None and self.distills.teacher == INITIAL
+        return is_teacher or "ref_logprobs" in self.objective.needs
 
     @property
     def needs_rewards(self) -> bool:

@@ -22,6 +22,7 @@ class Mode:
     phases: Callable[[Config], list[Phase]]
     check: Callable[[Config], None]  # raises TrapoError, in one line, for keys that do not go with the mode
     keys: tuple[str, ...] = ()  # of the group `hybrid`, that it reads
+    distills: bool = False  # it reads the group `distill`
 
 
 MODES: dict[str, Mode] = {}
@@ -40,6 +41,10 @@ def check_mode(config: Config) -> None:
         if value is not None and name not in MODES[config.mode].keys:
             readers = ", ".join(mode.name for mode in MODES.values() if name in mode.keys)
             raise TrapoError(f"hybrid.{name}: only {readers} reads it; got mode {config.mode}")
+    given = [name for name, value in vars(config.distill).items() if value is not None]
+    if given and not MODES[config.mode].distills:
+        readers = " and ".join(mode.name for mode in MODES.values() if mode.distills)
+        raise TrapoError(f"distill.{given[0]}: only {readers} read it; got mode {config.mode}")
     if config.guidance.find is not None and config.mode != "prefix_rl":
         raise TrapoError(f"guidance.find: only mode prefix_rl looks for prefixes; got mode {config.mode}")
 
@@ -53,12 +58,17 @@ def has_no_sft_steps(config: Config) -> None:
 
 
 def mode(
-    doc: str, check: Callable[[Config], None] = has_no_sft_steps, keys: tuple[str, ...] = ()
+    doc: str,
+    check: Callable[[Config], None] = has_no_sft_steps,
+    keys: tuple[str, ...] = (),
+    *,
+    distills: bool = False,
 ) -> Callable[[Phases], Phases]:
-    """Puts the function below it into MODES, under its name. keys: of the group `hybrid`, that it reads."""
+    """Puts the function below it into MODES, under its name. keys: of the group `hybrid`, that it reads. distills: it
+    reads the group `distill`."""
 
     def register(function: Phases) -> Phases:
-        MODES[function.__name__] = Mode(function.__name__, doc, function, check, keys)
+        MODES[function.__name__] = Mode(function.__name__, doc, function, check, keys, distills)
         return function
 
     return register

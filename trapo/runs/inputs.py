@@ -49,11 +49,13 @@ class Inputs:
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
 
 
-def fingerprints(data: DataConfig, code: Mapping[str, str], model_path: str | None = None) -> dict[str, str]:
+def fingerprints(
+    data: DataConfig, code: Mapping[str, str], model_path: str | None = None, teacher: str | None = None
+) -> dict[str, str]:
     """Returns the SHA-256 by key of the local files that a run reads.
 
     code: the functions that keys name, the user's and others. model_path: of its files too, which a run that goes on
-    reads again only for adapters or a reference.
+    reads again only for adapters, a reference or a teacher. teacher: the path of another model, which it does.
     """
     found: dict[str, str] = {}
     for key, name in (("data.train", data.train), ("data.eval", data.eval)):
@@ -62,8 +64,9 @@ def fingerprints(data: DataConfig, code: Mapping[str, str], model_path: str | No
     for key, name in code.items():
         if (source := source_file(name)) is not None:
             found[key] = file_digest(source)
-    if model_path is not None and (files := _model_files(model_path)):
-        found["model.path"] = hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()
+    for key, path in (("model.path", model_path), ("distill.teacher", teacher)):
+        if path is not None and (files := _model_files(path)):
+            found[key] = hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()
     return found
 
 

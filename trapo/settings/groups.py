@@ -216,6 +216,47 @@ class HybridConfig:
 
 
 @dataclasses.dataclass
+class DistillConfig:
+    """Sets modes distill and self_distill; null is the mode's own (docs/modes.md)."""
+
+    teacher: str | None = key(
+        None,
+        "distill: a model's path, http://host:port of a `vllm serve`, or columns, which are topk_ids and topk_logprobs "
+        "of traces; self_distill: the weights of the teacher, current (default) or initial.",
+        named=True,
+    )
+    kind: str | None = key(
+        None,
+        "The divergence; null is reverse_kl for distill and jsd for self_distill.",
+        choices=("forward_kl", "reverse_kl", "jsd", "mixed"),
+    )
+    beta: float | None = key(
+        None,
+        "The teacher's weight in the mixture of jsd, the forward KL's in mixed; null is 0.5.",
+        rule=Rule("must be above 0 and below 1", lambda beta: 0 < beta < 1),
+    )
+    coef: float | None = key(
+        None, "What the divergence is multiplied by, beside objective's terms; null is 1.", above=0
+    )
+    tail: str | None = key(
+        None,
+        "Of a top-k: the other classes are one more, or left out, or both sides renormalised; null is bucket.",
+        choices=("bucket", "drop", "renormalise"),
+    )
+    top_k: int | None = key(None, "Ids that a server is asked for, of each token; null is 20.", least=1)
+    dtype: str | None = key(None, "The dtype of a teacher's weights; null is model.dtype.", choices=_DTYPES)
+    template: str | None = key(
+        None,
+        "self_distill: what the teacher's last message is, with {prompt} and {trace} in it.",
+        rule=Rule("must have {prompt} and {trace} in it", lambda text: "{prompt}" in text and "{trace}" in text),
+        said="text with {prompt} and {trace}",
+    )
+    check_every: int | None = key(
+        None, "Steps between measurements of the divergence after an update, too; null is 10, 0 never.", least=0
+    )
+
+
+@dataclasses.dataclass
 class SftConfig:
     """These are for the SFT phase of mode sft_then_rl; what is null is as in `optim` and `train`."""
 
