@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import sys
+import threading
+import time
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -31,19 +35,20 @@ def _update(model: str, ranks: Ranks, overrides: list[str]) -> dict:
 
     import trapo_kernels as tk
     from trapo.config import merge_config
-    from trapo.models.loading import load_model
-    from trapo.models.precision import resolve
-    from trapo.models.sharding import shard_over
+    from trapo.models.loading import load_trained
     from trapo.models.weights import full_weights
     from trapo.trainer import make_learner
 
     # Adam divides by |gradient|: without this eps an entry that is nothing but rounding would move by lr.
     config = merge_config({"optim": {"lr": 1e-3, "eps": 1e-3}, "model": {"path": model}}, overrides)
-    loaded, _ = load_model(config.model)
+    loaded, _ = load_trained(
+        config.model,
+        ranks,
+        config.train.precision,
+        change=lambda whole: lora.attach(whole, config.lora, base=model, seed=0),
+    )
     seen: set[str] = set()
     loaded.get_decoder().norm.register_forward_hook(lambda *args: seen.add(str(args[-1].dtype)))
-    lora.attach(loaded, config.lora, base=model, seed=0)
-    shard_over(loaded, ranks, resolve(config.train.precision, loaded.device))
     learner = make_learner(config, loaded, pad_id=2, ranks=ranks)
     reports = [learner.update(rollouts(), tk.Objective.trapo(entropy_coef=0.01), seed=s) for s in range(3)]
     weights = {name: value.clone() for name, value in full_weights(loaded)}
@@ -82,5 +87,49 @@ def stopped(model: str, run_dir: str, *overrides: str) -> None:
         print(reason)
 
 
+def memory(tiny: str, model: str, out: str) -> None:
+    """Loads a model over all ranks and writes it; into OUT-RANK.json go the times of "loaded" and "written", and
+    (time, bytes) of this process's own memory beyond what a tiny model takes."""
+    from trapo.models.loading import load_trained
+    from trapo.models.weights import writer
+    from trapo.runs.ranks import join, leave
+    from trapo.settings.groups import ModelConfig
+    from trapo.tools.memory import give_back
+
+    ranks, seen, marks = join(), [], {}
+
+    def load_and_write(path: str, folder: str) -> None:
+        loaded, tokenizer = load_trained(ModelConfig(path=path), ranks, "float32")
+        marks["loaded"] = time.monotonic()
+        scratch = Path(f"{folder}-weights") if ranks.first else None
+        write = writer(loaded, tokenizer, final=True, scratch=scratch)
+        ranks.once(lambda: write(Path(folder)))
+        marks["written"] = time.monotonic()
+
+    load_and_write(tiny, f"{out}-tiny")
+    gc.collect()
+    give_back()
+    before = _own_memory()
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            seen.append((time.monotonic(), _own_memory() - before))
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    load_and_write(model, out)
+    done.set()
+    watching.join()
+    Path(f"{out}-{ranks.rank}.json").write_text(json.dumps({"marks": marks, "seen": seen}))
+    leave(ranks)
+
+
+def _own_memory() -> int:
+    """Bytes that this process alone has: pages of files do not count, as the machine may take them back."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
 def main() -> None:
-    {"update": update, "train": train, "stopped": stopped}[sys.argv[1]](*sys.argv[2:])
+    {"update": update, "train": train, "stopped": stopped, "memory": memory}[sys.argv[1]](*sys.argv[2:])

@@ -38,9 +38,7 @@ from trapo.evaluation.prior import Prior, load_prior
 from trapo.learner import Learner, Update
 from trapo.models import lora
 from trapo.models.finite import refuse_not_finite
-from trapo.models.loading import check_positions, load_model, load_reference
-from trapo.models.precision import resolve
-from trapo.models.sharding import shard_over
+from trapo.models.loading import check_positions, load_reference, load_trained
 from trapo.modes import Course, Phase, phases
 from trapo.report.display import Display
 from trapo.report.loggers import Loggers, check_loggers
@@ -286,10 +284,10 @@ class Trainer:
         if resume_from is not None:
             source = dataclasses.replace(source, path=str(resume_from.path))
             log(f"continuing {self.run_dir.path} after step {resume_from.step}")
-        model, tokenizer = load_model(source, check=resume_from is None)  # `look` has checked it
-        lora.attach(model, config.lora, base=config.model.path, seed=derive_seed(config.seed, "lora"))
-        shard_over(model, self.ranks, resolve(config.train.precision, model.device))
-        return model, tokenizer
+        seed = derive_seed(config.seed, "lora")
+        adapt = functools.partial(lora.attach, config=config.lora, base=config.model.path, seed=seed)
+        check = resume_from is None  # `look` has checked it
+        return load_trained(source, self.ranks, config.train.precision, check=check, change=adapt)
 
     def _write_in(self, run_dir: RunDir, eval_set: Sequence[EncodedProblem] | None, prior: Prior | None) -> None:
         """Make what writes into the run's folder beside its metrics."""

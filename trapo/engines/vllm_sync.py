@@ -26,6 +26,7 @@ from torch import nn
 
 from trapo.errors import TrapoError
 from trapo.models import lora
+from trapo.models.weight_file import write_weights
 from trapo.models.weights import full_weights
 from trapo.tools.files import write_folder_atomic
 
@@ -101,20 +102,13 @@ class SharedFolder:
 
     def __call__(self, model: nn.Module) -> None:
         if _rank() == 0:
-            write_folder_atomic(self.folder, lambda path: _save(model, path))
+            write_folder_atomic(self.folder, lambda path: write_weights(model, path / "model.safetensors"))
             body = {"method": "trapo_reload", "kwargs": {"path": str(self.folder)}}
             self.server.post("/collective_rpc", body)
             _reset_prefix_cache(self.server)
         else:
-            for _ in full_weights(model):  # gathering takes all ranks
-                pass
+            write_weights(model, None)  # gathering takes all ranks
         _wait_for_all()
-
-
-def _save(model: nn.Module, folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({name: weight.cpu().contiguous() for name, weight in full_weights(model)}, folder / "model.safetensors")
 
 
 class Transfer:

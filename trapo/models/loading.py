@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from transformers import (
 from trapo.errors import TrapoError
 from trapo.models import agreement, lora
 from trapo.models.checkpointing import enable_checkpointing
+from trapo.models.handing_out import load_over
 from trapo.models.precision import resolve
-from trapo.models.sharding import shard_over
 from trapo.runs.manifest import refuse_damaged
 from trapo.runs.ranks import Ranks
 from trapo.settings.groups import ModelConfig
@@ -78,14 +79,37 @@ def _from_pretrained(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTo
     return model, tokenizer
 
 
+def load_trained(
+    config: ModelConfig,
+    ranks: Ranks,
+    precision: str,
+    *,
+    check: bool = True,
+    change: Callable[[PreTrainedModel], object] = lambda model: None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Returns what `load_model` does, sharded over the ranks of the run. precision: as train.precision. change: is done
+    to the model before it is sharded."""
+    device = device_of(config.device)
+    # What checkpointing hooks into a model cannot be sent to other ranks.
+    first = config if ranks.world == 1 else dataclasses.replace(config, device="cpu", gradient_checkpointing=False)
+
+    def build() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        model, tokenizer = load_model(first, check=check)
+        change(model)
+        return model, tokenizer
+
+    model, tokenizer = load_over(build, ranks, resolve(precision, device), device)
+    if first.gradient_checkpointing != config.gradient_checkpointing:
+        enable_checkpointing(model)
+    return model, tokenizer
+
+
 def load_reference(config: ModelConfig, ranks: Ranks, precision: str) -> PreTrainedModel:
     """Returns a frozen copy of a run's initial weights, sharded as the trained ones are. precision: as train.precision.
 
     A run that goes on loads them again.
     """
-    reference = load_model(config)[0].requires_grad_(False)
-    shard_over(reference, ranks, resolve(precision, reference.device))
-    return reference
+    return load_trained(config, ranks, precision, change=lambda model: model.requires_grad_(False))[0]
 
 
 def _check_loaded(path: str, model: PreTrainedModel, info: dict[str, Any]) -> None:

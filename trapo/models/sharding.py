@@ -29,30 +29,44 @@ T = TypeVar("T")
 SHARDS = "shards"  # folder in a checkpoint: trained weights and optimizer state by parameter name, for any world size
 
 
-def shard(model: PreTrainedModel, mesh: Any, precision: str) -> None:
-    """Shard a model in place over a one-dimensional DeviceMesh. precision: float32 or bfloat16."""
+def shard(
+    model: PreTrainedModel,
+    mesh: Any,
+    precision: str,
+    before: Callable[[nn.Module], None] = lambda unit: None,
+    after: Callable[[nn.Module], None] = lambda unit: None,
+) -> None:
+    """Shard a model in place over a one-dimensional DeviceMesh. precision: float32 or bfloat16. before, after: are
+    called with each unit before and after it is sharded."""
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     low = None if precision == "float32" else getattr(torch, precision)
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None)
     for unit in [*decoder_layers(model), model]:
+        before(unit)
         fully_shard(unit, mesh=mesh, mp_policy=policy)
+        after(unit)
     for unit in _units(model):
         assert isinstance(unit, FSDPModule)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
 
 
-def shard_over(model: PreTrainedModel, ranks: Ranks, precision: str) -> None:
-    """Calls `shard` over all ranks of the run; does nothing for one."""
-    if ranks.world == 1:
-        return
+def shard_over(
+    model: PreTrainedModel,
+    ranks: Ranks,
+    precision: str,
+    device: torch.device,
+    before: Callable[[nn.Module], None],
+    after: Callable[[nn.Module], None],
+) -> None:
+    """Calls `shard` over all ranks of a run of several."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    shard(model, init_device_mesh(model.device.type, (ranks.world,)), precision)
-    # The model must be the first of its units that FSDP2 sees running, or a layer takes itself for the root.
-    as_forward(model, lambda: None)
-    model.reshard()  # type: ignore[operator]  # an optimizer must find the shards
+    shard(model, init_device_mesh(device.type, (ranks.world,)), precision, before, after)
+    # The model must be the first of its units that FSDP2 sees running, or a layer takes itself for the root. It does so
+    # here, without a forward, which would gather embedding and head on every rank.
+    model._get_fsdp_state()._lazy_init()  # type: ignore[operator]
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

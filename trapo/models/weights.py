@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trapo.errors import TrapoError
 from trapo.models import lora
 from trapo.models.sharding import is_sharded, whole
+from trapo.models.weight_file import stored, write_weights
 
 Writer = Callable[[Path], None]
 
@@ -27,45 +28,69 @@ def full_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """
     if lora.has_adapter(model):
         lora.check_merged(cast(PreTrainedModel, model))
-    stored = model.state_dict().keys()
-    buffers = ((name, value) for name, value in model.named_buffers() if name in stored)
-    for name, value in [*model.named_parameters(), *buffers]:
-        if ".lora_" in name:  # part of the weight it adapts
-            continue
-        found = lora.merged(model, name, whole(value.detach()))
+    for name, value in stored(model):
+        found = lora.merged(model, name, whole(value))
         if found is not None:
             yield found
 
 
-def writer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, final: bool, keep: bool = True) -> Writer:
+def writer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, final: bool, scratch: Path | None = None
+) -> Writer:
     """Returns what writes the model into a folder, in transformers' layout: with adapters, `final` writes the merged
     model and the adapter in adapter/, else the adapter alone.
 
-    All ranks must ask for it; the first one uses it. keep=False: the caller will not, and needs no copy.
+    All ranks of a sharded model must ask for it; the one that has a scratch file uses it. scratch: a path where that
+    folder will be, for the weights of a sharded model until then. Raises OSError where it cannot be written.
     """
-    if not lora.has_adapter(model):
-        if not is_sharded(model):
-            return lambda path: _write(path, tokenizer, lambda: model.save_pretrained(path))
-        weights = _gathered(model, keep)
-        return lambda path: _write(path, tokenizer, lambda: _save(path, model, weights))
-    adapter = lora.adapter_weights(model)
-    if not final:
+    adapter = lora.adapter_weights(model) if lora.has_adapter(model) else None
+    if adapter is not None and not final:
         return lambda path: _write(path, tokenizer, lambda: lora.save_adapter(path, model, adapter))
-    weights = _gathered(model, keep)
+    save = _saver(model, scratch)
 
     def write(path: Path) -> None:
-        _write(path, tokenizer, lambda: _save(path, model, weights))
-        lora.save_adapter(path / "adapter", model, adapter)
+        _write(path, tokenizer, lambda: save(path))
+        if adapter is not None:
+            lora.save_adapter(path / "adapter", model, adapter)
 
     return write
 
 
-def _gathered(model: PreTrainedModel, keep: bool) -> dict[str, torch.Tensor]:
-    weights: dict[str, torch.Tensor] = {}
-    for name, value in full_weights(model):
-        if keep:
-            weights[name] = value.cpu()
-    return weights
+def _saver(model: PreTrainedModel, scratch: Path | None) -> Writer:
+    """Returns what writes weights and configuration."""
+    if not is_sharded(model):
+        if not lora.has_adapter(model):
+            return model.save_pretrained
+        weights = dict(full_weights(model))
+        return lambda path: _plain(model).save_pretrained(path, state_dict=weights)
+    plain = _plain(model)
+    if is_stored_as_it_is(plain):
+        write_weights(model, scratch)
+        return lambda path: _move_in(path, plain, scratch)
+    # Families whose files hold other tensors than the model (experts one by one) are written by transformers alone.
+    gathered = {name: value.cpu() for name, value in full_weights(model) if scratch is not None}
+    return lambda path: plain.save_pretrained(path, state_dict=gathered)
+
+
+def is_stored_as_it_is(plain: PreTrainedModel) -> bool:
+    """Returns whether transformers writes a model's weights under their own names and in their own shapes. plain: a
+    model on the meta device."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    own = {name: value.detach() for name, value in plain.named_parameters()}
+    try:
+        found = revert_weight_conversion(plain, dict(own))
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return False
+    return {n: v.shape for n, v in found.items()} == {n: v.shape for n, v in own.items()}
+
+
+def _move_in(path: Path, plain: PreTrainedModel, scratch: Path | None) -> None:
+    """Writes the configuration, and moves the weights to it."""
+    assert scratch is not None
+    # A state_dict of one number makes transformers write everything but the weights.
+    plain.save_pretrained(path, state_dict={"none": torch.zeros(1)})
+    scratch.replace(path / "model.safetensors")
 
 
 def _write(path: Path, tokenizer: PreTrainedTokenizerBase, save: Callable[[], None]) -> None:
@@ -73,19 +98,15 @@ def _write(path: Path, tokenizer: PreTrainedTokenizerBase, save: Callable[[], No
     tokenizer.save_pretrained(path)
 
 
-def _named(model: nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Returns the weights that are no buffers of the model."""
-    buffers = {name for name, _ in model.named_buffers()}
-    return ((name, value) for name, value in weights.items() if name not in buffers)
-
-
-def _save(path: Path, model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
-    """Saves the weights through a plain model of the same configuration, without shards or adapters."""
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns a model of the same configuration without shards, adapters or memory. Raises TrapoError where it would
+    have other weights."""
     kind: Any = next(k for k in type(model).__mro__ if not k.__name__.startswith("FSDP"))  # FSDP2's are derived
+    buffers = {name for name, _ in model.named_buffers()}
+    weights = {str(lora.plain_name(name)): value for name, value in stored(model) if name not in buffers}
     with torch.device("meta"):
         plain = kind._from_config(model.config, dtype=next(iter(weights.values())).dtype)
-    names = {name for name, _ in plain.named_parameters()}
-    if wrong := sorted(names ^ {name for name, _ in _named(plain, weights)}):
+    if wrong := sorted({name for name, _ in plain.named_parameters()} ^ weights.keys()):
         raise TrapoError(f"the model's weights are not those of {type(plain).__name__}: {wrong[0]}")
     plain.generation_config = model.generation_config
-    plain.save_pretrained(path, state_dict=weights)
+    return plain

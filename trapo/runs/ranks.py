@@ -68,13 +68,16 @@ class Ranks:
         OSError is raised on all."""
         if self.world == 1:
             return function()
-        found: list[T | TrapoError | OSError] = []
+        import torch.distributed as dist
+
+        found: list[Any] = [None]
         if self.first:
             try:
-                found.append(function())
+                found = [function()]
             except (TrapoError, OSError) as error:
-                found.append(error)
-        (result,) = self.gather(found)
+                found = [error]
+        dist.broadcast_object_list(found, src=0)
+        result: T | TrapoError | OSError = found[0]
         if isinstance(result, (TrapoError, OSError)):
             raise result
         return result

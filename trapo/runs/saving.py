@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,6 +19,7 @@ from trapo.runs.run_dir import RunDir
 from trapo.settings.groups import CheckpointConfig
 
 Note = Callable[[str], None]
+T = TypeVar("T")
 
 
 class Saver:
@@ -60,14 +61,14 @@ class Saver:
         refuse_not_finite(self.model, self.ranks, step, self.step)
         state = {"learner": self.learner.state_dict(), "seconds": seconds, **(more or {})}
         folder = self.run_dir.checkpoints
-        write = writer(self.model, self.tokenizer, final=False, keep=self.ranks.first)
 
-        def save(shards: Path | None) -> None:
+        def save(write: Writer, shards: Path | None) -> None:
             checkpoint.save(folder, step, write, state, shards, self.run_dir.record(self.tree, step))
 
         try:
-            shards = self._save_shards(folder)
-            self.ranks.once(lambda: save(shards))
+            write = self._writer(folder, final=False)
+            shards = self._together(folder, lambda: save_shards(folder, self.model, self.learner.optimizer, self.ranks))
+            self.ranks.once(lambda: save(write, shards))
         except checkpoint.SaveError as error:
             if must:
                 raise
@@ -77,18 +78,24 @@ class Saver:
         self.step = step
         self.prune(note)
 
-    def _save_shards(self, folder: Path) -> Path | None:
+    def _writer(self, folder: Path, *, final: bool) -> Writer:
+        """Returns what writes the model; its weights may lie in a scratch file in the folder until then."""
+        scratch = folder / ".tmp-weights" if self.ranks.first else None
+        return self._together(folder, lambda: writer(self.model, self.tokenizer, final=final, scratch=scratch))
+
+    def _together(self, folder: Path, write: Callable[[], T]) -> T:
+        """Returns what write() gives, which all ranks call. Raises SaveError on all of them when it could not be
+        written on one."""
         failed: list[str] = []
-        shards = None
         try:
-            shards = save_shards(folder, self.model, self.learner.optimizer, self.ranks)
+            found = write()
         except Exception as error:
             if not checkpoint.is_write_error(error) or lost_rank(self.ranks, RuntimeError(str(error))):
                 raise
             failed.append(str(error).strip().splitlines()[0])
         if failed := self.ranks.gather(failed):
             raise checkpoint.SaveError(f"{folder} could not be written: {failed[0]}")
-        return shards
+        return found
 
     def prune(self, note: Note) -> None:
         """Remove the checkpoints that are neither among the newest nor among the best."""
@@ -102,7 +109,7 @@ class Saver:
     def write_final(self, step: int) -> None:
         """Write the final model, in the first rank."""
         refuse_not_finite(self.model, self.ranks, step, self.step)
-        write = writer(self.model, self.tokenizer, final=True, keep=self.ranks.first)
+        write = self._writer(self.run_dir.path, final=True)
         if self.ranks.first:
             checkpoint.write_or_explain(self.run_dir.final, lambda path: _with_manifest(path, write))
 
