@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -68,15 +70,32 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
+def made_once(factory, name: str, make) -> Path:
+    """A folder that `make` fills, for all processes of this run of pytest: the first that wants it makes it."""
+    base = factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, unfinished = base / name, base / f"{name}.unfinished"
+    with open(base / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            shutil.rmtree(unfinished, ignore_errors=True)
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
-def tokenizer():
-    """SmolLM2's own, from the installed weights package."""
+def tokenizer(tmp_path_factory):
+    """SmolLM2's own, from the installed weights package, whose file takes seconds to read."""
     from transformers import AutoTokenizer
 
     from trapo.models.loading import SMOLLM2, find_weights
 
-    weights = find_weights(SMOLLM2)
-    return AutoTokenizer.from_pretrained(str(weights.parent), gguf_file=weights.name)
+    def make(folder):
+        weights = find_weights(SMOLLM2)
+        AutoTokenizer.from_pretrained(str(weights.parent), gguf_file=weights.name).save_pretrained(folder)
+
+    return AutoTokenizer.from_pretrained(made_once(tmp_path_factory, "tokenizer", make))
 
 
 @pytest.fixture(scope="session")
@@ -84,11 +103,13 @@ def tiny_model_path(tmp_path_factory, tokenizer) -> Path:
     """A folder with a 2-layer Llama of random weights and SmolLM2's tokenizer: fast, and everything else real."""
     from tiny_models import tiny_llama
 
-    path = tmp_path_factory.mktemp("tiny-model")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    tiny_llama(tokenizer, **sizes).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+
+    def make(folder):
+        tiny_llama(tokenizer, **sizes).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return made_once(tmp_path_factory, "tiny-model", make)
 
 
 @pytest.fixture

@@ -138,7 +138,7 @@ def test_an_equal_objective_made_anew_is_the_same_graph(dynamic):
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(4):
             compiled(hidden, weight, tk.Objective.grpo(clip_low=0.1, entropy_coef=0.1))
-    for bonus in (0.1, 0.2, 0.3):
+    for bonus in (0.1, 0.2):
         o = tk.Objective.grpo(entropy_coef=bonus)
         assert_equal(results(compiled, hidden, weight, o), results(loss, hidden, weight, o))
 

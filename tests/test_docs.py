@@ -139,10 +139,15 @@ TROUBLE = (ROOT / "docs/troubleshooting.md").read_text("utf-8")
     re.findall(r"^\$ trapo (.+)\n(trapo: .+)$", TROUBLE, re.MULTILINE),
     ids=lambda text: text[:40],
 )
-def test_the_command_line_answers_as_the_page_on_troubles_says(command, message, tmp_path, monkeypatch, capsys):
+def test_the_command_line_answers_as_the_page_on_troubles_says(
+    command, message, tiny_model_path, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.jsonl").write_text('{"question": "1 + 1?", "solution": "2"}\n')
-    monkeypatch.setattr("sys.argv", ["trapo", *shlex.split(command)])
+    program, *words = shlex.split(command)
+    # SmolLM2's file takes a quarter of a minute to read.
+    model = [f"model.path={tiny_model_path}"] if program == "train" and "model.path" not in command else []
+    monkeypatch.setattr("sys.argv", ["trapo", program, *words, *model])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2

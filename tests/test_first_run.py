@@ -19,7 +19,7 @@ COMMANDS = [shlex.split(line) for line in re.findall(r"^\$ (.+)$", PAGE, re.MULT
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_model_path):
-    """Everything that the page makes, with a model of two layers in the place of SmolLM2."""
+    """Everything that the page makes, with a model of two layers in the place of SmolLM2, and shorter answers of it."""
     folder = tmp_path_factory.mktemp("first-run")
     for name, content in FILES:
         (folder / name).write_text(content)
@@ -29,7 +29,7 @@ def folder(tmp_path_factory, tiny_model_path):
             continue
         assert program == "trapo"
         if arguments[0] in ("eval", "train"):
-            arguments += [f"model.path={tiny_model_path}", "train.threads=1"]
+            arguments += [f"model.path={tiny_model_path}", "train.threads=1", "rollout.max_response_tokens=16"]
         done = forked.run("trapo.tools.command:main", arguments, cwd=folder, timeout=240)
         assert done.returncode == 0, (arguments, done.stdout[-2000:], done.stderr[-2000:])
     return folder

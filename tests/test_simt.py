@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
 import subprocess
+import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -116,15 +119,31 @@ class Mutant:
     quick: bool = True
 
     def program(self) -> Path:
-        folder = build.BUILD / "mutants" / self.name.replace(" ", "-") / "cuda"
-        shutil.rmtree(folder.parent, ignore_errors=True)
+        folder = build.BUILD / "mutants" / self._key()
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=build.BUILD) as unfinished:
+                source = Path(unfinished) / "mutant"
+                self._write(source / "cuda")
+                with contextlib.suppress(OSError):  # another process was first
+                    folder.parent.mkdir(exist_ok=True)
+                    source.rename(folder)
+        # Without optimization they compile in half the time, and show as much.
+        return build.check(self.checker, folder / "cuda", ["-O0", "-DSIMT_FEW_DTYPES"])
+
+    def _key(self) -> str:
+        """Of what it is made of, so that it is made once."""
+        content = hashlib.sha256(repr((self.file, self.old, self.new)).encode())
+        for path in [*sorted(build.CUDA.iterdir()), build.CUDA.parent / "row_math.h"]:
+            content.update(path.read_bytes())
+        return f"{self.name.replace(' ', '-')}-{content.hexdigest()[:16]}"
+
+    def _write(self, folder: Path) -> None:
         shutil.copytree(build.CUDA, folder)
         shutil.copy(build.CUDA.parent / "row_math.h", folder.parent)
         _replace(folder / self.file, self.old, self.new)
         # Two dtypes are enough here and compile in half the time.
         _replace(folder / "row_kernels.cu", "if (dtype == Dtype::kFloat64) return run(double{});", "")
         _replace(folder / "row_kernels.cu", "if (dtype == Dtype::kFloat16) return run(__half{});", "")
-        return build.check(self.checker, folder, ["-DSIMT_FEW_DTYPES"])
 
 
 def _replace(path: Path, old: str, new: str) -> None:
