@@ -441,7 +441,7 @@ def test_predicted_minimisers_meet_the_optimality_conditions():
 
 
 def test_descent_finds_the_predicted_minimiser():
-    for row in exact.proposition("two modes (0.6, 0.3, ten of 0.01)"):
+    for row in exact.proposition("two modes (0.6, 0.3, ten of 0.01)", steps=2000):
         assert -1e-9 < row["loss_of_found_minus_predicted"] < 1e-3
         assert row["total_variation_found_vs_predicted"] < 0.01
 

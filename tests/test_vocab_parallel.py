@@ -5,42 +5,27 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
+import forked
 import pytest
 from kernel_cases import DEVICE
+from rank_processes import free_port
 from vocab_parallel_ranks import CHECKS
-
-SCRIPT = Path(__file__).with_name("vocab_parallel_ranks.py")
-
-
-def start(rank: int, world: int, port: int) -> subprocess.Popen:
-    environment = {
-        **os.environ,
-        "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
-    }  # fmt: skip
-    command = [sys.executable, str(SCRIPT)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
 
 # Of one GPU there is one rank: its collectives are real ones, and nothing changes hands.
 WORLDS = [2, 4] if DEVICE == "cpu" else [1]
 
 
 def run(world: int) -> list[dict[str, str | None]]:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    running = [start(rank, world, port) for rank in range(world)]
+    port, ranks = free_port(), []
+    for rank in range(world):
+        place = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = place | {"OMP_NUM_THREADS": 1, "GLOO_SOCKET_IFNAME": "lo"}
+        ranks.append(forked.Command("vocab_parallel_ranks:main", [], environment=environment))
     reports = []
-    for process in running:
-        out, err = process.communicate(timeout=600)
-        lines = out.strip().splitlines()
-        assert lines, err[-3000:]
+    for done in forked.run_together(ranks, timeout=600):
+        lines = done.stdout.strip().splitlines()
+        assert lines, done.stderr[-3000:]
         reports.append(json.loads(lines[-1]))
     return reports
 
