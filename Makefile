@@ -113,16 +113,16 @@ test-cuda-torch: $(CUDA)/.installed
 	    tests/test_conformance.py -k "cuda or backends or preset or changes_nothing or of_ten_thousand"
 	cd $(CUDA_TREE) && ../../$(CUDA)/bin/python -m pytest -q -m slow tests/test_gpu_evidence.py
 
-# What the extras ask for can be installed together: pip resolves it, and installs nothing. CI tries the two pairs that pull
-# against each other.
-EXTRAS := train log bench integrations lora docs dev train+vllm train+vllm-cpu
+# What the extras ask for can be installed together, and beside the peers at the versions that the docs name: uv resolves
+# every pair, and installs nothing.
+EXTRAS :=
 
-test-extras: $(STAMP)
-	mkdir -p build
-	for extras in $(EXTRAS); do \
-	    $(BIN)/python tests/extras.py $$(echo $$extras | tr + ' ') > build/extras.txt && $(BIN)/pip install -q \
-	    --disable-pip-version-check --dry-run --ignore-installed -r build/extras.txt || exit 1; \
-	done
+$(VENV)/.uv: $(STAMP)
+	$(BIN)/pip install -q --disable-pip-version-check "uv>=0.9"
+	touch $@
+
+test-extras: $(VENV)/.uv
+	$(BIN)/python tests/extras.py $(BIN)/uv $(EXTRAS)
 
 # A release as users get it: the sdist, and the wheel that is built from it for the torch of .venv, with a build tag that tells
 # wheels of one version for several torches apart. Two minutes on two cores. cibuildwheel does the same (pyproject.toml).
