@@ -73,6 +73,27 @@ def test_the_gradient_of_the_head_is_not_rounded_to_16_bits(backend):
     assert torch.equal(weight.grad.bfloat16(), narrow.grad)  # the same sums, rounded
 
 
+ids, teacher = torch.arange(4).expand(N, 4), torch.full((N, 4), -2.0)
+RECOMPUTED = {
+    "divergence": lambda h, w, t: LOSSES["divergence"](h, w, None, t, "torch"),
+    "columns": lambda h, w, t: LOSSES["logprobs"](h, w, None, t, "triton"),
+    "support": lambda h, w, t: tk.linear_support_logprobs(h, w, ids, backend="triton").tail.sum(),
+    "top-k": lambda h, w, t: tk.linear_topk_divergence(h, w, ids, teacher, backend="triton").loss,
+}
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_nor_is_that_of_a_divergence_or_of_blocks_of_columns(name):
+    if name != "divergence" and not tk.backends()["triton"].available:
+        pytest.skip(tk.backends()["triton"].missing)
+    hidden, weight, _, targets = case(torch.bfloat16, bias=False)
+    RECOMPUTED[name](hidden, weight, targets).backward()
+    narrow = weight.detach().bfloat16().requires_grad_()
+    RECOMPUTED[name](hidden.detach(), narrow, targets).backward()
+    assert not torch.equal(weight.grad, weight.grad.bfloat16().float())
+    assert (weight.grad - narrow.grad.float()).norm() <= 4e-3 * weight.grad.norm()
+
+
 @pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
 def test_autocast_gives_the_same(backend):
     hidden, weight, bias, targets = case(torch.bfloat16)

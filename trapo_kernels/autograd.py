@@ -190,7 +190,7 @@ class StreamedLogprobs(torch.autograd.Function):
             assert weight is not None
             recompute = columns.Recompute(
                 job.kernel, job.head, selection.counting(selection.take(hidden)), weight, bias, targets, stats,
-                torch.zeros_like(stats.logprobs) if g_lp is None else g_lp, g_entropy,
+                torch.zeros_like(stats.logprobs) if g_lp is None else g_lp, g_entropy, weight_dtype=params[1].dtype,
             )  # fmt: skip
             d_hidden, *others = recompute.gradients(job.wants)
             grads = (None if d_hidden is None else selection.spread(d_hidden), *others)

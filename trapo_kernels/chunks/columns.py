@@ -3,7 +3,7 @@
     for columns in blocks:
         x = scale · (hidden W[columns]ᵀ + b[columns])    GEMM, into one reused buffer                        [n, B]
         row kernel: x becomes scale · dL/dx in place     with the statistics that the forward kept
-        d_W[columns] = xᵀ hidden                         GEMM, written once, in W's dtype                    [B, D]
+        d_W[columns] = xᵀ hidden                         GEMM, written once, in W's own dtype                [B, D]
         d_hidden += x W[columns]                         GEMM, accumulated in fp32 (fp64 for fp64)           [n, D]
 
 For losses whose gradients cannot be made in the forward: what is differentiable is the logprobs, and the slopes come
@@ -105,7 +105,8 @@ def pays(rows: int, vocab: int, itemsize: int, device_type: str) -> bool:
 @dataclass(frozen=True)
 class Recompute:
     """Is a backward pass: compact hidden [n, D], weight [V, D], bias [V] or None; everything per row is compact [n].
-    `support`: ids [n, K] and the derivatives of the loss by their logits [n, K]; the others are then of the rest."""
+    `support`: ids [n, K] and the derivatives of the loss by their logits [n, K]; the others are then of the rest.
+    `weight_dtype`: of d_weight, where the parameter has more digits than the weight that is multiplied here."""
 
     kernel: RowKernel
     head: Head
@@ -117,21 +118,31 @@ class Recompute:
     g_lp: Tensor
     g_entropy: Tensor | None
     support: tuple[Tensor, Tensor] | None = None
+    weight_dtype: torch.dtype | None = None
 
     def gradients(self, wants: tuple[bool, ...]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Returns (d_hidden [n, D], d_weight [V, D], d_bias [V]) of those `wants` names; the last is in fp32."""
         hidden, weight, wide = self.hidden, self.weight, stats_dtype(self.hidden.dtype)
         d_hidden = torch.zeros_like(hidden, dtype=wide) if wants[0] else None
-        d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wants[1] else None
+        d_weight = self._new_weight_gradient() if wants[1] else None
         d_bias = weight.new_empty(weight.shape[0], dtype=wide) if wants[2] else None
         for columns, dx in self._blocks():
-            if d_weight is not None:
+            if d_weight is not None and d_weight.dtype == dx.dtype:
                 torch.mm(dx.t(), hidden, out=d_weight[columns])
+            elif d_weight is not None:
+                _add_product(d_weight[columns], dx.t(), hidden)
             if d_bias is not None:
                 _column_sums(dx, d_bias[columns])
             if d_hidden is not None:
                 _add_product(d_hidden, dx, weight[columns])
         return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias
+
+    def _new_weight_gradient(self) -> Tensor:
+        """Returns what is written over where it has the products' dtype, and what they are added to where it is
+        wider."""
+        if self.weight_dtype in (None, self.weight.dtype):
+            return torch.empty_like(self.weight, memory_format=torch.contiguous_format)
+        return self.weight.new_zeros(self.weight.shape, dtype=self.weight_dtype)
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yields (columns, the gradient of their logits [n, B])."""

@@ -71,7 +71,7 @@ def run_backward(
         assert weight is not None
         recompute = columns.Recompute(
             job.kernel, job.head, selection.counting(selection.take(hidden)), weight, bias, targets_of(ids), stats,
-            -g_outside, g_entropy, support=(ids, g_inside),
+            -g_outside, g_entropy, (ids, g_inside), None if params[1] is None else params[1].dtype,
         )  # fmt: skip
         d_hidden, *others = recompute.gradients(job.wants)
         return None if d_hidden is None else selection.spread(d_hidden), *others
