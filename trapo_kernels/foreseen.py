@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .arguments import validate
+from .arguments.temperatures import into_hidden
 from .autograd import Ask, Job, StreamedLogprobs, apply, check_backward, finish_all, run_loss
 from .backends.base import RowKernel, RowStats
 from .batch import Batch, make_batch
@@ -68,7 +69,7 @@ def token_outputs(
     statistics: Sequence[str] = (),
     foreseen: Foreseen | None = None,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
@@ -86,8 +87,9 @@ def token_outputs(
         TypeError, ValueError: as `linear_logprobs`.
     """
     caller = "token_outputs"
+    hidden, left = into_hidden(caller, hidden, temperature, bias, softcap)
     head = validate.check_head(
-        caller, temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
+        caller, temperature=left, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
     )
     call = call_of_linear(caller, head, hidden, weight, bias, targets, backend)
     names, shape = check_statistics(caller, statistics), targets.shape

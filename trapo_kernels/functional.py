@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .arguments import validate
+from .arguments.temperatures import into_hidden, of_tokens
 from .batch import Batch, PolicyLoss, active_tokens, make_batch
 from .call import Call, call_of_linear, call_of_logits, over_shards
 from .objective import Objective
@@ -42,7 +43,7 @@ def linear_logprobs(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
@@ -62,7 +63,8 @@ def linear_logprobs(
         targets: [...] int64 in [0, V), or ignore_index: 0 and no gradient there.
         bias: [V], of hidden's dtype and device.
         temperature, softcap, logit_scale: z = softcap · tanh(logit_scale · (h Wᵀ + b) / softcap) / temperature.
-            Numbers; a 0-dim tensor is read, which waits for a device.
+            Numbers; a 0-dim tensor is read, which waits for a device. The temperature may be a tensor [...], or one per
+            sequence, of constants, where there is no bias and no soft-cap; on a device one not above 0 gives NaN.
         entropy: also return the entropy of each token's distribution.
         backend: "torch", "reference", ...; None = the fastest here. See `backends()`.
         group: a ProcessGroup whose ranks hold the rows of weight (and bias) in order, in parts of any size; hidden and
@@ -84,12 +86,13 @@ def linear_logprobs(
     hidden, weight, bias, group = vocab_parallel.local_parts(caller, hidden, weight, bias, group)
 
     def prepare() -> tuple[Call, dict[str, Any]]:
+        states, left = into_hidden(caller, hidden, temperature, bias, softcap)
         head = validate.check_head(
-            caller, temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
+            caller, temperature=left, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
         )
-        call = call_of_linear(caller, head, hidden, weight, bias, targets, backend, group)
+        call = call_of_linear(caller, head, states, weight, bias, targets, backend, group)
         validate.check_flag(caller, "entropy", entropy)
-        return call, {} if group is None else call.facts(targets, entropy)
+        return call, {} if group is None else call.facts(targets, entropy, temperatures=of_tokens(temperature))
 
     call, sizes = over_shards(caller, group, weight, prepare)
     return _logprobs(caller, call if group is None else call.sharded(group, sizes), targets, entropy)
@@ -143,7 +146,7 @@ def linear_statistics(
     statistics: Sequence[str],
     *,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
@@ -160,8 +163,9 @@ def linear_statistics(
         TypeError, ValueError: as `linear_logprobs`.
     """
     caller = "linear_statistics"
+    hidden, left = into_hidden(caller, hidden, temperature, bias, softcap)
     head = validate.check_head(
-        caller, temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
+        caller, temperature=left, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
     )
     call = call_of_linear(caller, head, hidden, weight, bias, targets, backend)
     names = check_statistics(caller, statistics)
@@ -193,7 +197,7 @@ def linear_policy_loss(
     grad_tolerance: float = 0.0,
     weight_grad: Tensor | None = None,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
@@ -267,10 +271,11 @@ def linear_policy_loss(
     ref = validate.under_autocast(ref_hidden, ref_weight, ref_bias)
 
     def prepare() -> tuple[tuple[Call, Batch, float], dict[str, Any]]:
+        states, left = into_hidden(caller, hidden, temperature, bias, softcap)
         head = validate.check_head(
-            caller, temperature=temperature, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
+            caller, temperature=left, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
         )
-        call = call_of_linear(caller, head, hidden, weight, bias, targets, backend, group, weight_grad)
+        call = call_of_linear(caller, head, states, weight, bias, targets, backend, group, weight_grad)
         batch = make_batch(
             caller, objective, targets, head, vocab=call.columns if group is None else None, dtype=call.stats_dtype,
             divisors={"normalizer": normalizer, "expert_normalizer": expert_normalizer}, floats=floats, masks=masks,
@@ -279,8 +284,11 @@ def linear_policy_loss(
         made = call, batch, validate.check_grad_tolerance(caller, grad_tolerance)
         if group is not None:
             facts = batch.facts(caller, {**floats, **masks, "sequence_ids": sequence_ids})
+            facts["temperatures"] = of_tokens(temperature)
             return made, call.facts(targets, settings=(skip_inactive, made[2], weight_grad is None), **facts)
         validate.check_reference(caller, ref, targets, objective.reference_head, call.columns)
+        if objective.reference_head and of_tokens(temperature) is not None:
+            raise ValueError(f"{caller}: temperature must be a number for expert='asft'; got one per token")
         return made, {}
 
     (call, batch, tolerance), sizes = over_shards(caller, group, weight, prepare)

@@ -59,7 +59,14 @@ DASHES = ["solid", "dash", "dot", "dashdot"]
 # From no guidance to a whole trace: grey, then darker to lighter, by the share of the trace.
 UNGUIDED, _GUIDED = "#8b95a5", ["#3f6fd1", "#8b5fd3", "#d0528f", "#ee8a3c", "#e6c229"]
 OUTSIDE, INSIDE = "#d9640a", "#1f86d1"  # of the trust region
-PARTS = {"generate": "#1f86d1", "reward": "#c99700", "logprobs": "#c774a4", "collect": "#6aaee0", "update": "#d9640a"}
+PARTS = {
+    "generate": "#1f86d1",
+    "reward": "#c99700",
+    "logprobs": "#c774a4",
+    "teacher": "#12a37c",
+    "collect": "#6aaee0",
+    "update": "#d9640a",
+}
 
 
 def run_colour(index: int) -> str:

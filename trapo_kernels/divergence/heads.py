@@ -27,16 +27,17 @@ from torch.nn import functional as F
 from .. import reference
 from ..arguments import validate
 from ..arguments.scalars import filled, number, shown
+from ..arguments.temperatures import into_hidden
 from ..autograd import apply, check_backward, finish_all
 from ..backends.base import stats_dtype
 from ..backends.dispatch import backend_name, pick
-from ..call import Params, wanted
+from ..call import Params, in_one_dtype, wanted
 from ..chunks.budget import chunk_rows
 from ..chunks.buffers import logits_buffer
 from ..chunks.selection import Selection
 from ..chunks.sources import LinearSource, LogitsSource, Source
 from ..head import Head
-from .references import References, as_lists, check_reference, frozen, references, shares_of
+from .references import References, as_lists, at_temperatures, check_reference, frozen, references, shares_of
 from .rows import KINDS, Rows, scratch_bytes
 
 __all__ = ["KINDS", "Divergence", "Job", "anchor", "linear_divergence", "run", "weighted_sum"]
@@ -80,7 +81,7 @@ def linear_divergence(
     ref_bias: Tensor | Sequence[Tensor | None] | None = None,
     ref_logits: Tensor | None = None,
     ref_shares: Sequence[float] | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ref_options: Mapping[str, float | None] | None = None,
@@ -104,7 +105,8 @@ def linear_divergence(
         weights: [...] of the tokens, constants; None = 1.
         normalizer: a number above 0 or 0-dim tensor (where 0 counts as 1), a constant; None = the number of tokens in
             the mask, or 1.
-        temperature, softcap, logit_scale: of both heads.
+        temperature, softcap, logit_scale: of both heads. A temperature of each token as in `linear_logprobs`; not of
+            ref_logits, which can be divided before.
         ref_logits: [..., V] of a reference that has no head here, in place of ref_hidden and ref_weight:
             log-probabilities do as well. The head's options apply to them; see ref_options.
         ref_shares: the weight of each of several references, at least 0; None = the same for all, 1 in sum.
@@ -115,14 +117,17 @@ def linear_divergence(
         TypeError, ValueError: one line naming the argument, what it accepts and what it got.
     """
     caller = "linear_divergence"
-    options = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
-    head = validate.check_head(caller, **options)
-    hidden, weight, bias = validate.one_dtype(hidden, weight, bias)
-    refs = references(caller, ref_hidden, ref_weight, ref_bias, ref_logits)
     others = {} if ref_options is None else ref_options
+    hidden, left = into_hidden(caller, hidden, temperature, bias, softcap)
+    options = {"temperature": left, "softcap": softcap, "logit_scale": logit_scale}
+    head = validate.check_head(caller, **options)
+    hidden, weight, bias = validate.under_autocast(hidden, weight, bias)
+    refs = references(caller, ref_hidden, ref_weight, ref_bias, ref_logits)
     if not isinstance(others, Mapping) or not set(others) <= set(options):
         raise TypeError(f"{caller}: ref_options must map some of {', '.join(options)} to numbers; got {shown(others)}")
-    ref_head = validate.check_head(f"{caller}: ref_options", **{**options, **others})
+    of_refs: dict[str, Any] = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale, **others}
+    refs, of_refs["temperature"] = at_temperatures(caller, refs, of_refs["temperature"], of_refs["softcap"])
+    ref_head = validate.check_head(f"{caller}: ref_options", **of_refs)
     beta, shares = _check_beta(caller, beta), shares_of(caller, ref_shares, len(refs))
     _check(caller, (hidden, weight, bias), refs, kind)
     shape = hidden.shape[:-1]
@@ -162,7 +167,7 @@ def anchor(
     streamed: bool,
 ) -> Tensor:
     """Returns Σ weights · KL(reference ‖ student) / normalizer over rows that are chosen, with compact weights [n]."""
-    params = validate.one_dtype(*params)
+    params = validate.under_autocast(*params)
     refs = (validate.one_dtype(*ref),)
     _check(caller, params, refs, "forward_kl")
     wants = wanted(params)
@@ -221,7 +226,7 @@ def _materialise(job: Job, refs: References, *params: Any) -> tuple[Tensor, Tens
         z = z * head.scale
         return F.log_softmax(z if head.cap is None else head.cap * torch.tanh(z / head.cap), -1)
 
-    log_pi = log_softmax(job.head, *params)
+    log_pi = log_softmax(job.head, *in_one_dtype(params))
     # A token without weight has no gradient, where its divergence is infinite either.
     log_pi = torch.where((job.weights != 0)[:, None], log_pi, log_pi.detach())
     found = [_of_two(job, log_softmax(job.ref_head, *ref).to(job.weights.dtype), log_pi) for ref in refs]
@@ -287,7 +292,9 @@ class _StreamedDivergence(torch.autograd.Function):
 
 def run(job: Job, refs: References, params: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Returns divergences of the compact rows [n], and the gradients of their weighted sum."""
-    hidden, weight, bias = params
+    hidden, weight, bias = in_one_dtype(params)
+    assert hidden is not None
+    assert weight is not None
     selection, counting = job.selection, job.selection.counting
     source = LinearSource(counting(hidden), weight, bias, job.head, selection, wants=job.wants, wide_chunks=True)
     others = [_source(job, ref) for ref in refs]

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ..arguments import validate
 from ..arguments.scalars import number, shown
+from ..arguments.temperatures import into_hidden, of_tokens
 from ..call import Params
 
-__all__ = ["References", "as_lists", "check_reference", "from_lists", "frozen", "references", "shares_of"]
+__all__ = ["References", "as_lists", "at_temperatures", "check_reference", "from_lists", "frozen", "references"]
+__all__ += ["shares_of"]
 
 # Of each (hidden [..., D'], weight [V, D'], bias [V] or None), or (logits [..., V],)
 References = tuple[Params, ...]
@@ -36,6 +38,24 @@ def references(caller: str, hidden: Any, weight: Any, bias: Any, logits: Any) ->
             got = f"{len(value)}" if isinstance(value, (list, tuple)) else type(value).__name__
             raise ValueError(f"{caller}: {name} must be a list, one for each of some references; got {got}")
     return tuple(validate.one_dtype(*each) for each in zip(hidden, weight, bias, strict=True))
+
+
+def at_temperatures(caller: str, refs: References, temperature: Any, softcap: Any) -> tuple[References, Any]:
+    """Returns (references, the number that is left of the temperature), with a temperature of each token in their
+    hidden states.
+
+    Raises:
+        TypeError, ValueError: as `into_hidden`, or a reference has logits instead.
+    """
+    if of_tokens(temperature) is None:
+        return refs, temperature
+    if any(len(ref) == 1 for ref in refs):
+        raise ValueError(f"{caller}: temperature must be a number for ref_logits; got {shown(temperature)}")
+    found = []
+    for first, weight, bias in refs:
+        first, _ = into_hidden(f"{caller}: ref_hidden", first, temperature, bias, softcap)
+        found.append((first, weight, bias))
+    return tuple(found), 1.0
 
 
 def shares_of(caller: str, shares: Sequence[float] | None, count: int) -> tuple[float, ...]:

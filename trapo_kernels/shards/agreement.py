@@ -29,7 +29,7 @@ _SETTINGS = (
 )  # fmt: skip
 _TENSORS = (
     "targets", "mask", "expert_mask", "advantages and policy_weights", "old_logprobs", "ref_logprobs",
-    "rollout_logprobs", "sequence_ids", "normalizer", "gradients",
+    "rollout_logprobs", "sequence_ids", "normalizer", "gradients", "temperatures",
 )  # fmt: skip
 _NAMES = (*_NUMBERS, *_SETTINGS, *_TENSORS)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import reference
 from ..arguments import validate
+from ..arguments.temperatures import into_hidden, of_tokens
 from ..autograd import apply
 from ..backends.base import RowKernel
 from ..call import Call, Named, call_of_head, in_one_dtype, over_shards, wanted
@@ -60,7 +61,7 @@ def linear_support_logprobs(
     restrict: bool = False,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     entropy: bool = False,
@@ -128,13 +129,16 @@ def prepare(
     hidden, weight, bias, group = vocab_parallel.local_parts(caller, hidden, weight, bias, group)
 
     def check() -> tuple[Call, dict[str, Any]]:
-        head = validate.check_head(caller, **options)
+        given = options["temperature"]
+        states, left = into_hidden(caller, hidden, given, bias, options["softcap"])
+        head = validate.check_head(caller, **{**options, "temperature": left})
         vocab = weight.shape[0] if group is None and isinstance(weight, Tensor) and weight.ndim else None
         call = call_of_head(
-            caller, head, hidden, weight, bias, backend, group, lambda h: validate.check_ids(caller, ids, h, vocab)
+            caller, head, states, weight, bias, backend, group, lambda h: validate.check_ids(caller, ids, h, vocab)
         )
         masks = validate.check_token_inputs(caller, hidden[..., 0], {}, {"mask": mask}, "hidden")[1]
-        found = {} if group is None else call.facts(ids, settings, mask=masks["mask"], given=mask is None, **inputs)
+        common = {**inputs, "mask": masks["mask"], "temperatures": of_tokens(given)}
+        found = {} if group is None else call.facts(ids, settings, given=mask is None, **common)
         return call, found
 
     call, sizes = over_shards(caller, group, weight, check)

@@ -48,7 +48,7 @@ def linear_topk_divergence(
     weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     backend: str | None = None,
