@@ -388,7 +388,7 @@ def test_keys_of_a_teacher_that_do_not_go_together_are_one_line(overrides, line)
 
 @pytest.mark.parametrize(
     ("overrides", "count"),
-    [([], 1), (["guidance.group_size=3"], 3), (["guidance.sizes=[2, 1, 1, 1]"], 5), (["objective.policy=clip"], 8)],
+    [([], 1), (["guidance.group_size=3"], 3), (["guidance.sizes=[2, 1]"], 3), (["objective.policy=clip"], 8)],
 )
 def test_a_prompt_has_one_rollout_unless_more_are_asked_for(overrides, count):
     (phase,) = phases(merge_config({}, ["mode=self_distill", *overrides]))

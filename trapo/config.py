@@ -165,6 +165,14 @@ def _check_together(config: Config) -> None:
             "objective.tis_cap: needs the engine's log-probabilities, which rollout.engine=hf does not give "
             "(it generates with the learner's own module); accepted: vllm, vllm_server"
         )
+    for name in ("top_p", "min_p"):
+        if (value := getattr(config.rollout, name)) is not None and config.rollout.top_k is None:
+            raise TrapoError(f"rollout.{name}: got {value} without rollout.top_k, which bounds what a token may be of")
+    if config.rollout.top_k is not None and config.rollout.engine != "hf":
+        raise TrapoError(
+            f"rollout.top_k: got {config.rollout.top_k} with rollout.engine={config.rollout.engine}; the loss needs to "
+            "know what a token was sampled from, which only hf says"
+        )
     if (config.rollout.engine == "vllm_server") != (config.rollout.server_url is not None):
         raise TrapoError(
             f"rollout.server_url: got {config.rollout.server_url} with rollout.engine={config.rollout.engine}; "

@@ -34,6 +34,7 @@ from trapo.batching import (
     pack,
     refuse_unsampled,
     share,
+    supports_of,
     target_logprobs,
     with_entropy_mean,
 )
@@ -335,6 +336,7 @@ class Learner:
         values = {name: [target_logprobs(r, name) for r in group.rollouts] for name in compared}
         others: dict[str, Any] = {name: batch.spread(rows or [None]) for name, rows in values.items()}
         known = None if self.tutor is None else self.tutor.teacher.know(group.rollouts)
+        support = supports_of(batch, group.rollouts)
 
         def policy_loss(hidden: torch.Tensor, head: LinearHead) -> tk.PolicyLoss:
             return tk.linear_policy_loss(
@@ -347,7 +349,8 @@ class Learner:
                 mask=batch.mask,
                 normalizer=by.own,
                 expert_normalizer=by.expert,
-                weight_grad=main_grad(self.model, head.weight, hidden),
+                weight_grad=main_grad(self.model, head.weight, hidden) if support is None else None,
+                support=support,
                 sequence_ids=batch.sequence_ids if objective.needs_sequences else None,
                 temperature=self.temperature,
                 **others,
@@ -384,7 +387,8 @@ class Learner:
         found: list[tuple[int, torch.Tensor]] = []
         for group in self._micro_batches(rollouts):
             batch = self._batch(group)
-            logprobs = as_forward(model, functools.partial(self._batch_logprobs, model, batch, entropy))
+            support = supports_of(batch, group.rollouts)
+            logprobs = as_forward(model, functools.partial(self._batch_logprobs, model, batch, entropy, support))
             # Across ranks a rollout is known by its place.
             rows = zip(group.rollouts, batch.rows(logprobs), strict=bool(group.rollouts))
             found += [(place[id(r)], row) for r, row in rows]
@@ -392,12 +396,14 @@ class Learner:
             found = self.ranks.gather([(i, row.cpu()) for i, row in found])
         return [row for _, row in sorted(found, key=lambda pair: pair[0])]
 
-    def _batch_logprobs(self, model: PreTrainedModel, batch: Batch, entropy: bool = False) -> torch.Tensor:
+    def _batch_logprobs(
+        self, model: PreTrainedModel, batch: Batch, entropy: bool, support: torch.Tensor | None
+    ) -> torch.Tensor:
         """Returns [B, T]; 0 outside the loss."""
         hidden, head = self._hidden_and_head(model, batch)
         targets = batch.targets.masked_fill(~batch.mask, -100)
         found = tk.linear_logprobs(
-            hidden, head.weight, targets, temperature=self.temperature, entropy=entropy, **head.options
+            hidden, head.weight, targets, temperature=self.temperature, entropy=entropy, support=support, **head.options
         )
         return found.logprobs if found.entropy is None else found.entropy
 

@@ -44,6 +44,7 @@ class Rollout:
     detail: str = ""  # what went wrong, where the status is another one
     # Log-probabilities that the trained model's are compared with.
     rollout_logprobs: tuple[float, ...] | None = None  # the engine's of own_ids, as sampled; None: it gives none
+    supports: tuple[tuple[int, ...], ...] | None = None  # the ids that own_ids were sampled from; None: from all
     old_logprobs: torch.Tensor | None = None  # [len − 1] fp32 of all targets, before the update; set by Learner.update
     ref_logprobs: torch.Tensor | None = None  # [len − 1] fp32, the reference model's; set by Learner.update
 
@@ -113,13 +114,13 @@ def _generate(
     keep: whether later micro-groups begin with these contexts."""
     open_ended = [r for r in rollouts if not r.finished and len(r.prefix_ids) < max_response_tokens]
     requests = [
-        Request(r.problem.prompt_ids + r.prefix_ids, max_response_tokens - len(r.prefix_ids), keep=keep)
+        Request(r.problem.prompt_ids + r.prefix_ids, max_response_tokens - len(r.prefix_ids), truncated=True, keep=keep)
         for r in open_ended
     ]
     completions: list[Completion] = engine.generate(requests, temperature=temperature, seed=seed) if requests else []
     for rollout, completion in zip(open_ended, completions, strict=True):
         rollout.own_ids, rollout.finished = completion.token_ids, completion.finished
-        rollout.rollout_logprobs = completion.logprobs
+        rollout.rollout_logprobs, rollout.supports = completion.logprobs, completion.supports
 
 
 def group_advantages(

@@ -16,6 +16,7 @@ from .objective import Objective
 from .paths import batch_of_logprobs, from_values, policy_loss, two_passes, values_of_targets
 from .shards import vocab_parallel
 from .statistics import check_statistics
+from .support.restricted import logprobs_in, policy_loss_in, refuse_beside
 
 __all__ = [
     "PolicyLoss",
@@ -48,6 +49,7 @@ def linear_logprobs(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     entropy: bool = False,
+    support: Tensor | None = None,
     backend: str | None = None,
     group: Any = None,
 ) -> TokenLogprobs:
@@ -66,6 +68,9 @@ def linear_logprobs(
             Numbers; a 0-dim tensor is read, which waits for a device. The temperature may be a tensor [...], or one per
             sequence, of constants, where there is no bias and no soft-cap; on a device one not above 0 gives NaN.
         entropy: also return the entropy of each token's distribution.
+        support: [..., K] int64, ids that the token was sampled from (top-k, top-p, min-p), its target among them; -1
+            for none. The distribution is the one over these ids; of a token without any it is over all. Not with a
+            group.
         backend: "torch", "reference", ...; None = the fastest here. See `backends()`.
         group: a ProcessGroup whose ranks hold the rows of weight (and bias) in order, in parts of any size; hidden and
             targets (ids in the whole vocabulary) are the same on all. A DTensor weight that is Shard(0) brings its
@@ -84,6 +89,15 @@ def linear_logprobs(
     """
     caller = "linear_logprobs"
     hidden, weight, bias, group = vocab_parallel.local_parts(caller, hidden, weight, bias, group)
+    if support is not None:
+        refuse_beside(caller, group=group)
+        validate.check_flag(caller, "entropy", entropy)
+        return TokenLogprobs(
+            *logprobs_in(
+                caller, hidden, weight, targets, support, mask=None, entropy=entropy, bias=bias, softcap=softcap,
+                temperature=temperature, logit_scale=logit_scale, ignore_index=ignore_index, backend=backend,
+            )
+        )  # fmt: skip
 
     def prepare() -> tuple[Call, dict[str, Any]]:
         states, left = into_hidden(caller, hidden, temperature, bias, softcap)
@@ -194,6 +208,7 @@ def linear_policy_loss(
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
+    support: Tensor | None = None,
     grad_tolerance: float = 0.0,
     weight_grad: Tensor | None = None,
     bias: Tensor | None = None,
@@ -242,6 +257,8 @@ def linear_policy_loss(
         statistics: names of statistics of a row (statistics.py has them) whose means over computed tokens are added to
             the metrics.
         ref_hidden, ref_weight, ref_bias: [..., D'], [V, D'] and [V] of a frozen reference, for expert="asft".
+        support: as `linear_logprobs`: ratio, policy term and entropy are of the distribution that a token was sampled
+            from. Two passes; the objective must read log-probabilities and entropies alone.
         grad_tolerance: share of the logit gradients' mass Σ|dL/dz| that may be left out where that saves work, in
             [0, 1); 0 = exact. The metric grad_left_out is the share that was. Only backend "cpu" saves any, in fp32.
         weight_grad: [V, D] float32 (float64 for float64), as weight.grad: weight's gradient is added to it, not handed
@@ -267,34 +284,52 @@ def linear_policy_loss(
     hidden, weight, bias, group = vocab_parallel.local_parts(caller, hidden, weight, bias, group)
     floats = {"advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
     floats |= {"rollout_logprobs": rollout_logprobs, "policy_weights": policy_weights}
-    masks = {"expert_mask": expert_mask, "mask": mask}
-    ref = validate.under_autocast(ref_hidden, ref_weight, ref_bias)
+    masks, ref = {"expert_mask": expert_mask, "mask": mask}, (ref_hidden, ref_weight, ref_bias)
+    divisors = {"normalizer": normalizer, "expert_normalizer": expert_normalizer}
+    of_batch: dict[str, Any] = {"floats": floats, "masks": masks, "divisors": divisors, "sequence_ids": sequence_ids}
+    of_batch |= {"skip_inactive": skip_inactive, "statistics": statistics}
+    options: dict[str, Any] = {"softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index}
+    if support is not None:
+        refuse_beside(caller, group=group, weight_grad=weight_grad, ref_hidden=ref_hidden)
+        of_batch |= {"grad_tolerance": grad_tolerance, "bias": bias, "temperature": temperature, "backend": backend}
+        return policy_loss_in(caller, hidden, weight, targets, support, objective, **of_batch, **options)
 
     def prepare() -> tuple[tuple[Call, Batch, float], dict[str, Any]]:
         states, left = into_hidden(caller, hidden, temperature, bias, softcap)
-        head = validate.check_head(
-            caller, temperature=left, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
-        )
+        head = validate.check_head(caller, temperature=left, **options)
         call = call_of_linear(caller, head, states, weight, bias, targets, backend, group, weight_grad)
-        batch = make_batch(
-            caller, objective, targets, head, vocab=call.columns if group is None else None, dtype=call.stats_dtype,
-            divisors={"normalizer": normalizer, "expert_normalizer": expert_normalizer}, floats=floats, masks=masks,
-            skip_inactive=skip_inactive, sequence_ids=sequence_ids, statistics=statistics,
-        )  # fmt: skip
+        vocab = call.columns if group is None else None
+        batch = make_batch(caller, objective, targets, head, vocab=vocab, dtype=call.stats_dtype, **of_batch)
         made = call, batch, validate.check_grad_tolerance(caller, grad_tolerance)
-        if group is not None:
-            facts = batch.facts(caller, {**floats, **masks, "sequence_ids": sequence_ids})
-            facts["temperatures"] = of_tokens(temperature)
-            return made, call.facts(targets, settings=(skip_inactive, made[2], weight_grad is None), **facts)
-        validate.check_reference(caller, ref, targets, objective.reference_head, call.columns)
-        if objective.reference_head and of_tokens(temperature) is not None:
-            raise ValueError(f"{caller}: temperature must be a number for expert='asft'; got one per token")
-        return made, {}
+        settings = None if group is None else (skip_inactive, made[2], weight_grad is None)
+        return made, _common(caller, call, batch, targets, of_batch, ref, temperature, settings)
 
     (call, batch, tolerance), sizes = over_shards(caller, group, weight, prepare)
-    if group is not None:
-        call = _sharded(caller, call, targets, mask, group, sizes)
-    return policy_loss(caller, call, batch, ref, tolerance)
+    call = call if group is None else _sharded(caller, call, targets, mask, group, sizes)
+    return policy_loss(caller, call, batch, validate.under_autocast(*ref), tolerance)
+
+
+def _common(
+    caller: str,
+    call: Call,
+    batch: Batch,
+    targets: Tensor,
+    of_batch: dict[str, Any],
+    ref: tuple[Any, Any, Any],
+    temperature: Any,
+    settings: tuple[Any, ...] | None,
+) -> dict[str, Any]:
+    """Returns what the ranks of a group must have in common; without one, {}, and the reference is checked."""
+    if settings is not None:
+        inputs = {**of_batch["floats"], **of_batch["masks"], "sequence_ids": of_batch["sequence_ids"]}
+        return call.facts(
+            targets, settings=settings, temperatures=of_tokens(temperature), **batch.facts(caller, inputs)
+        )
+    reads = batch.objective.reference_head
+    validate.check_reference(caller, validate.under_autocast(*ref), targets, reads, call.columns)
+    if reads and of_tokens(temperature) is not None:
+        raise ValueError(f"{caller}: temperature must be a number for expert='asft'; got one per token")
+    return {}
 
 
 def _sharded(caller: str, call: Call, targets: Tensor, mask: Tensor | None, group: Any, sizes: list[int]) -> Call:

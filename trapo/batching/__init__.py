@@ -3,7 +3,17 @@ what counts in them (counting.py), and what their losses are divided by (divisor
 
 from __future__ import annotations
 
-from trapo.batching.batch import Batch, collate, filler, layout, pack, refuse_unsampled, share, target_logprobs
+from trapo.batching.batch import (
+    Batch,
+    collate,
+    filler,
+    layout,
+    pack,
+    refuse_unsampled,
+    share,
+    supports_of,
+    target_logprobs,
+)
 from trapo.batching.counting import expert_part, has_gradient, loss_tokens, own_part
 from trapo.batching.divisors import Divisors, divisors, with_entropy_mean
 from trapo.batching.micro_batches import Group, groups, micro_batches, packs
@@ -26,6 +36,7 @@ __all__ = [
     "packs",
     "refuse_unsampled",
     "share",
+    "supports_of",
     "target_logprobs",
     "with_entropy_mean",
 ]

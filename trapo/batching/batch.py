@@ -166,6 +166,20 @@ def target_logprobs(rollout: Rollout, name: str) -> torch.Tensor | None:
     return values
 
 
+def supports_of(batch: Batch, rollouts: Sequence[Rollout]) -> torch.Tensor | None:
+    """Returns the ids that each target was sampled from, [B, T, K] int64, -1 for none; None where no rollout has
+    some."""
+    width = max((len(ids) for r in rollouts for ids in r.supports or ()), default=0)
+    if width == 0:
+        return None
+    found = torch.full((*batch.targets.shape, width), -1, dtype=torch.int64)
+    for rollout, row in zip(rollouts, batch.rows(found), strict=True):
+        own = row[len(row) - len(rollout.own_ids) :]
+        for place, ids in enumerate(rollout.supports or ()):
+            own[place, : len(ids)] = torch.tensor(ids)
+    return found.to(batch.targets.device, non_blocking=True)
+
+
 def refuse_unsampled(rollouts: Sequence[Rollout]) -> None:
     """Raises TrapoError where the engine gave no log-probabilities of its tokens."""
     if any(rollout.rollout_logprobs is None for rollout in rollouts):

@@ -16,7 +16,7 @@ def loss_tokens(rollout: Rollout) -> int:
 
 def expert_part(rollout: Rollout) -> Rollout:
     """Returns the rollout up to the end of its prefix: what there is of it for expert tokens alone."""
-    shorter = dataclasses.replace(rollout, own_ids=(), rollout_logprobs=None)
+    shorter = dataclasses.replace(rollout, own_ids=(), rollout_logprobs=None, supports=None)
     for name in ("old_logprobs", "ref_logprobs"):
         if (values := getattr(rollout, name)) is not None:
             setattr(shorter, name, values[: len(shorter) - 1])

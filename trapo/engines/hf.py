@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from trapo.engines.own_loop import OwnLoop
 from trapo.engines.protocol import Completion, Request, sequence_seed
 from trapo.engines.transformers_loop import TransformersLoop
+from trapo.engines.truncation import Truncation
 from trapo.engines.ways import WAYS, Way
 from trapo.engines.weight_marks import mark
 from trapo.errors import TrapoError
@@ -39,9 +40,11 @@ class HFEngine:
         pad_id: int,
         batch_size: int = 64,
         precision: str = "float32",  # of train.precision: what float32 weights compute in
+        truncation: Truncation | None = None,  # of requests that ask for it
     ) -> None:
         self.model = model
         self.precision = precision if model.dtype == torch.float32 else "float32"
+        self.truncation = truncation
         self.way: Way | None = None  # chosen by the first call
         self.own = OwnLoop(model, eos_ids=eos_ids, pad_id=pad_id, batch_size=batch_size)
         self.transformers = TransformersLoop(model, eos_ids=eos_ids, pad_id=pad_id, batch_size=batch_size)
@@ -66,10 +69,14 @@ class HFEngine:
             compute_in(self.precision, self.model),
         ):
             way = self.way = self.way or self._choose()
+            truncation = self.truncation if any(r.truncated for r in requests) else None
             if not way.own:
+                if truncation is not None:
+                    name = agreement.name_of(self.model)
+                    raise TrapoError(f"rollout.top_k: {name} generates {way}, which does not say what it samples from")
                 return self.transformers.decode(requests, temperature, way)
             seeds = [sequence_seed(request, seed, i) for i, request in enumerate(requests)]
-            completions = self.own.decode(requests, temperature=temperature, seeds=seeds)
+            completions = self.own.decode(requests, temperature=temperature, seeds=seeds, truncation=truncation)
         if is_sharded(self.model):  # a rank has room for its own part alone
             self.own.packed.clear()
         return completions

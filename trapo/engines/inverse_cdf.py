@@ -32,7 +32,7 @@ class Draws:
 def greedy(logits: torch.Tensor) -> torch.Tensor:
     """Returns the likeliest token of each row: [B, V] -> [B]. Raises TrapoError for a row without one."""
     best, tokens = logits.max(-1)
-    _refuse_not_finite(best)
+    refuse_not_finite(best)
     return tokens
 
 
@@ -54,7 +54,7 @@ def sample(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> t
 def _invert(sums: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """sums [B, n], cumulated -> (which part uniform [B] times the whole falls in, how far into it, in [0, 1))."""
     whole = sums[:, -1:]
-    _refuse_not_finite(whole)
+    refuse_not_finite(whole)
     # Below the whole, or the number would fall beyond the last part that is not empty.
     target = torch.minimum(uniform[:, None] * whole, torch.nextafter(whole, torch.zeros_like(whole)))
     index = torch.searchsorted(sums, target, right=True)
@@ -63,6 +63,6 @@ def _invert(sums: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, to
     return index[:, 0], share[:, 0]
 
 
-def _refuse_not_finite(values: torch.Tensor) -> None:
+def refuse_not_finite(values: torch.Tensor) -> None:
     if not bool(torch.isfinite(values).all()):
         raise TrapoError("rollout.engine: the model's logits are NaN or infinite: there is no token to choose")

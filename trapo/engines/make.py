@@ -71,6 +71,7 @@ def _make_engine(
             folder=folder,
         )
     from trapo.engines.hf import HFEngine
+    from trapo.engines.truncation import Truncation
 
     return HFEngine(
         model,
@@ -78,4 +79,7 @@ def _make_engine(
         pad_id=tokenizer.pad_token_id,
         batch_size=rollout.batch_size,
         precision=resolve(precision, model.device),
+        truncation=None
+        if rollout.top_k is None
+        else Truncation(rollout.top_k, rollout.top_p or 1.0, rollout.min_p or 0.0),
     )

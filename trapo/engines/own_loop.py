@@ -27,6 +27,7 @@ from trapo.engines.packed_linears import FEWEST, PackedLinears
 from trapo.engines.prefill import prefill
 from trapo.engines.protocol import Completion, Request
 from trapo.engines.transformers_loop import cache_name
+from trapo.engines.truncation import Support, Truncation
 from trapo.engines.weight_marks import Mark
 from trapo.models.prefix_tree import shared_beginning
 
@@ -44,6 +45,7 @@ class Settings:
     temperature: float  # 0: greedy
     eos_ids: frozenset[int]
     rows: int  # at a time
+    truncation: Truncation | None = None
     seen: dict[int, list[torch.Tensor]] | None = None  # by request: takes the logits [V] of each of its tokens
 
 
@@ -56,6 +58,7 @@ class Row:
     limit: int
     draws: Draws | None  # None: greedy
     tokens: list[int] = dataclasses.field(default_factory=list)
+    supports: list[Support] = dataclasses.field(default_factory=list)  # of the tokens, where they are truncated
     ended: bool = False
 
     @property
@@ -96,11 +99,18 @@ class OwnLoop:
             self.forget()
             self.mark = mark
 
-    def decode(self, requests: Sequence[Request], *, temperature: float, seeds: Sequence[int]) -> list[Completion]:
+    def decode(
+        self,
+        requests: Sequence[Request],
+        *,
+        temperature: float,
+        seeds: Sequence[int],
+        truncation: Truncation | None = None,
+    ) -> list[Completion]:
         """Returns one completion per request, in their order. seeds: one per request."""
         if not requests:
             return []
-        settings = Settings(temperature, self.eos_ids, min(self.batch_size, len(requests)))
+        settings = Settings(temperature, self.eos_ids, min(self.batch_size, len(requests)), truncation)
         pays = max(r.max_new_tokens for r in requests) >= FEWEST_TOKENS
         with self.packed.in_place() if pays else nullcontext():
             return _Call(self, requests, seeds, settings).run()
@@ -115,7 +125,7 @@ class OwnLoop:
             for asked in (contexts, [*following, contexts[0]]):
                 requests = [Request(c, count - i % 2, keep=True) for i, c in enumerate(asked)]
                 seen: dict[int, list[torch.Tensor]] = {i: [] for i in range(len(requests))}
-                settings = Settings(0.0, frozenset(), min(FEWEST, len(requests)), seen)
+                settings = Settings(0.0, frozenset(), min(FEWEST, len(requests)), seen=seen)
                 completions = _Call(self, requests, [0] * len(requests), settings).run()
                 found += [
                     (c, list(done.token_ids), torch.stack(seen[i]))
@@ -160,9 +170,11 @@ class _Call:
         self._fill()
         while self.rows:
             logits = self._step()
-            for row, token in zip(self.rows, self._choose(logits), strict=True):
+            tokens, supports = self._choose(logits)
+            for place, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
                 if not row.done:
                     row.tokens.append(token)
+                    row.supports += supports[place : place + 1]
                     row.ended = token in self.settings.eos_ids
             done = sum(row.done for row in self.rows)
             if done == len(self.rows) or done * FREE_SHARE >= len(self.rows):
@@ -194,18 +206,22 @@ class _Call:
                     self.settings.seen[row.index].append(scores.float())
         return logits
 
-    def _choose(self, logits: torch.Tensor) -> list[int]:
+    def _choose(self, logits: torch.Tensor) -> tuple[list[int], list[Support]]:
+        """Returns a token a row, and what each was sampled from: [] where that is the whole vocabulary."""
         if self.settings.temperature == 0:
-            return greedy(logits).tolist()
+            return greedy(logits).tolist(), []
         uniform = [0.0 if row.done or row.draws is None else row.draws.next() for row in self.rows]
         numbers = torch.tensor(uniform, dtype=torch.float64, device=self.device)
-        return sample(logits, self.settings.temperature, numbers).tolist()
+        if self.settings.truncation is not None:
+            return self.settings.truncation.sample(logits, self.settings.temperature, numbers)
+        return sample(logits, self.settings.temperature, numbers).tolist(), []
 
     def _drop(self) -> None:
         """Lets rows that are done leave; others take their places, so that those that stay are the first."""
         for row in self.rows:
             if row.done:
-                self.completions[row.index] = Completion(tuple(row.tokens), finished=row.ended)
+                supports = tuple(row.supports) or None
+                self.completions[row.index] = Completion(tuple(row.tokens), finished=row.ended, supports=supports)
         staying = sum(not row.done for row in self.rows)
         free = [place for place, row in enumerate(self.rows[:staying]) if row.done]
         moves = [(place, free.pop()) for place in range(staying, len(self.rows)) if not self.rows[place].done]

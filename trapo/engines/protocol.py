@@ -14,6 +14,7 @@ class Request:
     context: tuple[int, ...]  # prompt ids, then the expert prefix if there is one
     max_new_tokens: int
     seed: int | None = None  # of this request's own random numbers; None: those of the whole call
+    truncated: bool = False  # sampled as rollout.top_k, top_p and min_p say; else from the whole distribution
     keep: bool = False  # contexts that begin with this one will be asked for before the next sync
 
 
@@ -22,6 +23,7 @@ class Completion:
     token_ids: tuple[int, ...]  # the model's own tokens; the end-of-sequence token is the last one if it came
     finished: bool  # False: cut at max_new_tokens
     logprobs: tuple[float, ...] | None = None  # of token_ids, as they were sampled; None: the engine gives none
+    supports: tuple[tuple[int, ...], ...] | None = None  # the ids that each was sampled from; None: from all
 
 
 class Engine(Protocol):

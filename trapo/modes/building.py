@@ -106,6 +106,11 @@ def _refuse_what_is_missing(objective: tk.Objective, config: Config) -> None:
     for name in expert.reads if callable(objective.expert) else expert.needed:
         if name in ("old_logprobs", "rollout_logprobs"):
             raise TrapoError(f"objective.expert: needs {name} of expert tokens, which the trainer does not have")
+    if config.rollout.top_k is not None and (objective.statistics or objective.reads_logit):
+        raise TrapoError(
+            f"rollout.top_k: objective.expert={objective.expert} reads more of a token than its log-probability, which "
+            "the loss on truncated distributions does not have"
+        )
     for name, needed_by in objective.needs.items():
         if name == "rollout_logprobs" and config.rollout.engine == "hf":
             raise TrapoError(

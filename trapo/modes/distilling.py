@@ -55,9 +55,9 @@ def _how(config: Config, teacher: str) -> Distillation:
 def _rollouts(config: Config) -> int:
     """Returns the rollouts of a prompt: one, where neither a key nor a policy term wants more."""
     guidance, policy = config.guidance, (config.objective.policy or "none").lower()
-    if guidance.sizes is not None or (guidance.group_size is None and policy != "none"):
-        return group_size(config)
-    return guidance.group_size or 1
+    if (guidance.sizes is None) == (guidance.group_size is None) and (guidance.sizes is not None or policy != "none"):
+        return group_size(config)  # which refuses both
+    return sum(guidance.sizes or [guidance.group_size or 1])
 
 
 def _phase(config: Config, how: Distillation) -> Phase:

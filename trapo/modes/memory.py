@@ -55,7 +55,9 @@ class TraceQueue:
     def _traces(self, problems: Sequence[EncodedProblem], like: Rollout, seed: int) -> list[Rollout]:
         rng = random.Random(seed)
         opened = open_micro_group(self.schedule, 0, problems, [[] for _ in problems], self.max_tokens, rng)
-        blank = dataclasses.replace(like, own_ids=(), rollout_logprobs=None, old_logprobs=None, ref_logprobs=None)
+        blank = dataclasses.replace(
+            like, own_ids=(), rollout_logprobs=None, supports=None, old_logprobs=None, ref_logprobs=None
+        )
         made = [
             dataclasses.replace(
                 blank, problem=problems[o.prompt], group=o.prompt, level=0, ratio=o.ratio, prefix_ids=o.prefix_ids,

@@ -126,6 +126,19 @@ class RolloutConfig:
         choices=("hf", "vllm", "vllm_server"),
     )
     temperature: float = key(1.0, "The sampling temperature, which the loss takes into account.", above=0)
+    top_k: int | None = key(
+        None, "Sample from the so many likeliest tokens, and train on that distribution; engine hf.", least=1
+    )
+    top_p: float | None = key(
+        None,
+        "Of these, from the likeliest that together have this probability.",
+        rule=Rule("must be above 0 and at most 1", lambda p: 0 < p <= 1),
+    )
+    min_p: float | None = key(
+        None,
+        "Of these, from those that have at least this share of the likeliest's probability.",
+        rule=Rule("must be above 0 and at most 1", lambda p: 0 < p <= 1),
+    )
     max_response_tokens: int = key(8192, "The limit of a response: expert prefix and own tokens together.", least=1)
     batch_size: int = key(64, "Sequences that are decoded together.", least=1)
     dtype: str | None = key(None, "The dtype of vLLM's weights; null is model.dtype.", choices=_DTYPES)

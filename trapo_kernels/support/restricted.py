@@ -1,0 +1,127 @@
+"""This file computes log-probabilities of targets under the sampling mask that each was drawn with: top-k, top-p or
+min-p leave some ids of a token, over which its probabilities add up to 1.
+
+A ratio of such log-probabilities is what importance sampling means where an engine samples from the restricted
+distribution (DeepSeek-V3.2 keeps the mask). A token without ids has the whole vocabulary, as one that a forced prefix
+has put there: of those rows alone all logits are computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arguments import validate
+from ..arguments.temperatures import into_hidden
+from ..batch import PolicyLoss
+from ..call import call_of_linear
+from ..paths import batch_of_logprobs, from_values, values_of_targets
+from .logprobs import linear_support_logprobs
+
+__all__ = ["logprobs_in", "policy_loss_in", "refuse_beside"]
+
+
+def refuse_beside(caller: str, **given: Any) -> None:
+    """Refuses what does not go with a support.
+
+    Raises:
+        ValueError: one of them is not None.
+    """
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{caller}: support must be None where {name} is given; got both")
+
+
+def policy_loss_in(
+    caller: str,
+    hidden: Any,
+    weight: Any,
+    targets: Any,
+    support: Any,
+    objective: Any,
+    *,
+    floats: dict[str, Tensor | None],
+    masks: dict[str, Tensor | None],
+    divisors: dict[str, float | Tensor | None],
+    sequence_ids: Tensor | None,
+    skip_inactive: bool,
+    statistics: Any,
+    grad_tolerance: Any,
+    ignore_index: Any,
+    **options: Any,
+) -> PolicyLoss:
+    """Returns the loss of an objective of log-probabilities and entropies that are `logprobs_in` a support.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; one line names it.
+    """
+    refuse_beside(caller, statistics=statistics or None, grad_tolerance=grad_tolerance or None)
+    logprobs, entropies = logprobs_in(
+        caller, hidden, weight, targets, support, mask=masks["mask"], entropy=True, ignore_index=ignore_index, **options
+    )
+    counts, mask = targets != ignore_index, masks["mask"]
+    batch, values = batch_of_logprobs(
+        caller, logprobs, objective, entropies, floats=floats, divisors=divisors, sequence_ids=sequence_ids,
+        masks={**masks, "mask": counts if mask is None else counts & (mask != 0)}, skip_inactive=skip_inactive,
+    )  # fmt: skip
+    return from_values(batch, values)
+
+
+def logprobs_in(
+    caller: str,
+    hidden: Any,
+    weight: Any,
+    targets: Any,
+    support: Any,
+    *,
+    mask: Tensor | None,
+    entropy: bool,
+    bias: Any,
+    temperature: Any,
+    softcap: Any,
+    logit_scale: Any,
+    ignore_index: Any,
+    backend: str | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Returns log-probabilities of targets [...] and entropies [...] (or None) of the distributions over the ids of
+    support [..., K], -1 for none; 0 at tokens that do not count.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or (on a CPU) a target is not among the ids of its token; on a
+            device its log-probability is NaN.
+    """
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(f"{caller}: support must be None under torch.compile; got a tensor")
+    hidden, left = into_hidden(caller, hidden, temperature, bias, softcap)
+    head = validate.check_head(
+        caller, temperature=left, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
+    )
+    call = call_of_linear(caller, head, hidden, weight, bias, targets, backend)
+    validate.check_ids(f"{caller}: support", support, hidden, call.columns)
+    counts = targets != head.ignore_index
+    if mask is not None:
+        counts = counts & validate.check_token_inputs(caller, targets, {}, {"mask": mask})[1]["mask"]
+    some = (support >= 0).any(-1)
+    found = (support == targets[..., None]) & (support >= 0)
+    outside = counts & some & ~found.any(-1)
+    if validate.can_look(outside) and bool(outside.any()):
+        raise ValueError(
+            f"{caller}: targets must be among the ids of their support; got {int(outside.sum())} that are not"
+        )
+    inside = counts & some
+    of_ids = linear_support_logprobs(
+        hidden, weight, support, restrict=True, mask=inside, entropy=entropy, bias=bias, temperature=left,
+        softcap=softcap, logit_scale=logit_scale, backend=backend,
+    )  # fmt: skip
+    place = found.int().argmax(-1, keepdim=True)
+    logprobs = of_ids.logprobs.gather(-1, place).squeeze(-1).masked_fill(~inside, 0)
+    logprobs = logprobs.masked_fill(outside, torch.nan)
+    whole = targets.masked_fill(inside, head.ignore_index).masked_fill(~counts, head.ignore_index)
+    selection, values = values_of_targets(caller, call, whole, entropy=entropy)
+    logprobs = logprobs + selection.spread(values.logprobs).reshape(targets.shape)
+    if not entropy or of_ids.entropy is None or values.entropy is None:
+        return logprobs, None
+    of_whole = selection.spread(values.entropy).reshape(targets.shape)
+    return logprobs, of_ids.entropy.masked_fill(~inside, 0) + of_whole
