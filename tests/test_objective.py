@@ -229,6 +229,8 @@ OTHER = {
     "pear_high": 1.0,
     "pear_floor": 0.5,
     "pear_ceil": -0.1,
+    "pear_level": "block",
+    "pear_block": 2,
     "lco_beta": 0.3,
     "lco_neg": 0.3,
     "sapo_tau_pos": 0.3,

@@ -40,6 +40,8 @@ NEW = {
     "sed": Objective.sed(sed_k=5, sed_tau=0.55, sed_coef=0.7),
     "eaft": Objective.eaft(eaft_power=1.3),
     "pear": Objective.pear(pear_gamma=0.9),
+    "pear by block": Objective.pear(pear_gamma=0.9, pear_level="block", pear_block=2),
+    "pear by sequence": Objective.pear(pear_level="sequence"),
     "lco_mse": Objective.lco("mse", lco_beta=0.7),
     "lco_logcosh": Objective.lco("logcosh", lco_beta=0.7, lco_neg=100.0),
     "lco_kld": Objective.lco("kld", lco_beta=0.7, lco_neg=2.0),
@@ -116,7 +118,10 @@ def expert_loss(o, x, held, sequence, at):
     if o.expert == "eaft":
         return -((held.top_entropy / 3) ** o.eaft_power) * x.lp
     if o.expert == "pear":
-        later = sequence[at + 1 :]
+        if o.pear_level == "sequence":
+            total = sum(min(max(t.lp - t.old, -0.08), 0.3) for t in sequence)
+            return -math.exp(min(max(total, -10), 5)) * x.lp
+        later = sequence[at + 1 if o.pear_level == "token" else (at // o.pear_block + 1) * o.pear_block :]
         total = sum(min(max(t.lp - t.old, -0.08), 0.3) for t in later)
         return -math.exp(min(max(len(later) * math.log(o.pear_gamma) + total, -10), 5)) * x.lp
     beta = o.lco_beta if x.advantage > 0 else o.lco_neg * o.lco_beta
@@ -441,15 +446,36 @@ def test_lco_kld_moves_less_the_nearer_the_target_is():
     assert abs(slope[2]) < 1e-12
 
 
+def test_pears_blocks_end_at_tokens_and_at_whole_sequences():
+    n, generator = 40, torch.Generator().manual_seed(0)
+    logprobs, old = -torch.rand(2, n, generator=generator, dtype=torch.float64)
+    expert = torch.rand(n, generator=generator) < 0.7
+    rows = tk.Sequences(torch.arange(n) // 17, 3)
+    tokens = tk.Tokens(logprobs, torch.zeros(n), expert, old_logprobs=old, sequences=rows)
+
+    def weights(**fields):
+        return -Objective.pear(pear_gamma=0.9, **fields).slopes(tokens)[0][expert]
+
+    assert_close(weights(pear_level="block", pear_block=1), weights(), 1e-12, "blocks of one token")
+    nothing_later = weights(pear_level="block", pear_block=n)
+    assert_close(nothing_later, torch.ones_like(nothing_later), 1e-12, "one block")
+    whole = weights(pear_level="sequence")
+    for row in range(3):
+        of_row = expert & (rows.row == row)
+        expected = (logprobs - old).clamp(-0.08, 0.3)[of_row].sum().exp()
+        assert_close(whole[rows.row[expert] == row], expected.expand(int(of_row.sum())), 1e-12, "sequence")
+
+
+@pytest.mark.parametrize("level", ["token", "block", "sequence"])
 @pytest.mark.parametrize("ratio", [-0.3, 0.3, 0.05])
-def test_pear_is_finite_on_long_sequences(ratio):
+def test_pear_is_finite_on_long_sequences(ratio, level):
     n = 8192
     logprobs = torch.full((n,), -1.0, requires_grad=True)
     tokens = tk.Tokens(
         logprobs, torch.zeros(n), torch.ones(n, dtype=torch.bool), old_logprobs=torch.full((n,), -1.0 - ratio),
         sequences=tk.Sequences.of_rows(1, n),
     )  # fmt: skip
-    loss = Objective.pear().losses(tokens)["expert"]
+    loss = Objective.pear(pear_level=level).losses(tokens)["expert"]
     loss.sum().backward()
     assert loss.isfinite().all()
     weight = -logprobs.grad

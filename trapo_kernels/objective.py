@@ -29,6 +29,7 @@ from torch import Tensor
 from .arguments.fields import show_signatures
 from .arguments.scalars import constant, shown
 from .backends.base import FusedTerms
+from .formulas import pear
 from .formulas.explain import explain, shown_setting
 from .formulas.ratios import tis_fields, tis_is_a_cap, tis_of_sequences, tis_weight
 from .presets import Presets
@@ -39,7 +40,12 @@ __all__ = ["EXPERT_TERMS", "FIELDS", "POLICY_TERMS", "REDUCTIONS", "Objective", 
 
 REDUCTIONS = ("token_mean", "region_mean", "sequence_mean", "sum")
 _CLIPPED = ("clip", "gspo", "cispo", "dppo_tv", "dppo_kl")
-_CHOICES = {"reduction": REDUCTIONS, "tis_mode": ("clip", "mask"), "tis_level": ("token", "sequence")}
+_CHOICES = {
+    "reduction": REDUCTIONS,
+    "tis_mode": ("clip", "mask"),
+    "tis_level": ("token", "sequence"),
+    "pear_level": pear.LEVELS,
+}
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,8 @@ class Objective(Presets):
         asft_kl: λ of ASFT, the weight of KL(reference ‖ policy) over the whole vocabulary, on expert tokens.
         pear_gamma, pear_low, pear_high, pear_floor, pear_ceil: γ of PEAR, its clip of log ratios and that of their
             discounted sum.
+        pear_level, pear_block: PEAR weighs each "token" by what follows it, each "block" of pear_block tokens by what
+            follows the block, or each whole "sequence".
         lco_beta, lco_neg: β of LCO for A > 0, and the factor on it for the others: 1 in the authors' code for rewards
             by rule, 100 in their older variant of the KLD form.
         sapo_tau_pos, sapo_tau_neg: τ of SAPO for A > 0 and for the others.
@@ -107,6 +115,8 @@ class Objective(Presets):
     tis_low: float | None = None
     tis_mode: str = "clip"
     tis_level: str = "token"
+    pear_level: str = "token"
+    pear_block: int = 4
 
     def __post_init__(self) -> None:
         self._one_of("expert", EXPERT_TERMS)
@@ -124,8 +134,9 @@ class Objective(Presets):
             self._number(name, "at least 0", lambda x: x >= 0)
         for name in ("luffy_gamma", "sed_tau", "pear_gamma", "lco_beta", "lco_neg", "sapo_tau_pos", "sapo_tau_neg"):
             self._number(name, "above 0", lambda x: x > 0)
-        self._number("sed_k", "that is whole and above 0", lambda x: x > 0 and x == int(x))
-        object.__setattr__(self, "sed_k", int(self.sed_k))
+        for name in ("sed_k", "pear_block"):
+            self._number(name, "that is whole and above 0", lambda x: x > 0 and x == int(x))
+            object.__setattr__(self, name, int(getattr(self, name)))
         for name, choices in _CHOICES.items():
             if not isinstance(value := getattr(self, name), str) or value not in choices:
                 raise ValueError(
@@ -206,7 +217,7 @@ class Objective(Presets):
             if name in ("expert", "policy"):
                 found |= {f"{name}_coef", *term.fields}
         found |= {f"{name}_coef" for name in ("expert", "policy") if getattr(self, name) is not None}
-        return frozenset(found | set(tis_fields(self) if self.has_policy_term else ()))
+        return frozenset((found | set(tis_fields(self) if self.has_policy_term else ())) - pear.idle_fields(self))
 
     @property
     def statistics(self) -> tuple[str, ...]:

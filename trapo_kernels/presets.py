@@ -97,8 +97,8 @@ class Presets:
 
     @classmethod
     def pear(cls, **overrides: Unpack[Overrides]) -> Self:
-        """Makes PEAR's loss (arXiv 2602.01058), token level: old_logprobs are those of the behaviour policy. Two
-        passes."""
+        """Makes PEAR's loss (arXiv 2602.01058): old_logprobs are those of the behaviour policy. By token;
+        pear_level has its forms by block and by sequence. Two passes."""
         return cls._made(overrides, expert="pear", policy=None)
 
     @classmethod

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .formulas import dppo, lco, sapo
+from .formulas import dppo, lco, pear, sapo
 from .formulas.custom import OwnFunction, function_name, slopes_by_autograd
 from .formulas.ratios import (
     clipped_where,
@@ -163,25 +163,6 @@ def _eaft_slope(o: Objective, t: Tokens) -> Tensor:
     return -_eaft_weight(o, t)
 
 
-def _pear_weight(o: Objective, t: Tokens) -> Tensor:
-    """Returns G_t = γ^(T−t) · exp Σ_(j>t) clip(logp_j − logπ_β,j) over the later expert tokens of the sequence [n]; log
-    G_t is clipped once more."""
-    assert t.sequences is not None
-    inside = t.expert.to(t.logprobs.dtype)
-    steps = log_ratio(t).detach().clamp(o.pear_low, o.pear_high) * inside
-    # One exponential: of two factors one may underflow where the other overflows.
-    exponent = t.sequences.later(inside) * math.log(o.pear_gamma) + t.sequences.later(steps)
-    return exponent.clamp(o.pear_floor, o.pear_ceil).exp()
-
-
-def _pear_value(o: Objective, t: Tokens) -> Tensor:
-    return -weighted(_pear_weight(o, t), t.logprobs)
-
-
-def _pear_slope(o: Objective, t: Tokens) -> Tensor:
-    return -_pear_weight(o, t)
-
-
 EXPERT_TERMS: dict[str, Term] = {
     "sft": Term(_sft_value, _sft_slope, source="negative log-likelihood", fused=1),
     "trsft": Term(
@@ -232,12 +213,12 @@ EXPERT_TERMS: dict[str, Term] = {
         fused=3,
     ),
     "pear": Term(
-        _pear_value,
-        _pear_slope,
+        pear.value,
+        pear.slope,
         source="PEAR, arXiv 2602.01058, second-hand: discounted suffix importance ratios to the behaviour policy",
         needs=("old_logprobs",),
         coupled=True,
-        fields=("pear_gamma", "pear_low", "pear_high", "pear_floor", "pear_ceil"),
+        fields=("pear_gamma", "pear_low", "pear_high", "pear_floor", "pear_ceil", "pear_level", "pear_block"),
     ),
     "lco_mse": Term(
         lco.mse_value,

@@ -47,6 +47,8 @@ class Overrides(TypedDict, total=False):
     tis_low: float | None
     tis_mode: str
     tis_level: str
+    pear_level: str
+    pear_block: int
 
 
 # What TRL, Liger, verl and prime-rl call it -> the field, or where it belongs.
