@@ -21,8 +21,8 @@ from trapo.data.encode import EncodedProblem, Trace
 from trapo.data.problem import Problem
 from trapo.engines.protocol import Completion
 from trapo.errors import TrapoError
-from trapo.guidance import Binomial, Uniform
 from trapo.modes import MODES, phases
+from trapo.modes.draws import Binomial, Uniform
 from trapo.modes.memory import ShortestPrefixes
 from trapo.modes.phase import cosine
 from trapo.rewards import Reward
@@ -303,7 +303,7 @@ def test_relifts_queue_survives_an_interruption(tiny_model_path, tmp_path):
     ("overrides", "message"),
     [
         (["mode=grpo", "hybrid.gate=1"], r"hybrid\.gate: only hpt reads it; got mode grpo"),
-        (["mode=hpt", "hybrid.high=1"], r"hybrid\.high: only uft, prefix_rft, chord reads it; got mode hpt"),
+        (["mode=hpt", "hybrid.high=1"], r"hybrid\.high: only uft, prefix_rft, chord, amft reads it; got mode hpt"),
         (["guidance.find=true"], r"guidance\.find: only mode prefix_rl looks for prefixes; got mode trapo"),
     ],
 )

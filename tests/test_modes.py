@@ -12,7 +12,11 @@ def plan(*overrides):
 
 @pytest.mark.parametrize("name", MODES)
 def test_every_mode_is_accepted_by_the_configuration_says_what_it_does_and_has_phases(name):
-    more = {"sft_then_rl": ["train.sft_steps=40"], "distill": ["distill.teacher=runs/sft/final"]}.get(name, [])
+    more = {
+        "sft_then_rl": ["train.sft_steps=40"],
+        "distill": ["distill.teacher=runs/sft/final"],
+        "bridge": ["lora.rank=2"],
+    }.get(name, [])
     assert sum(phase.steps for phase in plan(f"mode={name}", *more)) == 100
     assert MODES[name].doc.endswith(".")
 

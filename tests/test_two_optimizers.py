@@ -3,14 +3,17 @@
 import copy
 import dataclasses
 import json
+import shutil
 import signal
 
 import forked
 import pytest
 import torch
 from killed_run import settings, train_here
+from rank_processes import run_ranks
 from safetensors.torch import load_file
 from test_learner import model, rollouts, same, updated  # noqa: F401
+from test_ranks import SETTINGS, close, outcome
 
 import trapo_kernels as tk
 from trapo.config import merge_config
@@ -142,3 +145,29 @@ def test_prefixes_without_a_loss_are_context_and_in_no_mean(model):  # noqa: F81
     ]
     expected, _ = updated(model, objective=tk.Objective.trapo(expert=None, entropy_coef=0.01), sample=moved_in)
     assert same(found, expected, 2e-5)
+
+
+@pytest.mark.slow
+def test_two_ranks_make_one_ranks_updates_and_each_goes_on_from_the_others_checkpoint(tiny_model_path, tmp_path):
+    options = ("optim.expert.lr=5e-3", "optim.expert.schedule=constant", "train.updates_per_step=1", *SETTINGS)
+    for ranks in (1, 2):
+        run_ranks(ranks, "train", tiny_model_path, tmp_path / f"by-{ranks}", *options)
+    expected = load_file(tmp_path / "by-1" / "final" / "model.safetensors")
+    plain = tmp_path / "plain"
+    run_ranks(1, "train", tiny_model_path, plain, *options[2:])
+    assert not same(expected, load_file(plain / "final" / "model.safetensors"), 1e-3)  # the second optimizer counts
+    rows = {ranks: outcome(tmp_path / f"by-{ranks}")[0] for ranks in (1, 2)}
+    for row, of_one in zip(rows[2], rows[1], strict=True):
+        close(row, of_one)
+    for before, after in ((1, 2), (2, 1), (2, 2)):
+        run_dir = tmp_path / f"from-{before}-by-{after}"
+        shutil.copytree(tmp_path / f"by-{before}", run_dir)
+        (run_dir / "summary.json").unlink()
+        shutil.rmtree(run_dir / "final")
+        shutil.rmtree(run_dir / "checkpoints" / "step-000006")
+        (out, *_) = run_ranks(after, "train", tiny_model_path, run_dir, *options, f"run_dir={run_dir}")
+        assert "after step 4" in out
+    for run_dir in sorted(tmp_path.glob("*by-*")):
+        weights = load_file(run_dir / "final" / "model.safetensors")
+        for name, value in expected.items():
+            torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=0, msg=f"{name} of {run_dir.name}")

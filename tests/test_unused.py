@@ -22,7 +22,7 @@ def named(*overrides, base=None):
     return [part.partition("=")[0] for part in body.split("; ") if part]
 
 
-STEPS = {"sft_then_rl": ["train.sft_steps=3"], "distill": ["distill.teacher=runs/sft/final"]}
+STEPS = {"sft_then_rl": ["train.sft_steps=3"], "distill": ["distill.teacher=runs/sft/final"], "bridge": ["lora.rank=2"]}
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -27,28 +27,6 @@ class Draw(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Uniform:
-    """Draws a ratio between two."""
-
-    low: float
-    high: float
-
-    def __call__(self, prompt: Any, rng: random.Random) -> float:
-        return rng.uniform(self.low, self.high)
-
-
-@dataclasses.dataclass(frozen=True)
-class Binomial:
-    """Draws how many of a trace's equal pieces are given, each with probability p."""
-
-    pieces: int
-    p: float
-
-    def __call__(self, prompt: Any, rng: random.Random) -> float:
-        return sum(rng.random() < self.p for _ in range(self.pieces)) / self.pieces
-
-
-@dataclasses.dataclass(frozen=True)
 class MicroGroup:
     size: int  # rollouts
     ratio: float  # of the expert trace that becomes the prefix
@@ -68,6 +46,7 @@ class Schedule:
     trace_part: str = "full"  # full; thinking: up to </think>, without the final answer
     supervise: str = "every"  # every prefix carries the expert term; one_per_prefix: one of those that share it; none
     stop_decided: bool = False  # draw no more of a prompt once is_decided
+    instruction: str | None = None  # the prefix stands in the prompt, in this text; None: it begins the response
 
     def __post_init__(self) -> None:
         for group in self.micro_groups:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,15 @@ from trapo.batching import (
     filler,
     groups,
     has_gradient,
+    is_packed,
     layout,
     loss_tokens,
     own_part,
     pack,
     refuse_unsampled,
+    set_behaviour,
     share,
+    shuffled_parts,
     supports_of,
     target_logprobs,
     with_entropy_mean,
@@ -43,13 +45,14 @@ from trapo.errors import TrapoError
 from trapo.models import agreement, prefix_tree
 from trapo.models.checkpointing import prepare_checkpointing
 from trapo.models.loading import head_of
-from trapo.models.optimizer import Kept, Schedule, main_grad, make_optimizer
+from trapo.models.optimizer import Gradients, Kept, Schedule, main_grad, make_optimizer
 from trapo.models.precision import compute_in, resolve
 from trapo.models.sharding import as_forward, is_sharded, load_shards, scatter_optimizer_state, whole
 from trapo.report.metrics import ProbabilityHistogram, added_up, finite_or_none, merged_metrics
 from trapo.rollouts import Rollout
 from trapo.runs.ranks import ALONE, Ranks
 from trapo.settings.groups import OptimConfig, TrainConfig
+from trapo.settings.objective import expert_reads, reads_behaviour
 from trapo.tools.timing import StepTimer
 from trapo_kernels.integrations.transformers import LinearHead
 
@@ -101,6 +104,7 @@ class Learner:
         self.layout = self._agreed()  # of packed rows; None: padded
         self.tutor: Tutor | None = None  # adds the divergence from a teacher to the loss
         self.expert_histogram = ProbabilityHistogram()
+        self.apart = False  # the regions' gradients are kept as they are
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.begin(optim, train.steps if steps is None else steps)
 
@@ -108,8 +112,6 @@ class Learner:
         """Take a new optimizer, without a past, and a schedule of its learning rate over so many steps."""
         self.optim, self.expert_schedule, own = optim, None, optim
         if optim.expert.lr is not None:
-            if self.ranks.world > 1:
-                raise TrapoError("optim.expert.lr: two optimizers are for one process; got several ranks")
             own = dataclasses.replace(optim, weight_decay=0.0)  # Kept.step decays for both
             of_experts = dataclasses.replace(own, lr=optim.expert.lr, schedule=optim.expert.schedule)
             expert_optimizer = make_optimizer(self.model, self.parameters, of_experts)
@@ -157,11 +159,16 @@ class Learner:
         seed: int,
         timer: StepTimer | None = None,
         advance: bool = True,
+        mix: Callable[[Gradients], Gradients] | None = None,
     ) -> Update:
         """Makes `train.updates_per_step` optimizer steps on the rollouts, then one step of the learning-rate schedule
-        (unless the step of the run has another update, advance=False)."""
-        timer, train, limit = timer or StepTimer(), self.train, self.max_response_tokens
-        minibatches = self._minibatches(rollouts, seed)
+        (unless the step of the run has another update, advance=False).
+
+        mix: makes of the gradients of expert and of own tokens, each by a mean of its own and not clipped, those that
+        the optimizers (of `own`, and of `expert`) step by; one that it leaves out does not step.
+        """
+        timer, train, self.apart = timer or StepTimer(), self.train, mix is not None
+        minibatches = shuffled_parts(rollouts, train.updates_per_step, seed)
         compared = self._set_logprobs(rollouts, objective, updates=len(minibatches), timer=timer)
         if self.tutor is not None:
             with timer.part("teacher"):
@@ -177,7 +184,9 @@ class Learner:
                 trained = [r for r in rows if has_gradient(r, part, train.skip_inactive and not taught)]
                 if not trained:
                     continue
-                by = divisors(rows, part, train, minibatches=len(minibatches), max_response_tokens=limit)
+                by = divisors(
+                    rows, part, train, minibatches=len(minibatches), max_response_tokens=self.max_response_tokens
+                )
                 divided, losses = with_entropy_mean(rows, part, train, by.own), []
                 for group in self._micro_batches(trained):
                     loss, said = self._loss(group, divided, by, compared)
@@ -188,9 +197,12 @@ class Learner:
                 tokens += sum(len(r) for r in trained)
                 found[region] = self._step(float(torch.stack(losses).sum()), region)
             if found:
-                norms, finite = found, any(map(math.isfinite, found.values()))
+                norms, finite = found, (any if mix is None else all)(map(math.isfinite, found.values()))
                 steps, skipped = steps + finite, skipped + (not finite)
-            self.kept.step(self._optimizers(), self.optim.weight_decay)
+            if mix is not None:
+                self.kept.gradients = mix(self.kept.gradients) if all(map(math.isfinite, found.values())) else {}
+            limit = None if mix is None else self.optim.grad_clip or math.inf
+            norms |= self.kept.step(self.optimizers(), self.optim.weight_decay, limit)
         for schedule in self._schedules().values() if advance else ():
             schedule.step()
         if self.ranks.world > 1:
@@ -207,8 +219,8 @@ class Learner:
     def _regions(
         self, rollouts: Sequence[Rollout], objective: tk.Objective
     ) -> list[tuple[str, Sequence[Rollout], tk.Objective]]:
-        """Returns (name, rollouts, objective) of what has an optimizer of its own."""
-        if self.expert_schedule is None:
+        """Returns (name, rollouts, objective) of what has an optimizer or a gradient of its own."""
+        if self.expert_schedule is None and not self.apart:
             return [("own", rollouts, objective)]
         expert = [expert_part(r) for r in rollouts if r.supervised and r.prefix_ids]
         of_experts = dataclasses.replace(
@@ -223,7 +235,8 @@ class Learner:
         """Returns the schedules by the region whose learning rate they are."""
         return {"own": self.schedule} | ({} if self.expert_schedule is None else {"expert": self.expert_schedule})
 
-    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Returns the optimizers by the region whose gradients they step by."""
         return {region: schedule.optimizer for region, schedule in self._schedules().items()}
 
     def own_logprobs(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
@@ -250,14 +263,19 @@ class Learner:
         self, rollouts: Sequence[Rollout], objective: tk.Objective, *, updates: int, timer: StepTimer
     ) -> list[str]:
         """Give the rollouts the log-probabilities that the loss needs beside the model's; returns the fields' names."""
-        own, compared = [r for r in rollouts if r.own_ids], []
+        own, compared, behaviour = [r for r in rollouts if r.own_ids], [], reads_behaviour(objective)
+        # Those of expert tokens are the model's own here, where the term (LCO-KLD) does not want their writer's.
+        with_old = rollouts if "old_logprobs" in expert_reads(objective) and not behaviour else own
         for rollout in rollouts:
             rollout.old_logprobs = rollout.ref_logprobs = None
-        if updates > 1 and own:  # after the first step the policy is no longer the one that generated
+        # After the first step the policy is no longer the one that generated.
+        if (updates > 1 and with_old) or (behaviour and own):
             with timer.part("logprobs"):
-                for rollout, row in zip(own, self._logprobs(self.model, own), strict=True):
+                for rollout, row in zip(with_old, self._logprobs(self.model, with_old), strict=True):
                     rollout.old_logprobs = row
             compared.append("old_logprobs")
+        if behaviour:
+            compared = [set_behaviour(rollouts)]
         if "ref_logprobs" in objective.needs and self.reference is not None:
             with timer.part("logprobs"):
                 for rollout, row in zip(rollouts, self._logprobs(self.reference, rollouts), strict=True):
@@ -269,35 +287,27 @@ class Learner:
         return compared
 
     def state_dict(self) -> dict[str, object]:
-        """Returns the state of optimizer and schedule; of a sharded model without the optimizer's: see
+        """Returns the state of optimizers and schedules; of a sharded model without the optimizers': see
         sharding.save_shards."""
-        optimizer = {} if is_sharded(self.model) else {"optimizer": self.optimizer.state_dict()}
-        state: dict[str, object] = {**optimizer, "scheduler": self.schedule.state_dict()}
-        if self.expert_schedule is not None:
-            of_experts = self.expert_schedule
-            state["expert"] = {"optimizer": of_experts.optimizer.state_dict(), "scheduler": of_experts.state_dict()}
-        return state
+        found: dict[str, dict[str, object]] = {}
+        for region, schedule in self._schedules().items():
+            found[region] = {"scheduler": schedule.state_dict()}
+            if not is_sharded(self.model):
+                found[region]["optimizer"] = schedule.optimizer.state_dict()
+        return {**found.pop("own"), **found}
 
     def load_state_dict(self, state: dict, shards: Path | None = None) -> None:
-        """Takes over what `state_dict` gave. shards: where the optimizer's state is, if it was a sharded model's."""
+        """Takes over what `state_dict` gave. shards: where the optimizers' state is, if it was a sharded model's."""
         if shards is not None:
-            load_shards(shards, self.model, self.optimizer)
-        else:
-            optimizer = state["optimizer"]
-            if is_sharded(self.model):
-                optimizer = scatter_optimizer_state(optimizer, self.parameters)
-            self.optimizer.load_state_dict(optimizer)
-        self.schedule.resume(state["scheduler"])
-        if self.expert_schedule is not None:
-            self.expert_schedule.optimizer.load_state_dict(state["expert"]["optimizer"])
-            self.expert_schedule.resume(state["expert"]["scheduler"])
-
-    def _minibatches(self, rollouts: Sequence[Rollout], seed: int) -> list[list[Rollout]]:
-        count = min(self.train.updates_per_step, len(rollouts))
-        shuffled = list(rollouts)
-        if count > 1:
-            random.Random(seed).shuffle(shuffled)
-        return [shuffled[i::count] for i in range(count)]
+            load_shards(shards, self.model, self.optimizers())
+        for region, schedule in self._schedules().items():
+            kept = state if region == "own" else state[region]
+            if shards is None:
+                optimizer = kept["optimizer"]
+                if is_sharded(self.model):
+                    optimizer = scatter_optimizer_state(optimizer, self.parameters)
+                schedule.optimizer.load_state_dict(optimizer)
+            schedule.resume(kept["scheduler"])
 
     def _micro_batches(self, rollouts: Sequence[Rollout]) -> list[Group]:
         """Returns this rank's micro-batches."""
@@ -354,6 +364,7 @@ class Learner:
                 sequence_ids=batch.sequence_ids if objective.needs_sequences else None,
                 temperature=self.temperature,
                 **others,
+                **self._of_reference(objective, batch),
                 **head.options,
             )
 
@@ -377,6 +388,16 @@ class Learner:
             return taught, {}
         self.expert_histogram.add(of_terms.logprobs, batch.expert_mask & batch.mask)
         return of_terms.loss if taught is None else of_terms.loss + taught, of_terms.metrics
+
+    @torch.no_grad()
+    def _of_reference(self, objective: tk.Objective, batch: Batch) -> dict[str, Any]:
+        """Returns what a divergence from the reference's whole distribution takes."""
+        if not objective.reference_head or self.reference is None:
+            return {}
+        if self.ranks.world > 1:
+            raise TrapoError(f"objective.expert: {objective.expert} is for one process; got {self.ranks.world} ranks")
+        hidden, head = self._hidden_and_head(self.reference, batch)
+        return {"ref_hidden": hidden, "ref_weight": head.weight, "ref_bias": head.options.get("bias")}
 
     @torch.no_grad()
     def _logprobs(
@@ -414,23 +435,16 @@ class Learner:
             return head_of(model).with_hidden(self._hidden_states(model, batch))
 
     def _step(self, loss: float, region: str = "own") -> float:
-        """Clip and step (with two optimizers the gradients are kept until both can); a loss or gradient that is not
-        finite changes nothing. Returns the norm before clipping, NaN where the loss is not finite."""
-        limit = self.optim.grad_clip or math.inf
+        """Clip and step (of two optimizers, keep the gradients until both can; what is to be mixed, unclipped); what is
+        not finite changes nothing. Returns the norm before clipping, NaN where the loss is not finite."""
+        limit = math.inf if self.apart else self.optim.grad_clip or math.inf
         if self.ranks.any(not math.isfinite(loss)):
             norm = math.nan
         else:
             norm = float(whole(torch.nn.utils.clip_grad_norm_(self.parameters, limit)))
-        if math.isfinite(norm) and self.expert_schedule is None:
+        if math.isfinite(norm) and self.expert_schedule is None and not self.apart:
             self.optimizer.step()
         elif math.isfinite(norm):
             self.kept.keep(region)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
-
-
-def is_packed(model: PreTrainedModel, packing: str) -> bool:
-    """Returns what train.packing says of a model; `auto` packs where attention is varlen: a block mask's squares cost
-    more than padding does."""
-    varlen = "flash" in (model.config._attn_implementation or "")
-    return {"always": True, "never": False, "auto": varlen}[packing]

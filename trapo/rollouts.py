@@ -14,7 +14,7 @@ import torch
 from trapo.data.encode import EncodedProblem
 from trapo.engines.protocol import Completion, Engine, Request
 from trapo.errors import TrapoError
-from trapo.guidance import Schedule, open_micro_group
+from trapo.guidance import Opening, Schedule, open_micro_group
 from trapo.rewards import Reward, Status
 from trapo.tools.timing import StepTimer
 
@@ -82,7 +82,7 @@ def collect(
     for level in range(len(schedule.micro_groups)):
         rewards_so_far = [[r.reward for r in earlier] for earlier in by_prompt]
         drawn = [
-            Rollout(problems[o.prompt], o.prompt, level, o.ratio, o.prefix_ids, (), o.supervised, finished=o.whole)
+            _begun(problems[o.prompt], o, level, in_prompt=schedule.instruction is not None)
             for o in open_micro_group(schedule, level, problems, rewards_so_far, max_response_tokens, rng)
         ]
         with timer.part("generate"):
@@ -99,6 +99,14 @@ def collect(
                     earlier.trained = earlier.level == level
             by_prompt[rollout.group].append(rollout)
     return [rollout for group in by_prompt for rollout in group]
+
+
+def _begun(problem: EncodedProblem, o: Opening, level: int, *, in_prompt: bool) -> Rollout:
+    """Returns a rollout of which nothing is generated yet. in_prompt: its prefix is a part of the prompt."""
+    prefix = o.prefix_ids
+    if in_prompt and prefix:
+        problem, prefix = problem.asked_to_continue(prefix), ()
+    return Rollout(problem, o.prompt, level, o.ratio, prefix, (), o.supervised, finished=o.whole)
 
 
 def _generate(

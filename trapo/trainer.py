@@ -82,13 +82,13 @@ def train_step(
 
     It returns the rollouts and what the update did. The engine has the old weights still: `engine.sync` is the
     caller's, who may want to look at the new ones first.
-
     drawing: a context to draw in. drawn: told of the rollouts before the update; it may change them.
     """
     timer = timer or StepTimer()
-    with drawing or nullcontext():
+
+    def draw() -> list[Rollout]:
         # Micro-group by micro-group: a prompt's later rollouts continue an expert prefix where its earlier ones failed
-        rollouts = collect(
+        drawn = collect(
             problems,
             phase.schedule,
             engine,
@@ -98,8 +98,16 @@ def train_step(
             seed=seed,
             timer=timer,
         )
-    if phase.needs_rewards:
-        assign_advantages(rollouts, baseline, phase.std, phase.grouping)
+        if phase.needs_rewards:
+            assign_advantages(drawn, baseline, phase.std, phase.grouping)
+        return drawn
+
+    def again() -> list[Rollout]:  # of the weights that there are then
+        engine.sync(learner.model)
+        return draw()
+
+    with drawing or nullcontext():
+        rollouts = draw()
     if drawn is not None:
         drawn(rollouts)
     with timer.part("sync"):
@@ -109,7 +117,7 @@ def train_step(
         trained = [r for r in rollouts if r.trained]
         if phase.weigh is not None:
             phase.weigh(trained, learner)
-        update = learner.update(trained, phase.objective, seed=seed, timer=timer)
+        update = phase.update(trained, learner, seed, timer, again)
         shown = dict(phase.shown)
         if phase.memory is not None:
             shown |= phase.memory.after(rollouts, learner, seed)
@@ -156,9 +164,19 @@ def _train(
     resume_from = ranks.once(lambda: run_dir.look(settings, restart_finished=restart_finished, log=log))
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+
+    def inputs() -> dict[str, str]:
+        """Returns the SHA-256 of the files that the run reads, once they are those that it began with."""
+        reads_model = resume_from is None or config.lora.rank > 0 or any(phase.needs_base for phase in plan)
+        teacher = next((phase.distills.weights for phase in plan if phase.distills is not None), None)
+        code = {"reward.function": config.reward.function, **own_terms(config.objective)}
+        now = fingerprints(config.data, code, config.model.path if reads_model else None, teacher)
+        run_dir.check_inputs(now, accept_changed=accept_changed, log=log)
+        return now
+
     pool = make_pool(config.reward)
     with pool, StopSignal(ranks) as stop, ExitStack() as held:
-        files = ranks.once(lambda: _inputs(config, plan, run_dir, resume_from, accept_changed, log))
+        files = ranks.once(inputs)
         scorer = pool if ranks.world == 1 else SharedRewards(pool, ranks)
         trainer = Trainer(config, plan, run_dir, scorer, stop, console, resume_from, ranks)
 
@@ -199,24 +217,6 @@ def make_learner(
     )
 
 
-def _inputs(
-    config: Config,
-    plan: list[Phase],
-    run_dir: RunDir,
-    resume_from: Checkpoint | None,
-    accept_changed: bool,
-    log: Callable[[str], None],
-) -> dict[str, str]:
-    """Returns the SHA-256 of the files that the run reads. Raises TrapoError where a run that goes on would read
-    others."""
-    again = resume_from is None or config.lora.rank > 0 or any(phase.needs_base for phase in plan)
-    teacher = next((phase.distills.weights for phase in plan if phase.distills is not None), None)
-    code = {"reward.function": config.reward.function, **own_terms(config.objective)}
-    now = fingerprints(config.data, code, config.model.path if again else None, teacher)
-    run_dir.check_inputs(now, accept_changed=accept_changed, log=log)
-    return now
-
-
 class Trainer:
     """Holds all parts of one run, and runs the loop over its steps."""
 
@@ -250,12 +250,12 @@ class Trainer:
             config.rollout,
             self.model,
             self.tokenizer,
-            max_tokens=config.data.max_prompt_tokens + max(limit, config.eval.max_response_tokens or 0),
+            max_tokens=max(longest, config.data.max_prompt_tokens + max(limit, config.eval.max_response_tokens or 0)),
             precision=config.train.precision,
             run_dir=run_dir.path,
             ranks=ranks,
         )
-        needs_reference = any("ref_logprobs" in phase.objective.needs for phase in plan)
+        needs_reference = any(phase.needs_reference for phase in plan)
         reference = load_reference(config.model, ranks, config.train.precision) if needs_reference else None
         self.step, self.seconds_before = 0 if resume_from is None else resume_from.step, 0.0
         self._cut_course()

@@ -10,13 +10,14 @@ from trapo.batching.batch import (
     layout,
     pack,
     refuse_unsampled,
+    set_behaviour,
     share,
     supports_of,
     target_logprobs,
 )
 from trapo.batching.counting import expert_part, has_gradient, loss_tokens, own_part
 from trapo.batching.divisors import Divisors, divisors, with_entropy_mean
-from trapo.batching.micro_batches import Group, groups, micro_batches, packs
+from trapo.batching.micro_batches import Group, groups, is_packed, micro_batches, packs, shuffled_parts
 
 __all__ = [
     "Batch",
@@ -28,6 +29,7 @@ __all__ = [
     "filler",
     "groups",
     "has_gradient",
+    "is_packed",
     "layout",
     "loss_tokens",
     "micro_batches",
@@ -35,7 +37,9 @@ __all__ = [
     "pack",
     "packs",
     "refuse_unsampled",
+    "set_behaviour",
     "share",
+    "shuffled_parts",
     "supports_of",
     "target_logprobs",
     "with_entropy_mean",

@@ -7,7 +7,10 @@ it throws away: on a CPU, rows of equal lengths cost less than that, and little 
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Sequence
+
+from transformers import PreTrainedModel
 
 from trapo.models import prefix_tree
 from trapo.rollouts import Rollout
@@ -19,6 +22,21 @@ class Group:
 
     rollouts: Sequence[Rollout] = ()
     trees: tuple[int, ...] = ()  # how many of them are in each tree; (): each is a row of its own
+
+
+def shuffled_parts(rollouts: Sequence[Rollout], count: int, seed: int) -> list[list[Rollout]]:
+    """Returns the minibatches of a step: so many equal parts in a random order; one has the rollouts as they are."""
+    count, shuffled = min(count, len(rollouts)), list(rollouts)
+    if count > 1:
+        random.Random(seed).shuffle(shuffled)
+    return [shuffled[i::count] for i in range(count)]
+
+
+def is_packed(model: PreTrainedModel, packing: str) -> bool:
+    """Returns what train.packing says of a model; `auto` packs where attention is varlen: a block mask's squares cost
+    more than padding does."""
+    varlen = "flash" in (model.config._attn_implementation or "")
+    return {"always": True, "never": False, "auto": varlen}[packing]
 
 
 def groups(

@@ -21,6 +21,7 @@ from trapo.guidance import MicroGroup, Schedule, prefix_length, thinking_part, t
 class Trace:
     token_ids: tuple[int, ...]  # with the end-of-sequence token
     blank_lines: tuple[int, ...]  # positions of the tokens that complete a blank line
+    behaviour: tuple[float, ...] | None = None  # log-probabilities of the tokens under what wrote it; None: unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,19 @@ class EncodedProblem:
     problem: Problem
     prompt_ids: tuple[int, ...]
     traces: tuple[Trace, ...]
+    around: tuple[tuple[int, ...], tuple[int, ...]] | None = None  # an instruction before and behind a prefix
+
+    def asked_to_continue(self, prefix: tuple[int, ...]) -> EncodedProblem:
+        """Returns the problem with a prefix in its prompt, by the instruction that it was encoded with."""
+        assert self.around is not None
+        before, behind = self.around
+        return dataclasses.replace(self, prompt_ids=before + prefix + behind)
+
+    @property
+    def longest_prompt(self) -> int:
+        """Returns the tokens of its prompt; with an instruction, of that with a whole trace in it."""
+        trace = max((len(t.token_ids) for t in self.traces), default=0)
+        return max(len(self.prompt_ids), sum(map(len, self.around)) + trace if self.around else 0)
 
     @property
     def name(self) -> str:
@@ -85,6 +99,7 @@ def encode_problems(
     max_response_tokens: int | None = None,
     whole_traces: bool = False,
     trace_part: str = "full",
+    instruction: str | None = None,
 ) -> tuple[list[EncodedProblem], LeftOut]:
     """Returns the token ids of all problems. Prompts over the limit are left out whole, traces over theirs singly.
 
@@ -110,13 +125,17 @@ def encode_problems(
         if len(prompt_ids) > max_prompt_tokens:
             long_prompts.append(problem.id)
             continue
-        texts = [text for text in problem.traces if len(text) <= max_trace_tokens * longest]
-        traces = [encoder.encode(text) for text in texts]
+        traces = [
+            _written_by(encoder.encode(text), problem, i)
+            for i, text in enumerate(problem.traces)
+            if len(text) <= max_trace_tokens * longest
+        ]
         short = tuple(t for t in traces if len(t.token_ids) <= max_trace_tokens)
         long_traces += [problem.id] * (len(problem.traces) - len(short))
         fitting = tuple(t for t in short if max_response_tokens is None or len(t.token_ids) <= max_response_tokens)
         unfit_traces += [problem.id] * (len(short) - len(fitting))
-        kept.append(EncodedProblem(problem, prompt_ids, fitting if whole_traces else short))
+        around = None if instruction is None else prompts.around(problem, instruction)
+        kept.append(EncodedProblem(problem, prompt_ids, fitting if whole_traces else short, around))
     if not kept:
         raise TrapoError(
             f"data.max_prompt_tokens: all {len(problems)} prompts are longer than {max_prompt_tokens} tokens; "
@@ -133,6 +152,19 @@ def encode_problems(
         unfit_traces, first_unfit = [], ""
     numbers = (len(long_prompts), len(long_traces), first_prompt, first_trace, len(unfit_traces), first_unfit)
     return kept, LeftOut(*numbers, notes)
+
+
+def _written_by(trace: Trace, problem: Problem, index: int) -> Trace:
+    """Returns a trace with the log-probabilities that came with it."""
+    if not problem.behaviour:
+        return trace
+    given, needed = len(problem.behaviour[index]), len(trace.token_ids)
+    if given != needed:
+        raise TrapoError(
+            f"data.train: {problem.id}: behaviour_logprobs has {given} numbers for a trace of {needed} tokens, the "
+            "end-of-sequence token included, by the tokenizer of model.path"
+        )
+    return dataclasses.replace(trace, behaviour=problem.behaviour[index])
 
 
 class PromptEncoder:
@@ -176,9 +208,23 @@ class PromptEncoder:
             self._folded += 1
         if any(self._special_texts.search(m["content"]) for m in messages):
             self._special.append(problem.id)
-        text = self._render(messages, problem.id)
+        return self._ids(self._render(messages, problem.id))
+
+    def _ids(self, text: str) -> tuple[int, ...]:
         # As apply_chat_template does: the template has put all special tokens in.
         return tuple(cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+    def around(self, problem: Problem, instruction: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns the ids of a prompt that asks to go on with a prefix: what stands before that, and behind it."""
+        *earlier, last = problem.prompt
+        asked = instruction.replace("{partial}", _MARK).replace("{problem}", last["content"])
+        messages = [*earlier, {**last, "content": asked}]
+        if any(m["role"] == "system" for m in messages) and not self._takes_system:
+            messages = _without_system(messages)
+        before, mark, behind = self._render(messages, problem.id).partition(_MARK)
+        if not mark:
+            raise TrapoError(f"guidance.instruction: the chat template drops {{partial}} from {problem.id}")
+        return self._ids(before), self._ids(behind)
 
     def note(self) -> str:
         """Returns what users should know of the prompts encoded so far; "" for nothing."""
@@ -203,6 +249,8 @@ class PromptEncoder:
     def _apply(self, messages: list[Message]) -> str:
         return cast(str, self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
+
+_MARK = "\ue000"  # stands for the prefix until the text is cut there
 
 PLAIN = "{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
 

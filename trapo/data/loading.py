@@ -147,7 +147,8 @@ def _read(path: Path, columns: Mapping[str, str], *, skip: bool) -> Iterator[Pro
             if parse is None:
                 parse = _layout(row, path)
             renamed = _renamed(row, columns)
-            problem = replace(_writable(parse(renamed, path.stem)), row=_others(renamed))
+            problem = _writable(parse(renamed, path.stem))
+            problem = replace(problem, row=_others(renamed), behaviour=_behaviour(renamed, len(problem.traces)))
         except _UnknownLayout:
             raise
         except DataError as error:
@@ -359,6 +360,26 @@ def _traces(value: Any, column: str) -> tuple[str, ...]:
         else:
             raise DataError(f"column {column!r} must hold texts or chat messages; got {kind_of(item)}")
     return tuple(t for t in traces if t.strip())
+
+
+def _behaviour(row: Row, traces: int) -> tuple[tuple[float, ...], ...]:
+    """Returns the log-probabilities of each trace's tokens: a list of numbers, or one of lists, a trace each."""
+    value = row.get("behaviour_logprobs")
+    if value is None:
+        return ()
+    lists = [value] if isinstance(value, list) and not any(isinstance(v, list) for v in value) else value
+    if not isinstance(lists, list) or len(lists) != traces or not all(map(_are_logprobs, lists)):
+        raise DataError(
+            f"column 'behaviour_logprobs' must hold log-probabilities, a list for each of the {traces} traces; got "
+            f"{kind_of(value)}"
+        )
+    return tuple(tuple(map(float, numbers)) for numbers in lists)
+
+
+def _are_logprobs(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(v, int | float) and not isinstance(v, bool) and -math.inf < v <= 0 for v in value
+    )
 
 
 def _content_id(source: str, messages: tuple[Message, ...], answer: str) -> str:

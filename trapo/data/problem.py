@@ -10,19 +10,20 @@ from typing import Any
 from trapo.errors import TrapoError
 
 Message = dict[str, str]
-COLUMNS = ("prompt", "answer", "traces", "trace", "id", "source")  # of our own layout
+COLUMNS = ("prompt", "answer", "traces", "trace", "id", "source", "behaviour_logprobs")  # of our own layout
 
 
 @dataclass(frozen=True)
 class Problem:
     """Holds a problem. prompt: chat messages. traces: expert solutions, as the assistant would write them; may be
-    empty."""
+    empty. behaviour: of each trace, the log-probabilities that what wrote it gave its tokens; () where nobody knows."""
 
     id: str
     prompt: tuple[Message, ...]
     answer: str
     traces: tuple[str, ...]
     source: str
+    behaviour: tuple[tuple[float, ...], ...] = ()
     row: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # its other columns, for rewards
 
 

@@ -62,7 +62,9 @@ def load_train_set(
         raise TrapoError("data.train: missing; give a JSONL or parquet file or a task:// name")
     trace_part = plan[0].schedule.trace_part
     imitates = not any(phase.schedule.generates for phase in plan)
-    problems = _load(data, data.train, data.train_limit, tokenizer, log, max_response_tokens, trace_part, imitates)
+    asked = plan[0].schedule.instruction
+    limits = (data.train_limit, tokenizer, log, max_response_tokens)
+    problems = _load(data, data.train, *limits, trace_part, imitates, asked)
     with_traces = [p for p in problems if p.traces]
     limit = data.max_trace_tokens
     if some := any(not phase.schedule.generates for phase in plan):
@@ -72,6 +74,13 @@ def load_train_set(
         raise TrapoError(
             f"data.train: {data.train} has no expert trace (of at most {limit} tokens); mode {mode} needs some"
         )
+    if any(phase.needs_behaviour for phase in plan):
+        without = [p.name for p in with_traces if any(trace.behaviour is None for trace in p.traces)]
+        if without:
+            raise TrapoError(
+                "data.train: objective.expert reads the log-probabilities of what wrote the traces, in a column "
+                f"behaviour_logprobs; {len(without)} problems have none (first: {without[0]})"
+            )
     if all(phase.needs_traces for phase in plan) and len(with_traces) < len(problems):
         log(f"data.train: {len(problems) - len(with_traces)} problems without an expert trace left out")
         return with_traces
@@ -120,7 +129,7 @@ def load_problem_set(
 
 def longest_sequence(problems: Sequence[EncodedProblem] | None, max_response_tokens: int) -> int:
     """Returns the tokens of the longest prompt with the longest response; 0 where there is no problem."""
-    return max((len(p.prompt_ids) + max_response_tokens for p in problems or ()), default=0)
+    return max((p.longest_prompt + max_response_tokens for p in problems or ()), default=0)
 
 
 def _load(
@@ -132,6 +141,7 @@ def _load(
     max_response_tokens: int | None = None,
     trace_part: str = "full",
     whole_traces: bool = False,
+    instruction: str | None = None,
 ) -> list[EncodedProblem]:
     problems = load_problems(
         path,
@@ -151,6 +161,7 @@ def _load(
         max_response_tokens=max_response_tokens,
         whole_traces=whole_traces,
         trace_part=trace_part,
+        instruction=instruction,
     )
     if said := left_out.describe(data.max_prompt_tokens, data.max_trace_tokens, max_response_tokens):
         log(f"{path}: left out {said}")

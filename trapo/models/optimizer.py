@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from trapo.errors import TrapoError
-from trapo.models.sharding import is_sharded
+from trapo.models.sharding import is_sharded, whole
 from trapo.settings.groups import OptimConfig
 
 
@@ -33,31 +33,43 @@ def make_optimizer(
     )
 
 
+Gradients = dict[str, list[torch.Tensor | None]]  # of a region of tokens or of an optimizer, one a parameter
+
+
 class Kept:
     """Holds gradients of regions of tokens, taken at the weights that there are, until all their optimizers step."""
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         self.parameters = parameters
-        self.gradients: dict[str, list[torch.Tensor | None]] = {}
+        self.gradients: Gradients = {}
 
     def keep(self, region: str) -> None:
         """Take the gradients away from the parameters."""
         self.gradients[region] = [p.grad for p in self.parameters]
 
     @torch.no_grad()
-    def step(self, optimizers: Mapping[str, torch.optim.Optimizer], weight_decay: float) -> None:
+    def step(
+        self, optimizers: Mapping[str, torch.optim.Optimizer], weight_decay: float, clip: float | None = None
+    ) -> dict[str, float]:
         """Add the updates that the optimizers make of their regions' gradients, each from the weights before: all
-        decay those, and none what another one has just added. The optimizers themselves have no weight decay."""
+        decay those, and none what another one has just added. The optimizers themselves have no weight decay.
+
+        clip: the limit of each region's norm, where that was not clipped before. Returns those norms.
+        """
         rates = sum(optimizers[region].param_groups[0]["lr"] for region in self.gradients)
+        norms: dict[str, float] = {}
         if weight_decay:
             for p in self.parameters:
                 p.mul_(1 - rates * weight_decay)
         for region, gradients in self.gradients.items():
             for p, gradient in zip(self.parameters, gradients, strict=True):
                 p.grad = gradient
+            if clip is not None:
+                norms[region] = float(whole(torch.nn.utils.clip_grad_norm_(self.parameters, clip)))
             optimizers[region].step()
             optimizers[region].zero_grad(set_to_none=True)
         self.gradients = {}
+        return norms
 
 
 def main_grad(model: PreTrainedModel, weight: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor | None:

@@ -14,7 +14,7 @@ The functions take unsharded models too and do nothing to them, without importin
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -122,7 +122,10 @@ def _units(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if is_sharded(module)]
 
 
-def save_shards(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, ranks: Ranks) -> Path | None:
+Optimizers = Mapping[str, torch.optim.Optimizer]  # by the region of tokens whose gradients they step by
+
+
+def save_shards(folder: Path, model: PreTrainedModel, optimizers: Optimizers, ranks: Ranks) -> Path | None:
     """Write trained weights and optimizer state from all ranks; returns the temporary folder, which is to be moved into
     the checkpoint. None for a model that is not sharded: its state is in the checkpoint's own file."""
     if not is_sharded(model):
@@ -133,28 +136,33 @@ def save_shards(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Opt
     if ranks.first:
         shutil.rmtree(path, ignore_errors=True)
     ranks.barrier()
-    dcp.save(_state(model, optimizer), checkpoint_id=path)
+    dcp.save(_state(model, optimizers), checkpoint_id=path)
     return path
 
 
-def load_shards(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+def load_shards(path: Path, model: PreTrainedModel, optimizers: Optimizers) -> None:
     """Loads what `save_shards` wrote, on however many ranks, into a model that is sharded over as many as there are
     now."""
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import set_state_dict
+    from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
 
-    state = _state(model, optimizer)
+    state = _state(model, optimizers)
     dcp.load(state, checkpoint_id=path, no_dist=not is_sharded(model))
-    set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_options()
-    )
+    set_model_state_dict(model, state["model"], options=_options())
+    for name, optimizer in optimizers.items():
+        set_optimizer_state_dict(model, optimizer, state[_PLACES[name]], options=_options())
 
 
-def _state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    from torch.distributed.checkpoint.state_dict import get_state_dict
+_PLACES = {"own": "optimizer", "expert": "expert_optimizer"}  # in a checkpoint
 
-    model_state, optimizer_state = get_state_dict(model, optimizer, options=_options())
-    return {"model": model_state, "optimizer": optimizer_state}
+
+def _state(model: PreTrainedModel, optimizers: Optimizers) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
+    found: dict[str, Any] = {"model": get_model_state_dict(model, options=_options())}
+    for name, optimizer in optimizers.items():
+        found[_PLACES[name]] = get_optimizer_state_dict(model, optimizer, options=_options())
+    return found
 
 
 def _options() -> Any:

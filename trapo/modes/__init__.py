@@ -6,7 +6,7 @@ the key `mode`, `trapo config` and the documentation have it. Sources are named 
 
 from __future__ import annotations
 
-from trapo.modes import basic, distilling, hybrids
+from trapo.modes import basic, distilling, hybrids, learnt_mix, two_levels
 from trapo.modes.phase import Course, Phase, cut_at_plateau, phase_at
 from trapo.modes.registry import MODES, Mode, check_mode, mode, phases
 
@@ -20,7 +20,9 @@ __all__ = [
     "cut_at_plateau",
     "distilling",
     "hybrids",
+    "learnt_mix",
     "mode",
     "phase_at",
     "phases",
+    "two_levels",
 ]

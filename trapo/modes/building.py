@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import trapo_kernels as tk
 from trapo.errors import TrapoError
 from trapo.guidance import PRESETS, Schedule, schedule, split_group
-from trapo.modes.phase import Phase, imitates, supervised
+from trapo.modes.phase import Phase, supervised
+from trapo.modes.registry import has_no_sft_steps
 from trapo.settings.groups import OptimConfig
-from trapo.settings.objective import given_fields, make_objective, overruled
+from trapo.settings.objective import expert_reads, given_fields, imitates, make_objective, overruled
 
 if TYPE_CHECKING:
     from trapo.config import Config
@@ -63,6 +64,22 @@ def group_size(config: Config, least: int = 1) -> int:
     return size
 
 
+def one_update(config: Config) -> None:
+    """Raises TrapoError for a step of several updates, in a mode that compares a step's gradients."""
+    has_no_sft_steps(config)
+    if (count := config.train.updates_per_step) != 1:
+        raise TrapoError(f"train.updates_per_step: mode {config.mode} has one gradient a step; must be 1, got {count}")
+
+
+def with_expert_optimizer(config: Config) -> OptimConfig:
+    """Returns the configured optimizer with one of its own for expert tokens, whose rate is the same where
+    optim.expert.lr says none."""
+    optim, own = config.optim, config.optim.expert
+    if own.lr is None:
+        own = dataclasses.replace(own, lr=optim.lr, schedule=optim.schedule)
+    return dataclasses.replace(optim, expert=own)
+
+
 def make_phase(
     config: Config,
     name: str,
@@ -98,20 +115,14 @@ def make_phase(
 
 def _refuse_what_is_missing(objective: tk.Objective, config: Config) -> None:
     """Raises TrapoError for an objective that needs what the trainer does not give to the loss."""
-    if objective.reference_head:
-        raise TrapoError(
-            f"objective.expert: {objective.expert} needs a reference's head, which the trainer does not give"
-        )
-    expert = tk.Objective(expert=objective.expert, expert_coef=objective.expert_coef, policy=None)
-    for name in expert.reads if callable(objective.expert) else expert.needed:
-        if name in ("old_logprobs", "rollout_logprobs"):
-            raise TrapoError(f"objective.expert: needs {name} of expert tokens, which the trainer does not have")
-    if config.rollout.top_k is not None and (objective.statistics or objective.reads_logit):
+    if "rollout_logprobs" in expert_reads(objective):
+        raise TrapoError("objective.expert: needs rollout_logprobs of expert tokens, which the trainer does not have")
+    if config.rollout.top_k is not None and (objective.statistics or objective.reads_logit or objective.reference_head):
         raise TrapoError(
             f"rollout.top_k: objective.expert={objective.expert} reads more of a token than its log-probability, which "
             "the loss on truncated distributions does not have"
         )
-    for name, needed_by in objective.needs.items():
+    for name, needed_by in dataclasses.replace(objective, expert=None).needs.items():
         if name == "rollout_logprobs" and config.rollout.engine == "hf":
             raise TrapoError(
                 f"objective: {needed_by} needs the engine's log-probabilities, which rollout.engine=hf does not give"

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 import trapo_kernels as tk
 from trapo.errors import TrapoError
-from trapo.guidance import ALWAYS, NEVER, Binomial, MicroGroup, Schedule, Uniform
+from trapo.guidance import ALWAYS, NEVER, MicroGroup, Schedule
 from trapo.modes import weighing
-from trapo.modes.building import group_size, make_phase, replace_groups
+from trapo.modes.building import group_size, make_phase, replace_groups, with_expert_optimizer
+from trapo.modes.draws import Binomial, Uniform
+from trapo.modes.instructions import text_of
 from trapo.modes.memory import ShortestPrefixes, TraceQueue
 from trapo.modes.phase import Phase, cosine
 from trapo.modes.registry import mode
@@ -47,9 +49,7 @@ def hpt(config: Config) -> list[Phase]:
 def relift(config: Config) -> list[Phase]:
     unguided = replace_groups(config, [(group_size(config), 0.0, NEVER)])
     whole = replace_groups(config, [(1, 1.0, ALWAYS)])
-    lr = config.optim.expert.lr or config.optim.lr
-    schedule = config.optim.expert.schedule if config.optim.expert.lr else config.optim.schedule
-    optim = dataclasses.replace(config.optim, expert=dataclasses.replace(config.optim.expert, lr=lr, schedule=schedule))
+    optim = with_expert_optimizer(config)
     phase = make_phase(config, "relift", unguided, tk.Objective.trapo, {"expert": None}, std=False, optim=optim)
     imitation = tk.Objective.sft(entropy_coef=phase.objective.entropy_coef)
     queue = TraceQueue(whole, imitation, config.hybrid.buffer or 128, config.rollout.max_response_tokens)
@@ -114,7 +114,9 @@ def prefix_rl(config: Config) -> list[Phase]:
     if config.guidance.find is not False:
         found = ShortestPrefixes()
         guided = dataclasses.replace(guided, draw=found)
-    drawn = dataclasses.replace(halves, micro_groups=(own, guided))
+    text = config.guidance.instruction
+    told = None if text is None else text_of(text)
+    drawn = dataclasses.replace(halves, micro_groups=(own, guided), instruction=told)
     phase = make_phase(config, "prefix_rl", drawn, tk.Objective.grpo, std=True)
     return [dataclasses.replace(phase, memory=found, grouping="level")]
 

@@ -88,7 +88,7 @@ class ShortestPrefixes:
     def after(self, rollouts: Sequence[Rollout], learner: Learner, seed: int) -> dict[str, float]:
         guided: dict[str, list[float]] = {}
         for r in rollouts:
-            if r.prefix_ids:
+            if r.guided:
                 guided.setdefault(r.problem.name, []).append(r.reward)
         for name, rewards in guided.items():
             low, high = self.bounds.get(name, (0.0, 1.0))

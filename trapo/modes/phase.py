@@ -5,17 +5,35 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import trapo_kernels as tk
 from trapo.distillation.how import INITIAL, Distillation
 from trapo.guidance import Schedule
 from trapo.settings.groups import OptimConfig
+from trapo.settings.objective import imitates, reads_behaviour
 
 if TYPE_CHECKING:
-    from trapo.learner import Learner
+    from trapo.learner import Learner, Update
     from trapo.modes.memory import Memory
     from trapo.rollouts import Rollout
+    from trapo.tools.timing import StepTimer
+
+
+class Learns(Protocol):
+    """Makes the update of a step, of a mode for which that is more than one of its loss."""
+
+    def __call__(
+        self,
+        rollouts: Sequence[Rollout],
+        phase: Phase,
+        learner: Learner,
+        seed: int,
+        timer: StepTimer,
+        again: Callable[[], list[Rollout]],
+    ) -> Update:
+        """Returns what it did. again: draws the rollouts of the same problems anew, from the weights that there are."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +55,7 @@ class Phase:
     grouping: str = "prompt"  # which rollouts are compared: see rollouts.assign_advantages
     vary: Callable[[Phase, int], Phase] | None = None  # makes the phase of a step, where it has a schedule
     weigh: Callable[[Sequence[Rollout], Learner], None] | None = None  # changes what tokens weigh, before the update
+    learns: Learns | None = None  # makes the update; None: one of the loss
     memory: Memory | None = None  # is told of every step, and kept in checkpoints
     distills: Distillation | None = None  # adds a teacher's divergence to the loss
     shown: Mapping[str, float] = dataclasses.field(default_factory=dict)  # for the step's line of metrics
@@ -45,6 +64,29 @@ class Phase:
     def at(self, step: int) -> Phase:
         """Returns the phase as a step of it, counted from 0, has it."""
         return self if self.vary is None else self.vary(self, step)
+
+    def update(
+        self,
+        rollouts: Sequence[Rollout],
+        learner: Learner,
+        seed: int,
+        timer: StepTimer,
+        again: Callable[[], list[Rollout]],
+    ) -> Update:
+        """Makes the update of a step. again: as `Learns`."""
+        if self.learns is None:
+            return learner.update(rollouts, self.objective, seed=seed, timer=timer)
+        return self.learns(rollouts, self, learner, seed, timer, again)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Returns whether a frozen copy of the model's first weights is part of the loss."""
+        return "ref_logprobs" in self.objective.needs or self.objective.reference_head
+
+    @property
+    def needs_behaviour(self) -> bool:
+        """Returns whether the expert term reads the log-probabilities of what wrote the traces."""
+        return reads_behaviour(self.objective)
 
     @property
     def needs_traces(self) -> bool:
@@ -55,7 +97,7 @@ class Phase:
     def needs_base(self) -> bool:
         """Returns whether the run's initial weights are read beside those that are trained."""
         is_teacher = self.distills is not None and self.distills.teacher == INITIAL
-        return is_teacher or "ref_logprobs" in self.objective.needs
+        return is_teacher or self.needs_reference
 
     @property
     def needs_rewards(self) -> bool:
@@ -68,11 +110,6 @@ def cosine(high: float, low: float, steps: int, step: int, after: float | None =
     if step > steps and after is not None:
         return after
     return low + (high - low) * (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
-
-
-def imitates(objective: tk.Objective) -> bool:
-    """Returns whether it has a term on expert tokens."""
-    return objective.expert is not None and objective.expert_coef != 0
 
 
 def supervised(schedule: Schedule, objective: tk.Objective) -> Schedule:

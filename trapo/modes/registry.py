@@ -45,6 +45,8 @@ def check_mode(config: Config) -> None:
     if given and not MODES[config.mode].distills:
         readers = " and ".join(mode.name for mode in MODES.values() if mode.distills)
         raise TrapoError(f"distill.{given[0]}: only {readers} read it; got mode {config.mode}")
+    if config.guidance.instruction is not None and config.mode != "prefix_rl":
+        raise TrapoError(f"guidance.instruction: only mode prefix_rl puts prefixes into prompts; got {config.mode}")
     if config.guidance.find is not None and config.mode != "prefix_rl":
         raise TrapoError(f"guidance.find: only mode prefix_rl looks for prefixes; got mode {config.mode}")
 

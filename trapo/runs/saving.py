@@ -67,7 +67,9 @@ class Saver:
 
         try:
             write = self._writer(folder, final=False)
-            shards = self._together(folder, lambda: save_shards(folder, self.model, self.learner.optimizer, self.ranks))
+            shards = self._together(
+                folder, lambda: save_shards(folder, self.model, self.learner.optimizers(), self.ranks)
+            )
             self.ranks.once(lambda: save(write, shards))
         except checkpoint.SaveError as error:
             if must:

@@ -107,6 +107,14 @@ class GuidanceConfig:
     find: bool | None = key(
         None, "prefix_rl: look for the shortest prefix that helps, by bisection over the epochs; null is true there."
     )
+    instruction: str | None = key(
+        None,
+        "prefix_rl: the prefix stands in the prompt, in this text, to be gone on with; pope is that paper's.",
+        rule=Rule(
+            "must be pope, or hold {problem} and {partial} once each",
+            lambda text: text == "pope" or all(text.count(place) == 1 for place in ("{problem}", "{partial}")),
+        ),
+    )
     stop_decided: bool = key(False, "Draw no more of a prompt whose rollouts were all right (guidance.is_decided).")
 
 
@@ -221,11 +229,21 @@ class HybridConfig:
     """Sets modes that mix imitation with RL, each of which reads some; null is the mode's own (docs/modes.md)."""
 
     gate: int | None = key(None, "hpt: up to so many right rollouts, a prompt is imitated instead.", least=0)
-    high: float | None = key(None, "uft, prefix_rft, chord: where the share of a trace, or μ, begins.", least=0)
-    low: float | None = key(None, "uft, prefix_rft, chord: where it ends.", least=0)
+    high: float | None = key(
+        None,
+        "uft, prefix_rft, chord: where the share of a trace, or μ, begins; amft: μ's upper bound.",
+        least=0,
+        most=1,
+    )
+    low: float | None = key(None, "uft, prefix_rft, chord: where it ends; amft: μ's lower bound.", least=0, most=1)
     steps: int | None = key(None, "uft, prefix_rft, chord: after so many steps.", least=1)
-    keep: float | None = key(None, "prefix_rft: the share of prefix tokens, by entropy, that is learnt.", above=0)
+    keep: float | None = key(
+        None, "prefix_rft: the share of prefix tokens, by entropy, that is learnt.", above=0, most=1
+    )
     buffer: int | None = key(None, "relift: prompts that have failed, of one SFT step.", least=1)
+    mix: float | None = key(None, "bridge: the weight λ of imitation; amft: μ in the first step.", least=0, most=1)
+    meta_lr: float | None = key(None, "amft: how far its meta-gradient, a cosine, moves μ in a step.", least=0, most=1)
+    entropy_lr: float | None = key(None, "amft: how far a nat below the first step's entropy moves μ.", least=0, most=1)
 
 
 @dataclasses.dataclass

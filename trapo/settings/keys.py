@@ -36,6 +36,7 @@ class Key:
     choices: Collection[str] = ()  # the words that are accepted; empty: any
     least: float | None = None
     above: float | None = None
+    most: float | None = None
     named: bool = False  # a text that names something, and so may not be empty
     rule: Rule | None = None
     said: str = ""  # what is accepted, for people, where type, choices and bounds do not say it
@@ -50,7 +51,7 @@ class Key:
         elif self.rule is not None:
             said = self.rule.words.removeprefix("must be ")
         else:
-            bounds = [f"{sign} {low:g}" for sign, low in ((">=", self.least), (">", self.above)) if low is not None]
+            bounds = [f"{sign} {end:g}" for sign, end, _ in self._bounds()]
             said = " ".join([_kind(self.hint), *bounds])
         return f"{said}, or null" if types.NoneType in typing.get_args(self.hint) else said
 
@@ -62,12 +63,16 @@ class Key:
             return
         if self.choices and value not in self.choices:
             raise TrapoError(f"{self.name}: got {value!r}; accepted: {', '.join(self.choices)}")
-        for sign, low, holds in ((">=", self.least, operator.ge), (">", self.above, operator.gt)):
-            if low is not None and not (holds(value, low) and (isinstance(value, int) or math.isfinite(value))):
-                raise TrapoError(f"{self.name}: got {value}; must be {sign} {low}, and finite")
+        for sign, end, holds in self._bounds():
+            if not (holds(value, end) and (isinstance(value, int) or math.isfinite(value))):
+                raise TrapoError(f"{self.name}: got {value}; must be {sign} {end}, and finite")
         if self.rule is not None and not self.rule.holds(value):
             shown = list(value) if isinstance(value, (list, tuple, dict)) else value
             raise TrapoError(f"{self.name}: got {shown}; {self.rule.words}")
+
+    def _bounds(self) -> list[tuple[str, float, Callable[[Any, Any], bool]]]:
+        ends = ((">=", self.least, operator.ge), (">", self.above, operator.gt), ("<=", self.most, operator.le))
+        return [(sign, end, holds) for sign, end, holds in ends if end is not None]
 
     def _check_text(self, text: str) -> None:
         if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
@@ -83,18 +88,20 @@ def key(
     choices: Collection[str] = (),
     least: float | None = None,
     above: float | None = None,
+    most: float | None = None,
     named: bool = False,
     rule: Rule | None = None,
     said: str = "",
 ) -> T:
     """Makes a field of a group of keys. The arguments are those of `Key`: doc is one sentence, choices the accepted
-    words, least and above the lower bounds (the value itself accepted, or not), named says that a text may not be
-    empty."""
+    words, least and above the lower bounds (the value itself accepted, or not), most the upper one, named says that a
+    text may not be empty."""
     known = {
         "doc": doc,
         "choices": choices,
         "least": least,
         "above": above,
+        "most": most,
         "named": named,
         "rule": rule,
         "said": said,

@@ -53,6 +53,7 @@ def _group() -> type:
         "tis_cap": {"above": 0},
         "tis_mode": {"said": "clip, mask"},
         "tis_level": {"said": "token, sequence"},
+        "pear_level": {"said": "token, block, sequence"},
         **{name: {"said": "number, inf"} for name in _UNCLIPPED},
     }
     for field in dataclasses.fields(tk.Objective):
@@ -111,6 +112,25 @@ def make_objective(
             if name in _UNCLIPPED and name not in given and f" {name} must be None" in words
         ]
         raise TrapoError(f"objective: {'; '.join([words, *clash])}") from error
+
+
+def imitates(objective: tk.Objective) -> bool:
+    """Returns whether it has a term on expert tokens."""
+    return objective.expert is not None and objective.expert_coef != 0
+
+
+def expert_reads(objective: tk.Objective) -> frozenset[str]:
+    """Returns the inputs that change the expert term where they are given."""
+    return tk.Objective(expert=objective.expert, policy=None).reads if imitates(objective) else frozenset()
+
+
+def reads_behaviour(objective: tk.Objective) -> bool:
+    """Returns whether the expert term has no value without old_logprobs, which are those of what wrote the traces. A
+    function of a user's that reads them wants them, whatever default it has."""
+    if not imitates(objective):
+        return False
+    needed = tk.Objective(expert=objective.expert, policy=None).needed
+    return "old_logprobs" in (expert_reads(objective) if callable(objective.expert) else needed)
 
 
 def overruled(objective: tk.Objective, given: Mapping[str, Any], mode: str) -> tuple[str, ...]:
