@@ -62,12 +62,25 @@ OWN = {
 }
 
 
+def test_the_example_that_stays_near_the_reference_is_sft_there_and_ends_at_its_bound():
+    code = next(b for b in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if "near_reference" in b)
+    names = {}
+    exec(compile(code.partition("\n\n\n")[0], str(PAGE), "exec"), names)
+    objective = tk.Objective(expert=names["near_reference"], policy=None)
+    ref = torch.tensor([-3.0, -3.0, -3.0], dtype=torch.float64)
+    logprobs = (ref + torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)).requires_grad_()  # of λ = 0.5: 1/λ = 2
+    tokens = tk.Tokens(logprobs, torch.zeros(3).double(), torch.ones(3, dtype=torch.bool), ref_logprobs=ref)
+    (by_autograd,) = torch.autograd.grad(objective.losses(tokens)["expert"].sum(), logprobs)
+    assert by_autograd.tolist() == [-1.0, -0.5, 0.0]
+    assert objective.slopes(tokens)[0].tolist() == by_autograd.tolist()
+
+
 @backends
 def test_the_examples_of_the_documentation_run(backend, capsys):
     case = sequence_case(b=affordable(backend, 8), dtype=torch.float32)
     names = {"hidden": case.hidden, "weight": case.weight, "targets": case.targets, **case.inputs}
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     tk.set_backend(backend)
     try:
         objectives = []
