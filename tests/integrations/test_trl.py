@@ -140,6 +140,7 @@ def test_loss_gradients_and_metrics_are_those_of_trl(name, tiny_model_path, tmp_
         del inputs["ref_per_token_logps"]
     expected, expected_grads, expected_metrics = loss_gradients_metrics(stock, inputs)
     loss, grads, metrics = loss_gradients_metrics(ours, inputs)
+    assert (ours.fused.path == "one pass") == (name in LOSSES)  # and stayed so
     assert_close(loss, expected, 1e-5, "loss", floor=0.1)
     largest = max(float(g.abs().max()) for g in expected_grads.values())
     for key, grad in expected_grads.items():

@@ -137,7 +137,8 @@ class FusedTrainer(Fused):
 
     def _of_grpo(self, targets: Tensor) -> Foreseen | None:
         inputs, trainer = self._inputs, self.trainer
-        if inputs is None or "tool_mask" in inputs:  # whose tokens are scored, and are not in the loss
+        # Tokens that are scored, and are not in TRL's loss: of tools, and of the experts of grpo.py.
+        if inputs is None or "tool_mask" in inputs or "expert_mask" in inputs:
             return None
         mask, prompt = inputs["completion_mask"].bool(), inputs["prompt_ids"].shape[1]
         if targets.shape != (mask.shape[0], prompt + mask.shape[1]):  # virtual tokens of PEFT's prompt learning

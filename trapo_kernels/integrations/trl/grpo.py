@@ -5,9 +5,10 @@
     FusedGRPOTrainer(model, reward_funcs, args=GRPOConfig(num_generations=8, loss_type="dapo", ...),
                      train_dataset=dataset).train()
 
-Where the loss can be computed in one pass (three GEMMs) it is; where a quantity must be known first (top-entropy masks,
-off-policy masks, sequence-level ratios, ...) TRL's own loss is used, on log-probabilities and entropies of this package
-(four GEMMs). `trainer.loss_path` says which, and why.
+It is `fuse` and a loss more: batches without expert tokens have TRL's own loss, by the head of `fuse`. With them, or with
+an objective of yours, the loss is computed here: in one pass (three GEMMs) where it can be; where a quantity must be
+known first (top-entropy masks, off-policy masks, sequence-level ratios, ...) TRL's own loss is used beside the expert
+term (four GEMMs). `trainer.loss_path` says which, and why.
 
 With expert prefixes it is `TrapoGRPOTrainer`, which is in trapo/integrations/trl.py, since it needs `trapo`'s rules of
 guidance; it can be imported from here too.
@@ -28,7 +29,7 @@ from ...formulas.ratios import outside_clip
 from ...functional import PolicyLoss, linear_policy_loss, policy_loss_from_logprobs
 from ...objective import Objective
 from ..transformers import LinearHead
-from .head import FusedHead
+from .fuse import KEPT, fuse
 from .settings import objective_of, per_token, reduction_of, token_normalizer, why_two_passes
 
 __all__ = ["FusedGRPOTrainer"]
@@ -64,15 +65,9 @@ class FusedGRPOTrainer(GRPOTrainer):
         self.objective = objective or objective_of(self, "trsft" if self.guided else None)
         self._check_settings()
         self.loss_path = self._loss_path()
-        for model, outputs in ((self._base_model(), ("log_probs", "entropy")), (self.ref_model, ("log_probs",))):
-            if model is not None:
-                model = self.accelerator.unwrap_model(model)
-                FusedHead(model, self.temperature, self.args.cast_lm_head_to_fp32, outputs, backend)
+        self.fused = fuse(self, backend=backend)
+        vars(self).pop(KEPT)  # what is fused by its class is not fused, and not restored, by the function
         self._scored: tuple[Tensor, Tensor | None] | None = None
-
-    def _base_model(self) -> Any:
-        model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     # What the loss is
 
@@ -96,11 +91,12 @@ class FusedGRPOTrainer(GRPOTrainer):
     # Loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        expert = inputs.get("expert_mask")
+        if expert is None and not self._own_objective:
+            return super()._compute_loss(model, inputs)
         if self.loss_path == "one pass":
             return self._one_pass_loss(model, inputs)
-        expert = inputs.get("expert_mask")
-        if expert is None:
-            return super()._compute_loss(model, inputs)
+        assert expert is not None  # an objective takes one pass, or is refused
         kept = inputs.get("tool_mask", torch.ones_like(inputs["completion_mask"]))
         loss = super()._compute_loss(model, {**inputs, "tool_mask": kept * ~expert})
         return loss + self._expert_loss(inputs, expert & kept.bool() & inputs["completion_mask"].bool())
