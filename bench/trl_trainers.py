@@ -175,7 +175,8 @@ def report(results: dict[str, Any]) -> str:
     if steps:
         lines += [
             "Real steps of the whole model, each side a trainer of its own; the largest difference of all logged "
-            f"numbers but times, as a share of the number, or of {FLOOR}, which is more.\n",
+            f"numbers but times, as a share of the number, or of {FLOOR}, which is more. `rewards/accuracies` is left "
+            "out where the margin that it is the sign of is 0 but for rounding.\n",
             "<!-- --8<-- [start:steps] -->",
             "| trainer | layers | steps | logged numbers | largest difference | of |",
             "| --- | --- | --- | --- | --- | --- |",

@@ -5,10 +5,10 @@
     FusedGRPOTrainer(model, reward_funcs, args=GRPOConfig(num_generations=8, loss_type="dapo", ...),
                      train_dataset=dataset).train()
 
-It is `fuse` and a loss more: batches without expert tokens have TRL's own loss, by the head of `fuse`. With them, or with
-an objective of yours, the loss is computed here: in one pass (three GEMMs) where it can be; where a quantity must be
-known first (top-entropy masks, off-policy masks, sequence-level ratios, ...) TRL's own loss is used beside the expert
-term (four GEMMs). `trainer.loss_path` says which, and why.
+It is `fuse` and a loss more: batches without expert tokens have TRL's own loss, by the head of `fuse`. With them, or
+with an objective of yours, the loss is computed here: in one pass (three GEMMs) where it can be; where a quantity must
+be known first (top-entropy masks, off-policy masks, sequence-level ratios, ...) TRL's own loss is used beside the
+expert term (four GEMMs). `trainer.loss_path` says which, and why.
 
 With expert prefixes it is `TrapoGRPOTrainer`, which is in trapo/integrations/trl.py, since it needs `trapo`'s rules of
 guidance; it can be imported from here too.
