@@ -58,6 +58,23 @@ def write_model(folder: Path, layers: int) -> Path:
     return folder
 
 
+def write_teacher(model: Path) -> Path:
+    """Writes a teacher beside the model: the model with other weights, or there is nothing to distil."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = model.with_name(f"{model.name}-teacher")
+    if not (folder / "config.json").exists():
+        teacher = AutoModelForCausalLM.from_pretrained(model)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for p in teacher.parameters():
+                if p.ndim > 1:
+                    p.add_(0.2 * p.std() * torch.randn_like(p))
+        teacher.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
+
+
 def make(name: str, model: Path, folder: Path) -> tuple[Any, dict[str, Any]]:
     """Returns (the trainer, its first batch)."""
     import trl_trainers
@@ -71,7 +88,8 @@ def make(name: str, model: Path, folder: Path) -> tuple[Any, dict[str, Any]]:
         sizes["max_completion_length"] = TOKENS
     if name in ("rloo", "grpo"):
         sizes["num_generations"] = ROWS // 2
-    trainer = trl_trainers.make_trainer(name, model, folder, **sizes)
+    teacher = write_teacher(model) if name == "distillation" else None
+    trainer = trl_trainers.make_trainer(name, model, folder, teacher=teacher, **sizes)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     return trainer, trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
@@ -125,9 +143,10 @@ def steps_of(name: str, model: Path, folder: Path, steps: int) -> dict[str, Any]
     from trapo_kernels.integrations.trl import fuse
 
     logs, path = [], ""
+    teacher = write_teacher(model) if name == "distillation" else None
     for fused in (False, True):
         trainer = trl_trainers.make_trainer(
-            name, model, folder, max_steps=steps, gradient_accumulation_steps=1, learning_rate=1e-5
+            name, model, folder, teacher=teacher, max_steps=steps, gradient_accumulation_steps=1, learning_rate=1e-5
         )
         handle = fuse(trainer) if fused else None
         logs.append(trl_trainers.logs_of(trainer))

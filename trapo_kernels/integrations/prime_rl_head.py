@@ -64,13 +64,12 @@ def fused_output(
     assert temperature is not None
     shape, hidden, targets = labels.shape, hidden_states.flatten(0, -2), labels.flatten()
     each = temperature.flatten()
-    options = {"softcap": getattr(self, "softcap", None), "entropy": True}
+    options: dict[str, Any] = {"softcap": getattr(self, "softcap", None), "entropy": True}
     found = torch.zeros(2, len(targets), dtype=torch.float32, device=hidden.device)
     values = each.unique().tolist()
     for value in values:
-        rows = slice(None) if len(values) == 1 else torch.where(each == value)[0]
+        rows = torch.where(each == value)[0]
         out = linear_logprobs(hidden[rows], self.weight, targets[rows], temperature=value, **options)
         assert out.entropy is not None
-        pair = torch.stack([out.logprobs, out.entropy]).float()
-        found = pair if len(values) == 1 else found.index_copy(1, rows, pair)
+        found = found.index_copy(1, rows, torch.stack([out.logprobs, out.entropy]).float())
     return {"logprobs": found[0].reshape(shape), "entropy": found[1].reshape(shape)}

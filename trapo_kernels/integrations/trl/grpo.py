@@ -66,7 +66,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         self._check_settings()
         self.loss_path = self._loss_path()
         self.fused = fuse(self, backend=backend)
-        vars(self).pop(KEPT)  # what is fused by its class is not fused, and not restored, by the function
+        delattr(self, KEPT)  # what is fused by its class is not fused, and not restored, by the function
         self._scored: tuple[Tensor, Tensor | None] | None = None
 
     # What the loss is
