@@ -6,7 +6,7 @@ the same on all.
                            all-reduce Σ e^(z−m), Σ e^(z−m)(z−m), z_y     4 C numbers, sum
                            and how many shards have the maximum
                            of 16-bit heads, all-reduce z_y in fp32       C numbers, sum
-    per call               all-gather shard sizes and what must agree    23 integers (agreement.py), and once more in
+    per call               all-gather shard sizes and what must agree    24 integers (agreement.py), and once more in
                            the backward of log-probabilities
                            all-reduce d_hidden                           N·D numbers, where hidden states are trained
 
