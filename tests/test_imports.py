@@ -151,6 +151,12 @@ def needed(module: str) -> set[str]:
     return found - set(sys.stdlib_module_names) - {"torch", "trapo_kernels"}
 
 
+def test_one_file_asks_whether_a_graph_is_being_made() -> None:
+    """What torch.compile needs done differently follows from there, and from the path that a call takes."""
+    found = {name for name, path in modules().items() if "is_compiling" in path.read_text()}
+    assert found == {"trapo_kernels.arguments.graph"}
+
+
 def test_the_fused_losses_need_torch_alone() -> None:
     assert needed("trapo_kernels") == set()
 

@@ -88,6 +88,12 @@ class Job:
             hidden, weight, bias, self.head, selection, wants=which, tolerance=self.tolerance, into=self.into
         )
 
+    def loop(self, params: Params, wants: tuple[bool, ...]) -> stream.Loop:
+        """Returns what the chunk loop runs over."""
+        return stream.Loop(
+            self.source(params, self.selection, wants), self.kernel, self.selection, self.targets, self.head
+        )
+
     def forward_only(self, params: Params, ask: Ask) -> RowStats:
         """Returns the statistics of the rows, by the kernel that writes no logits where there is one and nothing else
         is asked."""
@@ -100,10 +106,8 @@ class Job:
             found = linear_stats(hidden, weight, bias, self.targets, self.head, ask.entropy)
             if found is not None:
                 return found
-        source = self.source(params, self.selection, (False,) * len(params))
-        return stream.forward(
-            source, self.kernel, self.selection, self.targets, self.head, ask.entropy, extras=ask.extras
-        )
+        loop = self.loop(params, (False,) * len(params))
+        return stream.forward(loop, entropy=ask.entropy, extras=ask.extras)
 
     def by_columns(self, params: Params, selection: Selection) -> bool:
         """Returns whether to recompute over blocks of the vocabulary rather than over chunks of rows."""
@@ -197,7 +201,7 @@ class StreamedLogprobs(torch.autograd.Function):
             return None, None, *finish_all(grads, params, None)
         source = job.source(params, selection, job.wants)
         stream.backward(
-            source, job.kernel, selection, targets, job.head, stats,
+            stream.Loop(source, job.kernel, selection, targets, job.head), stats,
             lambda at, _: Slopes(rows_of(g_lp, at), rows_of(g_entropy, at), rows_of(g_logit, at)),
             by_logit=g_logit is not None,
         )  # fmt: skip
@@ -209,16 +213,20 @@ def run_loss(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...], Tensor | None]:
     """Returns (values of the tokens as `Batch.flat` has them, gradients of the sum of their losses, undivided; the
     share of the gradients' mass that was left out, or None)."""
-    source = job.source(params, job.selection, job.wants)
+    loop = job.loop(params, job.wants)
+    source = loop.source
     extras = Collector(batch.statistics, job.selection.size, stats_dtype(source.dtype), source.device)
     if not any(job.wants):
         stats = job.forward_only(params, Ask(True, batch.objective.reads_logit, extras))
         return batch.flat(stats, extras), source.gradients(), None
     stats = stream.forward(
-        source, job.kernel, job.selection, job.targets, job.head, True,
-        slopes=lambda at, stats: batch.slopes(at, stats, extras), fused=batch.fused(job.kernel), extras=extras,
+        loop,
+        entropy=True,
+        slopes=lambda at, stats: batch.slopes(at, stats, extras),
+        fused=batch.fused(job.kernel),
+        extras=extras,
         by_logit=batch.objective.reads_logit,
-    )  # fmt: skip
+    )
     left_out = source.left_out if isinstance(source, LinearSource) else None
     return batch.flat(stats, extras), source.gradients(), left_out
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import stream
 from .arguments import validate
+from .arguments.graph import tracing
 from .arguments.scalars import filled
 from .backends.base import RowInputs, RowKernel, RowStats
 from .chunks.selection import Selection
@@ -276,7 +277,7 @@ def make_batch(
 def _expert_mask(caller: str, objective: Objective, masks: Mapping[str, Tensor | None]) -> Tensor | None:
     """Returns the mask, and says so where there is none and only a mask could tell expert tokens from own ones."""
     mixed = objective.expert is not None and objective.expert_coef != 0 and objective.has_policy_term
-    if mixed and masks["expert_mask"] is None and not torch.compiler.is_compiling():
+    if mixed and masks["expert_mask"] is None and not tracing():
         _say_no_expert(caller)
     return masks["expert_mask"]
 
@@ -303,8 +304,8 @@ def _select(
     objective: Objective, active: Tensor, live: Tensor | None, expert: Tensor, skip_inactive: bool
 ) -> tuple[Selection, Dense | None]:
     """Returns the tokens to compute of those that are `active`, first the ones that have a gradient."""
-    if torch.compiler.is_compiling():
-        assert live is not None
+    if tracing():
+        live = torch.ones_like(active) if live is None else live
         computed = active & live if skip_inactive and not objective.coupled else active
         return Selection.every(active), Dense(computed & ~expert, computed, live)
     if objective.coupled:  # its tokens stay together and in order: no others are known before all are
@@ -315,8 +316,8 @@ def _select(
 
 
 def _live(objective: Objective, expert: Tensor, advantages: Tensor | None, weighted: Tensor | None) -> Tensor | None:
-    """Returns the tokens that can have a gradient [N]; None: all can, which a compiler is not told."""
-    if objective.every_token_has_gradient and not torch.compiler.is_compiling():
+    """Returns the tokens that can have a gradient [N]; None: all can."""
+    if objective.every_token_has_gradient:
         return None
     return objective.has_gradient(expert, None if advantages is None else advantages.reshape(-1), weighted)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .arguments import validate
+from .arguments.graph import refuse_in_graph, tracing
 from .backends.base import RowKernel, stats_dtype
 from .backends.dispatch import backend_name, pick
 from .head import Head
@@ -18,7 +19,7 @@ from .shards import vocab_parallel
 from .shards.agreement import shards_of
 
 __all__ = ["Call", "Named", "Params", "call_of_head", "call_of_linear", "call_of_logits", "in_one_dtype", "over_shards"]
-__all__ += ["wanted"]
+__all__ += ["pick_kernel", "wanted"]
 
 # (hidden [N, D], weight [V, D], bias [V] or None), or (logits [N, V],)
 Params = tuple[Tensor | None, ...]
@@ -136,7 +137,9 @@ def call_of_head(
     hidden, weight, bias = validate.under_autocast(hidden, weight, bias)
     validate.check_linear(caller, hidden, weight, bias, sharded=group is not None)
     check(hidden)
-    return Call(head, *_pick(backend, caller, hidden.device), (hidden.reshape(-1, hidden.shape[-1]), weight, bias))
+    return Call(
+        head, *pick_kernel(backend, caller, hidden.device), (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+    )
 
 
 def call_of_logits(caller: str, head: Head, logits: Any, targets: Any, backend: str | None) -> Call:
@@ -147,7 +150,7 @@ def call_of_logits(caller: str, head: Head, logits: Any, targets: Any, backend: 
     """
     validate.check_logits(caller, logits)
     validate.check_targets(caller, targets, "logits", logits)
-    return Call(head, *_pick(backend, caller, logits.device), (logits.reshape(-1, logits.shape[-1]),))
+    return Call(head, *pick_kernel(backend, caller, logits.device), (logits.reshape(-1, logits.shape[-1]),))
 
 
 def over_shards(
@@ -157,15 +160,14 @@ def over_shards(
     asked."""
     if group is None:
         return prepare()[0], []
-    if torch.compiler.is_compiling():
-        raise NotImplementedError(f"{caller}: group must be None under torch.compile; got {type(group).__name__}")
+    refuse_in_graph(caller, "group", group)
     made, sizes = shards_of(caller, group, weight, prepare)
     return made, sizes
 
 
-def _pick(backend: str | None, caller: str, device: torch.device) -> tuple[str, RowKernel | Named | None]:
+def pick_kernel(backend: str | None, caller: str, device: torch.device) -> tuple[str, RowKernel | Named | None]:
     """Returns the name of a call's backend, and its kernel."""
-    if not torch.compiler.is_compiling():
+    if not tracing():
         found = pick(backend, caller, device)
         return found.name, found.kernel
     name = backend_name(backend, caller, device)

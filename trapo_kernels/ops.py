@@ -197,9 +197,9 @@ def token_values(
     """Returns (log π(y), H or empty, z_y, max z, log Σ e^(z − max z), statistics [s, N]) of all selection."""
     params, selection = _params(first, weight, bias), Selection.choose(active)
     job = _job(selection, targets, params, *head_and_wants)
-    source = job.source(params, selection, (False,) * len(params))
+    loop = job.loop(params, (False,) * len(params))
     extras = Collector(tuple(statistics), selection.size, stats_dtype(first.dtype), first.device)
-    stats = stream.forward(source, job.kernel, selection, job.targets, job.head, entropy, extras=extras)
+    stats = stream.forward(loop, entropy=entropy, extras=extras)
     values = (stats.logprobs, stats.entropy, stats.target_logits, stats.max, stats.log_sum)
     # Every output is a tensor of its own, as operators' must be.
     spread = [stats.logprobs.new_empty(0) if t is None else selection.spread(t).clone() for t in values]
@@ -245,13 +245,13 @@ def token_values_backward(
     stats = RowStats(logprobs, top, log_sum, entropy if entropy.numel() else None).map(selection.take)
     stats = selection.counting_stats(stats)
     g_lp, g_h, g_z = (None if g is None else selection.counting(selection.take(g)) for g in incoming)
-    source = job.source(params, selection, job.wants)
+    loop = job.loop(params, job.wants)
     stream.backward(
-        source, job.kernel, selection, job.targets, job.head, stats,
+        loop, stats,
         lambda at, _: Slopes(rows_of(g_lp, at), rows_of(g_h, at), rows_of(g_z, at)),
         by_logit=g_z is not None,
     )  # fmt: skip
-    return three(source.gradients(), logprobs)
+    return three(loop.source.gradients(), logprobs)
 
 
 @token_values_backward.register_fake

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import ops, reference
 from .arguments import validate
+from .arguments.graph import tracing
 from .autograd import Ask, Deposit, Job, StreamedLogprobs, StreamedLoss, apply
 from .backends.base import stats_dtype
 from .batch import Batch, PolicyLoss, active_tokens, make_batch
@@ -46,7 +47,7 @@ __all__ = [
 
 def select(active: Tensor) -> tuple[Selection, Tensor | None]:
     """Returns (the `active` tokens [N]; None). For a compiler (every token; `active`)."""
-    if torch.compiler.is_compiling():
+    if tracing():
         return Selection.every(active), active
     return Selection.choose(active), None
 

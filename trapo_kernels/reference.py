@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .arguments.graph import tracing
 from .backends.base import stats_dtype
 from .head import Head
 from .statistics import row_statistics
@@ -29,7 +30,7 @@ class TokenValues(NamedTuple):
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Returns h Wᵀ + b [n, V], widened to the statistics' dtype: an oracle does not round its logits."""
     wide = stats_dtype(hidden.dtype)
-    if torch.compiler.is_compiling():
+    if tracing():
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
     logits: Tensor = _Product.apply(hidden.to(wide), weight.to(wide).t())

@@ -28,18 +28,36 @@ from torch import Tensor
 from .backends.base import FusedTerms, FusedVerb, Passes, RowInputs, RowKernel, RowStats, stats_dtype
 from .chunks.budget import chunk_rows
 from .chunks.buffers import logits_buffer
+from .chunks.columns import capped_slope
 from .chunks.selection import Selection
 from .chunks.sources import Source
 from .head import Head
 from .statistics import Collector
 from .tokens import Slopes
 
-__all__ = ["Fused", "SlopesOf", "TwoSlopesOf", "backward", "forward"]
+__all__ = ["Fused", "Loop", "SlopesOf", "TwoSlopesOf", "backward", "forward"]
 
 # (compact rows, their statistics) -> their slopes [C]
 SlopesOf = Callable[[slice, RowStats], Slopes]
 # The same of a loss that has none in the target's logit: g_lp [C], g_H [C] or None
 TwoSlopesOf = Callable[[slice, RowStats], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Says what the chunk loop runs over: the rows that are selected, of which everything is compact, and by what."""
+
+    source: Source
+    kernel: RowKernel
+    selection: Selection
+    targets: Tensor  # [n]
+    head: Head
+
+    @property
+    def own_passes(self) -> Passes | None:
+        """Returns what the kernel has in place of this file's functions, for the sources that it takes."""
+        passes = self.kernel.passes
+        return passes if passes is not None and passes.takes(self.source) else None
 
 
 @dataclass(frozen=True)
@@ -50,16 +68,15 @@ class Fused:
     terms: FusedTerms
     inputs: RowInputs
 
-    def __call__(self, at: slice, logits: Tensor, targets: Tensor, z_target: Tensor | None, head: Head) -> RowStats:
+    def __call__(self, loop: Loop, at: slice, logits: Tensor, z_target: Tensor | None) -> RowStats:
         """Computes statistics of the rows, whose logits become their gradient."""
         inputs = self.inputs.at(at)._replace(target_logits=z_target)
-        return self.verb(logits, targets[at], inputs, self.terms, head.scale, head.cap)
+        return self.verb(logits, loop.targets[at], inputs, self.terms, loop.head.scale, loop.head.cap)
 
 
-def _chunks(
-    source: Source, kernel: RowKernel, *spans: tuple[int, int], extras: Collector | None = None
-) -> Iterator[tuple[slice, Tensor]]:
+def _chunks(loop: Loop, *spans: tuple[int, int], extras: Collector | None = None) -> Iterator[tuple[slice, Tensor]]:
     """Yields (rows, buffer [C, V]) over the spans, none of which shares a chunk with another; one buffer for all."""
+    source, kernel = loop.source, loop.kernel
     scratch = kernel.scratch_bytes(source.vocab, source.dtype, source.device) + source.extra_bytes
     if extras is not None:
         scratch += extras.scratch_bytes(source.vocab, source.dtype, source.device)
@@ -70,11 +87,6 @@ def _chunks(
         for first in range(start, stop, step):
             size = min(step, stop - first)
             yield slice(first, first + size), buffer[:size]
-
-
-def _own_passes(kernel: RowKernel, source: Source) -> Passes | None:
-    """Returns what a kernel has in place of the two functions below, for the sources that it takes."""
-    return kernel.passes if kernel.passes is not None and kernel.passes.takes(source) else None
 
 
 def _without_logit(slopes: SlopesOf) -> TwoSlopesOf:
@@ -88,83 +100,57 @@ def _without_logit(slopes: SlopesOf) -> TwoSlopesOf:
 
 
 def forward(
-    source: Source,
-    kernel: RowKernel,
-    selection: Selection,
-    targets: Tensor,
-    head: Head,
-    entropy: bool,
+    loop: Loop,
     *,
+    entropy: bool,
     slopes: SlopesOf | None = None,
     fused: Fused | None = None,
     extras: Collector | None = None,
     by_logit: bool = False,
 ) -> RowStats:
-    """Computes statistics of the compact rows [n]; with `slopes` also the gradients, put into the source, in the same
-    pass; `extras` collects further statistics. `by_logit`: there are slopes in the target's logit.
-
-    `targets` [n] are compact, as everything that `slopes` reads. With `fused` the kernel does both verbs at once.
-    """
-    passes = None if by_logit or (extras is not None and extras.values) else _own_passes(kernel, source)
+    """Computes statistics of the rows [n]; with `slopes` also the gradients, put into the source, in the same pass;
+    `extras` collects further statistics. `by_logit`: there are slopes in the target's logit. With `fused` the kernel
+    does both verbs at once."""
+    passes = None if by_logit or (extras is not None and extras.values) else loop.own_passes
     if passes is not None:
-        return passes.forward(
-            source, selection, targets, head, entropy, None if slopes is None else _without_logit(slopes)
-        )
+        return passes.forward(loop, entropy, None if slopes is None else _without_logit(slopes))
+    source, kernel, selection, head = loop.source, loop.kernel, loop.selection, loop.head
     out = RowStats.empty(selection.size, stats_dtype(source.dtype), source.device, entropy)
     middle = selection.with_gradient if slopes is not None else 0
     if source.dtype == torch.float16:  # whose factor follows from the slopes, before they are put into the logits
         fused = None
-    for at, buffer in _chunks(source, kernel, (0, middle), (middle, selection.size), extras=extras):
-        logits = source.logits(at, buffer)
-        z_target = source.target_logits(kernel.target_logits, targets[at], head.cap)
+    for at, buffer in _chunks(loop, (0, middle), (middle, selection.size), extras=extras):
+        logits, targets = source.logits(at, buffer), loop.targets[at]
+        z_target = source.target_logits(kernel.target_logits, targets, head.cap)
         has_gradient = slopes is not None and at.stop <= middle
         if has_gradient and fused is not None:
-            found = fused(at, logits, targets, z_target, head)
+            found = fused(loop, at, logits, z_target)
             source.put(at, logits)
         else:
-            state = kernel.stats(logits, targets[at], head.cap, entropy)
+            state = kernel.stats(logits, targets, head.cap, entropy)
             found = (state if z_target is None else state.with_target(z_target)).finish()
             if extras is not None:
-                extras.take(at, logits, targets[at], found, head.cap)
+                extras.take(at, logits, targets, found, head.cap)
         out = out.put(at, found)
         if slopes is not None and has_gradient and fused is None:
-            _put_gradient(source, kernel, at, logits, targets[at], found, head, slopes)
+            _put_gradient(loop, at, logits, found, slopes)
     return out
 
 
-def backward(
-    source: Source,
-    kernel: RowKernel,
-    selection: Selection,
-    targets: Tensor,
-    head: Head,
-    stats: RowStats,
-    slopes: SlopesOf,
-    *,
-    by_logit: bool = False,
-) -> None:
-    """Computes the gradients of compact rows whose statistics `forward` gave, by recomputing their logits."""
-    passes = None if by_logit else _own_passes(kernel, source)
+def backward(loop: Loop, stats: RowStats, slopes: SlopesOf, *, by_logit: bool = False) -> None:
+    """Computes the gradients of rows whose statistics `forward` gave, by recomputing their logits."""
+    passes = None if by_logit else loop.own_passes
     if passes is not None:
-        return passes.backward(source, selection, targets, head, stats, _without_logit(slopes))
-    for at, buffer in _chunks(source, kernel, (0, selection.size)):
-        logits = source.logits(at, buffer)
+        return passes.backward(loop, stats, _without_logit(slopes))
+    for at, buffer in _chunks(loop, (0, loop.selection.size)):
+        logits = loop.source.logits(at, buffer)
         found = stats.map(lambda t, at=at: t[at])  # type: ignore[misc]
-        _put_gradient(source, kernel, at, logits, targets[at], found, head, slopes)
+        _put_gradient(loop, at, logits, found, slopes)
 
 
-def _put_gradient(
-    source: Source,
-    kernel: RowKernel,
-    at: slice,
-    logits: Tensor,
-    targets: Tensor,
-    stats: RowStats,
-    head: Head,
-    slopes: SlopesOf,
-) -> None:
-    """Turns the logits of a chunk, rows `at`, into their gradient, which the source gets; targets and stats are the
-    chunk's."""
+def _put_gradient(loop: Loop, at: slice, logits: Tensor, stats: RowStats, slopes: SlopesOf) -> None:
+    """Turns the logits of a chunk, rows `at`, into their gradient, which the source gets; stats are the chunk's."""
+    source, kernel, head, targets = loop.source, loop.kernel, loop.head, loop.targets[at]
     g_lp, g_entropy, g_logit = (None if g is None else g * head.scale for g in slopes(at, stats))
     g_lp = torch.zeros_like(stats.logprobs) if g_lp is None else g_lp
     if source.dtype == torch.float16:
@@ -194,8 +180,8 @@ def _add_at_target(logits: Tensor, targets: Tensor, stats: RowStats, g_logit: Te
         return
     z = stats.target_logits
     g_logit = g_logit.masked_fill(z == -torch.inf, 0)  # of a column that a bias of −∞ removed
-    if cap is not None:  # dz/dx = 1 − (z / cap)²
-        g_logit = g_logit * (1 - (z / cap).square())
+    if cap is not None:
+        g_logit = g_logit * capped_slope(z, cap)
     column = targets[:, None]
     at_target = logits.gather(1, column).squeeze(1)
     logits.scatter_(1, column, (at_target.to(g_logit.dtype) + g_logit).to(logits.dtype)[:, None])

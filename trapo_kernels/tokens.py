@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .arguments.graph import tracing
+
 __all__ = ["Region", "Regions", "Sequences", "Slopes", "Tokens", "given", "sums_of_later"]
 
 
@@ -56,7 +58,7 @@ class Sequences:
 
     def later(self, values: Tensor) -> Tensor:
         """Returns Σ over the tokens that come later in a token's sequence [n]; no gradient."""
-        if torch.compiler.is_compiling():  # the number of steps is one of the lengths that a graph is not for
+        if tracing():  # the number of steps is one of the lengths that a graph is not for
             found: Tensor = torch.ops.trapo_kernels.sums_of_later(values, self.row)
             return found
         return sums_of_later(values, self.row)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .graph import tracing
+
 __all__ = ["constant", "filled", "from_tensor", "number", "shown"]
 
 
@@ -18,7 +20,7 @@ def number(value: Any) -> Any:
         return None
     if isinstance(value, (int, float)):
         # A numpy float64 is a float too, and shows as something else.
-        return value if torch.compiler.is_compiling() or type(value) in (int, float) else float(value)
+        return value if tracing() or type(value) in (int, float) else float(value)
     if isinstance(value, numbers.Integral):
         return int(value)
     return float(value) if isinstance(value, numbers.Real) else None
@@ -28,7 +30,7 @@ def constant(value: Any) -> Any:
     """Returns what `number` does, but inside torch.compile the value that a symbol has: the graph is for that value
     alone."""
     found = number(value)
-    if found is None or not torch.compiler.is_compiling():
+    if found is None or not tracing():
         return found
     # Imported late: it takes half a second.
     from torch.fx.experimental.symbolic_shapes import guard_scalar
@@ -47,7 +49,7 @@ def from_tensor(value: Any) -> Any:
     """Returns the number in a 0-dim tensor, for which a device is waited for; anything else as it is."""
     if not isinstance(value, Tensor) or value.ndim != 0 or value.dtype == torch.bool or value.is_complex():
         return value
-    if torch.compiler.is_compiling():
+    if tracing():
         raise TypeError("head options must be numbers under torch.compile; got a tensor")
     return value.item()
 

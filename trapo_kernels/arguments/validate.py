@@ -16,6 +16,7 @@ from torch import Tensor
 from ..head import Head
 from ..objective import Objective
 from ..tokens import Sequences
+from .graph import can_look, refuse_in_graph, tracing
 from .scalars import filled, number, shown
 
 __all__ = [
@@ -46,15 +47,10 @@ def check_head(caller: str, **options: Any) -> Head:
 def _tensor(caller: str, name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{caller}: {name} must be a tensor; got {type(value).__name__}")
-    if not torch.compiler.is_compiling() and (value.layout != torch.strided or value.is_nested):
+    if not tracing() and (value.layout != torch.strided or value.is_nested):
         kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
         raise TypeError(f"{caller}: {name} must be a dense tensor; got a {kind} one")
     return value
-
-
-def can_look(values: Tensor) -> bool:
-    """Returns whether values may be looked at: a device would be waited for, and a compiler has none."""
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_flag(caller: str, name: str, value: Any) -> None:
@@ -110,7 +106,7 @@ def refuse_batched(caller: str, *incoming: Tensor | None) -> None:
 
 def refuse_mapped(caller: str, inputs: Mapping[str, Any]) -> None:
     """Refuses torch.func.vmap, since which tokens take part is read before anything is computed."""
-    if torch.compiler.is_compiling():
+    if tracing():
         return
     for name, value in inputs.items():
         if isinstance(value, Tensor) and torch._C._functorch.is_batchedtensor(value):
@@ -162,8 +158,7 @@ def weight_grad(caller: str, value: Any, weight: Tensor, dtype: torch.dtype) -> 
     """Checks a dense tensor like weight, of the accumulators' dtype, which others may add to as well; or None."""
     if value is None:
         return None
-    if torch.compiler.is_compiling():
-        raise NotImplementedError(f"{caller}: weight_grad must be None under torch.compile; got a tensor")
+    refuse_in_graph(caller, "weight_grad", value)
     if _tensor(caller, "weight_grad", value).shape != weight.shape or value.dtype != dtype:
         wanted = f"{str(dtype).removeprefix('torch.')} {list(weight.shape)} as weight"
         raise ValueError(f"{caller}: weight_grad must be {wanted}; got {_dtype(value)} {list(value.shape)}")

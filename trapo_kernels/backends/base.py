@@ -208,7 +208,10 @@ def no_scratch(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
 @dataclass(frozen=True)
 class Passes:
     """Is a chunk loop that a backend has in place of stream.py's, for the sources that it `takes`; `forward` and
-    `backward` take and give what those of stream.py do, for losses without slopes in the target's logit."""
+    `backward` take and give what those of stream.py do, for losses without slopes in the target's logit.
+
+        forward(loop, entropy, slopes or None) -> statistics        backward(loop, statistics, slopes)
+    """
 
     takes: Callable[[Source], bool]
     forward: Callable[..., RowStats]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..arguments.graph import tracing
 from ..backends.base import RowStats
 
 __all__ = ["Selection"]
@@ -17,8 +18,8 @@ class Selection:
     """Says which rows of the input take part, and in which order: those with a gradient first, then the others.
 
     `order` None = every row, as it lies, so that chunks are views. Leaving rows out takes their number, for which a GPU
-    is waited for once per call; inside a CUDA graph capture, where nothing may be waited for, every row takes part, and
-    `inside` [N] says which ones count.
+    is waited for once per call. Inside a CUDA graph capture, where nothing may be waited for, and in a graph of
+    torch.compile, every row takes part, and `inside` [N] says which ones count.
     """
 
     total: int
@@ -39,7 +40,7 @@ class Selection:
     ) -> Selection:
         """Returns the rows that are `active` [N]; those not `live` [N] have no gradient (None: all have one). Of those
         that have one, the `leading` ones [N] come first."""
-        if _capturing(active.device):
+        if tracing() or _capturing(active.device):
             inside = active & live if drop_others and live is not None else active
             return cls(active.numel(), None, active.numel(), active.numel(), inside=inside)
         first = active if live is None else active & live

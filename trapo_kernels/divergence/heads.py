@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -29,9 +29,8 @@ from ..arguments import validate
 from ..arguments.scalars import filled, number, shown
 from ..arguments.temperatures import into_hidden
 from ..autograd import apply, check_backward, finish_all
-from ..backends.base import stats_dtype
-from ..backends.dispatch import backend_name, pick
-from ..call import Params, in_one_dtype, wanted
+from ..backends.base import RowKernel, stats_dtype
+from ..call import Named, Params, in_one_dtype, pick_kernel, wanted
 from ..chunks.budget import chunk_rows
 from ..chunks.buffers import logits_buffer
 from ..chunks.selection import Selection
@@ -132,7 +131,7 @@ def linear_divergence(
     _check(caller, (hidden, weight, bias), refs, kind)
     shape = hidden.shape[:-1]
     floats, masks = validate.check_token_inputs(caller, hidden[..., 0], {"weights": weights}, {"mask": mask}, "hidden")
-    streamed = _is_streamed(caller, backend, hidden.device)
+    kernel = _kernel(caller, backend, hidden.device)
     active, of_tokens = _counted(hidden, masks["mask"], floats["weights"])
     params, refs = (hidden.reshape(-1, hidden.shape[-1]), weight, bias), frozen(refs)
     wants = wanted(params)
@@ -140,19 +139,16 @@ def linear_divergence(
         scale = filled(active.sum().clamp(min=1), of_tokens.dtype, hidden.device)
     else:
         scale = validate.divisor(caller, "normalizer", normalizer, of_tokens.dtype, hidden.device)
-    if streamed and torch.compiler.is_compiling():
+    if isinstance(kernel, Named):
         total, tokens, *_ = torch.ops.trapo_kernels.divergence(
             *params, *as_lists(refs), active, of_tokens, kind, beta, list(shares), *head.options, *ref_head.options,
             *wants,
         )  # fmt: skip
         return Divergence(total / scale, tokens.reshape(shape))
-    if torch.compiler.is_compiling():
-        selection = replace(Selection.every(active), inside=active)
-    else:
-        selection = Selection.choose(active, of_tokens != 0)
+    selection = Selection.choose(active, of_tokens != 0)
     of_rows = selection.counting(selection.take(of_tokens))
     job = Job(kind, beta, head, ref_head, selection, of_rows, scale, (wants[0], wants[1], wants[2]), shares)
-    loss, tokens = _run(caller, job, refs, params, streamed)
+    loss, tokens = _run(caller, job, refs, params, kernel is not None)
     return Divergence(loss, selection.spread(tokens.detach()).reshape(shape))
 
 
@@ -198,12 +194,11 @@ def _check_beta(caller: str, beta: Any) -> float:
     return found
 
 
-def _is_streamed(caller: str, backend: str | None, device: torch.device) -> bool:
+def _kernel(caller: str, backend: str | None, device: torch.device) -> RowKernel | Named | None:
+    """Returns the kernel of the call's backend, which only says how it is computed; None: materialised."""
     if backend is not None and not (isinstance(backend, str) and backend in ("torch", "reference")):
         raise ValueError(f"{caller}: backend must be 'torch', 'reference' or None; got {shown(backend)}")
-    if torch.compiler.is_compiling():
-        return backend == "torch" or backend_name(backend, caller, device) != "reference"
-    return backend == "torch" or pick(backend, caller, device).kernel is not None
+    return pick_kernel(backend, caller, device)[1]
 
 
 def _check(caller: str, student: tuple[Any, Any, Any], refs: References, kind: Any) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import validate
+from ..arguments.graph import refuse_in_graph
 from ..arguments.temperatures import into_hidden
 from ..batch import PolicyLoss
 from ..call import call_of_linear
@@ -92,8 +93,7 @@ def logprobs_in(
         TypeError, ValueError: an argument is wrong, or (on a CPU) a target is not among the ids of its token; on a
             device its log-probability is NaN.
     """
-    if torch.compiler.is_compiling():
-        raise NotImplementedError(f"{caller}: support must be None under torch.compile; got a tensor")
+    refuse_in_graph(caller, "support", support)
     hidden, left = into_hidden(caller, hidden, temperature, bias, softcap)
     head = validate.check_head(
         caller, temperature=left, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index

@@ -24,10 +24,8 @@ import torch
 from torch import Tensor
 
 from ...chunks.budget import get_budget_mb
-from ...chunks.selection import Selection
 from ...chunks.sources import LinearSource, Source
-from ...head import Head
-from ...stream import TwoSlopesOf
+from ...stream import Loop, TwoSlopesOf
 from ..base import RowState, RowStats
 from .operands import BLOCK, FLOATS, PANEL, Keep, products_of
 from .sparse import Sparse
@@ -63,44 +61,42 @@ class _Chunk(NamedTuple):
 _NOWHERE = Keep(False, None)
 
 
-def forward(
-    source: LinearSource,
-    selection: Selection,
-    targets: Tensor,
-    head: Head,
-    entropy: bool,
-    slopes: TwoSlopesOf | None = None,
-) -> RowStats:
+def forward(loop: Loop, entropy: bool, slopes: TwoSlopesOf | None = None) -> RowStats:
     """Does what `stream.forward` does."""
+    source, selection = _linear(loop), loop.selection
     out = RowStats.empty(selection.size, torch.float32, source.device, entropy)
     middle = selection.with_gradient if slopes is not None else 0
     if middle:
         assert slopes is not None
-        sparse = Sparse(source, head) if source.tolerance else None
+        sparse = Sparse(source, loop.head) if source.tolerance else None
         for chunk in _keeping_chunks(source, middle):
-            chunk, found = _stats_of_kept(source, chunk, targets, head, entropy)
+            found, references = _stats(loop, chunk, entropy)
+            chunk = chunk._replace(keep=chunk.keep._replace(references=references))
             out = out.put(chunk.rows, found)
             if sparse is None:
-                _put_gradient(source, chunk, targets, head, found, slopes)
+                _put_gradient(loop, chunk, found, slopes)
             else:
-                sparse.add(chunk.rows, chunk.hidden, chunk.keep, targets[chunk.rows], found, slopes)
+                sparse.add(chunk.rows, chunk.hidden, chunk.keep, loop.targets[chunk.rows], found, slopes)
         if sparse is not None:
             source.left_out = sparse.left_out
     if middle < selection.size:
         at = slice(middle, selection.size)
-        found, _ = _stats(source, selection.take(source.hidden, at), targets[at], head, entropy, _NOWHERE)
+        found, _ = _stats(loop, _Chunk(at, selection.take(source.hidden, at), _NOWHERE), entropy)
         out = out.put(at, found)
     return out
 
 
-def backward(
-    source: LinearSource, selection: Selection, targets: Tensor, head: Head, stats: RowStats, slopes: TwoSlopesOf
-) -> None:
+def backward(loop: Loop, stats: RowStats, slopes: TwoSlopesOf) -> None:
     """Does what `stream.backward` does: the logits are computed again, panel by panel, and kept nowhere."""
-    if selection.size:
-        rows = slice(0, selection.size)
-        chunk = _Chunk(rows, selection.take(source.hidden, rows), _NOWHERE)
-        _put_gradient(source, chunk, targets, head, stats, slopes)
+    if loop.selection.size:
+        rows = slice(0, loop.selection.size)
+        chunk = _Chunk(rows, loop.selection.take(_linear(loop).hidden, rows), _NOWHERE)
+        _put_gradient(loop, chunk, stats, slopes)
+
+
+def _linear(loop: Loop) -> LinearSource:
+    assert isinstance(loop.source, LinearSource)  # `takes` no other
+    return loop.source
 
 
 # What is kept -----------------------------------------------------------------------------------------------------
@@ -170,33 +166,26 @@ def _parts(source: LinearSource) -> dict[str, int]:
 # The operators ----------------------------------------------------------------------------------------------------
 
 
-def _stats(
-    source: LinearSource, hidden: Tensor, targets: Tensor, head: Head, entropy: bool, keep: Keep
-) -> tuple[RowStats, Tensor]:
+def _stats(loop: Loop, chunk: _Chunk, entropy: bool) -> tuple[RowStats, Tensor]:
+    """Returns the chunk's statistics, and the references of what was kept."""
+    source, head, keep = _linear(loop), loop.head, chunk.keep
     top, rest, dot, target, references = torch.ops.trapo_kernels_cpu.panel_stats(
-        hidden, source.weight, source.bias, targets, head.scale, head.cap, entropy, products_of(source.operands),
-        _at_once(source), keep_in_weight=source.d_weight if keep.in_d_weight else None, keep=keep.buffer,
+        chunk.hidden, source.weight, source.bias, loop.targets[chunk.rows], head.scale, head.cap, entropy,
+        products_of(source.operands), _at_once(source),
+        keep_in_weight=source.d_weight if keep.in_d_weight else None, keep=keep.buffer,
     )  # fmt: skip
     return RowState(top, rest, dot if entropy else None, target).finish(), references
 
 
-def _stats_of_kept(
-    source: LinearSource, chunk: _Chunk, targets: Tensor, head: Head, entropy: bool
-) -> tuple[_Chunk, RowStats]:
-    found, references = _stats(source, chunk.hidden, targets[chunk.rows], head, entropy, chunk.keep)
-    return chunk._replace(keep=chunk.keep._replace(references=references)), found
-
-
-def _put_gradient(
-    source: LinearSource, chunk: _Chunk, targets: Tensor, head: Head, stats: RowStats, slopes: TwoSlopesOf
-) -> None:
+def _put_gradient(loop: Loop, chunk: _Chunk, stats: RowStats, slopes: TwoSlopesOf) -> None:
+    source, head = _linear(loop), loop.head
     at, order, keep = chunk.rows, source.selection.order, chunk.keep
     g_lp, g_entropy = slopes(at, stats)
     d_hidden = source.d_hidden
     if d_hidden is not None:
         d_hidden = d_hidden[at] if order is None else torch.empty_like(chunk.hidden, dtype=d_hidden.dtype)
     torch.ops.trapo_kernels_cpu.panel_grad_(
-        chunk.hidden, source.weight, source.bias, targets[at], head.scale, head.cap, *stats,
+        chunk.hidden, source.weight, source.bias, loop.targets[at], head.scale, head.cap, *stats,
         g_lp=g_lp * head.scale,
         g_entropy=None if g_entropy is None else g_entropy * head.scale,
         products=products_of(source.operands),
