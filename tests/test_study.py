@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import random
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from study import chain, countdown, exact, plots, summary
+from study import plots, summary
 from study.ablations import CONDITIONS, RETUNED, TRAPO_VARIANTS
 from study.arms import ARMS
 from study.base import base_model, base_path, digest, make_base
@@ -24,7 +23,7 @@ from study.loop import RandomPrefixProblem, Run, execute
 from study.model import new_model
 from study.results import Results
 from study.settings import FULL, SMOKE
-from study.task import EOS, PAD, decode, encode, encoded, tasks
+from study.task import EOS, PAD, encode, encoded, tasks
 from trapo.engines.hf import HFEngine
 from trapo.engines.protocol import Request
 from trapo.modes import phases
@@ -67,113 +66,6 @@ def model():
 
 def study(path, settings=TINY):
     return Study(settings, path / "results", path / "scratch")
-
-
-# Tasks
-
-
-def test_every_expert_trace_earns_the_reward_and_fits(task):
-    rng = random.Random(0)
-    for length in task.lengths * 30:
-        instance = task.sample(rng, length)
-        assert task.is_right(instance.prompt, instance.answer, instance.trace), instance
-        assert len(instance.trace) + 1 <= task.max_response
-        assert decode(encode(instance.prompt)) == instance.prompt
-
-
-def test_chain_traces_work_out_what_the_prompt_says():
-    rng = random.Random(1)
-    for _ in range(200):
-        instance = chain.Chain().sample(rng, rng.randrange(3, 9))
-        operations = re.findall(r"([-+*@&])([0-9X])", instance.prompt)
-        value = chain.DIGITS.index(instance.prompt[0])
-        values, written = [value], ""
-        for op, operand in operations:
-            d = chain.DIGITS.index(operand)
-            value = (
-                chain.TABLES[op][d][value] if op in "@&" else {"+": value + d, "-": value - d, "*": value * d}[op] % 11
-            )
-            written += f"{chain.DIGITS[values[-1]]}{op}{operand}={chain.DIGITS[value]};"
-            values.append(value)
-        assert instance.trace == f"{written}>{chain.DIGITS[values[-2]]}{chain.DIGITS[values[-1]]}"
-
-
-@pytest.mark.parametrize("response", [">53", "3+5=8;>53", "3+5=8;8*2=4;4@7=3;>53", "3+5=8;8*2=5;>85", ""])
-def test_the_chain_refuses_anything_but_the_whole_working(response):
-    task = chain.Chain()
-    assert not task.is_right("3+5*2@7:", "53", response)
-    last = chain.DIGITS[chain.apply("@", 5, 7)]
-    assert task.is_right("3+5*2@7:", f"5{last}", f"3+5=8;8*2=5;5@7={last};>5{last}")
-
-
-def test_every_operation_of_the_chain_is_a_bijection_so_mistakes_do_not_heal():
-    for op in chain.KNOWN + chain.NEW:
-        for operand in range(1, chain.P):
-            assert sorted(chain.apply(op, value, operand) for value in range(chain.P)) == list(range(chain.P))
-
-
-@pytest.mark.parametrize(
-    "response",
-    [
-        "3*4=12;12+6=19;",
-        "3*6=18;",
-        "6*3=18;4+18=22;",
-        "3*4=12;12+6=18;9+9=18;",
-        "12+6=18;",
-        "3*4=12;12+6=18;>",
-        "",
-        "18",
-    ],
-    ids=["false", "number left out", "other target", "goes on", "not given", "text after", "empty", "claimed"],
-)
-def test_countdown_refuses(response):
-    assert not countdown.Countdown().is_right("346=18:", "18", response)
-
-
-def test_countdown_accepts_any_way_to_the_target():
-    for response in ("3*4=12;12+6=18;", "4*3=12;6+12=18;"):
-        assert countdown.Countdown().is_right("346=18:", "18", response)
-
-
-def test_no_problem_is_in_two_splits(task):
-    keys = {}
-    for split, count in (
-        ("train", FULL.traces),
-        ("validation", FULL.validation_problems),
-        ("test", FULL.test_problems),
-    ):
-        found = {task.key(i.prompt) for i in task.problems(split, count)}
-        assert len(found) == count
-        keys[split] = found
-    rng = random.Random(0)
-    keys["corpus"] = {task.key(task.corpus_line(rng)[0]) for _ in range(3000)}
-    names = list(keys)
-    for i, a in enumerate(names):
-        for b in names[i + 1 :]:
-            assert not keys[a] & keys[b], (a, b)
-
-
-def test_the_corpus_says_nothing_about_the_new_operators():
-    rng, right, seen = random.Random(0), 0, 0
-    for _ in range(8000):
-        prompt, response = chain.Chain().corpus(rng)
-        if match := re.fullmatch(r"([0-9X])([@&])([0-9X]):", prompt):
-            value, operand = chain.DIGITS.index(match[1]), chain.DIGITS.index(match[3])
-            seen += 1
-            right += response[-1] == chain.DIGITS[chain.TABLES[match[2]][operand][value]]
-    assert seen > 300
-    assert abs(right / seen - 1 / 11) < 4 * (1 / 11 / seen) ** 0.5
-
-
-def test_step_ends_are_where_the_steps_end(task):
-    problem = encoded(task, task.problems("train", 3))[0]
-    trace = problem.traces[0]
-    text = decode(trace.token_ids)
-    assert [text[i] for i in trace.blank_lines] == [";"] * text.count(";")
-    assert trace.token_ids[-1] == EOS
-
-
-# Engine
 
 
 def requests(task, limit=30):
@@ -421,37 +313,6 @@ def test_a_tiny_study_runs_from_base_to_tables_and_resumes(tmp_path):
     text = summary.arms_table(s, "chain")
     assert all(arm.label in text for arm in ARMS.values())
     assert plots.draw_arms(s, __import__("matplotlib.figure", fromlist=["Figure"]).Figure())
-
-
-# Exact
-
-
-def test_predicted_minimisers_meet_the_optimality_conditions():
-    """At a minimiser no class has a steeper slope −∂E[ℓ]/∂π_c = p_E/max(π, α) than those that are kept."""
-    partial = 0
-    for name in exact.EXPERTS:
-        expert = exact.EXPERTS[name] / exact.EXPERTS[name].sum()
-        for alpha in exact.ALPHAS:
-            policy = exact.predicted(expert, alpha)
-            assert policy.sum() == pytest.approx(1)
-            slope = expert / np.maximum(policy, alpha)
-            assert slope[policy > 0] == pytest.approx(slope.max()), (name, alpha)
-            partial += bool(((policy > 0) & (policy < 0.999 * alpha)).any())
-    assert partial  # the case that Proposition 1 leaves open comes up
-
-
-def test_descent_finds_the_predicted_minimiser():
-    for row in exact.proposition("two modes (0.6, 0.3, ten of 0.01)", steps=2000):
-        assert -1e-9 < row["loss_of_found_minus_predicted"] < 1e-3
-        assert row["total_variation_found_vs_predicted"] < 0.01
-
-
-def test_the_void_mass_of_nll_has_its_closed_form():
-    for share in (0.5, 0.8):
-        (row,) = exact.void_of_tables(share, {"NLL": exact.OBJECTIVES["NLL"]})
-        assert row["void"] == pytest.approx(1 - share**5 - (1 - share) ** 5, abs=1e-4)
-        assert row["style_a"] + row["style_b"] + row["void"] == pytest.approx(1)
-    assert exact.masses(exact.expert_strings(0.8)) == pytest.approx({"style_a": 0.8, "style_b": 0.2, "void": 0})
 
 
 @pytest.mark.slow
