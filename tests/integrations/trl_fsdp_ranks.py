@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 
 import torch
 import torch.distributed as dist
+from fsdp_ranks import agree, two_of_one_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from trapo_kernels import Objective
 from trapo_kernels.foreseen import Foreseen
@@ -23,13 +22,7 @@ def main() -> None:
     mine = ids[2 * dist.get_rank() :][:2]
     for foreseen in (True, False):
         for shard_head in (True, False):  # a group of its own, or the root's
-            torch.manual_seed(0)
-            config = LlamaConfig(
-                vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, tie_word_embeddings=False,
-            )  # fmt: skip
-            whole = LlamaForCausalLM(config).train()
-            sharded = copy.deepcopy(whole)
+            whole, sharded = two_of_one_model()
             head = FusedHead(sharded, outputs=("log_probs", "entropy"))
             if foreseen:
                 head.foresee = lambda _: Foreseen(Objective.sft(), missed=lambda: sys.exit("missed"))
@@ -40,9 +33,7 @@ def main() -> None:
                 sharded.zero_grad()
                 out = sharded(input_ids=mine, labels=mine, fused_lm_head=True)
                 (-out.log_probs.sum() / 24).backward()
-            for (name, p), q in zip(sharded.named_parameters(), whole.parameters(), strict=True):
-                error = (p.grad.full_tensor() - q.grad).abs().max()
-                assert error <= 1e-5 * q.grad.abs().max(), (foreseen, shard_head, name, float(error))
+            agree(sharded, whole, (foreseen, shard_head))
     dist.destroy_process_group()
 
 
