@@ -114,13 +114,13 @@ def evaluate(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Evaluate model.path on data.eval (run_dir/eval.json, each response in run_dir/eval.jsonl), or on benchmarks:
     eval.suite=math or eval.benchmarks=[aime24,math500], data.dir=PATH (run_dir/benchmarks.json, benchmarks/NAME.jsonl).
     """
-    from trapo.config import load_config
+    from trapo.config import load_config, settle
 
     settings = load_config(config, overrides or [])
     _quiet_transformers()
     console = _console()
     log = functools.partial(console.print, markup=False, highlight=False)
-    job = eval_job(settings)
+    job = eval_job(settle(settings, log))
     if settings.eval.suite or settings.eval.benchmarks:
         from trapo.evaluation import benchmarks
 
@@ -161,7 +161,7 @@ def route(
     rl_share: Annotated[float, typer.Option(help="of the problems, the most concentrated, that go to RL")] = 0.5,
 ) -> None:
     """Sort data.train into problems for SFT and for RL, by how concentrated each trace's gradient is (PRISM)."""
-    from trapo.config import load_config
+    from trapo.config import load_config, settle
 
     settings = load_config(config, overrides or [])
     _quiet_transformers()
@@ -169,7 +169,7 @@ def route(
 
     console = _console()
     log = functools.partial(console.print, markup=False, highlight=False)
-    routed = routing.route(eval_job(settings), out, by=by, rl_share=rl_share, log=log)
+    routed = routing.route(eval_job(settle(settings, log)), out, by=by, rl_share=rl_share, log=log)
     log(f"{routed.to_rl} problems in {out}/rl.jsonl, {len(routed.problems) - routed.to_rl} in {out}/sft.jsonl")
 
 

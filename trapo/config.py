@@ -7,10 +7,11 @@ merging and the type checks. Unknown keys are refused with the name that was pro
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,17 @@ def merge_config(base: DictConfig | Mapping[str, Any], overrides: Iterable[str] 
         raise TrapoError("config: an expression ${...} refers to itself") from None
     check_values(config)
     _check_together(config)
+    return config
+
+
+def settle(config: Config, log: Callable[[str], None]) -> Config:
+    """Returns the configuration with what it leaves to this machine decided (models/fastest.py), and says what is not
+    here."""
+    from trapo.models import fastest
+
+    config = copy.deepcopy(config)
+    if line := fastest.settle(config.model, config.rollout, config.train.precision):
+        log(line)
     return config
 
 

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trapo.config import Config, default_tree
+from trapo.config import Config, default_tree, settle
 from trapo.data.encode import EncodedProblem, decode_text
 from trapo.data.sampling import (
     derive_seed,
@@ -150,11 +150,10 @@ def train(
 def _train(
     config: Config, console: Console, ranks: Ranks, *, restart_finished: bool, accept_changed: bool
 ) -> dict[str, Any]:
-    run_dir = RunDir(Path(config.run_dir))
-    plan = phases(config)
-    check_loggers(config.log)
-    settings = tree_of(config)
     log = functools.partial(console.print, markup=False, highlight=False)
+    config = settle(config, log)
+    run_dir, plan, settings = RunDir(Path(config.run_dir)), phases(config), tree_of(config)
+    check_loggers(config.log)
     for line in dict.fromkeys(line for phase in plan for line in phase.overruled):
         log(line)
     schedules = [phase.schedule for phase in plan]

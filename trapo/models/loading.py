@@ -62,7 +62,7 @@ def _from_pretrained(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTo
         files["gguf_file"] = source.name
         extra["quantization_config"] = GgufConfig(dequantize=True)
     folder = str(source.parent if source.suffix == ".gguf" else source)
-    if config.attention != "auto":
+    if config.attention not in ("auto", "fastest"):
         extra["attn_implementation"] = config.attention
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **files)

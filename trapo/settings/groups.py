@@ -32,7 +32,8 @@ class ModelConfig:
     device: str = key("auto", "Where the model is; auto is cuda when there is one, else cpu.")
     attention: str = key(
         "auto",
-        "auto is sdpa where the family has it, else eager; or an implementation that transformers knows by name.",
+        "auto: sdpa where the family has it, else eager; fastest: flash_attention_2 where a GPU, bfloat16 and "
+        "flash-attn are here, else as auto; or an implementation that transformers knows by name.",
     )
     gradient_checkpointing: bool = key(False, "Compute activations again in the backward instead of keeping them.")
     freeze: str | None = key(None, "A regular expression: parameters whose name it matches are not trained.")
@@ -130,8 +131,9 @@ class AdvantageConfig:
 class RolloutConfig:
     engine: str = key(
         "hf",
-        "What generates: transformers, vLLM in this process, or a running `vllm serve` (docs/vllm.md).",
-        choices=("hf", "vllm", "vllm_server"),
+        "What generates: transformers, vLLM in this process, or a running `vllm serve` (docs/vllm.md); auto is vllm "
+        "where a GPU and vLLM are here, else hf.",
+        choices=("hf", "vllm", "vllm_server", "auto"),
     )
     temperature: float = key(1.0, "The sampling temperature, which the loss takes into account.", above=0)
     top_k: int | None = key(

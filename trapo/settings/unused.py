@@ -13,7 +13,8 @@ Values = Mapping[str, Any]
 
 # Keys, when they are read, and what says so. The keys of a group are all that begin with its name and a dot.
 _READ_ONLY: tuple[tuple[tuple[str, ...], Callable[[Values], bool], str], ...] = (
-    (("rollout.dtype", "rollout.engine_args"), lambda v: v["rollout.engine"] == "vllm", "engine vllm reads it"),
+    (("rollout.dtype", "rollout.engine_args"), lambda v: v["rollout.engine"] in ("vllm", "auto"),
+     "engine vllm reads it"),
     (("rollout.weight_sync", "rollout.sync_folder"), lambda v: v["rollout.engine"] == "vllm_server",
      "engine vllm_server reads it"),
     (("rollout.guard_tokens", "rollout.guard_tolerance"), lambda v: v["rollout.engine"] != "hf",
