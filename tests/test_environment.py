@@ -1,15 +1,19 @@
 """`python -m trapo_kernels` and `trapo doctor`: what there is, why something is not, and what to do."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
 import torch
 from typer.testing import CliRunner
 
 import trapo_kernels as tk
 from trapo.cli import app
 from trapo_kernels import environment
+from trapo_kernels.backends import native
 
 
 def without(monkeypatch, name, reason):
@@ -35,7 +39,7 @@ def test_a_missing_extension_is_named_with_the_command_that_mends_it(monkeypatch
     said = environment.describe()
     assert "  cpu: not here: it was not compiled" in said
     assert "(it was not compiled): " in said
-    assert "`pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation trapo-kernels`" in said
+    assert f"`{native.REINSTALL}`" in said
     assert "install a C++17 compiler, then" not in said or environment._compiler() is None
 
 
@@ -53,3 +57,41 @@ def test_settings_of_the_environment_are_shown(monkeypatch):
     said = environment.describe()
     assert "  TRAPO_KERNELS_BACKEND=torch\n" in said
     assert "TRAPO_KERNELS_BACKEND=torch names the backend of every call" in said
+
+
+class Noted:
+    """A distribution with pip's note on where it came from."""
+
+    def __init__(self, **noted):
+        self.noted = noted
+
+    def read_text(self, name):
+        assert name == "direct_url.json"
+        return json.dumps(self.noted) if self.noted else None
+
+
+@pytest.mark.parametrize(
+    ("noted", "word"),
+    [
+        ({}, "trapo-kernels"),
+        ({"url": "file://{tmp}/a%20folder"}, "'{tmp}/a folder'"),
+        ({"url": "file://{tmp}/x.tar.gz"}, "{tmp}/x.tar.gz"),
+        ({"url": "file://{tmp}/x.whl"}, "trapo-kernels"),  # which holds no source
+        ({"url": "file://{tmp}/gone"}, "trapo-kernels"),
+        ({"url": "https://x/y.git", "vcs_info": {"vcs": "git", "commit_id": "ab12"}}, "git+https://x/y.git@ab12"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_the_command_names_what_was_installed_for_the_package_may_be_in_no_index(noted, word, tmp_path, monkeypatch):
+    (tmp_path / "a folder").mkdir()
+    for name in ("x.tar.gz", "x.whl"):
+        (tmp_path / name).touch()
+    noted = {k: v.replace("{tmp}", str(tmp_path)) if isinstance(v, str) else v for k, v in noted.items()}
+    monkeypatch.setattr(native.importlib.metadata, "distribution", lambda name: Noted(**noted))
+    assert native._origin(tmp_path / "lib") == word.replace("{tmp}", str(tmp_path))
+
+
+def test_in_a_checkout_the_command_names_the_checkout():
+    root = Path(tk.__file__).parents[1]
+    if (root / "csrc").exists():
+        assert native.REINSTALL.endswith(f" --no-build-isolation -e {root}")

@@ -71,7 +71,7 @@ def _advice() -> list[str]:
         first = "" if _compiler() else "install a C++17 compiler, then "
         lines.append(
             f"losses on CPUs go by plain torch, which takes 1.1 to 1.3 times as long ({reason}): {first}install again "
-            f"where torch is installed: `{REINSTALL}`; in a checkout `.` in place of the name"
+            f"where torch is installed: `{REINSTALL}`"
         )
     if name := os.environ.get(ENV):
         lines.append(f"{ENV}={name} names the backend of every call: without it the fastest one is picked")

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import mmap
 import re
+import shlex
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 
 __all__ = ["REINSTALL", "built_for", "load", "misfit"]
 
+_COMMAND = "pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation"
+
+
+def _origin(root: Path) -> str:
+    """Returns what this package can be installed from again, as a word for pip: the checkout that it is imported from
+    (`root`), the folder, archive or repository that pip took it from and noted, else its name."""
+    if (root / "setup.py").is_file() and (root / "csrc").is_dir():
+        return f"-e {shlex.quote(str(root))}"
+    try:
+        noted = json.loads(importlib.metadata.distribution("trapo-kernels").read_text("direct_url.json") or "{}")
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return "trapo-kernels"
+    url, vcs = noted.get("url", ""), noted.get("vcs_info", {})
+    if vcs:
+        return shlex.quote(f"{vcs['vcs']}+{url}@{vcs['commit_id']}")
+    path = url2pathname(urlsplit(url).path)
+    here = url.startswith("file:") and not url.endswith(".whl") and Path(path).exists()
+    return shlex.quote(path) if here else "trapo-kernels"
+
+
 # What builds the extensions for the torch that is here. pip would take a wheel that it has built before from its cache.
-REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation trapo-kernels"
+REINSTALL = f"{_COMMAND} {_origin(Path(__file__).resolve().parents[2])}"
 
 _MARK = rb"trapo_kernels_built_for:(\d+)\.(\d+);"  # csrc/built_for.h
 
