@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,6 +43,13 @@ def test_the_signature_of_a_preset_has_every_field_with_its_own_value(name):
 def test_an_unknown_field_is_answered_with_the_one_that_was_meant(preset, field, meant):
     with pytest.raises(TypeError, match=rf"^Objective: unknown field '{field}'; did you mean {meant}"):
         getattr(tk.Objective, preset)(**{field: 0.1})
+
+
+def test_the_class_itself_answers_as_its_presets_do():
+    for make in (tk.Objective, lambda **fields: replace(tk.Objective.grpo(), **fields)):
+        with pytest.raises(TypeError, match=r"^Objective: unknown field 'epsilon_high'; did you mean clip_high\?$"):
+            make(epsilon_high=0.1)
+    assert [*inspect.signature(tk.Objective).parameters] == [*FIELDS]
 
 
 def test_a_word_that_means_nothing_gets_no_hint():

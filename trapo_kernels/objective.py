@@ -26,7 +26,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from .arguments.fields import show_signatures
+from .arguments.fields import refusing_unknown, show_signatures
 from .arguments.scalars import constant, shown
 from .backends.base import FusedTerms
 from .formulas import pear
@@ -358,3 +358,4 @@ class Objective(Presets):
 
 FIELDS = tuple(field.name for field in fields(Objective))
 show_signatures(Objective, Presets, FIELDS)
+Objective.__init__ = refusing_unknown(Objective.__init__, FIELDS)  # type: ignore[method-assign]

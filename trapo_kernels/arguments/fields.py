@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Overrides", "refuse_unknown", "show_signatures"]
+__all__ = ["Overrides", "refuse_unknown", "refusing_unknown", "show_signatures"]
 
 
 class Overrides(TypedDict, total=False):
@@ -90,6 +91,18 @@ def refuse_unknown(caller: str, names: Iterable[str], known: Iterable[str]) -> N
             near = WORDS.get(name) or next(iter(difflib.get_close_matches(name, known, n=1)), "")
             hint = f"; did you mean {near}?" if near else ""
             raise TypeError(f"{caller}: unknown field {name!r}{hint}")
+
+
+def refusing_unknown(init: Callable[..., None], known: Iterable[str]) -> Callable[..., None]:
+    """Returns the `__init__` of a dataclass that answers a field which is none as its presets do."""
+    names = tuple(known)
+
+    @functools.wraps(init)
+    def refusing(self: Any, *args: Any, **fields: Any) -> None:
+        refuse_unknown("Objective", fields, names)
+        init(self, *args, **fields)
+
+    return refusing
 
 
 def show_signatures(owner: Any, presets: Any, names: Iterable[str]) -> None:
