@@ -227,6 +227,9 @@ def test_notes_are_of_words():
     ("given", "meant"),
     [
         ("lr", "optim.lr"),
+        ("steps", "train.steps"),
+        ("rollout.n", "guidance.group_size"),
+        ("actor_rollout_ref", "model, optim, rollout, objective and train"),
         ("temperature", "rollout.temperature"),
         ("rollout.bach_size", "rollout.batch_size"),
         ("optim.learning_rat", "optim.lr"),

@@ -1,4 +1,4 @@
-"""A configuration that asks for the fastest way gets here what this machine has of it: vLLM, flash attention, bfloat16.
+"""This file finds what a machine has of the fastest way to train: vLLM, flash attention, bfloat16.
 
 The presets for GPUs ask so. What is not here is said in one line, with what runs in its place.
 """

@@ -39,6 +39,7 @@ WORDS: dict[str, str] = {
     "loss_agg_mode": "objective.reduction",
     "num_generations": "guidance.group_size",
     "rollout_n": "guidance.group_size",
+    "n": "guidance.group_size",
     "n_samples": "guidance.group_size",
     "scale_rewards": "advantage.std",
     "norm_adv_by_std_in_grpo": "advantage.std",
@@ -96,6 +97,11 @@ WORDS: dict[str, str] = {
     "eval_steps": "eval.every",
     "test_freq": "eval.every",
     "report_to": "log.wandb",
+    "logging_steps": "log.rollouts_every",
+    "resume_from_checkpoint": "run_dir",
+    "top_p": "rollout.temperature",
+    "top_k": "rollout.temperature",
+    "min_p": "rollout.temperature",
 }
 # What a key is not, where its name alone would mislead.
 NOTES = {
@@ -104,6 +110,9 @@ NOTES = {
     "beta": "the weight of the KL term",
     "epsilon": "and objective.clip_high",
     "report_to": "or log.tensorboard",
+    "logging_steps": "metrics.jsonl has every step",
+    "resume_from_checkpoint": "the same command goes on with the run that is there",
+    "top_p": "training samples from the whole distribution, which the loss is about",
     "gradient_accumulation_steps": "a step is cut into micro-batches by itself",
 }
 _SAME = {
@@ -112,8 +121,21 @@ _SAME = {
     "total_epochs": "epochs",
     "train_batch_size": "batch_size",
     "per_device_train_batch_size": "batch_size",
+    "top_k": "top_p",
+    "min_p": "top_p",
     "cliprange": "epsilon",
     "clip_ratio": "epsilon",
+}
+
+# Without a group before them: groups of verl's, whose keys are here in these, and what several groups have.
+_AT_THE_TOP = {
+    "trainer": "train, eval, checkpoint and log",
+    "actor_rollout_ref": "model, optim, rollout, objective and train",
+    "actor": "optim, objective and train",
+    "algorithm": "advantage and objective",
+    "custom_reward_function": "reward",
+    "reward_model": "reward",
+    "steps": "train.steps",
 }
 
 
@@ -124,6 +146,8 @@ def meant_key(name: str, prefix: str, known: typing.Iterable[str], root: type) -
     known: the names that there are behind the prefix. root: the whole schema.
     """
     known = list(known)
+    if not prefix and name in _AT_THE_TOP:
+        return _AT_THE_TOP[name]
     here = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
     alike = difflib.SequenceMatcher(None, name, here).ratio()
     if word := difflib.get_close_matches(name.lower(), WORDS, n=1, cutoff=max(alike + 1e-6, 0.9)):
