@@ -175,6 +175,11 @@ def linear_statistics(
 
     Raises:
         TypeError, ValueError: as `linear_logprobs`.
+
+    Example:
+        >>> hidden, weight = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.eye(3, 2)
+        >>> linear_statistics(hidden, weight, torch.tensor([0, 0]), ["argmax_match", "sum_sq"])
+        {'argmax_match': tensor([1., 0.]), 'sum_sq': tensor([0.4217, 0.6420])}
     """
     caller = "linear_statistics"
     hidden, left = into_hidden(caller, hidden, temperature, bias, softcap)
@@ -367,6 +372,12 @@ def policy_loss_from_logits(
 
     Raises:
         TypeError, ValueError: as `linear_logprobs`.
+
+    Example:
+        >>> logits = torch.zeros(1, 4, requires_grad=True)
+        >>> policy_loss_from_logits(logits, torch.tensor([2]), Objective.sft()).loss.backward()
+        >>> logits.grad
+        tensor([[ 0.2500,  0.2500, -0.7500,  0.2500]])
     """
     caller = "policy_loss_from_logits"
     head = validate.check_head(

@@ -127,6 +127,10 @@ def merge_metrics(calls: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     counts.
 
     The loss and its parts add up to the loss of the whole where every call was given the same global normalizer.
+
+    Example:
+        >>> merge_metrics([{"tokens": torch.tensor(n), "loss": torch.tensor(x)} for n, x in ((1, 0.5), (3, 0.25))])
+        {'loss': tensor(0.7500), 'tokens': tensor(4)}
     """
     calls = list(calls)
     out: dict[str, Tensor] = {}

@@ -50,6 +50,11 @@ def sed_threshold(masses: Tensor, share: float = 0.7) -> float:
 
     masses [...]: "top{k}_mass" of held-out expert tokens, by `linear_statistics`. The authors' script takes a share of
     0.7. Raises ValueError where there is no token, or share is not in (0, 1].
+
+    Example:
+        >>> masses = torch.tensor([0.25, 0.5, 0.75, 1.0])      # of four tokens
+        >>> sed_threshold(masses, share=0.5)
+        0.75
     """
     if masses.numel() == 0 or not 0 < share <= 1:
         raise ValueError(f"sed_threshold: needs tokens and a share in (0, 1]; got {masses.numel()} and {shown(share)}")

@@ -207,7 +207,10 @@ def _layout(row: Row, path: Path) -> Callable[[Row, str], Problem]:
             return _parse_own if plain else parse
     accepted = " or ".join(" + ".join(columns) for columns in _LAYOUTS)
     found = ", ".join(sorted(map(str, row))) or "none"
-    raise _UnknownLayout(f"{path}: unknown layout; columns found: {found}; accepted: {accepted}")
+    raise _UnknownLayout(
+        f"{path}: unknown layout; columns found: {found}; accepted: {accepted}; "
+        "others by data.columns={prompt: ..., answer: ...}"
+    )
 
 
 def _parse_own(row: Row, source: str) -> Problem:

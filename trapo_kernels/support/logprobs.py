@@ -86,6 +86,12 @@ def linear_support_logprobs(
     Raises:
         TypeError, ValueError: one line naming the argument, what it accepts and what it got. Values of ids are checked
             on the CPU; elsewhere one out of range makes its token NaN.
+
+    Example:
+        >>> hidden, weight = torch.tensor([[1.0, 0.0]]), torch.eye(3, 2)
+        >>> out = linear_support_logprobs(hidden, weight, torch.tensor([[0, 2]]))
+        >>> out.logprobs, out.tail                             # of ids 0 and 2, and of all others together
+        (tensor([[-0.5514, -1.5514]]), tensor([-1.5514]))
     """
     caller = "linear_support_logprobs"
     validate.check_flag(caller, "restrict", restrict)
