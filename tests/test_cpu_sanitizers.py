@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -46,27 +49,43 @@ print("clean")
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    """The AVX2 variant (which other machines have too), instrumented."""
-    compiler = shutil.which("g++")
-    if compiler is None or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+def library():
+    """The AVX2 variant (which other machines have too), instrumented. Kept in build/ by its content: it takes 50 s,
+    and two processes of pytest may want it."""
+    if shutil.which("g++") is None or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("needs g++ and a machine with AVX2")
+    content = hashlib.sha256(repr((compilation(), torch.__version__)).encode())
+    for path in sorted([*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cpu/*")]):
+        content.update(path.read_bytes())
+    out = ROOT / "build" / "sanitized" / f"{content.hexdigest()[:16]}.so"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not out.exists():
+            build(out)
+    return out
+
+
+def compilation() -> list[str]:
     home = Path(torch.__file__).parent
-    folder = tmp_path_factory.mktemp("sanitized")
     built_for = "-DTRAPO_TORCH={}.{}".format(*torch.__version__.split("."))
     flags = ["-std=c++20", "-Og", "-g1", "-fPIC", "-fopenmp", "-fno-math-errno", "-ffp-contract=off", "-w", built_for]
-    flags += [*AVX2, *SANITIZERS]
     headers = [f"-isystem{home / 'include'}", f"-isystem{home / 'include/torch/csrc/api/include'}"]
-    objects = [folder / f"{source.stem}.o" for source in SOURCES]
-    compiling = [
-        subprocess.Popen([compiler, *flags, *headers, "-c", str(source), "-o", str(out)])
-        for source, out in zip(SOURCES, objects, strict=True)
-    ]
-    assert [process.wait() for process in compiling] == [0] * len(SOURCES)
-    out = folder / "sanitized.so"
-    link = ["-shared", "-fopenmp", *SANITIZERS, *map(str, objects), f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"]
-    subprocess.run([compiler, *link, "-o", str(out)], check=True)
-    return out
+    return ["g++", *flags, *AVX2, *SANITIZERS, *headers]
+
+
+def build(out: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        objects = [Path(folder) / f"{source.stem}.o" for source in SOURCES]
+        compiling = [
+            subprocess.Popen([*compilation(), "-c", str(source), "-o", str(made)])
+            for source, made in zip(SOURCES, objects, strict=True)
+        ]
+        assert [process.wait() for process in compiling] == [0] * len(SOURCES)
+        libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
+        link = ["-shared", "-fopenmp", *SANITIZERS, *map(str, objects), *libraries]
+        subprocess.run(["g++", *link, "-o", str(Path(folder) / out.name)], check=True)
+        (Path(folder) / out.name).rename(out)
 
 
 def run(library, *arguments):
