@@ -154,7 +154,8 @@ def test_the_command_prints_them(tiny_model_path):
     assert "activations" in result.output
 
 
-def test_a_model_that_nobody_knows_is_refused():
-    unknown = config("/no/such/model")
-    with pytest.raises(TrapoError, match=r"model\.path: no architecture"):
-        meta_model(unknown.model, unknown.lora)
+def test_a_model_that_nobody_knows_is_refused(tmp_path):
+    for path, said in ((tmp_path, "no architecture"), (tmp_path / "typo", "cannot load .*: no such folder")):
+        unknown = config(path)
+        with pytest.raises(TrapoError, match=rf"model\.path: {said}"):
+            meta_model(unknown.model, unknown.lora)
