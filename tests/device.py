@@ -20,7 +20,7 @@ BACKENDS = {
 # What a device other than a CPU has to do with: kernels, the loops around them, what users call.
 FILES = {
     *("test_conformance.py", "test_columns.py", "test_terms.py", "test_divergence.py", "test_vocab_parallel.py"),
-    *("test_hostile_numbers.py",),
+    *("test_hostile_numbers.py", "test_terms_on_backends.py", "test_terms_of_sequences.py"),
     *("test_compile.py", "test_stream.py", "test_autograd.py", "test_own_terms.py", "test_statistics.py"),
     *("test_capture.py", "test_device.py"),
 }

@@ -25,7 +25,7 @@ _EVERY = 200  # tests between two rows that count
 # The most telling first; a name that is not there yet is left out.
 TESTS = (
     *("conformance", "columns", "divergence", "terms", "stream", "capture", "autograd", "own_terms", "statistics"),
-    *("vocab_parallel", "compile", "hostile_numbers"),
+    *("vocab_parallel", "compile", "hostile_numbers", "terms_on_backends", "terms_of_sequences"),
 )
 # On a CPU the suite has its own place in CI: here a few tests, to try the stage.
 FEW = "torch and (test_every_preset or test_all_expert)"
