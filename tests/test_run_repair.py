@@ -377,24 +377,29 @@ def test_a_run_without_a_checkpoint_says_that_it_starts_anew(tmp_path):
 
 def test_data_and_reward_code_that_changed_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("train.jsonl", "eval.jsonl", "my_reward_of_this_test.py"):
+    for name in ("train.jsonl", "eval.jsonl", "prior.txt", "my_reward_of_this_test.py"):
         Path(name).write_text("old")
     Path("model").mkdir()
     Path("model/model.safetensors").write_text("old")
     overrides = ["data.train=train.jsonl", "data.eval=eval.jsonl", "reward.function=my_reward_of_this_test:f"]
     config = merge_config({}, [*overrides, "model.path=model"])
     code = {"reward.function": config.reward.function}
-    before = fingerprints(config.data, code, config.model.path)
-    assert sorted(before) == ["data.eval", "data.train", "model.path", "reward.function"]
-    refuse_changed(before, fingerprints(config.data, code, config.model.path), tmp_path)
+
+    def now():
+        return fingerprints(config.data, code, config.model.path, prior="prior.txt")
+
+    before = now()
+    assert sorted(before) == ["data.eval", "data.train", "eval.prior", "model.path", "reward.function"]
+    refuse_changed(before, now(), tmp_path)
     for key, name in [
         ("data.eval", "eval.jsonl"),
+        ("eval.prior", "prior.txt"),
         ("reward.function", "my_reward_of_this_test.py"),
         ("model.path", "model/model.safetensors"),
     ]:
         Path(name).write_text("new")
         with pytest.raises(TrapoError, match=f"{key}: the contents have changed .* --if-changed continue") as error:
-            refuse_changed(before, fingerprints(config.data, code, config.model.path), tmp_path)
+            refuse_changed(before, now(), tmp_path)
         assert "\n" not in str(error.value)
         Path(name).write_text("old")
     generated = merge_config({}, ["data.train=task://word_problems?n=1"])

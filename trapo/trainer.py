@@ -169,7 +169,8 @@ def _train(
         reads_model = resume_from is None or config.lora.rank > 0 or any(phase.needs_base for phase in plan)
         teacher = next((phase.distills.weights for phase in plan if phase.distills is not None), None)
         code = {"reward.function": config.reward.function, **own_terms(config.objective)}
-        now = fingerprints(config.data, code, config.model.path if reads_model else None, teacher)
+        model = config.model.path if reads_model else None
+        now = fingerprints(config.data, code, model, teacher, config.eval.prior)
         run_dir.check_inputs(now, accept_changed=accept_changed, log=log)
         return now
 

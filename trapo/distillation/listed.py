@@ -49,18 +49,18 @@ class ServerTeacher:
         self.server = Server(url, key="distill.teacher")
         self.top_k, self.vocab = top_k, vocab
         self.name = name_of_model(self.server)
-        self._known: dict[int, list[Row]] = {}
+        self._known: dict[tuple[int, ...], list[Row]] = {}  # by the ids of the whole sequence
 
     def prepare(self, rollouts: Sequence[Rollout]) -> None:
         """Asks for the rollouts of an update, of which `know` is asked then."""
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            self._known = dict(zip(map(id, rollouts), pool.map(self._ask, rollouts), strict=True))
+            self._known = dict(zip(map(_sequence, rollouts), pool.map(self._ask, rollouts), strict=True))
 
     def know(self, rollouts: Sequence[Rollout]) -> TopK:
-        return as_tensors([row for rollout in rollouts for row in self._known[id(rollout)]])
+        return as_tensors([row for rollout in rollouts for row in self._known[_sequence(rollout)]])
 
     def _ask(self, rollout: Rollout) -> list[Row]:
-        ids = list(rollout.problem.prompt_ids + rollout.response_ids)
+        ids = list(_sequence(rollout))
         answer = self.server.post(
             COMPLETIONS,
             {
@@ -77,6 +77,10 @@ class ServerTeacher:
             return rows_of(answer, len(ids), self.vocab)[len(ids) - loss_tokens(rollout) :]
         except ValueError as error:
             raise self.server.wrong(COMPLETIONS, str(error)) from None
+
+
+def _sequence(rollout: Rollout) -> tuple[int, ...]:
+    return (*rollout.problem.prompt_ids, *rollout.response_ids)
 
 
 def rows_of(answer: Any, count: int, vocab: int) -> list[Row]:

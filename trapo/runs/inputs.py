@@ -50,15 +50,20 @@ class Inputs:
 
 
 def fingerprints(
-    data: DataConfig, code: Mapping[str, str], model_path: str | None = None, teacher: str | None = None
+    data: DataConfig,
+    code: Mapping[str, str],
+    model_path: str | None = None,
+    teacher: str | None = None,
+    prior: str | None = None,
 ) -> dict[str, str]:
     """Returns the SHA-256 by key of the local files that a run reads.
 
     code: the functions that keys name, the user's and others. model_path: of its files too, which a run that goes on
     reads again only for adapters, a reference or a teacher. teacher: the path of another model, which it does.
+    prior: as eval.prior.
     """
     found: dict[str, str] = {}
-    for key, name in (("data.train", data.train), ("data.eval", data.eval)):
+    for key, name in (("data.train", data.train), ("data.eval", data.eval), ("eval.prior", prior)):
         if name is not None and "://" not in name and Path(name).is_file():
             found[key] = file_digest(Path(name))
     for key, name in code.items():
