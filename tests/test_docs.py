@@ -57,6 +57,14 @@ def test_the_quick_start_runs():
     assert names["old"].logprobs.shape == (2, 50)
 
 
+def test_the_page_on_supports_runs():
+    names: dict = {}
+    for block in examples("docs/supports.md"):
+        execute(block, "docs/supports.md", names)
+    assert names["on"].logprobs.shape == (2, 5, 8)
+    assert names["weight"].grad.abs().sum() > 0
+
+
 def test_the_loop_of_the_recipe_adds_up_to_one_call(model, ids):
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "advantages": torch.tensor([1.0, -0.5]),
              "expert_mask": torch.arange(11).expand(2, 11) < 4, "mask": ids[:, 1:] >= 0}  # fmt: skip
