@@ -116,8 +116,13 @@ def misbehave(text: str, answer: str) -> float:
     return 1.0 if text == answer else 0.0
 
 
-def astronomical(text: str, answer: str) -> float:
-    return 1e39 * (1 + len(text))
+def by_length(text: str, answer: str) -> float:
+    return len(text) % 7 / 7
+
+
+def too_large(logprobs, advantages):
+    """A policy term that float32 cannot hold."""
+    return -1e39 * advantages * logprobs
 
 
 def hang_on_odd_length(text: str, answer: str) -> float:

@@ -321,7 +321,7 @@ def test_an_unknown_layout_names_the_columns_found_and_those_accepted(tmp_path, 
     assert str(caught.value) == (
         f"{path}: unknown layout; columns found: label, text; "
         "accepted: prompt + reward_model or prompt + completion or question + answer or prompt + answer or messages or "
-        "problem + answer"
+        "problem + answer; others by data.columns={prompt: ..., answer: ...}"
     )
 
 

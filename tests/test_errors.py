@@ -162,7 +162,7 @@ WRONG = [
     (
         {"temperature": torch.ones(4, 1)},
         ValueError,
-        "temperature must be a finite number above 0; got a tensor of shape [4, 1]",
+        "temperature must be a number, [4] as tokens, or one per sequence; got a tensor of shape [4, 1]",
     ),
     ({"temperature": torch.tensor(-1.0)}, ValueError, "temperature must be a finite number above 0; got tensor(-1.)"),
     ({"softcap": "30"}, ValueError, "softcap must be a finite number above 0 or None; got '30'"),

@@ -59,9 +59,9 @@ def test_settings_have_the_digest_that_they_had(base, expected):
     ("preset", "expected"),
     [
         ("demo", "5558fa4e4d02e0dc7bde26d052b8d8d0a7b665a1f8ee0428852764988640471c"),
-        ("paper", "508079befe0523f56178f1603033ef65bc68ddbcfefd8d69235567dc915f6920"),
-        ("official", "d97f90a68b88dd7bfdc20da479b81c6f0ed38d88ec06dd16dc851b03aa6afb49"),
-        ("qwen2.5-math-7b", "e8376086d0dffcfe38262c2af48e4aa21ae57bbb708e67aec5deed23fc82d9fd"),
+        ("paper", "2cc281c43076206cd42c4f897f29d037cc735b12f349392d160b6f757a9feddf"),
+        ("official", "9ec9a57d2b8e94e3e746a45ef6a0044198ec9929e9b4cc58d820447cc9a76202"),
+        ("qwen2.5-math-7b", "9ec9a57d2b8e94e3e746a45ef6a0044198ec9929e9b4cc58d820447cc9a76202"),
         ("smollm2-gsm8k", "a4c331d5c71d272e97d8a4ba2ce5ff590f990ec8c17f0f20e1bedb09f064ceb9"),
     ],
 )

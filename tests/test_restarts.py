@@ -290,9 +290,11 @@ def test_pruning_keeps_the_newest_and_the_named(tmp_path):
 
 
 def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run_at_the_limit(tiny_model_path, tmp_path):
-    """Rewards of 1e39 are finite numbers, and too large for a loss in float32."""
     run_dir = tmp_path / "run"
-    limits = ("train.max_skipped_steps=2", "reward.function=reward_fixtures:astronomical", "train.updates_per_step=1")
+    limits = (
+        "train.max_skipped_steps=2", "reward.function=reward_fixtures:by_length", "train.updates_per_step=1",
+        "objective.policy=reward_fixtures:too_large", "objective.clip_low=inf", "objective.clip_high=inf",
+    )  # fmt: skip
     with pytest.raises(TrapoError, match=r"train\.max_skipped_steps: 2 steps in a row, up to step 2, had a loss"):
         train(tiny_model_path, run_dir, "mode=grpo", "advantage.std=false", *limits)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
