@@ -139,6 +139,7 @@ def test_benchmarks_end_in_a_table_and_two_evaluations_can_be_compared(tiny_mode
     [
         (["train", "nowhere.yaml"], "CONFIG: no file 'nowhere.yaml'; presets: "),
         (["train", "demo", "optim.learning_rate=1"], "optim.learning_rate: unknown key; did you mean optim."),
+        (["train", "demo", "--optim.learning_rate=1"], "optim.learning_rate: unknown key; did you mean optim."),
         (["train", "demo", "model.path=TINY", "data.train=missing.jsonl"], "missing.jsonl: no such file"),
         (["train", "demo", "model.path=/no/such/model"], "model.path: cannot load '/no/such/model'"),
         (["train", "demo", "model.path=TINY", "reward.function=math2"], "reward"),

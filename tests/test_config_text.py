@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from trapo.config import load_config, merge_config, save_config
 from trapo.errors import TrapoError
 from trapo.settings.text import Expression, escape, is_expression, plain_tree, shown_yaml, unescape
+from trapo.tools.terminal import plain_keys
 
 HARD = [
     "End with #### and the answer.",
@@ -212,3 +213,9 @@ def test_what_the_environment_gave_is_used_and_never_written(tmp_path, monkeypat
     assert "s3cret" not in (tmp_path / "saved.yaml").read_text()
     assert "s3cret" not in str(plain_tree(config)) + str(shown_yaml(tmp_path / "saved.yaml"))
     assert load_config(tmp_path / "saved.yaml") == dataclasses.replace(config, seed=1)
+
+
+def test_keys_that_are_written_as_options_are_keys():
+    given = ["train", "demo", "--train.steps=3", "--eval.before=true", "--if-finished", "--out=a.b", "reward.x=--a.b=c"]
+    expected = ["train", "demo", "train.steps=3", "eval.before=true", "--if-finished", "--out=a.b", "reward.x=--a.b=c"]
+    assert plain_keys(given) == expected

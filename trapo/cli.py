@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from trapo.errors import TrapoError
-from trapo.tools.terminal import print_table, replace_what_cannot_be_shown
+from trapo.tools.terminal import plain_keys, print_table, replace_what_cannot_be_shown
 
 if TYPE_CHECKING:
     from trapo.config import Config
@@ -326,6 +326,7 @@ def options(
 def main() -> None:
     """Runs the command line: errors of the user's are one line on stderr and exit code 2."""
     replace_what_cannot_be_shown()
+    sys.argv[1:] = plain_keys(sys.argv[1:])
     # Progress bars would break the live display. Both are read when torch or transformers is imported.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")

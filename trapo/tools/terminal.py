@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -24,3 +26,9 @@ def replace_what_cannot_be_shown() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+def plain_keys(arguments: Sequence[str]) -> list[str]:
+    """Returns the arguments of a command with `--train.steps=20`, as other command lines have it, as `train.steps=20`.
+    No option of ours has a dot in its name."""
+    return [a.removeprefix("--") if re.match(r"--\w+(\.\w+)+=", a) else a for a in arguments]
