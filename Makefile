@@ -166,7 +166,8 @@ test-wheel: wheel
 	cp release/smoke.py $(DIST)/smoke.py
 	build/venv-wheel/bin/pip install -q --disable-pip-version-check --no-index $(DIST)/*.whl
 	cd $(DIST) && env -u PYTHONPATH ../venv-wheel/bin/python smoke.py cpu
-	build/venv-wheel/bin/pip install -q --disable-pip-version-check --force-reinstall --no-deps --no-cache-dir $(DIST)/*.tar.gz
+	env -u TRAPO_KERNELS_BUILD build/venv-wheel/bin/pip install -q --disable-pip-version-check --force-reinstall --no-deps \
+	    --no-cache-dir $(DIST)/*.tar.gz
 	cd $(DIST) && env -u PYTHONPATH ../venv-wheel/bin/python smoke.py torch
 
 # The losses alone on another torch: `make test-torch TORCH=torch==2.11.0`. Compiles the extension for it in a copy of the tree,
