@@ -61,7 +61,7 @@ def _saver(model: PreTrainedModel, scratch: Path | None) -> Writer:
     if not is_sharded(model):
         if not lora.has_adapter(model):
             return model.save_pretrained
-        weights = dict(full_weights(model))
+        weights = {name: value.cpu() for name, value in full_weights(model)}
         return lambda path: _plain(model).save_pretrained(path, state_dict=weights)
     plain = _plain(model)
     if is_stored_as_it_is(plain):
