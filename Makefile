@@ -46,7 +46,7 @@ $(VENV)/.log: $(STAMP)
 
 # verl wants an older transformers and omegaconf than everything else here, so it lives in a venv of its own, on top of
 # the packages of the first: its losses, engine and agent loop run on a CPU, its servers do not. No --deps: it would pull a
-# second torch's worth of packages (vLLM's friends, wandb, ...).
+# second torch's worth of packages (vLLM's friends, wandb, ...). It imports datasets, which TRL brings.
 VERL := .venv-verl
 VERL_STAMP := $(VERL)/.installed
 VERL_PACKAGES := verl==0.9.1 tensordict==0.10.0 "ray>=2.41,<3" hydra-core==1.3.8 omegaconf==2.3.0 \
@@ -56,7 +56,7 @@ VERL_PACKAGES := verl==0.9.1 tensordict==0.10.0 "ray>=2.41,<3" hydra-core==1.3.8
 
 setup-verl: $(VERL_STAMP)
 
-$(VERL_STAMP): $(STAMP)
+$(VERL_STAMP): $(VENV)/.integrations
 	$(PYTHON) -m venv $(VERL)
 	$(VERL)/bin/pip install -q --disable-pip-version-check --no-deps $(VERL_PACKAGES)
 	echo "import site; site.addsitedir('$$(ls -d $(CURDIR)/$(VENV)/lib/python*/site-packages)')" > \
