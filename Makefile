@@ -45,19 +45,20 @@ $(VENV)/.log: $(STAMP)
 	touch $@
 
 # verl wants an older transformers and omegaconf than everything else here, so it lives in a venv of its own, on top of
-# the packages of the first: its losses, engine and agent loop run on a CPU, its servers do not. No --deps: it would pull a
-# second torch's worth of packages (vLLM's friends, wandb, ...). It imports datasets, which TRL brings.
+# the packages of the first: its losses, engine and agent loop run on a CPU, its servers do not. It and what needs torch come
+# without their dependencies: those would be a second torch's worth of packages (vLLM's friends, wandb, ...). The rest brings
+# its own, whatever the first venv holds; datasets comes with TRL.
 VERL := .venv-verl
 VERL_STAMP := $(VERL)/.installed
-VERL_PACKAGES := verl==0.9.1 tensordict==0.10.0 "ray>=2.41,<3" hydra-core==1.3.8 omegaconf==2.3.0 \
-    antlr4-python3-runtime==4.9.3 codetiming torchdata "pyvers>=0.1,<0.2" importlib_metadata zipp cloudpickle orjson \
-    dill msgpack attrs jsonschema jsonschema-specifications referencing rpds-py protobuf cachetools fastapi \
-    aiohttp aiohappyeyeballs aiosignal frozenlist multidict propcache yarl TransferQueue==0.1.11 pyzmq msgspec
+VERL_PACKAGES := verl==0.9.1 tensordict==0.10.0 torchdata "pyvers>=0.1,<0.2" codetiming TransferQueue==0.1.11
+VERL_NEEDS := "ray>=2.41,<3" hydra-core==1.3.8 omegaconf==2.3.0 importlib_metadata cloudpickle orjson dill cachetools \
+    aiohttp fastapi uvicorn pyzmq msgspec
 
 setup-verl: $(VERL_STAMP)
 
 $(VERL_STAMP): $(VENV)/.integrations
 	$(PYTHON) -m venv $(VERL)
+	$(VERL)/bin/pip install -q --disable-pip-version-check $(VERL_NEEDS)
 	$(VERL)/bin/pip install -q --disable-pip-version-check --no-deps $(VERL_PACKAGES)
 	echo "import site; site.addsitedir('$$(ls -d $(CURDIR)/$(VENV)/lib/python*/site-packages)')" > \
 	    $$(ls -d $(VERL)/lib/python*/site-packages)/base.pth
