@@ -297,6 +297,7 @@ def options(mode, folder):
     return [*RUNS[mode], *SMALL, f"reward.function={folder / 'reward.py'}:even"]
 
 
+@pytest.mark.slow  # a run of a real loop, and the same killed on its way
 @pytest.mark.parametrize("mode", RUNS)
 def test_a_killed_run_goes_on_with_what_the_mode_remembers(mode, tiny_model_path, tmp_path):
     if mode == "bridge":
