@@ -67,6 +67,32 @@ def train(model: str, run_dir: str, *overrides: str) -> None:
     print(json.dumps(summary))
 
 
+def evaluated(model: str, run_dir: str, dies: str, *overrides: str) -> None:
+    """`trapo eval`; a process of rank 0 dies by SIGKILL in the `dies`-th call of its engine. "": nobody does."""
+    from killed_run import base
+
+    from trapo.cli import eval_job
+    from trapo.config import merge_config
+    from trapo.engines import hf
+    from trapo.evaluation import benchmarks, evaluate
+
+    generate, calls = hf.HFEngine.generate, []
+
+    def call(*args, **kwargs):
+        calls.append(None)
+        if str(len(calls)) == dies and os.environ.get("RANK", "0") == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return generate(*args, **kwargs)
+
+    hf.HFEngine.generate = call
+    job = eval_job(merge_config(base(model, run_dir), overrides))
+    if job.eval.benchmarks:
+        benchmarks.evaluate_benchmarks(job, log=print)
+    else:
+        evaluate.evaluate_model(job, log=print)
+    print(len(calls))
+
+
 def stopped(model: str, run_dir: str, *overrides: str) -> None:
     """A run whose second rank gets a SIGTERM in the rollouts of step 2."""
     from trapo import trainer
@@ -132,4 +158,6 @@ def _own_memory() -> int:
 
 
 def main() -> None:
-    {"update": update, "train": train, "stopped": stopped, "memory": memory}[sys.argv[1]](*sys.argv[2:])
+    {"update": update, "train": train, "stopped": stopped, "memory": memory, "evaluated": evaluated}[sys.argv[1]](
+        *sys.argv[2:]
+    )

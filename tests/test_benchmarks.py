@@ -11,9 +11,9 @@ from rich.console import Console
 from trapo.cli import eval_job
 from trapo.config import merge_config
 from trapo.errors import TrapoError
-from trapo.evaluation import benchmarks
 from trapo.evaluation.benchmarks import KNOWN, SUITES, chosen, evaluate_benchmarks, table
 from trapo.evaluation.compare import compare
+from trapo.evaluation.evaluate import EvalJob
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 
@@ -71,7 +71,7 @@ def test_samples_of_a_benchmark_can_be_said_with_its_name_and_any_file_will_do(t
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_a_model_is_loaded(overrides, message, monkeypatch):
-    monkeypatch.setattr(benchmarks, "load_model", None)
+    monkeypatch.setattr(EvalJob, "load", None)
     monkeypatch.chdir(Path(__file__).parent.parent)
     with pytest.raises(TrapoError, match=message):
         evaluate_benchmarks(job({}, overrides), log=print)
@@ -117,7 +117,7 @@ def test_a_finished_benchmark_is_not_done_again_and_others_are(tiny_model_path, 
     assert not any("one: 2 problems" in line for line in lines)
     assert second["one"] == first["one"]
     assert len((run_dir / "benchmarks" / "two.jsonl").read_text().splitlines()) == 4
-    monkeypatch.setattr(benchmarks, "load_model", None)  # nothing is left to do
+    monkeypatch.setattr(EvalJob, "load", None)  # nothing is left to do
     assert evaluate_benchmarks(both, log=lines.append) == second
     changed = settings(tiny_model_path, run_dir, f"eval.benchmarks=[{one}@2]", "eval.temperature=1", "seed=5")
     with pytest.raises(TrapoError, match=r"one\.json is of other settings \(seed, temperature\); choose another"):

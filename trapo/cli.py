@@ -343,6 +343,8 @@ def main() -> None:
 
 
 def _console() -> Console:
+    if os.environ.get("RANK", "0") != "0":  # of several ranks the first one shows
+        return Console(quiet=True)
     # Logs and pipes have no width of their own; a step's line should not be folded at 80 columns there.
     return Console() if sys.stdout.isatty() else Console(width=160)
 

@@ -51,7 +51,7 @@ from trapo.rewards.scoring import FailureNotes, make_pool, score_texts
 from trapo.rollouts import Rollout, assign_advantages, collect
 from trapo.runs.checkpoint import Checkpoint
 from trapo.runs.inputs import fingerprints
-from trapo.runs.ranks import ALONE, Ranks, Scorer, SharedRewards, join, leave, lost_rank
+from trapo.runs.ranks import ALONE, Ranks, Scorer, SharedRewards, joined
 from trapo.runs.run_dir import RunDir
 from trapo.runs.run_lock import RunLock
 from trapo.runs.saving import Saver
@@ -135,16 +135,9 @@ def train(
     Raises TrapoError for input that cannot be used, before anything is generated or trained, and Stopped after SIGTERM,
     SIGINT or SIGHUP when everything that is worth keeping is saved.
     """
-    ranks = join()
-    try:
+    with joined() as ranks:
         shown = console if ranks.first else Console(quiet=True)
         return _train(config, shown, ranks, restart_finished=restart_finished, accept_changed=accept_changed)
-    except RuntimeError as error:
-        if lost := lost_rank(ranks, error):
-            raise lost from error
-        raise
-    finally:
-        leave(ranks)
 
 
 def _train(

@@ -21,6 +21,7 @@ from trapo.engines.protocol import Engine, Request
 from trapo.errors import TrapoError
 from trapo.models.agreement import hidden_states
 from trapo.models.loading import head_of
+from trapo.models.sharding import as_forward
 from trapo.rollouts import Rollout
 from trapo.settings.groups import RolloutConfig
 
@@ -79,10 +80,14 @@ def unanswered(problems: Sequence[EncodedProblem]) -> list[Rollout]:
 
 
 def plain_scorer(model: PreTrainedModel, temperature: float) -> Scorer:
-    """Returns a Scorer where there is no learner: one forward of the model per rollout."""
+    """Returns a Scorer where there is no learner: one forward of the model per rollout; of a sharded model on all ranks
+    alike."""
 
     @torch.no_grad()
     def score(rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
+        return as_forward(model, lambda: _score(rollouts))
+
+    def _score(rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
         head, found = head_of(model), []
         for rollout in rollouts:
             ids = torch.tensor([rollout.problem.prompt_ids + rollout.response_ids], device=model.device)

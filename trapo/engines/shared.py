@@ -24,7 +24,10 @@ class SharedEngine:
         self.engine, self.ranks = engine, ranks
 
     def generate(self, requests: Sequence[Request], *, temperature: float, seed: int) -> list[Completion]:
-        seeded = [dataclasses.replace(r, seed=derive_seed(seed, i)) for i, r in enumerate(requests)]
+        seeded = [
+            r if r.seed is not None else dataclasses.replace(r, seed=derive_seed(seed, i))
+            for i, r in enumerate(requests)
+        ]
         # Called without requests too: an engine on sharded weights gathers them on all ranks together.
         own = self.engine.generate(self.ranks.share(seeded), temperature=temperature, seed=seed)
         return self.ranks.gather(own)

@@ -4,7 +4,8 @@
     trapo eval CONFIG eval.benchmarks=[aime24@8,math500,my.parquet@4] ...  # @k: samples a problem
 
 run_dir/benchmarks/NAME.jsonl has every response, NAME.json the result (written last: the benchmark is finished),
-run_dir/benchmarks.json all results. A finished benchmark is not done again.
+run_dir/benchmarks.json all results. A finished benchmark is not done again. Until it is finished, NAME.answered.jsonl
+has the problems that are answered, and the same command asks the others alone.
 """
 
 from __future__ import annotations
@@ -13,19 +14,26 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
+from trapo.data.encode import EncodedProblem
 from trapo.data.sampling import derive_seed, load_eval_set
+from trapo.engines.protocol import Engine
 from trapo.errors import TrapoError
+from trapo.evaluation.answers import Answers, refuse_other_settings
 from trapo.evaluation.evaluate import EvalJob, EvalResult, evaluate
-from trapo.models.loading import find_weights, load_model
-from trapo.rewards.scoring import FailureNotes, make_pool
+from trapo.models.loading import find_weights
+from trapo.rewards.scoring import FailureNotes, NoRewards
+from trapo.runs.ranks import Scorer, joined
 from trapo.runs.run_dir import refuse_unwritable
+from trapo.runs.run_lock import RunLock
 from trapo.tools.files import write_json
 
 TEMPERATURE = 0.6  # the paper's, on every benchmark
@@ -68,10 +76,16 @@ def chosen(job: EvalJob) -> list[Benchmark]:
 
 
 def evaluate_benchmarks(job: EvalJob, log: Callable[[str], None]) -> dict[str, EvalResult]:
-    """Evaluate model.path on the chosen benchmarks; results by name. Finished ones are read, not done again.
+    """Evaluate model.path on the chosen benchmarks; results by name. Finished ones are read, not done again, nor are
+    answered problems of one that was interrupted. Under torchrun all ranks call it together.
 
     Raises TrapoError, before the model is loaded, for a missing file or for results of other settings in run_dir.
     """
+    with joined() as ranks:
+        return _evaluate_benchmarks(dataclasses.replace(job, ranks=ranks), log)
+
+
+def _evaluate_benchmarks(job: EvalJob, log: Callable[[str], None]) -> dict[str, EvalResult]:
     job.set_threads()
     temperature = TEMPERATURE if job.eval.temperature is None else job.eval.temperature
     job = dataclasses.replace(job, eval=dataclasses.replace(job.eval, temperature=temperature))
@@ -80,22 +94,33 @@ def evaluate_benchmarks(job: EvalJob, log: Callable[[str], None]) -> dict[str, E
         raise TrapoError(
             f"eval.temperature: got 0 with {several.samples} samples of {several.name}; all would be equal"
         )
-    refuse_unwritable(job.run_dir)
-    weights = _weights_digest(job.model.path)
+    ranks = job.ranks
+    ranks.once(lambda: refuse_unwritable(job.run_dir))
+    weights = ranks.once(lambda: _weights_digest(job.model.path))
     settings = {b.name: _settings(b, job, weights) for b in benchmarks}
-    found = {b.name: _finished(b, job, settings[b.name]) for b in benchmarks}
+    found = ranks.once(lambda: {b.name: _finished(b, job, settings[b.name]) for b in benchmarks})
     for b in benchmarks:
         if (earlier := found[b.name]) is not None:
             log(f"{b.title}: {earlier}; finished earlier, not done again")
     missing = [b for b in benchmarks if found[b.name] is None]
-    for b, result in _run(missing, job, log):
-        record = {"benchmark": b.name, "title": b.title, "settings": settings[b.name]}
-        write_json(_result_path(b, job), record | {"result": dataclasses.asdict(result)})
-        found[b.name] = result
-        log(f"{b.title}: {result}")
+    with ExitStack() as held:
+        if missing:
+            ranks.once(lambda: held.enter_context(RunLock(job.run_dir / "benchmarks", log)) and None)
+        for b, result, answers in _run(missing, job, settings, log):
+            _save(b, job, settings[b.name], result)
+            answers.forget()
+            found[b.name] = result
+            log(f"{b.title}: {result}")
     results = {name: result for name, result in found.items() if result is not None}
-    _write_summary(job, results, settings)
+    ranks.once(lambda: _write_summary(job, results, settings))
     return results
+
+
+def _save(benchmark: Benchmark, job: EvalJob, settings: dict[str, Any], result: EvalResult) -> None:
+    """Writes a benchmark's result."""
+    record = {"benchmark": benchmark.name, "title": benchmark.title, "settings": settings}
+    values = record | {"result": dataclasses.asdict(result)}
+    job.ranks.once(lambda: write_json(_result_path(benchmark, job), values))
 
 
 def table(results: dict[str, EvalResult]) -> Table:
@@ -137,14 +162,17 @@ def _find(entry: str, job: EvalJob) -> Benchmark:
     return Benchmark(name, title, path, int(times) if times else samples)
 
 
-def _run(benchmarks: list[Benchmark], job: EvalJob, log: Callable[[str], None]) -> Any:
-    """Yields (benchmark, result) as they finish; loads the model only if there is something to do."""
+def _run(
+    benchmarks: list[Benchmark], job: EvalJob, settings: dict[str, dict[str, Any]], log: Callable[[str], None]
+) -> Iterator[tuple[Benchmark, EvalResult, Answers]]:
+    """Yields (benchmark, result, the answers that it is of) as they finish; loads the model only if there is something
+    to do."""
     if not benchmarks:
         return
-    model, tokenizer = load_model(job.model)
+    model, tokenizer = job.load()
     engine = job.make_engine(model, tokenizer)
     failures = FailureNotes(log)
-    with make_pool(job.reward) as pool:
+    with job.pool() as pool:
         for i, b in enumerate(benchmarks):
             # Files may repeat a problem once per sample.
             columns = {} if b.name in KNOWN else job.data.columns
@@ -153,23 +181,49 @@ def _run(benchmarks: list[Benchmark], job: EvalJob, log: Callable[[str], None]) 
             assert problems is not None
             if i == 0:
                 job.check_engine(engine, model, problems)
-            log(f"{b.title}: {len(problems)} problems, {b.samples} samples each, T = {job.eval.temperature:g}")
-            seed = derive_seed(job.seed, "benchmark", b.name)
-            yield (
-                b,
-                evaluate(
-                    problems,
-                    engine,
-                    pool,
-                    tokenizer,
-                    max_response_tokens=job.max_response_tokens,
-                    temperature=job.eval.temperature,
-                    samples=b.samples,
-                    seed=seed,
-                    rows_path=_result_path(b, job).with_suffix(".jsonl"),
-                    failures=failures,
-                ),
-            )
+            answers = Answers(_answers_path(b, job), settings[b.name], job.ranks)
+            earlier = f", {n} answered earlier" if (n := len(answers.load())) else ""
+            log(f"{b.title}: {len(problems)} problems{earlier}, {b.samples} samples each, T = {job.eval.temperature:g}")
+            result = _asked(b, job, problems, engine, pool, tokenizer, failures, answers)
+            yield b, result, answers
+
+
+def _asked(
+    benchmark: Benchmark,
+    job: EvalJob,
+    problems: Sequence[EncodedProblem],
+    engine: Engine,
+    pool: Scorer,
+    tokenizer: PreTrainedTokenizerBase,
+    failures: FailureNotes,
+    answers: Answers,
+) -> EvalResult:
+    """Returns the result of a benchmark, its rows written. What fails for want of any reward is asked anew next
+    time."""
+    full = job.rollout.batch_size * job.ranks.world  # sequences of all engines together
+    rows_path = _result_path(benchmark, job).with_suffix(".jsonl") if job.ranks.first else None
+    try:
+        return evaluate(
+            problems,
+            engine,
+            pool,
+            tokenizer,
+            max_response_tokens=job.max_response_tokens,
+            temperature=job.eval.temperature,
+            samples=benchmark.samples,
+            seed=derive_seed(job.seed, "benchmark", benchmark.name),
+            rows_path=rows_path,
+            failures=failures,
+            answers=answers,
+            at_once=max(1, full // benchmark.samples),
+        )
+    except NoRewards:
+        answers.forget()
+        raise
+
+
+def _answers_path(benchmark: Benchmark, job: EvalJob) -> Path:
+    return job.run_dir / "benchmarks" / f"{benchmark.name}.answered.jsonl"
 
 
 def _result_path(benchmark: Benchmark, job: EvalJob) -> Path:
@@ -216,9 +270,7 @@ def _finished(benchmark: Benchmark, job: EvalJob, settings: dict[str, Any]) -> E
     if not path.exists():
         return None
     record = json.loads(path.read_text())
-    changed = sorted(key for key in settings if record["settings"].get(key) != settings[key])
-    if changed:
-        raise TrapoError(f"run_dir: {path} is of other settings ({', '.join(changed)}); choose another run_dir")
+    refuse_other_settings(path, record["settings"], settings)
     return EvalResult.from_dict(record["result"])
 
 

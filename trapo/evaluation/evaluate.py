@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo.data.encode import EncodedProblem, decode_text
 from trapo.data.problem import prompt_text
-from trapo.data.sampling import load_eval_set
+from trapo.data.sampling import derive_seed, load_eval_set
 from trapo.engines.guard import AgreementGuard, plain_scorer, unanswered
 from trapo.engines.make import make_engine
-from trapo.engines.protocol import Engine, Request
+from trapo.engines.protocol import Completion, Engine, Request
 from trapo.errors import TrapoError
+from trapo.evaluation.answers import Answers, Row, in_blocks
 from trapo.evaluation.likelihood import Likelihood, trace_likelihood
 from trapo.evaluation.prior import Prior, load_prior
 from trapo.evaluation.stats import bootstrap_interval, mean_interval, pass_at_k, wilson_interval
 from trapo.models import agreement
-from trapo.models.loading import check_positions, load_model
+from trapo.models.loading import check_positions, load_trained
+from trapo.rewards import Reward
 from trapo.rewards.scoring import FailureNotes, make_pool, score_texts
-from trapo.runs.ranks import Scorer
+from trapo.runs.ranks import ALONE, Ranks, Scorer, SharedRewards, joined
 from trapo.runs.run_dir import refuse_unwritable
 from trapo.settings.groups import DataConfig, EvalConfig, ModelConfig, RewardConfig, RolloutConfig
 from trapo.tools.files import write_atomic, write_json
@@ -101,6 +104,7 @@ class EvalJob:
     threads: int | None  # of torch on CPUs; None: torch's default
     seed: int
     run_dir: Path
+    ranks: Ranks = ALONE
 
     @property
     def max_response_tokens(self) -> int:
@@ -109,6 +113,16 @@ class EvalJob:
     def set_threads(self) -> None:
         if self.threads:
             torch.set_num_threads(self.threads)
+
+    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Returns the model, sharded over the ranks, and its tokenizer."""
+        return load_trained(self.model, self.ranks, self.precision)
+
+    @contextmanager
+    def pool(self) -> Iterator[Scorer]:
+        """Opens a pool of rewards, which ranks share."""
+        with make_pool(self.reward) as pool:
+            yield SharedRewards(pool, self.ranks) if self.ranks.world > 1 else pool
 
     def make_engine(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Engine:
         longest = max(self.rollout.max_response_tokens, self.eval.max_response_tokens or 0)
@@ -119,6 +133,7 @@ class EvalJob:
             max_tokens=self.data.max_prompt_tokens + longest,
             precision=self.precision,
             run_dir=self.run_dir,
+            ranks=self.ranks,
         )
 
     def check_engine(self, engine: Engine, model: PreTrainedModel, problems: Sequence[EncodedProblem]) -> None:
@@ -130,11 +145,16 @@ class EvalJob:
 
 
 def evaluate_model(job: EvalJob, log: Callable[[str], None]) -> EvalResult:
-    """Runs `trapo eval`: model.path on data.eval. Raises TrapoError when data.eval is missing or cannot be read, or
-    run_dir cannot be written."""
-    refuse_unwritable(job.run_dir)
+    """Runs `trapo eval`: model.path on data.eval; under torchrun all ranks call it together. Raises TrapoError when
+    data.eval is missing or cannot be read, or run_dir cannot be written."""
+    with joined() as ranks:
+        return _evaluate_model(dataclasses.replace(job, ranks=ranks), log)
+
+
+def _evaluate_model(job: EvalJob, log: Callable[[str], None]) -> EvalResult:
+    job.ranks.once(lambda: refuse_unwritable(job.run_dir))
     job.set_threads()
-    model, tokenizer = load_model(job.model)
+    model, tokenizer = job.load()
     problems = load_eval_set(job.data, tokenizer, log)
     if problems is None:
         raise TrapoError(
@@ -143,7 +163,7 @@ def evaluate_model(job: EvalJob, log: Callable[[str], None]) -> EvalResult:
     engine = job.make_engine(model, tokenizer)
     job.check_engine(engine, model, problems)
     path = job.run_dir / "eval.json"
-    with make_pool(job.reward) as pool:
+    with job.pool() as pool:
         result = evaluate(
             problems,
             engine,
@@ -153,14 +173,14 @@ def evaluate_model(job: EvalJob, log: Callable[[str], None]) -> EvalResult:
             temperature=job.eval.temperature,
             samples=job.eval.samples,
             seed=job.seed,
-            rows_path=path.with_suffix(".jsonl"),
+            rows_path=path.with_suffix(".jsonl") if job.ranks.first else None,
             failures=FailureNotes(log),
         )
-        result = result.with_traces(trace_likelihood(model, problems, job.precision))
+        result = result.with_traces(trace_likelihood(model, problems, job.precision, job.ranks))
         if (prior := load_prior(job.eval.prior, job.data, tokenizer, log)) is not None:
             limit = job.max_response_tokens
-            result = with_prior(result, prior, model, job.precision, engine, pool, tokenizer, limit)
-    result.save(path)
+            result = with_prior(result, prior, model, job.precision, engine, pool, tokenizer, limit, job.ranks)
+    job.ranks.once(lambda: result.save(path))
     return result
 
 
@@ -173,9 +193,10 @@ def with_prior(
     pool: Scorer,
     tokenizer: PreTrainedTokenizerBase,
     max_response_tokens: int,
+    ranks: Ranks = ALONE,
 ) -> EvalResult:
     """Returns the result with what the model still can do of what the base model could."""
-    nll, tokens = prior.nll(model, precision)
+    nll, tokens = prior.nll(model, precision, ranks)
     accuracy = None
     if prior.problems:
         limit = max_response_tokens
@@ -195,43 +216,60 @@ def evaluate(
     seed: int,
     rows_path: Path | None = None,
     failures: FailureNotes | None = None,
+    answers: Answers | None = None,
+    at_once: int | None = None,
 ) -> EvalResult:
     """Generate `samples` responses to each problem and score them. temperature: 0 or None is greedy.
 
     rows_path: where to write one JSON row per response (id, prompt, answer, text, reward, status, detail).
-    failures: told of the rewards; raises TrapoError, after the rows are written, where none can be had.
+    failures: told of the rewards; raises TrapoError, after the rows are written, where none can be had. answers: what
+    was answered earlier, and where to keep what is. at_once: so many problems are asked, answered and kept together;
+    None: all. Each response has random numbers of its own, so that neither decides what is sampled.
     """
-    asked = [problem for problem in problems for _ in range(samples)]
-    completions = engine.generate(
-        [Request(problem.prompt_ids, max_response_tokens) for problem in asked],
-        temperature=temperature or 0.0,
-        seed=seed,
-    )
-    texts = [decode_text(tokenizer, c.token_ids) for c in completions]
-    rewards = score_texts(pool, texts, [p.problem for p in asked])
+
+    def ask(places: Sequence[int]) -> dict[int, list[Row]]:
+        asked = [(problems[i], i * samples + n) for i in places for n in range(samples)]
+        requests = [Request(p.prompt_ids, max_response_tokens, seed=derive_seed(seed, number)) for p, number in asked]
+        completions = engine.generate(requests, temperature=temperature or 0.0, seed=derive_seed(seed, *places[:1]))
+        texts = [decode_text(tokenizer, c.token_ids) for c in completions]
+        rewards = score_texts(pool, texts, [p.problem for p, _ in asked])
+        rows = [_row(p, *found) for (p, _), *found in zip(asked, texts, rewards, completions, strict=True)]
+        return {i: rows[n * samples : (n + 1) * samples] for n, i in enumerate(places)}
+
+    found = answers.load() if answers is not None else {}
+    for block in in_blocks([i for i in range(len(problems)) if i not in found], at_once or len(problems)):
+        found |= (latest := ask(block))
+        if answers is not None:
+            answers.add(latest)
+    by_problem = [found[i] for i in range(len(problems))]
+    rows = [row for of_problem in by_problem for row in of_problem]
     if rows_path is not None:
-        rows: list[dict[str, Any]] = [
-            {"id": p.problem.id, "source": p.problem.source, "prompt": prompt_text(p.problem)}
-            | {"answer": p.problem.answer, "text": text}
-            | {
-                "reward": r.value,
-                "status": r.status,
-                "detail": r.detail,
-                "tokens": len(c.token_ids),
-                "finished": c.finished,
-            }
-            for p, text, r, c in zip(asked, texts, rewards, completions, strict=True)
-        ]
         write_atomic(rows_path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     if failures is not None:
+        rewards = [Reward(row["reward"], row["status"], row["detail"]) for row in rows]
         failures.check(rewards, f"the evaluation of {len(problems)} problems")
-    values = [r.value for r in rewards]
     return _summarise(
-        [values[i : i + samples] for i in range(0, len(values), samples)],
-        finished=sum(c.finished for c in completions) / len(completions),
-        mean_tokens=sum(len(c.token_ids) for c in completions) / len(completions),
-        reward_failures=dict(Counter(r.status for r in rewards if r.status != "ok")),
+        [[row["reward"] for row in of_problem] for of_problem in by_problem],
+        finished=sum(row["finished"] for row in rows) / len(rows),
+        mean_tokens=sum(row["tokens"] for row in rows) / len(rows),
+        reward_failures=dict(Counter(row["status"] for row in rows if row["status"] != "ok")),
     )
+
+
+def _row(encoded: EncodedProblem, text: str, reward: Reward, completion: Completion) -> Row:
+    problem = encoded.problem
+    return {
+        "id": problem.id,
+        "source": problem.source,
+        "prompt": prompt_text(problem),
+        "answer": problem.answer,
+        "text": text,
+        "reward": reward.value,
+        "status": reward.status,
+        "detail": reward.detail,
+        "tokens": len(completion.token_ids),
+        "finished": completion.finished,
+    }
 
 
 def _summarise(by_problem: list[list[float]], **rest: Any) -> EvalResult:

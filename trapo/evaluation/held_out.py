@@ -72,12 +72,13 @@ class HeldOut:
                 rows_path=path.with_suffix(".jsonl") if self.ranks.first else None,
                 failures=self.failures,
             )
-            result = result.with_traces(trace_likelihood(self.model, self.problems, self.precision))
+            result = result.with_traces(trace_likelihood(self.model, self.problems, self.precision, self.ranks))
             if self.prior is not None:
                 limit = self.config.max_response_tokens or self.max_response_tokens
                 result = with_prior(
-                    result, self.prior, self.model, self.precision, self.engine, self.pool, self.tokenizer, limit
-                )
+                    result, self.prior, self.model, self.precision, self.engine, self.pool, self.tokenizer, limit,
+                    self.ranks,
+                )  # fmt: skip
         if self.ranks.first:
             result.save(path)
         return result

@@ -17,6 +17,7 @@ from trapo.models import agreement
 from trapo.models.loading import head_of
 from trapo.models.precision import compute_in
 from trapo.models.sharding import as_forward
+from trapo.runs.ranks import ALONE, Ranks
 
 IGNORED = -100
 TOKENS = 4096  # of a forward
@@ -29,17 +30,23 @@ class Likelihood(NamedTuple):
     tokens: int
 
 
-def trace_likelihood(model: PreTrainedModel, problems: Sequence[EncodedProblem], precision: str) -> Likelihood | None:
+def trace_likelihood(
+    model: PreTrainedModel, problems: Sequence[EncodedProblem], precision: str, ranks: Ranks = ALONE
+) -> Likelihood | None:
     """Returns the likelihood of all expert traces of these problems, their ends included; None where there is none.
 
-    precision: a value of train.precision.
+    precision: a value of train.precision. ranks: split the work, and each gets the result.
     """
-    return likelihood(model, [(p.prompt_ids, trace.token_ids) for p in problems for trace in p.traces], precision)
+    pairs = [(p.prompt_ids, trace.token_ids) for p in problems for trace in p.traces]
+    return likelihood(model, pairs, precision, ranks)
 
 
 @torch.no_grad()
 def likelihood(
-    model: PreTrainedModel, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], precision: str
+    model: PreTrainedModel,
+    sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+    precision: str,
+    ranks: Ranks = ALONE,
 ) -> Likelihood | None:
     """Returns the likelihood of (given token ids, token ids that follow) pairs, of the latter; None where there is no
     pair. The first token of all has nothing before it, and does not count."""
@@ -47,13 +54,17 @@ def likelihood(
     rows = [(ids, start) for ids, start in rows if len(ids) > start]
     if not rows:
         return None
-    total, count = 0.0, 0
-    for chosen in micro_batches([len(ids) - 1 for ids, _ in rows], TOKENS):
-        inputs, targets = _padded([rows[i] for i in chosen], model.device)
+    parts = micro_batches([len(ids) - 1 for ids, _ in rows], TOKENS)
+    sums: list[tuple[int, float, int]] = []  # of a micro-batch: its place, Σ log-probabilities, tokens
+    for place in ranks.deal(range(len(parts)), -1):
+        # Sharded weights are gathered by all ranks together: one that has nothing left to do computes something.
+        inputs, targets = _padded([rows[i] for i in parts[max(place, 0)]], model.device)
         logprobs = as_forward(model, functools.partial(_logprobs, model, inputs, targets, precision))
-        total -= float(logprobs.double().sum())
-        count += int((targets != IGNORED).sum())
-    return Likelihood(total / count, count)
+        if place >= 0:
+            sums.append((place, float(logprobs.double().sum()), int((targets != IGNORED).sum())))
+    found = sorted(ranks.gather(sums))  # in the order of one rank, so that rounding is its, too
+    count = sum(tokens for *_, tokens in found)
+    return Likelihood(-sum(total for _, total, _ in found) / count, count)
 
 
 def _padded(rows: Sequence[tuple[list[int], int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

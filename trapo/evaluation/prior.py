@@ -14,6 +14,7 @@ from trapo.data.encode import EncodedProblem
 from trapo.data.sampling import load_problem_set
 from trapo.errors import TrapoError
 from trapo.evaluation.likelihood import likelihood
+from trapo.runs.ranks import ALONE, Ranks
 from trapo.settings.groups import DataConfig
 
 PIECE = 1024  # tokens of a text that are looked at together
@@ -26,12 +27,12 @@ class Prior:
     texts: tuple[tuple[int, ...], ...] = ()
     problems: tuple[EncodedProblem, ...] = ()
 
-    def nll(self, model: PreTrainedModel, precision: str) -> tuple[float | None, int]:
+    def nll(self, model: PreTrainedModel, precision: str, ranks: Ranks = ALONE) -> tuple[float | None, int]:
         """Returns the negative log-likelihood of a token of the texts, or of the problems' expert traces, in nats at
-        temperature 1, and the number of tokens; (None, 0) where there is none."""
+        temperature 1, and the number of tokens; (None, 0) where there is none. Ranks split the work."""
         pairs: list[tuple[Sequence[int], Sequence[int]]] = [((), ids) for ids in self.texts]
         pairs += [(p.prompt_ids, trace.token_ids) for p in self.problems for trace in p.traces]
-        found = likelihood(model, pairs, precision)
+        found = likelihood(model, pairs, precision, ranks)
         return (None, 0) if found is None else (found.nll, found.tokens)
 
 

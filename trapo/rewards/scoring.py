@@ -34,6 +34,10 @@ def _row(problem: Problem) -> dict[str, Any]:
     return {**problem.row, **own}
 
 
+class NoRewards(TrapoError):
+    """Says that no reward could be had: what was answered is worth nothing."""
+
+
 class FailureNotes:
     """Says the first reason of each kind of failure, and stops a run whose first rewards all fail, or are no shares of
     1."""
@@ -62,7 +66,7 @@ class FailureNotes:
             f"reward.function: all {len(rewards)} rewards of {where} failed ({counts}); the first: {failed[0].detail}"
         )
         if not self.worked:
-            raise TrapoError(first)
+            raise NoRewards(first)
         self.note(f"WARNING: {first}; they score 0 and training goes on")
 
 
@@ -71,7 +75,7 @@ def refuse_outside(rewards: Sequence[Reward], where: str) -> None:
     shown as an accuracy would mean what it says."""
     outside = next((r.value for r in rewards if within(r.value, 0.0, 1.0) is None), None)
     if outside is not None:
-        raise TrapoError(
+        raise NoRewards(
             f"reward.function: got a reward of {outside:g} in {where}; accepted: 0 to 1, for guidance thresholds and "
             "accuracies take rewards for shares of 1; reward.range=[LOW,HIGH] says what yours are, and scales them"
         )

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -112,6 +112,20 @@ def leave(ranks: Ranks) -> None:
 
         with contextlib.suppress(RuntimeError):  # the others may be gone
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Ranks]:
+    """Gives the place that torchrun gave this process. Raises TrapoError where another rank is gone meanwhile."""
+    ranks = join()
+    try:
+        yield ranks
+    except RuntimeError as error:
+        if lost := lost_rank(ranks, error):
+            raise lost from error
+        raise
+    finally:
+        leave(ranks)
 
 
 def lost_rank(ranks: Ranks, error: RuntimeError) -> TrapoError | None:
