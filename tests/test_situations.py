@@ -116,6 +116,14 @@ def topk_divergence(given, hidden, weight, backend):
     ).loss
 
 
+def low_rank(given, hidden, weight, backend):
+    adapter = (given.weight[:3].to(hidden) / D, given.weight[:, :3].to(hidden), 0.5)
+    out = tk.linear_logprobs(hidden, weight, given.targets, lora=adapter, backend=backend)
+    o = tk.Objective.grpo(entropy_coef=0.01)
+    policy = tk.linear_policy_loss(hidden, weight, given.targets, o, lora=adapter, backend=backend, **given.inputs)
+    return policy.loss + (out.logprobs * given.inputs["advantages"].to(out.logprobs.dtype)).sum()
+
+
 def statistics(given, hidden, weight, backend):
     names = ["top5_mass", "sum_sq", "mean_logit"]
     found = tk.linear_statistics(hidden, weight, given.targets, names, backend=backend)
@@ -131,7 +139,7 @@ CALLS = (
     | {"linear_logprobs": logprobs, "logprobs_from_logits": logprobs_from_logits}
     | {"linear_divergence": divergence, "linear_statistics": statistics}
     | {"linear_support_logprobs": support(False), "a sampling mask": support(True)}
-    | {"linear_topk_divergence": topk_divergence}
+    | {"linear_topk_divergence": topk_divergence, "an adapter": low_rank}
 )
 CORE = ("linear grpo", "linear gspo", "linear asft", "logits trapo", "linear_logprobs", "linear_divergence")
 CORE += ("linear_support_logprobs", "linear_topk_divergence", "logprobs grpo")

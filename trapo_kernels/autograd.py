@@ -22,6 +22,7 @@ from .backends.base import RowKernel, RowStats, stats_dtype
 from .batch import Batch, PolicyLoss
 from .call import Params, in_one_dtype
 from .chunks import columns
+from .chunks.low_rank import LowRankSource
 from .chunks.selection import Selection
 from .chunks.sources import LinearSource, LogitsSource, Source, finish
 from .head import Head
@@ -75,11 +76,16 @@ class Job:
             (logits,) = params
             assert logits is not None
             return LogitsSource(logits, self.head, selection, wants[0])
-        hidden, weight, bias = in_one_dtype(params)
+        (hidden, weight, bias), adapter = in_one_dtype(params[:3]), params[3:]
         assert hidden is not None
         assert weight is not None
         # Zero times what a caller padded with would be NaN in d_weight.
         hidden = selection.counting(hidden)
+        if adapter:
+            a, b = adapter
+            assert a is not None
+            assert b is not None
+            return LowRankSource(a, b, hidden, weight, bias, self.head, selection, wants=wants)
         which = (wants[0], wants[1], wants[2])
         if self.kernel.shard is not None:
             shard = self.kernel.shard

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .arguments import validate
 from .arguments.graph import refuse_in_graph, tracing
+from .arguments.low_rank import check_lora, side_by_side
 from .backends.base import RowKernel, stats_dtype
 from .backends.dispatch import backend_name, pick
 from .head import Head
@@ -19,9 +20,9 @@ from .shards import vocab_parallel
 from .shards.agreement import shards_of
 
 __all__ = ["Call", "Named", "Params", "call_of_head", "call_of_linear", "call_of_logits", "in_one_dtype", "over_shards"]
-__all__ += ["pick_kernel", "wanted"]
+__all__ += ["pick_kernel", "wanted", "with_adapter"]
 
-# (hidden [N, D], weight [V, D], bias [V] or None), or (logits [N, V],)
+# (hidden [N, D], weight [V, D], bias [V] or None), after which A [r, D] and B [V, r] may stand; or (logits [N, V],)
 Params = tuple[Tensor | None, ...]
 
 Prepared = TypeVar("Prepared")
@@ -105,8 +106,9 @@ def call_of_linear(
     backend: str | None,
     group: Any = None,
     weight_grad: Any = None,
+    adapter: Params = (),
 ) -> Call:
-    """Makes the call of a linear head on hidden states that have targets.
+    """Makes the call of a linear head on hidden states that have targets; with the `adapter` (A, B) that is apart.
 
     Raises:
         TypeError, ValueError, NotImplementedError: an argument is wrong; one line names it.
@@ -116,7 +118,8 @@ def call_of_linear(
         validate.check_targets(caller, targets, "hidden", hidden)
 
     call = call_of_head(caller, head, hidden, weight, bias, backend, group, check)
-    return replace(call, weight_grad=validate.weight_grad(caller, weight_grad, weight, call.stats_dtype))
+    into = validate.weight_grad(caller, weight_grad, weight, call.stats_dtype)
+    return replace(call, weight_grad=into, params=(*call.params, *adapter))
 
 
 def call_of_head(
@@ -140,6 +143,27 @@ def call_of_head(
     return Call(
         head, *pick_kernel(backend, caller, hidden.device), (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
     )
+
+
+def with_adapter(
+    caller: str,
+    lora: Any,
+    hidden: Any,
+    weight: Any,
+    backend: str | None,
+    support: Any,
+    objective: Any = None,
+    **others: Any,
+) -> tuple[Any, Any, Params]:
+    """Returns (hidden states, weight, the adapter (scale · A, B) that is beside them); where nothing streams, or
+    there is a support or a reference head, the adapter is in the first two. `others`: what there may not be with it."""
+    if lora is None:
+        return hidden, weight, ()
+    a, b = check_lora(caller, lora, hidden, weight, **others)
+    whole = support is not None or getattr(objective, "reference_head", False)
+    if not whole and isinstance(pick_kernel(backend, caller, hidden.device)[1], RowKernel):
+        return hidden, weight, (a, b)
+    return *side_by_side(hidden, weight, a, b), ()
 
 
 def call_of_logits(caller: str, head: Head, logits: Any, targets: Any, backend: str | None) -> Call:

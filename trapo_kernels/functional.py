@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from .arguments import validate
-from .arguments.temperatures import into_hidden, of_tokens
-from .batch import Batch, PolicyLoss, active_tokens, make_batch
-from .call import Call, call_of_linear, call_of_logits, over_shards
+from .arguments.temperatures import head_of, of_tokens
+from .batch import Batch, PolicyLoss, make_batch
+from .call import Call, call_of_linear, call_of_logits, over_shards, with_adapter
 from .objective import Objective
-from .paths import batch_of_logprobs, from_values, policy_loss, two_passes, values_of_targets
+from .paths import batch_of_logprobs, facts_of_loss, from_values, over_parts, policy_loss, two_passes, values_of_targets
 from .shards import vocab_parallel
 from .statistics import check_statistics
 from .support.restricted import logprobs_in, policy_loss_in, refuse_beside
@@ -50,6 +50,7 @@ def linear_logprobs(
     ignore_index: int = -100,
     entropy: bool = False,
     support: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     backend: str | None = None,
     group: Any = None,
 ) -> TokenLogprobs:
@@ -71,6 +72,9 @@ def linear_logprobs(
         support: [..., K] int64, ids that the token was sampled from (top-k, top-p, min-p), its target among them; -1
             for none. The distribution is the one over these ids; of a token without any it is over all. Not with a
             group.
+        lora: (A [r, D], B [V, r], scale): the head is W + scale · B A, which is not made; beside a frozen weight there
+            is no GEMM for a gradient of its size. A and B may be float32 beside 16-bit hidden states. Not with a group;
+            under torch.compile, with a support and for backend="reference" the weight is copied.
         backend: "torch", "reference", ...; None = the fastest here. See `backends()`.
         group: a ProcessGroup whose ranks hold the rows of weight (and bias) in order, in parts of any size; hidden and
             targets (ids in the whole vocabulary) are the same on all. A DTensor weight that is Shard(0) brings its
@@ -89,6 +93,7 @@ def linear_logprobs(
     """
     caller = "linear_logprobs"
     hidden, weight, bias, group = vocab_parallel.local_parts(caller, hidden, weight, bias, group)
+    hidden, weight, adapter = with_adapter(caller, lora, hidden, weight, backend, support, group=group)
     if support is not None:
         refuse_beside(caller, group=group)
         validate.check_flag(caller, "entropy", entropy)
@@ -100,11 +105,9 @@ def linear_logprobs(
         )  # fmt: skip
 
     def prepare() -> tuple[Call, dict[str, Any]]:
-        states, left = into_hidden(caller, hidden, temperature, bias, softcap)
-        head = validate.check_head(
-            caller, temperature=left, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
-        )
-        call = call_of_linear(caller, head, states, weight, bias, targets, backend, group)
+        options = {"softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index}
+        states, head = head_of(caller, hidden, temperature, bias, **options)
+        call = call_of_linear(caller, head, states, weight, bias, targets, backend, group, adapter=adapter)
         validate.check_flag(caller, "entropy", entropy)
         return call, {} if group is None else call.facts(targets, entropy, temperatures=of_tokens(temperature))
 
@@ -178,10 +181,8 @@ def linear_statistics(
         {'sum_sq': tensor([0.2500]), 'mean_logit': tensor([0.])}
     """
     caller = "linear_statistics"
-    hidden, left = into_hidden(caller, hidden, temperature, bias, softcap)
-    head = validate.check_head(
-        caller, temperature=left, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
-    )
+    options = {"softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index}
+    hidden, head = head_of(caller, hidden, temperature, bias, **options)
     call = call_of_linear(caller, head, hidden, weight, bias, targets, backend)
     names = check_statistics(caller, statistics)
     selection, found = values_of_targets(caller, call, targets, statistics=names)
@@ -210,6 +211,7 @@ def linear_policy_loss(
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
     support: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     grad_tolerance: float = 0.0,
     weight_grad: Tensor | None = None,
     bias: Tensor | None = None,
@@ -260,6 +262,7 @@ def linear_policy_loss(
         ref_hidden, ref_weight, ref_bias: [..., D'], [V, D'] and [V] of a frozen reference, for expert="asft".
         support: as `linear_logprobs`: ratio, policy term and entropy are of the distribution that a token was sampled
             from. Two passes; the objective must read log-probabilities and entropies alone.
+        lora: as `linear_logprobs`; for expert="asft" the weight is copied. Not with weight_grad.
         grad_tolerance: share of the logit gradients' mass Σ|dL/dz| that may be left out where that saves work, in
             [0, 1); 0 = exact. The metric grad_left_out is the share that was. Only backend "cpu" saves any, in fp32.
         weight_grad: [V, D] float32 (float64 for float64), as weight.grad: weight's gradient is added to it, not handed
@@ -283,6 +286,8 @@ def linear_policy_loss(
     """
     caller = "linear_policy_loss"
     hidden, weight, bias, group = vocab_parallel.local_parts(caller, hidden, weight, bias, group)
+    beside = {"group": group, "weight_grad": weight_grad}
+    hidden, weight, adapter = with_adapter(caller, lora, hidden, weight, backend, support, objective, **beside)
     floats = {"advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
     floats |= {"rollout_logprobs": rollout_logprobs, "policy_weights": policy_weights}
     masks, ref = {"expert_mask": expert_mask, "mask": mask}, (ref_hidden, ref_weight, ref_bias)
@@ -291,53 +296,21 @@ def linear_policy_loss(
     of_batch |= {"skip_inactive": skip_inactive, "statistics": statistics}
     options: dict[str, Any] = {"softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index}
     if support is not None:
-        refuse_beside(caller, group=group, weight_grad=weight_grad, ref_hidden=ref_hidden)
+        refuse_beside(caller, **beside, ref_hidden=ref_hidden)
         of_batch |= {"grad_tolerance": grad_tolerance, "bias": bias, "temperature": temperature, "backend": backend}
         return policy_loss_in(caller, hidden, weight, targets, support, objective, **of_batch, **options)
 
     def prepare() -> tuple[tuple[Call, Batch, float], dict[str, Any]]:
-        states, left = into_hidden(caller, hidden, temperature, bias, softcap)
-        head = validate.check_head(caller, temperature=left, **options)
-        call = call_of_linear(caller, head, states, weight, bias, targets, backend, group, weight_grad)
+        states, head = head_of(caller, hidden, temperature, bias, **options)
+        call = call_of_linear(caller, head, states, weight, bias, targets, backend, group, weight_grad, adapter)
         vocab = call.columns if group is None else None
         batch = make_batch(caller, objective, targets, head, vocab=vocab, dtype=call.stats_dtype, **of_batch)
         made = call, batch, validate.check_grad_tolerance(caller, grad_tolerance)
-        settings = None if group is None else (skip_inactive, made[2], weight_grad is None)
-        return made, _common(caller, call, batch, targets, of_batch, ref, temperature, settings)
+        return made, facts_of_loss(caller, group, made, targets, of_batch, ref, temperature)
 
     (call, batch, tolerance), sizes = over_shards(caller, group, weight, prepare)
-    call = call if group is None else _sharded(caller, call, targets, mask, group, sizes)
+    call = call if group is None else over_parts(caller, call, targets, mask, group, sizes)
     return policy_loss(caller, call, batch, validate.under_autocast(*ref), tolerance)
-
-
-def _common(
-    caller: str,
-    call: Call,
-    batch: Batch,
-    targets: Tensor,
-    of_batch: dict[str, Any],
-    ref: tuple[Any, Any, Any],
-    temperature: Any,
-    settings: tuple[Any, ...] | None,
-) -> dict[str, Any]:
-    """Returns what the ranks of a group must have in common; without one, {}, and the reference is checked."""
-    if settings is not None:
-        inputs = {**of_batch["floats"], **of_batch["masks"], "sequence_ids": of_batch["sequence_ids"]}
-        return call.facts(
-            targets, settings=settings, temperatures=of_tokens(temperature), **batch.facts(caller, inputs)
-        )
-    reads = batch.objective.reference_head
-    validate.check_reference(caller, validate.under_autocast(*ref), targets, reads, call.columns)
-    if reads and of_tokens(temperature) is not None:
-        raise ValueError(f"{caller}: temperature must be a number for expert='asft'; got one per token")
-    return {}
-
-
-def _sharded(caller: str, call: Call, targets: Tensor, mask: Tensor | None, group: Any, sizes: list[int]) -> Call:
-    """Returns the call over all ranks' parts of the vocabulary, in which the targets have to be."""
-    flat, active = active_tokens(targets, call.head, mask)
-    validate.check_range(caller, flat, active, sum(sizes), call.head.ignore_index)
-    return call.sharded(group, sizes)
 
 
 def policy_loss_from_logits(

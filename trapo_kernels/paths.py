@@ -24,6 +24,7 @@ from torch import Tensor
 from . import ops, reference
 from .arguments import validate
 from .arguments.graph import tracing
+from .arguments.temperatures import of_tokens
 from .autograd import Ask, Deposit, Job, StreamedLogprobs, StreamedLoss, apply
 from .backends.base import stats_dtype
 from .batch import Batch, PolicyLoss, active_tokens, make_batch
@@ -36,7 +37,9 @@ from .statistics import Collector
 
 __all__ = [
     "batch_of_logprobs",
+    "facts_of_loss",
     "from_values",
+    "over_parts",
     "policy_loss",
     "select",
     "token_values",
@@ -136,6 +139,37 @@ def _depositing(call: Call) -> Call:
         return call
     hidden, weight, bias = call.params
     return replace(call, params=(hidden, Deposit.apply(weight, call.weight_grad), bias))
+
+
+def facts_of_loss(
+    caller: str,
+    group: Any,
+    made: tuple[Call, Batch, float],
+    targets: Tensor,
+    of_batch: dict[str, Any],
+    ref: tuple[Any, Any, Any],
+    temperature: Any,
+) -> dict[str, Any]:
+    """Returns what the ranks of a group must have in common; without one, {}, and the reference is checked."""
+    call, batch, tolerance = made
+    if group is not None:
+        settings = of_batch["skip_inactive"], tolerance, call.weight_grad is None
+        inputs = {**of_batch["floats"], **of_batch["masks"], "sequence_ids": of_batch["sequence_ids"]}
+        return call.facts(
+            targets, settings=settings, temperatures=of_tokens(temperature), **batch.facts(caller, inputs)
+        )
+    reads = batch.objective.reference_head
+    validate.check_reference(caller, validate.under_autocast(*ref), targets, reads, call.columns)
+    if reads and of_tokens(temperature) is not None:
+        raise ValueError(f"{caller}: temperature must be a number for expert='asft'; got one per token")
+    return {}
+
+
+def over_parts(caller: str, call: Call, targets: Tensor, mask: Tensor | None, group: Any, sizes: list[int]) -> Call:
+    """Returns the call over all ranks' parts of the vocabulary, in which the targets have to be."""
+    flat, active = active_tokens(targets, call.head, mask)
+    validate.check_range(caller, flat, active, sum(sizes), call.head.ignore_index)
+    return call.sharded(group, sizes)
 
 
 def two_passes(caller: str, call: Call, batch: Batch, left_out: Tensor | None = None) -> PolicyLoss:

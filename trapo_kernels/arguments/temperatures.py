@@ -13,15 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..head import Head
 from .scalars import shown
-from .validate import can_look
+from .validate import can_look, check_head
 
-__all__ = ["into_hidden", "of_tokens"]
+__all__ = ["head_of", "into_hidden", "of_tokens"]
 
 
 def of_tokens(temperature: Any) -> Tensor | None:
     """Returns the tensor with a number for each token, or sequence, where there is one."""
     return temperature if isinstance(temperature, Tensor) and temperature.ndim > 0 else None
+
+
+def head_of(caller: str, hidden: Any, temperature: Any, bias: Any, *, softcap: Any, **others: Any) -> tuple[Any, Head]:
+    """Returns (hidden states that are divided by a temperature of each token; the head with what is left).
+
+    Raises:
+        TypeError, ValueError: as `into_hidden`, or an option of the head is out of its range.
+    """
+    hidden, left = into_hidden(caller, hidden, temperature, bias, softcap)
+    return hidden, check_head(caller, temperature=left, softcap=softcap, **others)
 
 
 def into_hidden(

@@ -44,7 +44,7 @@ _LEAST_BLOCKS = 2
 def takes(source: Source) -> bool:
     """Returns whether this loop can do the head; stream.py does all."""
     return (
-        isinstance(source, LinearSource)
+        type(source) is LinearSource  # whose logits are those of a single product
         and source.operands in (torch.float32, torch.bfloat16, torch.float16)
         and products_of(source.operands) is not None
         and source.device.type == "cpu"
