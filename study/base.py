@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,13 +20,21 @@ from study.settings import Settings
 from study.task import Task
 
 
-def base_path(results: Path, task: str) -> Path:
-    return results / "base" / f"{task}.safetensors"
+def base_path(results: Path, task: str, seed: int = 0) -> Path:
+    """Returns where the base model of this name is; the first seed's has no number."""
+    return results / "base" / f"{task}{f'-{seed}' if seed else ''}.safetensors"
 
 
-def make_base(settings: Settings, results: Path, task: Task, table: Results) -> None:
-    """Pretrain, measure and save a task's base model, unless there is one."""
-    path = base_path(results, task.name)
+def make_base(
+    settings: Settings,
+    results: Path,
+    task: Task,
+    table: Results,
+    score: Callable[..., dict[str, Any]] = score_model,
+) -> None:
+    """Pretrain, measure and save a task's base model, unless there is one. score: as `score_model`."""
+    name = task.base or task.name
+    path = base_path(results, name, settings.base_seed)
 
     def work() -> dict:
         model = pretrain(task, settings)
@@ -34,15 +44,15 @@ def make_base(settings: Settings, results: Path, task: Task, table: Results) -> 
         save_file(weights, path)
         model = base_model(settings, results, task)
         measured = measure_base(model, task, settings)
-        measured["test"] = score_model(model, task, settings, with_passes=True)
+        measured["test"] = score(model, task, settings, with_passes=True)
         return {"base": digest(model), "parameters": sum(p.numel() for p in model.parameters()), **measured}
 
-    table.run(f"{task.name}/seed={settings.base_seed}", {"task": task.name, "seed": settings.base_seed}, work)
+    table.run(f"{name}/seed={settings.base_seed}", {"task": name, "seed": settings.base_seed}, work)
 
 
 def base_model(settings: Settings, results: Path, task: Task) -> LlamaForCausalLM:
     """Returns a fresh copy of a task's base model."""
-    path = base_path(results, task.name)
+    path = base_path(results, task.base or task.name, settings.base_seed)
     if not path.exists():
         raise FileNotFoundError(f"base_model: {path} is missing; run `python -m study pretrain` first")
     model = new_model(0, hidden=settings.hidden, layers=settings.layers)

@@ -43,10 +43,22 @@ def is_right(task: Task, instance_prompt: str, answer: str, completion_ids: Sequ
 def sample_problems(
     model: nn.Module, task: Task, instances: Sequence[Instance], *, samples: int, temperature: float, seed: int
 ) -> Samples:
-    """Draws `samples` responses to each problem."""
+    """Draws `samples` responses to each problem, and grades them."""
+    completions = draw(model, task, instances, samples=samples, temperature=temperature, seed=seed)
+    return graded(task, instances, completions, samples)
+
+
+def draw(
+    model: nn.Module, task: Task, instances: Sequence[Instance], *, samples: int, temperature: float, seed: int
+) -> list[Completion]:
+    """Returns `samples` responses to each problem, a problem's side by side."""
     engine = StudyEngine(model, eos_id=EOS, pad_id=PAD)
     requests = [Request(encode(i.prompt), task.max_response) for i in instances for _ in range(samples)]
-    completions: list[Completion] = engine.generate(requests, temperature=temperature, seed=seed)
+    return engine.generate(requests, temperature=temperature, seed=seed)
+
+
+def graded(task: Task, instances: Sequence[Instance], completions: Sequence[Completion], samples: int) -> Samples:
+    """Returns which of `draw`'s responses are right."""
     asked = [i for i in instances for _ in range(samples)]
     right = [
         is_right(task, i.prompt, i.answer, c.token_ids, c.finished) for i, c in zip(asked, completions, strict=True)

@@ -84,10 +84,13 @@ class Run:
         self.step, self.totals = 0, Totals()
         self.series: list[dict[str, Any]] = []
         self.validated: list[tuple[int, float]] = []
+        self.spent: list[tuple[int, float]] = []  # expert tokens and core-seconds by each validation
+        self.begun = time.process_time()
         self.best = copy.deepcopy(model.state_dict())
 
     def train(self) -> None:
         """Trains all stages and validates every so often; the best weights are kept (the earliest on a tie)."""
+        self.begun = time.process_time()
         self._validate()
         for stage in self.stages:
             self._stage(stage)
@@ -102,8 +105,8 @@ class Run:
             problems = [p for p in problems if p.traces]
         if stage.random_prefix:
             problems = [RandomPrefixProblem(p.problem, p.prompt_ids, p.traces) for p in problems]
-        for _ in range(stage.config.train.steps):
-            self._step(stage, phase, learner, problems)
+        for number in range(stage.config.train.steps):
+            self._step(stage, phase.at(number), learner, problems)
             self.step += 1
             if self.step % self.settings.validate_every == 0:
                 self._validate()
@@ -143,6 +146,7 @@ class Run:
         if not self.validated or greedy.accuracy > max(value for _, value in self.validated):
             self.best = copy.deepcopy(self.model.state_dict())
         self.validated.append((self.step, greedy.accuracy))
+        self.spent.append((self.totals.expert_tokens, round(time.process_time() - self.begun, 1)))
 
     def scores(self, *, with_passes: bool) -> dict[str, Any]:
         """Returns the test scores of the best validated weights, and of the last ones."""

@@ -24,7 +24,8 @@ PEAK_LR = 3e-3
 
 def pretrain(task: Task, settings: Settings, log: Callable[[str], None] = print) -> LlamaForCausalLM:
     """Returns a model after `settings.pretrain_steps` on lines of the corpus; the loss is on responses alone."""
-    steps, rng = settings.pretrain_steps[task.name], random.Random(f"corpus/{task.name}/{settings.base_seed}")
+    name = task.base or task.name
+    steps, rng = settings.pretrain_steps[name], random.Random(f"corpus/{name}/{settings.base_seed}")
     model = new_model(settings.base_seed, hidden=settings.hidden, layers=settings.layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
     started, lines, smoothed = time.process_time(), _batches(task, rng), math.nan
@@ -39,7 +40,7 @@ def pretrain(task: Task, settings: Settings, log: Callable[[str], None] = print)
         smoothed = loss.item() if math.isnan(smoothed) else 0.98 * smoothed + 0.02 * loss.item()
         if step % 100 == 0 or step + 1 == steps:
             seconds = time.process_time() - started
-            log(f"{task.name}: step {step + 1} of {steps}, loss {smoothed:.3f}, {seconds:.0f} s")
+            log(f"{name}: step {step + 1} of {steps}, loss {smoothed:.3f}, {seconds:.0f} s")
     return model
 
 

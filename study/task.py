@@ -30,9 +30,11 @@ class Instance:
 
 
 class Task:
-    """A family of problems; see chain.py and countdown.py."""
+    """A family of problems; see chain.py, countdown.py and wait.py."""
 
     name: str
+    family: str = ""  # tasks of one family have the same problems; "": a family of its own
+    base: str = ""  # whose base model it starts from; "": its own
     turns: tuple[int, ...]  # lengths of the problems of a split, one after the other
     max_response: int  # characters, end mark included
 
@@ -58,12 +60,12 @@ class Task:
 
     def split(self, prompt: str) -> str:
         """Returns the one split that a problem belongs to."""
-        bucket = hashlib.sha256(f"{self.name}/{self.key(prompt)}".encode()).digest()[0] % 8
+        bucket = hashlib.sha256(f"{self.family or self.name}/{self.key(prompt)}".encode()).digest()[0] % 8
         return next(name for name, buckets in SPLITS.items() if bucket in buckets)
 
     def problems(self, split: str, count: int, lengths: Sequence[int] | None = None) -> list[Instance]:
         """Returns `count` different problems of a split, the lengths taking turns; always the same ones."""
-        rng = random.Random(f"{self.name}/{split}")
+        rng = random.Random(f"{self.family or self.name}/{split}")
         lengths = self.turns if lengths is None else lengths
         found: dict[str, Instance] = {}
         tries = 0
@@ -89,8 +91,9 @@ def tasks() -> dict[str, Task]:
     """Returns all tasks by name."""
     from study.chain import Chain
     from study.countdown import Countdown
+    from study.wait import CORNERS
 
-    return {task.name: task for task in (Chain(), Countdown())}
+    return {task.name: task for task in (Chain(), Countdown())} | CORNERS
 
 
 def encode(text: str) -> tuple[int, ...]:
