@@ -6,6 +6,7 @@
     python -m study arms         part 2: every arm at its settings, 5 seeds, on the test problems
     python -m study ablations    part 3: variants of TRAPO, conditions
     python -m study smollm       part 4: SmolLM2-135M on word problems
+    python -m study regimes      part 5: on which data it pays; one process, runs what is missing until it is stopped
     python -m study plot         tables and pictures of docs/study.md from what is in study/results/
     python -m study status       what is done, and what the rest will cost
     python -m study all          all of it, in this order
@@ -26,7 +27,7 @@ from pathlib import Path
 from study.settings import FULL, SMOKE
 
 ROOT = Path(__file__).parents[1]
-ORDER = ("exact", "pretrain", "sweep", "arms", "ablations", "smollm", "plot")
+ORDER = ("exact", "pretrain", "sweep", "arms", "ablations", "smollm", "regimes", "plot")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(study, part: str, options: argparse.Namespace) -> None:
-    from study import jobs, plots, smollm, summary
+    from study import jobs, plots, regime_tables, regimes, smollm, summary
 
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     if part == "exact":
@@ -69,9 +70,12 @@ def _run(study, part: str, options: argparse.Namespace) -> None:
             print(f"{part}: sweeps not finished: {', '.join(missing)}")
     elif part == "smollm":
         smollm.run_all(study)
+    elif part == "regimes":
+        regimes.work_regimes(regimes.of_study(study), deadline)
+        print(regime_tables.standing(regimes.of_study(study)), flush=True)
     elif part == "plot":
         plots.draw_all(study)
-    if part != "plot":
+    if part not in ("plot", "regimes"):
         print(summary.status(study, part), flush=True)
 
 

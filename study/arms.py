@@ -16,6 +16,7 @@ from study.settings import Settings
 from trapo.config import Config, merge_config
 
 Knobs = Mapping[str, float]  # lr, expert_coef, ... : what a sweep varies
+KEYS = {"expert_coef": "objective.expert_coef", "expert_lr": "optim.expert.lr"}  # of knobs beside lr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,19 +63,19 @@ def _config(
     return merge_config(base, [f"{key}={value}" for key, value in dotted.items()])
 
 
-def _guided(mode: str, *, random_prefix: bool = False, **more: Any) -> Callable[..., list[Stage]]:
-    """Returns one stage of a mode; `expert_coef` from the knobs where the sweep has it."""
+def guided(mode: str, *, random_prefix: bool = False, **more: Any) -> Callable[..., list[Stage]]:
+    """Returns one stage of a mode, with what a sweep varies from the knobs."""
     fixed = {key.replace("__", "."): value for key, value in more.items()}
 
     def stages(settings: Settings, seed: int, knobs: Knobs, overrides: Mapping[str, Any]) -> list[Stage]:
-        coef = {"objective.expert_coef": knobs["expert_coef"]} if "expert_coef" in knobs else {}
-        config = _config(settings, seed, mode, knobs["lr"], settings.steps, overrides, **{**fixed, **coef})
+        varied = {key: knobs[knob] for knob, key in KEYS.items() if knob in knobs}
+        config = _config(settings, seed, mode, knobs["lr"], settings.steps, overrides, **{**fixed, **varied})
         return [Stage(config, random_prefix)]
 
     return stages
 
 
-def _sft(
+def sft(
     settings: Settings, seed: int, knobs: Knobs, overrides: Mapping[str, Any], steps: int | None = None
 ) -> list[Stage]:
     steps = settings.steps if steps is None else steps
@@ -85,29 +86,27 @@ def _sft(
     return [Stage(_config(settings, seed, "sft", knobs["lr"], steps, overrides, **batch))]
 
 
-def _sft_then_rl(settings: Settings, seed: int, knobs: Knobs, overrides: Mapping[str, Any]) -> list[Stage]:
+def sft_then_rl(settings: Settings, seed: int, knobs: Knobs, overrides: Mapping[str, Any]) -> list[Stage]:
     """Returns the two stages. `sft_lr`, `sft_batch`: the SFT sweep's winner; `split`: the share of the steps that is
     SFT."""
     sft_steps = round(settings.steps * knobs["split"])
-    sft = _sft(settings, seed, {"lr": knobs["sft_lr"], "batch": knobs["sft_batch"]}, overrides, sft_steps)
-    return [*sft, Stage(_config(settings, seed, "grpo", knobs["lr"], settings.steps - sft_steps, overrides))]
+    first = sft(settings, seed, {"lr": knobs["sft_lr"], "batch": knobs["sft_batch"]}, overrides, sft_steps)
+    return [*first, Stage(_config(settings, seed, "grpo", knobs["lr"], settings.steps - sft_steps, overrides))]
 
 
 ARMS: dict[str, Arm] = {
-    "sft": Arm("SFT", _sft, SFT_GRID),
-    "grpo": Arm("GRPO", _guided("grpo"), grid(lr=LRS)),
-    "sft_then_rl": Arm("SFT → GRPO", _sft_then_rl, grid(lr=(1e-4, 2e-4), split=(0.25, 0.5, 0.75))),
-    "luffy": Arm("LUFFY", _guided("luffy"), WITH_EXPERT),
+    "sft": Arm("SFT", sft, SFT_GRID),
+    "grpo": Arm("GRPO", guided("grpo"), grid(lr=LRS)),
+    "sft_then_rl": Arm("SFT → GRPO", sft_then_rl, grid(lr=(1e-4, 2e-4), split=(0.25, 0.5, 0.75))),
+    "luffy": Arm("LUFFY", guided("luffy"), WITH_EXPERT),
     "micro_groups": Arm(
-        "micro-groups, no expert loss", _guided("trapo", objective__expert_coef=0.0, advantage__std=True), grid(lr=LRS)
+        "micro-groups, no expert loss", guided("trapo", objective__expert_coef=0.0, advantage__std=True), grid(lr=LRS)
     ),
-    "micro_groups_nll": Arm("micro-groups + NLL", _guided("nll_prefix", advantage__std=True), WITH_EXPERT),
-    "trapo_paper": Arm("TRAPO paper", _guided("trapo", advantage__std=True), WITH_EXPERT),
+    "micro_groups_nll": Arm("micro-groups + NLL", guided("nll_prefix", advantage__std=True), WITH_EXPERT),
+    "trapo_paper": Arm("TRAPO paper", guided("trapo", advantage__std=True), WITH_EXPERT),
     "trapo_official": Arm(
-        "TRAPO official", _guided("trapo", guidance__preset="official", objective__entropy_coef=0.001), WITH_EXPERT
+        "TRAPO official", guided("trapo", guidance__preset="official", objective__entropy_coef=0.001), WITH_EXPERT
     ),
-    "fixed_prefix": Arm("fixed prefix", _guided("fixed_prefix", advantage__std=True), WITH_EXPERT),
-    "random_prefix": Arm(
-        "random prefix", _guided("fixed_prefix", random_prefix=True, advantage__std=True), WITH_EXPERT
-    ),
+    "fixed_prefix": Arm("fixed prefix", guided("fixed_prefix", advantage__std=True), WITH_EXPERT),
+    "random_prefix": Arm("random prefix", guided("fixed_prefix", random_prefix=True, advantage__std=True), WITH_EXPERT),
 }

@@ -37,11 +37,11 @@ def make_base(
     path = base_path(results, name, settings.base_seed)
 
     def work() -> dict:
-        model = pretrain(task, settings)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Tied: one matrix. Rounded to 16 bits, which halves the file; the rounded weights are the base.
-        weights = {n: p.detach().half().contiguous() for n, p in model.named_parameters()}
-        save_file(weights, path)
+        if not path.exists():
+            model = pretrain(task, settings)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Tied: one matrix. Rounded to 16 bits, which halves the file; the rounded weights are the base.
+            save_file({n: p.detach().half().contiguous() for n, p in model.named_parameters()}, path)
         model = base_model(settings, results, task)
         measured = measure_base(model, task, settings)
         measured["test"] = score(model, task, settings, with_passes=True)

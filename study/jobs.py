@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -88,7 +88,7 @@ class Sweep:
         bounds = {axis: max(k[axis] for k in found) for axis in BEYOND if axis in found[0]}
         for _ in range(self.settings.sweep_extensions):
             best = self._best(task, arm, condition, found)
-            further = () if best is None else _beyond(best, bounds)
+            further = () if best is None else beyond(best, bounds)
             untried = next((knobs for knobs in further if knobs not in found), None)
             if untried is None:
                 break
@@ -109,10 +109,10 @@ class Sweep:
         return settings[scores.index(max(scores))]
 
 
-def _beyond(best: Knobs, bounds: Knobs) -> list[Knobs]:
+def beyond(best: Knobs, bounds: Knobs, factors: Knobs = BEYOND) -> list[Knobs]:
     """Returns the settings next to the best ones on each axis where those are at the highest of the grid, or above
     it."""
-    return [{**best, axis: BEYOND[axis] * best[axis]} for axis in bounds if best[axis] >= bounds[axis]]
+    return [{**best, axis: factors[axis] * best[axis]} for axis in bounds if best[axis] >= bounds[axis]]
 
 
 def sweep_jobs(study: Study) -> Iterator[Job]:
@@ -171,20 +171,47 @@ def missing_settings(study: Study) -> list[str]:
 
 
 def work(study: Study, part: str, deadline: float | None = None, task: str | None = None) -> int:
-    """Run jobs (of one task, or of all) until none is left for this process or the deadline (time.monotonic) is past;
-    returns how many."""
+    """Runs jobs of a part (of one task, or of all); returns how many. deadline: as `run_jobs`."""
+    return run_jobs(
+        study.part(part),
+        lambda: (job for job in jobs(study, part) if task in (None, job.task)),
+        lambda job: _about(study, job),
+        lambda job: _execute(study, job),
+        deadline,
+    )
+
+
+class Keyed(Protocol):
+    """Is a job: its key tells it from all others."""
+
+    @property
+    def key(self) -> str: ...
+
+
+J = TypeVar("J", bound=Keyed)
+
+
+def run_jobs(
+    results: Results,
+    wanted: Callable[[], Iterable[J]],
+    about: Callable[[J], Row],
+    execute: Callable[[J], Row],
+    deadline: float | None = None,
+) -> int:
+    """Runs jobs until none is left for this process or the deadline (time.monotonic) is past; returns how many.
+
+    wanted: asked anew after each, since results may ask for more. about: what a row begins with. execute: the rest."""
     torch.set_num_threads(1)
-    results, done = study.part(part), 0
+    done = 0
     while deadline is None or time.monotonic() < deadline:
-        asked = (job for job in jobs(study, part) if task in (None, job.task))
-        job = next((job for job in asked if not results.taken(job.key)), None)
+        job = next((job for job in wanted() if not results.taken(job.key)), None)
         if job is None:
             break
         started = time.monotonic()
-        if results.run(job.key, _about(study, job), lambda job=job: _execute(study, job)):
+        if results.run(job.key, about(job), lambda job=job: execute(job)):
             done += 1
             row = next(row for row in results.rows() if row["key"] == job.key)
-            print(f"{part}: {job.key}: {_told(row)}, {time.monotonic() - started:.0f} s", flush=True)
+            print(f"{results.part}: {job.key}: {_told(row)}, {time.monotonic() - started:.0f} s", flush=True)
     return done
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from transformers import LlamaForCausalLM
 
 from study.ablations import Variant
-from study.arms import ARMS, Knobs, Stage
+from study.arms import ARMS, Arm, Knobs, Stage
 from study.engine import StudyEngine
 from study.evaluate import Samples, is_right, packed, sample_problems
 from study.settings import Settings
@@ -73,10 +73,11 @@ class Run:
         knobs: Knobs,
         seed: int,
         variant: Variant | None = None,
+        arms: Mapping[str, Arm] = ARMS,
     ) -> None:
         variant = variant or Variant()
         self.settings, self.task, self.model, self.seed = settings, task, model, seed
-        self.stages = ARMS[arm].stages(settings, seed, knobs, variant.overrides)
+        self.stages = arms[arm].stages(settings, seed, knobs, variant.overrides)
         instances = task.problems("train", settings.traces, variant.lengths)
         self.train_set = encoded(task, instances, variant.traces)
         self.validation = task.problems("validation", settings.validation_problems)

@@ -12,6 +12,8 @@ import numpy as np
 from study.ablations import ABLATION_TASK
 from study.arms import ARMS
 from study.jobs import Study
+from study.regime_tables import regime_tables
+from study.regimes import of_study
 from study.summary import NOTHING, accuracy, all_tables, base_scores, exact_rows, finished_by_arm
 from trapo.tools.files import write_atomic
 
@@ -44,7 +46,7 @@ def regions(study: Study, drawn: Sequence[str]) -> dict[str, str]:
         f"picture-{name}": f"![{caption}](study/{name}.png)" if name in drawn else NOTHING
         for name, (_, caption) in PICTURES.items()
     }
-    return all_tables(study) | pictures
+    return all_tables(study) | regime_tables(of_study(study)) | pictures
 
 
 def fill(page: str, regions: dict[str, str]) -> str:

@@ -320,7 +320,7 @@ def test_the_smoke_study_runs_from_its_command(tmp_path):
     command = [sys.executable, "-m", "study", "all", "--smoke", "--results", str(tmp_path)]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    for part in ("exact", "pretrain", "sweep", "arms", "ablations", "smollm"):
+    for part in ("exact", "pretrain", "sweep", "arms", "ablations", "smollm", "regimes"):
         rows = json.loads((tmp_path / f"{part}.json").read_text())["runs"]
         assert rows
         assert {row["status"] for row in rows} == {"finished"}, part
