@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -244,6 +245,18 @@ def sweep_table(study: Study) -> str:
     return table(("arm", "settings", "best validation, greedy", "T = 1"), out) if out else NOTHING
 
 
+def pilot_table(study: Study) -> str:
+    """Returns the pilot's rows, best T = 1 first: last weights, 256 validation problems, one seed."""
+    path = study.results / "regime_pilot.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    out = []
+    for row in sorted(rows, key=lambda row: -row["last"]["T1"]):
+        scores = (f"{100 * row['last'][key]:.1f}" for key in ("greedy", "T1", "pass8"))
+        out.append([row["label"], *scores, f"{row['last']['waits']:.1f}", f"{row['expert_tokens'] / 1e3:.0f}"])
+    header = ("arm and settings", "greedy", "T = 1", "pass@8", "wrong turns", "k expert tokens")
+    return table(header, out) if out else NOTHING
+
+
 def standing(study: Study) -> str:
     """Returns how much there is of each part, and which cells are empty."""
     found, s = Found(study), study.settings
@@ -271,6 +284,7 @@ def regime_tables(study: Study) -> dict[str, str]:
         "regimes-claims": claims_table(study),
         "regimes-courses": courses_table(study),
         "regimes-lock-in": lock_in_table(study),
+        "regimes-pilot": pilot_table(study),
         "regimes-sweep": sweep_table(study),
         "regimes-status": f"```\n{standing(study)}\n```",
     }

@@ -20,8 +20,8 @@ from study.results import Row
 PARTS_OF_TRAPO = {
     "an expert term on the prefixes": "micro_groups",
     "TrSFT instead of NLL": "micro_groups_nll",
-    "prefixes that follow the rewards, not a fixed half": "fixed_prefix",
-    "prefixes that follow the rewards, not random ones": "random_prefix",
+    "a ladder that follows the rewards, not half a trace, the same four times": "fixed_prefix",
+    "a ladder that follows the rewards, not a random prefix, the same four times": "random_prefix",
     "the paper's settings, not its code's": "trapo_official",
 }
 VARIANTS_AGAINST = ("trapo_paper", "micro_groups_nll", "sft")
@@ -227,6 +227,21 @@ def _variant_cells(rows: Sequence[Row], against: Iterable[Sequence[Row]], count:
     ]
 
 
+def lock_in_table(study: Study) -> str:
+    """Returns the share of expert tokens below the arm's α on the way, as means over stretches of steps."""
+    arms, ablated = finished_by_arm(study, "arms"), finished_by_arm(study, "ablations")
+    lines = {ARMS[arm].label: arms.get((ABLATION_TASK, arm), []) for arm in ("sft", "micro_groups_nll", "trapo_paper")}
+    lines["TRAPO paper, alpha=0.03"] = ablated.get((ABLATION_TASK, "trapo_paper", "alpha=0.03"), [])
+    out, steps = [], []
+    for label, rows in lines.items():
+        if rows:
+            shown = range(0, len(rows[0]["series"]), 3)
+            steps = [rows[0]["series"][i]["step"] for i in shown]
+            shares = [[row["series"][i]["trsft_clipped"] or 0.0 for row in rows] for i in shown]
+            out.append([label, *(f"{100 * np.mean(share):.2f}" for share in shares)])
+    return table(("arm", *(f"to step {step}" for step in steps)), out) if out else NOTHING
+
+
 def conditions_table(study: Study) -> str:
     """Returns the arms again under other conditions, below part 2's; TRAPO against the others, paired."""
     count, seeds = study.settings.test_problems, study.settings.ablation_seeds
@@ -390,6 +405,7 @@ def all_tables(study: Study) -> dict[str, Any]:
         "base": base_table(study),
         "ablations": ablations_table(study),
         "conditions": conditions_table(study),
+        "lock-in-chain": lock_in_table(study),
         "smollm": smollm_table(study),
         "cost": cost_table(study),
         "status": "```\n" + status(study, "status") + "\n```",
