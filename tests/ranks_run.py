@@ -67,6 +67,17 @@ def train(model: str, run_dir: str, *overrides: str) -> None:
     print(json.dumps(summary))
 
 
+def trains(model: str, out: str, cases: str) -> None:
+    """A run of the trainer in OUT/i for each list of overrides in the JSON `cases`, one after the other."""
+    from trapo import trainer
+    from trapo.runs import ranks
+
+    trainer.write_report = lambda *_: None
+    ranks.leave = lambda _: None  # a second process group of the same processes does not come about
+    for i, overrides in enumerate(json.loads(cases)):
+        train(model, str(Path(out) / str(i)), *overrides)
+
+
 def evaluated(model: str, run_dir: str, dies: str, *overrides: str) -> None:
     """`trapo eval`; a process of rank 0 dies by SIGKILL in the `dies`-th call of its engine. "": nobody does."""
     from killed_run import base
@@ -158,6 +169,5 @@ def _own_memory() -> int:
 
 
 def main() -> None:
-    {"update": update, "train": train, "stopped": stopped, "memory": memory, "evaluated": evaluated}[sys.argv[1]](
-        *sys.argv[2:]
-    )
+    known = (update, train, trains, stopped, memory, evaluated)
+    {function.__name__: function for function in known}[sys.argv[1]](*sys.argv[2:])

@@ -41,13 +41,12 @@ from trapo.batching import (
     with_entropy_mean,
 )
 from trapo.distillation import Tutor
-from trapo.errors import TrapoError
 from trapo.models import agreement, prefix_tree
 from trapo.models.checkpointing import prepare_checkpointing
 from trapo.models.loading import head_of
 from trapo.models.optimizer import Gradients, Kept, Schedule, main_grad, make_optimizer
 from trapo.models.precision import compute_in, resolve
-from trapo.models.sharding import as_forward, is_sharded, load_shards, scatter_optimizer_state, whole
+from trapo.models.sharding import as_forward, is_sharded, load_shards, reshard, scatter_optimizer_state, whole
 from trapo.report.metrics import ProbabilityHistogram, added_up, finite_or_none, merged_metrics
 from trapo.rollouts import Rollout
 from trapo.runs.ranks import ALONE, Ranks
@@ -210,6 +209,7 @@ class Learner:
         merged = merged_metrics(metrics, steps + skipped)
         if self.tutor is not None:
             merged |= self.tutor.take()
+        reshard(self.reference)
         histogram = added_up(self.ranks.gather([self.expert_histogram.take()]))
         if self.expert_schedule is not None:
             merged |= {"grad_norm_expert": finite_or_none(norms.get("expert")), "lr_expert": rates["expert"]}
@@ -254,8 +254,9 @@ class Learner:
         assert self.tutor is not None
         for group in self._micro_batches([r for r in rollouts if loss_tokens(r)]):
             batch = self._batch(group)
-            hidden, head = self._hidden_and_head(self.model, batch)
             known = self.tutor.teacher.know(group.rollouts)
+            states = functools.partial(self._hidden_and_head, self.model, batch)
+            hidden, head = as_forward(self.model, states)
             self.tutor.loss(hidden[batch.mask], head, group.rollouts, known, normalizer=1.0, by_sequence=False)
         return self.tutor.take()
 
@@ -346,7 +347,7 @@ class Learner:
         values = {name: [target_logprobs(r, name) for r in group.rollouts] for name in compared}
         others: dict[str, Any] = {name: batch.spread(rows or [None]) for name, rows in values.items()}
         known = None if self.tutor is None else self.tutor.teacher.know(group.rollouts)
-        support = supports_of(batch, group.rollouts)
+        support, reference = supports_of(batch, group.rollouts), self._of_reference(objective, batch)
 
         def policy_loss(hidden: torch.Tensor, head: LinearHead) -> tk.PolicyLoss:
             return tk.linear_policy_loss(
@@ -364,7 +365,7 @@ class Learner:
                 sequence_ids=batch.sequence_ids if objective.needs_sequences else None,
                 temperature=self.temperature,
                 **others,
-                **self._of_reference(objective, batch),
+                **reference,
                 **head.options,
             )
 
@@ -394,9 +395,8 @@ class Learner:
         """Returns what a divergence from the reference's whole distribution takes."""
         if not objective.reference_head or self.reference is None:
             return {}
-        if self.ranks.world > 1:
-            raise TrapoError(f"objective.expert: {objective.expert} is for one process; got {self.ranks.world} ranks")
-        hidden, head = self._hidden_and_head(self.reference, batch)
+        states = functools.partial(self._hidden_and_head, self.reference, batch)
+        hidden, head = as_forward(self.reference, states)
         return {"ref_hidden": hidden, "ref_weight": head.weight, "ref_bias": head.options.get("bias")}
 
     @torch.no_grad()

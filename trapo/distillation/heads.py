@@ -4,49 +4,74 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trapo.batching import collate, loss_tokens, micro_batches
+from trapo.batching import Batch, collate, filler, loss_tokens, micro_batches
 from trapo.data.encode import EncodedProblem, PromptEncoder, decode_text
 from trapo.distillation.known import States
 from trapo.models import agreement
 from trapo.models.loading import head_of
 from trapo.models.precision import compute_in
+from trapo.models.sharding import as_forward, reshard
 from trapo.rollouts import Rollout
+from trapo.runs.ranks import ALONE, Ranks
+from trapo_kernels.integrations.transformers import LinearHead
 
 Reread = Callable[[Rollout], Rollout]  # the rollout as the teacher reads it
 
 
 class ModelTeacher:
     """Reads rollouts with a model, which has no gradient. reread: the rollout with what stands before its response;
-    None: as it is. budget: tokens of a forward, padding included."""
+    None: as it is. budget: tokens of a forward, padding included. ranks: over which the model is sharded."""
 
     def __init__(
-        self, model: PreTrainedModel, *, precision: str, budget: int, pad_id: int, reread: Reread | None = None
+        self,
+        model: PreTrainedModel,
+        *,
+        precision: str,
+        budget: int,
+        pad_id: int,
+        reread: Reread | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.precision, self.budget, self.pad_id = model, precision, budget, pad_id
-        self.reread = reread
+        self.reread, self.ranks = reread, ranks
 
     def prepare(self, rollouts: Sequence[Rollout]) -> None:
         """Does nothing: a micro-batch's states are computed when it is its turn."""
+
+    def rest(self) -> None:
+        """Shards the head again, which is whole as long as the states are asked for."""
+        reshard(self.model)
 
     @torch.no_grad()
     def know(self, rollouts: Sequence[Rollout]) -> States:
         """Returns the states [n, D'] of the tokens in the loss, rollout after rollout."""
         read = [self.reread(r) if self.reread else r for r in rollouts]
+        parts: list[Sequence[int]] = list(micro_batches([len(r) for r in read], self.budget)) if read else []
+        # Sharded weights are gathered by all ranks together: those with fewer forwards make some of a filler.
+        parts += [[]] * (max(self.ranks.gather([max(len(parts), 1)])) - len(parts))
         found: dict[int, torch.Tensor] = {}
+        for chosen in parts:
+            batch = self._batch([read[i] for i in chosen])
+            hidden, head = as_forward(self.model, functools.partial(self._states, batch))
+            nothing = hidden[0, :0]
+            for i, row in zip(chosen, batch.rows(hidden) if chosen else (), strict=True):
+                found[i] = row[len(row) - loss_tokens(read[i]) :]
+        return States(torch.cat([nothing, *(found[i] for i in range(len(read)))]), head)
+
+    def _batch(self, read: Sequence[Rollout]) -> Batch:
+        device = self.model.device
+        return collate(read, self.pad_id, device) if read else filler(self.pad_id, device)
+
+    def _states(self, batch: Batch) -> tuple[torch.Tensor, LinearHead]:
         with compute_in(self.precision, self.model):
-            head = head_of(self.model)
-            for chosen in micro_batches([len(r) for r in read], self.budget):
-                batch = collate([read[i] for i in chosen], self.pad_id, self.model.device)
-                hidden, cast = head.with_hidden(agreement.hidden_states(self.model, batch.input_ids))
-                for i, row in zip(chosen, batch.rows(hidden), strict=True):
-                    found[i] = row[len(row) - loss_tokens(read[i]) :]
-        return States(torch.cat([found[i] for i in range(len(read))]), cast)
+            return head_of(self.model).with_hidden(agreement.hidden_states(self.model, batch.input_ids))
 
 
 class Privileged:

@@ -18,6 +18,7 @@ from trapo.engines.http_server import Server
 from trapo.engines.vllm_server import COMPLETIONS, name_of_model
 from trapo.errors import TrapoError
 from trapo.rollouts import Rollout
+from trapo.runs.ranks import ALONE, Ranks
 
 IDS, LOGPROBS = "topk_ids", "topk_logprobs"  # columns
 AT_ONCE = 32  # requests in flight
@@ -35,26 +36,33 @@ class ColumnTeacher:
     def prepare(self, rollouts: Sequence[Rollout]) -> None:
         """Does nothing: all is known."""
 
+    def rest(self) -> None:
+        """Does nothing: it stays known."""
+
     def know(self, rollouts: Sequence[Rollout]) -> TopK:
         return as_tensors([row for rollout in rollouts for row in self._known[rollout.problem.name]])
 
 
 class ServerTeacher:
-    """Asks a `vllm serve` for its `prompt_logprobs` of rollouts, before the update on them.
+    """Asks a `vllm serve` for its `prompt_logprobs` of rollouts, before the update on them. Ranks share the asking.
 
     Raises TrapoError, one line, for a server that does not answer, or answers something else.
     """
 
-    def __init__(self, url: str, *, top_k: int, vocab: int) -> None:
+    def __init__(self, url: str, *, top_k: int, vocab: int, ranks: Ranks = ALONE) -> None:
         self.server = Server(url, key="distill.teacher")
-        self.top_k, self.vocab = top_k, vocab
+        self.top_k, self.vocab, self.ranks = top_k, vocab, ranks
         self.name = name_of_model(self.server)
         self._known: dict[tuple[int, ...], list[Row]] = {}  # by the ids of the whole sequence
 
     def prepare(self, rollouts: Sequence[Rollout]) -> None:
         """Asks for the rollouts of an update, of which `know` is asked then."""
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            self._known = dict(zip(map(_sequence, rollouts), pool.map(self._ask, rollouts), strict=True))
+            answers = list(pool.map(self._ask, self.ranks.share(rollouts)))
+        self._known = dict(zip(map(_sequence, rollouts), self.ranks.gather(answers), strict=True))
+
+    def rest(self) -> None:
+        """Does nothing: what it knows of the rollouts is asked for after their update, too."""
 
     def know(self, rollouts: Sequence[Rollout]) -> TopK:
         return as_tensors([row for rollout in rollouts for row in self._known[_sequence(rollout)]])

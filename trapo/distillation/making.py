@@ -15,7 +15,7 @@ from trapo.distillation.listed import ColumnTeacher, ServerTeacher, refuse_tempe
 from trapo.distillation.tutor import Teacher, Tutor
 from trapo.errors import TrapoError
 from trapo.models import agreement
-from trapo.models.loading import check_positions, head_of, load_model
+from trapo.models.loading import check_positions, head_of, load_trained
 from trapo.settings.groups import ModelConfig
 
 if TYPE_CHECKING:
@@ -33,11 +33,9 @@ def make_tutor(
 
     Raises TrapoError, one line, for a teacher that cannot be had or does not go with the student.
     """
-    if learner.ranks.world > 1:
-        raise TrapoError(f"mode: distillation is for one process; got {learner.ranks.world} ranks")
     if how.top:
         refuse_temperature(learner.temperature)
-    return Tutor(how, _teacher(how, learner, tokenizer, problems, model), learner.temperature)
+    return Tutor(how, _teacher(how, learner, tokenizer, problems, model), learner.temperature, learner.ranks)
 
 
 def _teacher(
@@ -51,7 +49,7 @@ def _teacher(
     if how.teacher == COLUMNS:
         return ColumnTeacher(problems, vocab)
     if how.served:
-        return ServerTeacher(how.teacher, top_k=how.top_k, vocab=vocab)
+        return ServerTeacher(how.teacher, top_k=how.top_k, vocab=vocab, ranks=learner.ranks)
     reread, found = None, learner.model
     if how.privileged:
         reread = Privileged(tokenizer, how.template)
@@ -65,13 +63,17 @@ def _teacher(
         budget=learner.train.micro_batch_tokens,
         pad_id=learner.pad_id,
         reread=reread,
+        ranks=learner.ranks,
     )
 
 
 def _load(config: ModelConfig, learner: Learner, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Returns a frozen model with the student's vocabulary."""
+    """Returns a frozen model with the student's vocabulary, sharded as the student is."""
+    alone = dataclasses.replace(config, freeze=None, gradient_checkpointing=False)
     try:
-        model, own = load_model(dataclasses.replace(config, freeze=None, gradient_checkpointing=False))
+        model, own = load_trained(
+            alone, learner.ranks, learner.precision, change=lambda whole: whole.requires_grad_(False)
+        )
     except TrapoError as error:
         raise TrapoError(f"distill.teacher: {error}") from error
     mine, theirs = tokenizer.get_vocab(), own.get_vocab()
@@ -81,5 +83,5 @@ def _load(config: ModelConfig, learner: Learner, tokenizer: PreTrainedTokenizerB
             f"distill.teacher: {config.path!r} has another vocabulary than model.path; the first that differs is id "
             f"{token[1]}, {token[0]!r}; a teacher's ids must mean the same"
         )
-    agreement.check_model(model.requires_grad_(False), learner.precision, learner.pad_id)
+    agreement.check_model(model, learner.precision, learner.pad_id)
     return model

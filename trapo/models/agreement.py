@@ -27,7 +27,7 @@ from trapo.errors import TrapoError
 from trapo.models import prefix_tree
 from trapo.models.finite import not_finite
 from trapo.models.precision import compute_in
-from trapo.models.sharding import as_forward, is_sharded
+from trapo.models.sharding import as_forward, reshard
 from trapo_kernels.integrations.transformers import decoder_of, fit_head, linear_head
 
 LENGTHS = (9, 14)  # of the two sequences
@@ -82,8 +82,7 @@ def as_probe(model: PreTrainedModel, function: Callable[[], Any]) -> Any:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TrapoError(f"{name_of(model)} fails on a short text: {type(error).__name__}: {reason}") from error
     finally:
-        if is_sharded(model):
-            model.reshard()  # type: ignore[operator]
+        reshard(model)
 
 
 def probe(model: PreTrainedModel, pad_id: int) -> Probe:

@@ -99,6 +99,12 @@ def as_forward(model: PreTrainedModel, function: Callable[[], T]) -> T:
     return model.trapo_forward(function)  # type: ignore[operator]
 
 
+def reshard(model: nn.Module | None) -> None:
+    """Makes shards again of the root's weights, which a forward without a backward leaves whole."""
+    if model is not None and is_sharded(model):
+        model.reshard()  # type: ignore[operator]
+
+
 def _call(function: Callable[[], T]) -> T:
     return function()
 
