@@ -58,6 +58,7 @@ GIVEN = {
     "tis_low": (0.5, {}),
     "tis_mode": ("mask", {}),
     "tis_level": ("sequence", {}),
+    "off_policy_mask": (0.5, {}),
     "pear_level": ("block", {}),
     "pear_block": (2, {}),
 }

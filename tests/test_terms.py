@@ -65,6 +65,8 @@ OLD = {
     "icepop": Objective.grpo(tis_cap=1.2, tis_low=0.8, tis_mode="mask"),
     "tis of sequences": Objective.grpo(tis_cap=1.5, tis_level="sequence"),
     "masked sequences": Objective.grpo(tis_cap=1.5, tis_low=0.3, tis_mode="mask", tis_level="sequence"),
+    "off-policy sequences": Objective.grpo(off_policy_mask=0.1),
+    "off-policy sequences, tis": Objective.grpo(off_policy_mask=0.2, tis_cap=1.5),
     "dppo_tv": Objective(policy="dppo_tv", clip_low=0.02, clip_high=0.03),
     "dppo_kl": Objective(policy="dppo_kl", clip_low=0.01, clip_high=0.02, dppo_cap=1.3),
 }
@@ -164,6 +166,13 @@ def importance(o, x, own):
     return max(min(weight, o.tis_cap), low)
 
 
+def kept(o, x, own):
+    """DeepSeek-V3.2's mask M: 0 where A < 0 and the mean of log π_sampled / π over the response is above δ."""
+    if o.off_policy_mask is None or x.advantage >= 0:
+        return 1.0
+    return float(sum(t.rollout - t.lp for t in own) / len(own) <= o.off_policy_mask)
+
+
 def published(o, rows, held, expert, shape, active):
     """The loss of a batch: rows of all tokens [B·T], those active, in B sequences."""
     length = shape[1]
@@ -179,7 +188,7 @@ def published(o, rows, held, expert, shape, active):
                 loss += o.expert_coef * expert_loss(o, x, held[i], [held[j] for j in experts], experts.index(i))
             if not expert[i]:
                 if o.policy is not None:
-                    weight = importance(o, x, [rows[j] for j in own])
+                    weight = importance(o, x, [rows[j] for j in own]) * kept(o, held[i], [held[j] for j in own])
                     loss += o.policy_coef * weight * own_loss(o, x, held[i], [held[j] for j in own])
                 loss += o.kl_coef * (math.exp(x.ref - x.lp) - (x.ref - x.lp) - 1)
             total += loss
@@ -312,6 +321,32 @@ def test_every_branch_of_the_formula_happens_in_the_cases(name):
         assert o.clip_low is None or metrics["clip_low"] > 0
 
 
+def test_the_mask_of_sequences_leaves_some_out_and_keeps_some():
+    o = OLD["off-policy sequences"]
+    case = sequence_case(seed=3)
+    held = rows_of(case, case.hidden.detach(), case.weight.detach(), None, o.sed_k)
+    expert = case.inputs["expert_mask"].reshape(-1).tolist()
+    rows = [[held[i] for i in range(s, s + 6) if not expert[i]] for s in range(0, 48, 6)]
+    assert {kept(o, x, own) for own in rows for x in own if x.advantage < 0} == {0.0, 1.0}
+
+
+def test_dppo_without_a_cap_has_the_gradient_of_prime_rls_default_loss():
+    """prime_rl/trainer/rl/loss.py, default_loss_fn with adv_tau=1 and kl_tau=0: −keep · A · π/μ, whose ratio has the
+    gradient; a token counts unless π − μ > 0.2 with A > 0, or π − μ < −0.2 without."""
+    g = torch.Generator().manual_seed(0)
+    logprobs, engine = (-3 * torch.rand(200, generator=g, dtype=torch.float64) for _ in range(2))
+    advantages = torch.randn(200, generator=g, dtype=torch.float64)
+    logprobs.requires_grad_()
+    moved = logprobs.exp() - engine.exp()
+    dropped = torch.where(advantages > 0, moved > 0.2, moved < -0.2)
+    want = -((~dropped) * advantages * (logprobs - engine).exp()).mean()
+    o = Objective.dppo(dppo_cap=None)
+    found = tk.policy_loss_from_logprobs(logprobs, o, advantages=advantages, old_logprobs=engine).loss
+    right = torch.autograd.grad(want, logprobs)[0]
+    torch.testing.assert_close(torch.autograd.grad(found, logprobs)[0], right)
+    assert 20 < int((right == 0).sum()) < 180
+
+
 @backends
 @pytest.mark.parametrize("head", ["plain", "all"])
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
@@ -404,5 +439,8 @@ def test_presets_of_new_terms_are_the_published_ones():
     assert (Objective().pear_gamma, Objective().pear_floor, Objective().pear_ceil) == (0.999, -10, 5)
     assert Objective.sapo().reduction == "sequence_mean"
     assert (Objective.lco().lco_neg, Objective.lco("kld").lco_beta, Objective.lco("kld").lco_neg) == (1.0, 0.1, 100.0)
+    assert (Objective.dppo().clip_low, Objective.dppo().clip_high, Objective.dppo("kl").policy) == (0.2, 0.2, "dppo_kl")
+    with pytest.raises(ValueError, match=r"^Objective.dppo: divergence must be 'tv' or 'kl'; got 'js'"):
+        Objective.dppo("js")
     with pytest.raises(ValueError, match=r"^Objective.chord: mu must be a number in \[0, 1\]; got 2"):
         Objective.chord(2)

@@ -31,7 +31,7 @@ from .arguments.scalars import constant, shown
 from .backends.base import FusedTerms
 from .formulas import pear
 from .formulas.explain import explain, shown_setting
-from .formulas.ratios import tis_fields, tis_is_a_cap, tis_of_sequences, tis_weight
+from .formulas.ratios import kept_sequences, tis_fields, tis_is_a_cap, tis_weight, weighs_sequences
 from .presets import Presets
 from .terms import ENTROPY, EXPERT_TERMS, K3, POLICY_TERMS, Term, own_term
 from .tokens import Region, Regions, Slopes, Tokens, given
@@ -65,6 +65,8 @@ class Objective(Presets):
         kl_coef: weight of the k3 estimate of KL(policy ‖ reference), on own tokens.
         tis_cap, tis_low: highest (and lowest, or None) weight π_old / π_rollout on the policy term; tis_cap=None: none.
         tis_mode, tis_level: "clip" (TIS), or "mask" out beyond the bounds (IcePop); by "token" or "sequence".
+        off_policy_mask: above this mean of log π_rollout / π (without rollout_logprobs of π_old) over a sequence's own
+            tokens, those with A < 0 have no policy term (DeepSeek-V3.2); None: all have.
         reduction: "token_mean", "region_mean", "sequence_mean" or "sum": weights of tokens and the default normalizers.
         luffy_gamma: γ of LUFFY's p/(p + γ).
         sed_coef, sed_k, sed_tau: λ, k and τ of SED-SFT. The authors' code has λ = 1, k = 2 in the loss (10 where it
@@ -117,6 +119,7 @@ class Objective(Presets):
     tis_level: str = "token"
     pear_level: str = "token"
     pear_block: int = 4
+    off_policy_mask: float | None = None
 
     def __post_init__(self) -> None:
         self._one_of("expert", EXPERT_TERMS)
@@ -128,6 +131,7 @@ class Objective(Presets):
         self._number("tis_cap", "above 0 or None", lambda x: x > 0, optional=True)
         self._number("tis_low", "in (0, tis_cap] or None", lambda x: 0 < x <= (self.tis_cap or x), optional=True)
         self._number("dppo_cap", "above 0 or None", lambda x: x > 0, optional=True)
+        self._number("off_policy_mask", "at least 0 or None", lambda x: x >= 0, optional=True)
         for name in ("entropy_coef", "pear_low", "pear_high", "pear_floor", "pear_ceil"):
             self._number(name, "that is finite", lambda x: True)
         for name in ("expert_coef", "policy_coef", "kl_coef", "sed_coef", "eaft_power", "asft_kl"):
@@ -149,8 +153,9 @@ class Objective(Presets):
             if self.policy not in terms and getattr(self, name) is not None:
                 accepted = " or ".join(f"policy={term!r}" for term in terms)
                 raise ValueError(f"Objective: {name} must be None unless {accepted}; got policy={self.policy!r}")
-        if self.policy is None and self.tis_cap is not None:
-            raise ValueError("Objective: tis_cap must be None unless there is a policy term; got policy=None")
+        for name in ("tis_cap", "off_policy_mask"):
+            if self.policy is None and getattr(self, name) is not None:
+                raise ValueError(f"Objective: {name} must be None unless there is a policy term; got policy=None")
 
     def _one_of(self, name: str, table: dict[str, Term]) -> None:
         value = getattr(self, name)
@@ -207,7 +212,8 @@ class Objective(Presets):
     @property
     def reads(self) -> frozenset[str]:
         """Names of the inputs that change the loss where given: `needs`, and old_logprobs for a ratio."""
-        return frozenset(self.needed) | {name for _, _, _, term in self.parts for name in term.reads}
+        masks = () if self.off_policy_mask is None else ("old_logprobs", "rollout_logprobs")
+        return frozenset((*self.needed, *masks)) | {name for _, _, _, term in self.parts for name in term.reads}
 
     @property
     def effective(self) -> frozenset[str]:
@@ -246,7 +252,7 @@ class Objective(Presets):
     @property
     def coupled(self) -> bool:
         """Returns whether a token's loss depends on others of its sequence: it takes two passes."""
-        return tis_of_sequences(self) or any(term.coupled for _, _, _, term in self.parts)
+        return weighs_sequences(self) or any(term.coupled for _, _, _, term in self.parts)
 
     @property
     def needs_sequences(self) -> bool:
@@ -312,6 +318,9 @@ class Objective(Presets):
         if self.tis_cap is not None:
             tis = tis_weight(self, seen if self.tis_level == "token" else everyone)
             weight = tis if weight is None else tis * weight
+        if self.off_policy_mask is not None:
+            kept = kept_sequences(self, everyone)
+            weight = kept if weight is None else kept * weight
         return region, weight
 
     def slopes(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:

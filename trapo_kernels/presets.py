@@ -123,6 +123,15 @@ class Presets:
         return cls._made(overrides, expert=None, policy="cispo", clip_high=0.28)
 
     @classmethod
+    def dppo(cls, divergence: str = "tv", **overrides: Unpack[Overrides]) -> Self:
+        """Makes DPPO's loss (arXiv 2602.04879): −sg(min(r, 20))·A·log p where the probability has moved by at most 0.2
+        ("tv"; "kl" bounds the binary KL) away from the old one. With dppo_cap=None it is the policy term of prime-rl's
+        default loss, whose old_logprobs are the engine's."""
+        if divergence not in ("tv", "kl"):
+            raise ValueError(f"Objective.dppo: divergence must be 'tv' or 'kl'; got {shown(divergence)}")
+        return cls._made(overrides, expert=None, policy=f"dppo_{divergence}", clip_low=0.2, clip_high=0.2)
+
+    @classmethod
     def sapo(cls, **overrides: Unpack[Overrides]) -> Self:
         """Makes SAPO's loss: a soft gate for the clip, τ = 1 for A > 0, else 1.05; mean over sequences."""
         return cls._made(overrides, expert=None, policy="sapo", reduction="sequence_mean")

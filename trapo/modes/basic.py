@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 # The keys of `objective` that are about own tokens alone, and about expert tokens alone.
-_OF_RL = frozenset({"policy", "policy_coef", "kl_coef", "tis_cap", "tis_low", "tis_mode", "tis_level"}).union(
-    *(term.fields for term in tk.POLICY_TERMS.values())
-)
+_OF_RL = frozenset(
+    {"policy", "policy_coef", "kl_coef", "tis_cap", "tis_low", "tis_mode", "tis_level", "off_policy_mask"}
+).union(*(term.fields for term in tk.POLICY_TERMS.values()))
 _OF_SFT = frozenset({"expert", "expert_coef"}).union(*(term.fields for term in tk.EXPERT_TERMS.values()))
 
 

@@ -78,7 +78,7 @@ def _of_objective(given: Values, objectives: Sequence[tk.Objective], schedules: 
 
 
 _EXPERT_FIELDS = {"expert", "expert_coef"} | {name for term in tk.EXPERT_TERMS.values() for name in term.fields}
-_OWN_FIELDS = {"policy", "policy_coef", "kl_coef", "tis_cap", "tis_low", "tis_mode", "tis_level"} | {
+_OWN_FIELDS = {"policy", "policy_coef", "kl_coef", "tis_cap", "tis_low", "tis_mode", "tis_level", "off_policy_mask"} | {
     name for term in tk.POLICY_TERMS.values() for name in term.fields
 }
 

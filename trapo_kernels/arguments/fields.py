@@ -50,6 +50,7 @@ class Overrides(TypedDict, total=False):
     tis_level: str
     pear_level: str
     pear_block: int
+    off_policy_mask: float | None
 
 
 # What TRL, Liger, verl and prime-rl call it -> the field, or where it belongs.
@@ -72,6 +73,9 @@ WORDS = {
     "entropy_coeff": "entropy_coef",
     "tis_imp_ratio_cap": "tis_cap",
     "vllm_importance_sampling_cap": "tis_cap",
+    "off_policy_mask_threshold": "off_policy_mask",
+    "dppo_mask_low": "clip_low",
+    "dppo_mask_high": "clip_high",
     "loss_agg_mode": "reduction",
     "loss_type": "reduction (and the preset: grpo, dapo, dr_grpo, gspo, ...)",
     "sapo_temperature_pos": "sapo_tau_pos",

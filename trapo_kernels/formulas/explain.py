@@ -41,6 +41,8 @@ def explain(o: Objective) -> str:
             else f"min({what}, {o.tis_cap:g}){low}"
         )
         lines.append(f"  policy weighted by {shape}, a constant")
+    if o.off_policy_mask is not None:
+        lines.append(f"  no policy term where A < 0 and the sequence's mean log π_sampled / π > {o.off_policy_mask:g}")
     lines.append(f"reduction: {_REDUCTION[o.reduction]}; `normalizer` replaces the divisor")
     lines.append(f"inputs: {', '.join(sorted(o.needs)) or 'none'} needed")
     optional = sorted(o.reads - set(o.needs))
@@ -50,7 +52,7 @@ def explain(o: Objective) -> str:
         lines[-1] += "; targets [B, T], a row a sequence, or sequence_ids"
     if o.coupled:
         terms = " and ".join(f"{name}={shown_setting(getattr(o, name))}" for _, name, _, t in o.parts if t.coupled)
-        terms = terms or "tis_level='sequence'"
+        terms = terms or ("tis_level='sequence'" if o.off_policy_mask is None else "off_policy_mask")
         lines.append(
             f"path: two passes, because {terms} couples the tokens of a sequence: log-probabilities of all tokens "
             "first, then the terms on vectors, then the logits again for the gradients: 4 GEMMs (2·N·D·V FLOPs "

@@ -21,6 +21,7 @@ __all__ = [
     "clipped",
     "clipped_where",
     "k3",
+    "kept_sequences",
     "log_of_clipped_ratio",
     "log_ratio",
     "outside_clip",
@@ -29,8 +30,8 @@ __all__ = [
     "ratio_unless",
     "tis_fields",
     "tis_is_a_cap",
-    "tis_of_sequences",
     "tis_weight",
+    "weighs_sequences",
     "weighted",
 ]
 
@@ -134,17 +135,20 @@ def k3(difference: Tensor) -> Tensor:
 
 def tis_fields(o: Objective) -> tuple[str, ...]:
     """Returns the fields that can change the weight."""
-    return ("tis_cap", "tis_low", "tis_mode", "tis_level") if o.tis_cap is not None else ("tis_cap",)
+    more = ("tis_low", "tis_mode", "tis_level") if o.tis_cap is not None else ()
+    return ("tis_cap", "off_policy_mask", *more)
 
 
-def tis_of_sequences(o: Objective) -> bool:
-    """Returns whether a token's weight depends on others of its sequence."""
-    return o.has_policy_term and o.tis_cap is not None and o.tis_level == "sequence"
+def weighs_sequences(o: Objective) -> bool:
+    """Returns whether the weight of a token's policy term depends on others of its sequence."""
+    of_tis = o.tis_cap is not None and o.tis_level == "sequence"
+    return o.has_policy_term and (of_tis or o.off_policy_mask is not None)
 
 
 def tis_is_a_cap(o: Objective) -> bool:
     """Returns whether the weight is a token's ratio with a cap, or none: what kernels know."""
-    return o.tis_cap is None or (o.tis_low, o.tis_mode, o.tis_level) == (None, "clip", "token")
+    plain = o.tis_cap is None or (o.tis_low, o.tis_mode, o.tis_level) == (None, "clip", "token")
+    return plain and o.off_policy_mask is None
 
 
 def tis_weight(o: Objective, t: Tokens) -> Tensor:
@@ -164,6 +168,20 @@ def tis_weight(o: Objective, t: Tokens) -> Tensor:
     else:
         weight = weight.clamp(min=o.tis_low, max=cap)
     return weight.masked_fill(old == -torch.inf, 0)
+
+
+def kept_sequences(o: Objective, t: Tokens) -> Tensor:
+    """Returns 0 where A < 0 and the sequence has gone too far from what sampled it, else 1 [n]: the mean of
+    log π_sampled / π over its own tokens is above the bound. A token whose difference is no number says nothing."""
+    sampled = t.old_logprobs if t.rollout_logprobs is None else t.rollout_logprobs
+    advantages, logprobs = given(t.advantages), t.logprobs.detach()
+    if sampled is None:  # the policy itself
+        return torch.ones_like(logprobs)
+    assert t.sequences is not None
+    inside = t.own_tokens
+    drift = torch.where(inside, (sampled - logprobs).nan_to_num(nan=0), 0)
+    mean = t.sequences.total(drift) / t.sequences.total(inside.to(drift.dtype)).clamp(min=1)
+    return ((advantages >= 0) | (mean <= o.off_policy_mask)).to(logprobs.dtype)
 
 
 def weighted(weight: Tensor, logprobs: Tensor) -> Tensor:
