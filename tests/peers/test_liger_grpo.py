@@ -10,8 +10,8 @@ from trapo_kernels.integrations.liger import FusedLinearGRPOLoss
 
 Liger = peer("liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss
 SMALL, LARGE = (3, 47, 31, 123), (8, 128, 1024, 4096)
-DTYPES = {torch.bfloat16: (5e-2, 5e-1), torch.float32: (1e-5, 5e-4)}
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+ATOL, RTOL = 1e-5, 5e-4  # theirs, in fp32
+dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda d: str(d)[6:])
 shapes = pytest.mark.parametrize("shape", [SMALL, pytest.param(LARGE, marks=pytest.mark.slow)], ids=str)
 
 
@@ -54,14 +54,34 @@ def run(loss_class, case, *, old, ref, dtype_tensors=True, inputs=None, **settin
     return loss, metrics, [t.grad for t in (hidden, weight, bias) if t is not None]
 
 
-def assert_same(actual, expected, dtype):
-    atol, rtol = DTYPES[dtype]
-    close(actual[0], expected[0], atol, rtol)
+def assert_same(actual, expected):
+    close(actual[0], expected[0], ATOL, RTOL)
     assert len(actual[1]) == len(expected[1])
     for a, b in zip(actual[1], expected[1], strict=True):
-        close(a, b, atol, rtol)
+        close(a, b, ATOL, RTOL)
     for a, b in zip(actual[2], expected[2], strict=True):
-        close(a, b, atol, rtol)
+        close(a, b, ATOL, RTOL)
+
+
+def in_float64(case):
+    return {name: t.double() if t is not None and t.is_floating_point() else t for name, t in case.items()}
+
+
+def assert_no_farther(actual, theirs, exact):
+    """Ours is as near to Liger's own formula in float64 as Liger's bf16 is, and a percent: gradients are rounded.
+
+    Their two results are no measure of each other: of logits as large as these (32 on average at D = 1024) bf16 loses
+    up to 0.6 nats, which here decides what the clip at 0.2 takes.
+    """
+
+    def distance(a, b):
+        a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
+        return float((a - b).norm() / b.norm().clamp_min(1e-2))
+
+    names = ["loss", *(f"metric {i}" for i in range(len(exact[1]))), *(f"gradient {i}" for i in range(len(exact[2])))]
+    found = ([r[0].detach(), *r[1], *r[2]] for r in (actual, theirs, exact))
+    for name, ours, liger, want in zip(names, *found, strict=True):
+        assert distance(ours, want) <= 1.1 * distance(liger, want) + 0.01, name
 
 
 @shapes
@@ -76,11 +96,10 @@ def test_their_grid(shape, dtype, bias, beta, epsilon, temperature, ref, old):
     if temperature != 1.0:  # old log-probabilities at another temperature are anywhere, also on the clip's edge
         case["old"] = case["old"].fill_(-4.0) if dtype == torch.float32 else None
         old = old and dtype == torch.float32
-    assert_same(
-        run(FusedLinearGRPOLoss, case, old=old, ref=ref, **settings),
-        run(Liger, case, old=old, ref=ref, **settings),
-        dtype,
-    )
+    actual, theirs = (run(kind, case, old=old, ref=ref, **settings) for kind in (FusedLinearGRPOLoss, Liger))
+    if dtype == torch.float32:
+        return assert_same(actual, theirs)
+    assert_no_farther(actual, theirs, run(Liger, in_float64(case), old=old, ref=ref, **settings))
 
 
 SETTINGS = {
@@ -112,7 +131,6 @@ def test_every_loss_type_with_and_without_an_importance_ratio(name, ratio):
     assert_same(
         run(FusedLinearGRPOLoss, case, old=True, ref="logps", inputs=inputs, **settings),
         run(Liger, case, old=True, ref="logps", inputs=inputs, **settings),
-        torch.float32,
     )
 
 
@@ -124,7 +142,7 @@ def test_a_count_of_the_whole_batch_divides(loss_type):
             run(kind, case, old=True, ref=None, loss_type=loss_type, beta=0.0, inputs={"num_items_in_batch": count})
             for kind in (FusedLinearGRPOLoss, Liger)
         ]
-        assert_same(*results, torch.float32)
+        assert_same(*results)
 
 
 # What Liger refuses ------------------------------------------------------------------------------------------
