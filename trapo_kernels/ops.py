@@ -143,7 +143,7 @@ def fake_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns what `three` returns, for a compiler; `wide_chunks`: the gradient of hidden states is in fp32 too."""
     wide = stats_dtype(first.dtype)
-    dtypes = (first.dtype if weight is None else d_hidden_dtype(first.dtype, wide_chunks), wide, wide)
+    dtypes = (first.dtype if weight is None else d_hidden_dtype(first.dtype, first.device, wide_chunks), wide, wide)
     found = [
         torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format) if wanted else None
         for t, dtype, wanted in zip((first, weight, bias), dtypes, wants, strict=True)

@@ -34,6 +34,7 @@ from ..backends.base import RowKernel, RowStats, stats_dtype
 from ..head import Head
 from .budget import get_budget_mb
 from .products import WIDE_BYTES, add_product
+from .sources import d_hidden_dtype
 
 __all__ = ["Columns", "Recompute", "block_columns", "capped_slope", "pays"]
 
@@ -135,7 +136,9 @@ class Recompute:
                 _column_sums(dx, d_bias[columns])
             if d_hidden is not None:
                 _add_product(d_hidden, dx, weight[columns])
-        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias
+        if d_hidden is not None:
+            d_hidden = d_hidden.to(d_hidden_dtype(hidden.dtype, hidden.device))
+        return d_hidden, d_weight, d_bias
 
     def _new_weight_gradient(self) -> Tensor:
         """Returns what is written over where it has the products' dtype, and what they are added to where it is

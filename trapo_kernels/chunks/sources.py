@@ -47,10 +47,12 @@ class Source(Protocol):
     def gradients(self) -> tuple[Tensor | None, ...]: ...
 
 
-def d_hidden_dtype(operands: torch.dtype, wide_chunks: bool = False) -> torch.dtype:
+def d_hidden_dtype(operands: torch.dtype, device: torch.device, wide_chunks: bool = False) -> torch.dtype:
     """Returns the dtype of the gradient of hidden states, before it is scaled: theirs, or wide where that would lose
-    what was kept."""
-    return stats_dtype(operands) if wide_chunks or operands == torch.float16 else operands
+    what was kept. On a CPU it is wide, as `finish` would make it there: what is rounded before it is scaled is rounded
+    twice."""
+    wide = wide_chunks or operands == torch.float16 or device.type == "cpu"
+    return stats_dtype(operands) if wide else operands
 
 
 def finish(grad: Tensor, like: Tensor, scale: Tensor | None, give: bool = True) -> Tensor:
@@ -88,9 +90,9 @@ class LinearSource:
         self.hidden, self.weight, self.bias, self.scale, self.selection = hidden, weight, bias, head.scale, selection
         self.operands, self.wide = hidden.dtype, stats_dtype(hidden.dtype)
         self.vocab, self.dtype, self.device = weight.shape[0], self.wide if wide_chunks else hidden.dtype, hidden.device
-        d_hidden = d_hidden_dtype(self.operands, wide_chunks)
+        self.wide_d_hidden = wide_chunks or self.operands in (torch.float16, self.wide)  # it comes of a wide product
         # Only CUDA has products of 16-bit operands that are wide.
-        wide_products = self.dtype == self.wide or wants[1] or wants[2] or (wants[0] and d_hidden == self.wide)
+        wide_products = self.dtype == self.wide or wants[1] or wants[2] or (wants[0] and self.wide_d_hidden)
         self.widen = self.operands != self.wide and self.device.type != "cuda" and wide_products
         self.row_bytes = row_bytes(self.vocab, self.dtype)
         self.extra_bytes = target_bytes(hidden.device) if self.operands != self.wide else 0
@@ -102,7 +104,8 @@ class LinearSource:
         self.d_hidden = self.d_weight = self.d_bias = None
         if wants[0]:
             make = hidden.new_empty if selection.order is None else hidden.new_zeros
-            self.d_hidden = make(hidden.shape, dtype=d_hidden)
+            dtype = d_hidden_dtype(self.operands, self.device, wide_chunks)
+            self.d_hidden = make(hidden.shape, dtype=dtype)
         if wants[1] and into is not None and (self.operands != torch.float16 or self.widen):
             self.d_weight, self._beta = into, 1.0
         elif wants[1]:  # in fp16 the sums of CUDA's products have a factor, which another's have not
@@ -153,9 +156,9 @@ class LinearSource:
 
     def _put_d_hidden(self, rows: slice, grad: Tensor) -> None:
         assert self.d_hidden is not None
-        if self.d_hidden.dtype != self.operands:
+        if self.wide_d_hidden and self.operands != self.wide:
             self._store(rows, product(grad, self.weight, self.wide))
-        elif self.selection.order is None:
+        elif self.selection.order is None and self.d_hidden.dtype == self.operands:
             torch.mm(grad, self.weight, out=self.d_hidden[rows])
         else:
             # An out= product is left alone by autocast, as all others here are.
@@ -168,7 +171,7 @@ class LinearSource:
         if self.selection.order is None:
             self.d_hidden[rows] = found
         else:
-            self.d_hidden.index_copy_(0, self.selection.order[rows], found)
+            self.d_hidden.index_copy_(0, self.selection.order[rows], found.to(self.d_hidden.dtype))
 
     def _sum(self, grad: Tensor) -> None:
         if self.d_weight is not None and self.operands == self.wide:
@@ -189,7 +192,7 @@ class LinearSource:
         if self.unit is not None:
             chunk = chunk / self.unit
         total = None
-        if self.d_hidden is not None and self.d_hidden.dtype == self.wide:
+        if self.d_hidden is not None and self.wide_d_hidden:
             total = chunk.new_zeros(chunk.shape)
         elif self.d_hidden is not None:
             self._put_d_hidden(rows, grad)
