@@ -16,6 +16,7 @@ from torch.library import opcheck
 
 import trapo_kernels as tk
 from trapo_kernels.backends.cpu import operands, rows
+from trapo_kernels.chunks.sources import LinearSource
 
 pytestmark = pytest.mark.skipif(not tk.backends()["cpu"].available, reason=str(tk.backends()["cpu"]))
 
@@ -137,6 +138,29 @@ def test_bf16_logits_are_not_rounded_and_gradients_are_no_worse_than_those_of_ea
     assert (ours[0].double() - expected[0]).abs().max() <= 2e-6
     for name, mine, theirs, right in zip(("logprobs", "entropy", "dh", "dW"), ours, eager, expected, strict=True):
         assert error(mine, right) <= 1.05 * error(theirs, right), name
+
+
+@pytest.mark.skipif(UNTRIED, reason="bf16 panels wait for somebody to try them on AMX")
+def test_the_gradient_of_a_bf16_weight_is_made_in_bf16_and_scaled_exactly_by_powers_of_two(monkeypatch):
+    made, round_once = [], LinearSource.round_once
+    monkeypatch.setattr(LinearSource, "round_once", lambda self, f: made.append(f) or round_once(self, f))
+    case = make_case(100, 3001, 130, dtype=torch.bfloat16).requires_grad()
+    objective = OBJECTIVES["trapo+entropy"]
+    loss = tk.linear_policy_loss(
+        case.hidden, case.weight, case.targets, objective, backend="cpu", normalizer=37.0, **case.inputs
+    ).loss
+
+    def gradients(factor):
+        return torch.autograd.grad(loss * factor, case.params(), retain_graph=True)
+
+    once, expected = gradients(1.0), oracle(case, objective, normalizer=37.0).grads
+    assert made == [1 / 37]
+    for a, b in zip(once, expected, strict=True):
+        assert (a.double() - b).norm() <= 2**-8 * b.norm()
+    assert all(torch.equal(a, b) for a, b in zip(gradients(1.0), once, strict=True))  # of a graph that was kept
+    assert all(torch.equal(a, 0.25 * b) for a, b in zip(gradients(0.25), once, strict=True))
+    for a, b in zip(gradients(3.0), expected, strict=True):
+        assert (a.double() - 3 * b).norm() <= 2**-8 * (3 * b).norm()
 
 
 @pytest.mark.parametrize("products", PRODUCTS)

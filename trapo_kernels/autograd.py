@@ -206,25 +206,45 @@ class StreamedLogprobs(torch.autograd.Function):
             grads = (None if d_hidden is None else selection.spread(d_hidden), *others)
             return None, None, *finish_all(grads, params, None)
         source = job.source(params, selection, job.wants)
+        loop = stream.Loop(source, job.kernel, selection, targets, job.head)
+        if g_logit is None:
+            _round_once(loop, params, 1.0)
         stream.backward(
-            stream.Loop(source, job.kernel, selection, targets, job.head), stats,
+            loop, stats,
             lambda at, _: Slopes(rows_of(g_lp, at), rows_of(g_entropy, at), rows_of(g_logit, at)),
             by_logit=g_logit is not None,
         )  # fmt: skip
         return None, None, *finish_all(source.gradients(), params, None)
 
 
+def _round_once(loop: stream.Loop, params: Params, factor: float) -> bool:
+    """Makes the gradient of the weight bf16 from the start where it can be, and all gradients multiplied by `factor`;
+    returns whether it did."""
+    source, passes = loop.source, loop.own_passes
+    if not isinstance(source, LinearSource) or passes is None or not passes.rounds_once or source.d_weight is None:
+        return False
+    same = source.operands == torch.bfloat16 and params[1] is not None and params[1].dtype == source.operands
+    if not same or source.into is not None or source.tolerance:
+        return False
+    source.round_once(factor)
+    return True
+
+
 def run_loss(
-    job: Job, batch: Batch, params: Params
-) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...], Tensor | None]:
-    """Returns (values of the tokens as `Batch.flat` has them, gradients of the sum of their losses, undivided; the
-    share of the gradients' mass that was left out, or None)."""
+    job: Job, batch: Batch, params: Params, *, divide: bool = False
+) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...], Tensor | None, bool]:
+    """Returns (values of the tokens as `Batch.flat` has them, gradients of the sum of their losses; the share of the
+    gradients' mass that was left out, or None; whether gradients are divided by the normalizer, which they are with
+    `divide` where that saves a rounding)."""
     loop = job.loop(params, job.wants)
     source = loop.source
     extras = Collector(batch.statistics, job.selection.size, stats_dtype(source.dtype), source.device)
     if not any(job.wants):
         stats = job.forward_only(params, Ask(True, batch.objective.reads_logit, extras))
-        return batch.flat(stats, extras), source.gradients(), None
+        return batch.flat(stats, extras), source.gradients(), None, False
+    divided = False
+    if divide and not extras.values and not batch.objective.reads_logit and batch.normalizer > 0:
+        divided = _round_once(loop, params, 1 / float(batch.normalizer))
     stats = stream.forward(
         loop,
         entropy=True,
@@ -234,7 +254,7 @@ def run_loss(
         by_logit=batch.objective.reads_logit,
     )
     left_out = source.left_out if isinstance(source, LinearSource) else None
-    return batch.flat(stats, extras), source.gradients(), left_out
+    return batch.flat(stats, extras), source.gradients(), left_out, divided
 
 
 class StreamedLoss(torch.autograd.Function):
@@ -245,7 +265,7 @@ class StreamedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, job: Job, batch: Batch, left_out: Tensor | None, found: list[PolicyLoss], *params: Tensor | None
     ) -> Tensor:
-        values, ctx.grads, share = run_loss(job, batch, params)
+        values, ctx.grads, share, ctx.divided = run_loss(job, batch, params, divide=job.targets.device.type == "cpu")
         result = batch.result(None, batch.values(*values), None, left_out if share is None else share)
         found.append(result)
         ctx.job, ctx.batch = job, batch
@@ -264,7 +284,9 @@ class StreamedLoss(torch.autograd.Function):
         grads: tuple[Tensor | None, ...] | None = ctx.grads
         ctx.grads = None
         if grads is None:
-            _, grads, _ = run_loss(ctx.job, ctx.batch, params)
+            _, grads, _, _ = run_loss(ctx.job, ctx.batch, params, divide=ctx.divided)
+        if ctx.divided:
+            return *(None,) * 4, *finish_all(grads, params, None if g_loss == 1 else g_loss)
         if ctx.job.into is None:
             return *(None,) * 4, *finish_all(grads, params, g_loss / ctx.batch.normalizer)
         return *(None,) * 4, *finish_all(grads, params, _one(g_loss, ctx.job.into))

@@ -129,7 +129,7 @@ class _ForeseenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, job: Job, batch: Batch, foreseen: Foreseen, *params: Tensor | None) -> tuple[Tensor, ...]:
-        values, ctx.grads, _ = run_loss(job, batch, params)
+        values, ctx.grads, *_ = run_loss(job, batch, params)
         logprobs, entropy, *statistics = values
         ctx.expected = _slopes(batch, logprobs, entropy, statistics)
         ctx.job, ctx.missed = job, foreseen.missed

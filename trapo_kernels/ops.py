@@ -326,7 +326,7 @@ def policy_loss(
         counts={},
         shape=targets.shape,
     )
-    values, grads, _ = run_loss(job, batch, params)
+    values, grads, *_ = run_loss(job, batch, params)
     total = batch.loss(batch.parts(batch.values(*values)))
     return total, torch.stack([selection.spread(t) for t in values]), *three(grads, total)
 

@@ -211,11 +211,14 @@ class Passes:
     `backward` take and give what those of stream.py do, for losses without slopes in the target's logit.
 
         forward(loop, entropy, slopes or None) -> statistics        backward(loop, statistics, slopes)
+
+    `rounds_once`: it knows `LinearSource.round_once`.
     """
 
     takes: Callable[[Source], bool]
     forward: Callable[..., RowStats]
     backward: Callable[..., None]
+    rounds_once: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,5 +10,5 @@ KERNEL = RowKernel(
     rows.stats,
     rows.grad_,
     fused_=rows.fused_,
-    passes=Passes(panels.takes, panels.forward, panels.backward),  # GEMMs and softmax interleaved
+    passes=Passes(panels.takes, panels.forward, panels.backward, rounds_once=True),  # GEMMs and softmax interleaved
 )

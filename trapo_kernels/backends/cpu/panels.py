@@ -132,7 +132,9 @@ def _keeping_chunks(source: LinearSource, size: int) -> Iterator[_Chunk]:
 
 def _lengths(source: LinearSource, blocks: int, in_weight: int, in_buffer: int) -> tuple[int, int]:
     """Returns the blocks of the first chunk and of each of the others."""
-    if in_weight + in_buffer >= blocks or (source.d_weight is not None and in_buffer < _LEAST_BLOCKS):
+    sums = source.d_weight is not None
+    rounded = source.d_weight is not None and source.d_weight.dtype != source.wide  # it can be written once
+    if in_weight + in_buffer >= blocks or rounded or (sums and in_buffer < _LEAST_BLOCKS):
         return blocks, blocks
     others = -(-(blocks - in_weight - in_buffer) // max(in_buffer, 1))
     step = max(1, -(-(blocks - in_weight) // (others + 1)))
@@ -186,8 +188,8 @@ def _put_gradient(loop: Loop, chunk: _Chunk, stats: RowStats, slopes: TwoSlopesO
         d_hidden = d_hidden[at] if order is None else torch.empty_like(chunk.hidden, dtype=d_hidden.dtype)
     torch.ops.trapo_kernels_cpu.panel_grad_(
         chunk.hidden, source.weight, source.bias, loop.targets[at], head.scale, head.cap, *stats,
-        g_lp=g_lp * head.scale,
-        g_entropy=None if g_entropy is None else g_entropy * head.scale,
+        g_lp=g_lp * (head.scale * source.factor),
+        g_entropy=None if g_entropy is None else g_entropy * (head.scale * source.factor),
         products=products_of(source.operands),
         **_parts(source),
         kept_in_d_weight=keep.in_d_weight,
