@@ -1,6 +1,8 @@
 """`make bench`: the losses on this machine's CPU, every provider in one run.
 
     python -m bench.cpu table [--shape N,D,V ...] [--rounds 7]     time, ratio, memory, gradient error
+                              [--dtype fp32|bf16] [--threads T]    rows of a table of their own
+                              [--provider NAME ...] [--timing]     these rows alone, their time alone; the others stay
     python -m bench.cpu savings                                    masked tokens, tokens without advantage, forward only
     python -m bench.cpu budget                                     time against memory
     python -m bench.cpu sweep                                      time and memory against N and against V
@@ -28,6 +30,7 @@ from bench.measure import (
     RESULTS,
     Shape,
     Worker,
+    cpu_name,
     extra_memory,
     interleaved,
     load_case,
@@ -41,24 +44,37 @@ from bench.providers import PROVIDERS, Case, Provider, ours
 
 SHAPES = [Shape(2048, 576, 49152), Shape(1024, 896, 151936), Shape(512, 3584, 152064)]
 FLOOR = PROVIDERS[0].name
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 # Parts: each returns what goes under its name in cpu.json -------------------------------------------------------
 
 
-def table(shapes: Sequence[Shape], rounds: int, providers: Sequence[Provider] = PROVIDERS) -> dict[str, Any]:
-    return {str(shape): _one_shape(shape, rounds, providers) for shape in shapes}
+def table(
+    shapes: Sequence[Shape],
+    rounds: int,
+    providers: Sequence[Provider] = PROVIDERS,
+    dtype: str = "fp32",
+    timing: bool = False,
+) -> dict[str, Any]:
+    """Returns a table for each shape, under a name that says what else it depends on."""
+    threads = torch.get_num_threads()
+    suffix = f"{dtype}, {threads} thread{'s' * (threads > 1)}, {cpu_name()}"
+    return {f"{shape}, {suffix}": _one_shape(shape, rounds, providers, dtype, timing) for shape in shapes}
 
 
-def _one_shape(shape: Shape, rounds: int, providers: Sequence[Provider]) -> dict[str, Any]:
+def _one_shape(
+    shape: Shape, rounds: int, providers: Sequence[Provider], dtype: str = "fp32", timing: bool = False
+) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        inputs = write_inputs(shape, Path(folder))
-        kinds = sorted({p.gives for p in providers} - {"gemms"})
+        inputs = write_inputs(shape, Path(folder), DTYPES[dtype])
+        kinds = [] if timing else sorted({p.gives for p in providers} - {"gemms", "values"})
         expected = {gives: _in_a_process(write_oracle, inputs, gives) for gives in kinds}
         workers = []
         for provider in providers:
             print(f"{shape}: {provider.name}", flush=True)
-            workers.append(Worker(provider, inputs, expected.get(provider.gives), torch.get_num_threads()))
+            threads = torch.get_num_threads()
+            workers.append(Worker(provider, inputs, expected.get(provider.gives), threads, memory=not timing))
         able = [w for w in workers if not w.failed]
         for turn in range(rounds):
             print(f"{shape}: round {turn + 1} of {rounds}", flush=True)
@@ -175,9 +191,11 @@ def sweep(rounds: int = 3) -> list[dict[str, Any]]:
 
 
 def save(part: str, value: Any, keep_keys: bool) -> dict[str, Any]:
-    """Write a part into cpu.json; the tables of other shapes stay."""
+    """Write a part into cpu.json; the tables of other shapes stay, and the rows of other providers."""
     path = RESULTS / "cpu.json"
     results = json.loads(path.read_text()) if path.exists() else {}
+    if part == "table":
+        value = {name: _with_rows_of(results.get(part, {}).get(name), found) for name, found in value.items()}
     results[part] = {**results.get(part, {}), **value} if keep_keys else value
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
@@ -185,11 +203,22 @@ def save(part: str, value: Any, keep_keys: bool) -> dict[str, Any]:
     return results
 
 
+def _with_rows_of(before: dict[str, Any] | None, found: dict[str, Any]) -> dict[str, Any]:
+    """Returns a table with what an earlier one has and this one has not: providers, memory, errors."""
+    rows = {row["provider"]: row for row in (before or {}).get("rows", [])}
+    for row in found["rows"]:
+        old = rows.get(row["provider"], {})
+        rows[row["provider"]] = row if "failed" in row or "failed" in old else {**old, **row}
+    order = [p.name for p in PROVIDERS]
+    return {**found, "rows": sorted(rows.values(), key=lambda row: order.index(row["provider"]))}
+
+
 def markdown(results: dict[str, Any]) -> str:
     lines = [
         "# Losses on a CPU",
         "",
-        "Written by `python -m bench.cpu`; fp32, forward + backward, best of the rounds.",
+        "Written by `python -m bench.cpu`; forward + backward, best of the rounds, fp32 where nothing else is said.",
+        "Each ratio is to the bare GEMMs, in the same dtype, that took turns with it.",
         "",
     ]
     for shape, found in results.get("table", {}).items():
@@ -230,8 +259,12 @@ def _table_row(row: dict[str, Any]) -> str:
     if "failed" in row:
         return f"| {row['provider']} | {row['gives']} | failed: {row['failed']} | | | | |"
     errors = [f"{row[name]:.1e}" if name in row else "" for name in ("d_hidden", "d_weight")]
-    cells = [row["provider"], row["gives"], f"{row['seconds']:.2f}", f"{row['ratio']:.2f}", f"{row['extra_mb']:.0f}"]
+    cells = [row["provider"], row["gives"], f"{row['seconds']:.2f}", f"{row['ratio']:.2f}", _megabytes(row)]
     return "| " + " | ".join([*cells, *errors]) + " |"
+
+
+def _megabytes(row: dict[str, Any]) -> str:
+    return f"{row['extra_mb']:.0f}" if "extra_mb" in row else ""
 
 
 def plot() -> None:
@@ -270,14 +303,20 @@ def main() -> None:
     parser.add_argument("--shape", action="append", help="N,D,V; default: the three of docs/results.md")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--provider", action="append", help="of the table; default: all")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the table's head")
+    parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--timing", action="store_true", help="neither memory nor errors")
     arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     shapes = [Shape(*map(int, s.split(","))) for s in arguments.shape] if arguments.shape else SHAPES
     names = [FLOOR, *arguments.provider] if arguments.provider else [p.name for p in PROVIDERS]
     providers = [p for p in PROVIDERS if p.name in names]
     everything = arguments.part == "all"
     if everything or arguments.part == "table":
         for shape in shapes:
-            save("table", table([shape], arguments.rounds, providers), keep_keys=True)
+            found = table([shape], arguments.rounds, providers, arguments.dtype, arguments.timing)
+            save("table", found, keep_keys=True)
     if everything or arguments.part == "savings":
         save("savings", savings(), keep_keys=True)
     if everything or arguments.part == "budget":

@@ -42,13 +42,13 @@ class Shape:
         return f"N={self.tokens} D={self.width} V={self.vocab}"
 
 
-def write_inputs(shape: Shape, folder: Path) -> Path:
-    """Writes random inputs of the scale of a trained head's: logits of about unit variance."""
+def write_inputs(shape: Shape, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Writes random inputs of the scale of a trained head's: logits of about unit variance. The head is in `dtype`."""
     g = torch.Generator().manual_seed(SEED)
     n, d, v = shape.tokens, shape.width, shape.vocab
     inputs = {
-        "hidden": torch.randn(n, d, generator=g),
-        "weight": torch.randn(v, d, generator=g).div_(d**0.5),
+        "hidden": torch.randn(n, d, generator=g).to(dtype),
+        "weight": torch.randn(v, d, generator=g).div_(d**0.5).to(dtype),
         "targets": torch.randint(0, v, (n,), generator=g),
         "advantages": torch.randn(n, generator=g),
         "expert_mask": torch.rand(n, generator=g) < 0.3,
@@ -124,7 +124,7 @@ def extra_memory(provider: Provider, case: Case) -> int:
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     step(provider, case)
-    return resident("VmHWM") - before - 4 * (case.hidden.numel() + case.weight.numel())
+    return resident("VmHWM") - before - case.hidden.nbytes - case.weight.nbytes
 
 
 def gradient_error(case: Case, expected: Path) -> dict[str, float]:
@@ -136,7 +136,9 @@ def gradient_error(case: Case, expected: Path) -> dict[str, float]:
     return {name: float((got[name] - want[name]).abs().max() / want[name].abs().max()) for name in want}
 
 
-def work(connection: Connection, name: str, inputs: Path, expected: Path | None, threads: int) -> None:
+def work(
+    connection: Connection, name: str, inputs: Path, expected: Path | None, threads: int, memory: bool = True
+) -> None:
     """Runs as the process of a provider: reports memory and error once, then times a step for every message that
     comes."""
     torch.set_num_threads(threads)
@@ -145,7 +147,7 @@ def work(connection: Connection, name: str, inputs: Path, expected: Path | None,
         case = load_case(inputs)
         case.hidden.requires_grad_(), case.weight.requires_grad_()
         step(provider, case)
-        found = {"extra_mb": extra_memory(provider, case) / 1e6}
+        found = {"extra_mb": extra_memory(provider, case) / 1e6} if memory else {}
         if expected is not None:
             found |= gradient_error(case, expected)
         free_gradients(case)  # while it waits: a dozen d_weights would not fit
@@ -162,11 +164,13 @@ def work(connection: Connection, name: str, inputs: Path, expected: Path | None,
 class Worker:
     """A provider's process, from outside."""
 
-    def __init__(self, provider: Provider, inputs: Path, expected: Path | None, threads: int) -> None:
+    def __init__(
+        self, provider: Provider, inputs: Path, expected: Path | None, threads: int, memory: bool = True
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self.provider = provider
         self.connection, theirs = context.Pipe()
-        arguments = (theirs, provider.name, inputs, expected, threads)
+        arguments = (theirs, provider.name, inputs, expected, threads, memory)
         self.process = context.Process(target=work, args=arguments, daemon=True)
         self.process.start()
         theirs.close()  # so that the end of the process is the end of the connection
@@ -190,10 +194,17 @@ class Worker:
         self.process.join(10)
 
 
+def cpu_name() -> str:
+    """Returns the CPU's name and, as some names say little, its family and model number."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    if "model name" not in found:
+        return platform.machine()
+    return f"{found['model name']} (family {found.get('cpu family')}, model {found.get('model')})"
+
+
 def machine() -> dict[str, Any]:
     """Returns what a result depends on: the CPU, its threads and the versions of what was compared."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     versions = {}
     for name in PACKAGES:
         try:
@@ -201,7 +212,7 @@ def machine() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "cpu": model,
+        "cpu": cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -44,7 +44,7 @@ class Provider:
     """`run(case)` -> the loss, to be differentiated; `gives`: which loss that is.
 
     "entropy": the whole objective. "logprobs": without the entropy bonus. "grpo": all tokens own, no entropy bonus.
-    "nll": plain cross-entropy. "gemms": no loss, the bare products.
+    "nll": plain cross-entropy. "gemms": no loss, the bare products. "values": no gradients.
     """
 
     name: str
@@ -112,11 +112,14 @@ def ours_recomputing(backend: str) -> Callable[[Case], Tensor]:
 
 
 def floor(case: Case) -> None:
-    """Computes the three GEMMs of exact gradients, d_weight summed in fp32, and nothing else."""
+    """Computes the three GEMMs of exact gradients and nothing else; d_weight is summed in fp32 on CUDA, and elsewhere
+    in the operands' dtype, of which all three are then."""
     hidden, weight = case.hidden.detach(), case.weight.detach()
     rows = min(CHUNK[hidden.device.type], hidden.shape[0])
     logits = hidden.new_empty(rows, weight.shape[0])
-    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight, dtype=torch.float32)
+    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
+    if hidden.is_cuda:
+        d_weight = d_weight.float()
     for start in range(0, hidden.shape[0], rows):
         chunk = hidden[start : start + rows]
         z, beta = logits[: chunk.shape[0]], float(start > 0)
@@ -125,7 +128,22 @@ def floor(case: Case) -> None:
         if hidden.is_cuda and hidden.dtype != torch.float32:
             torch.addmm(d_weight, z.t(), chunk, out_dtype=torch.float32, beta=beta, out=d_weight)
         else:
-            d_weight.addmm_(z.t().float(), chunk.float(), beta=beta)
+            d_weight.addmm_(z.t(), chunk, beta=beta)
+
+
+@torch.no_grad()
+def one_gemm(case: Case) -> None:
+    """Computes the logits alone, in the chunks of `floor`."""
+    rows = min(CHUNK[case.hidden.device.type], case.hidden.shape[0])
+    logits = case.hidden.new_empty(rows, case.weight.shape[0])
+    for chunk in case.hidden.split(rows):
+        torch.mm(chunk, case.weight.t(), out=logits[: chunk.shape[0]])
+
+
+@torch.no_grad()
+def ours_forward(case: Case) -> None:
+    """Computes log-probabilities and entropies without gradients."""
+    tk.linear_logprobs(case.hidden, case.weight, case.targets, entropy=True, backend="cpu")
 
 
 def head(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -278,6 +296,8 @@ def _recomputing(backend: str, *devices: str) -> Provider:
 CUDA = ("cuda",)
 EVERYBODY = [
     Provider("three bare GEMMs", floor, "gemms", True),
+    Provider("one bare GEMM", one_gemm, "gemms", True, None, ("cpu",)),
+    Provider("trapo_kernels cpu, forward alone", ours_forward, "values", True, None, ("cpu",), "cpu"),
     _of_ours("cuda", "cuda"),
     _of_ours("triton", "cuda"),
     _of_ours("cpu", "cpu"),
