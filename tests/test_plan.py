@@ -86,6 +86,30 @@ def test_flops_are_those_that_torch_counts_in_a_real_update(overrides, tiny_mode
     assert plan_of(settings, 1).flops.total == pytest.approx(counter.get_total_flops(), abs=rotary)
 
 
+@pytest.mark.parametrize(
+    ("keys", "dtype"),
+    [
+        (("mode=distill", "distill.teacher={}", "distill.dtype=bfloat16"), torch.bfloat16),
+        (("mode=self_distill", "distill.teacher=initial"), torch.float32),
+        (("mode=self_distill", "distill.teacher=current"), None),
+        (("mode=distill", "distill.teacher=http://localhost:8000"), None),
+    ],
+)
+def test_a_teacher_of_its_own_weights_is_in_the_plan(keys, dtype, tiny_model_path):
+    alone, frozen = config(tiny_model_path, "model.dtype=float32"), ["model.dtype=float32"]
+    keys = [key.format(tiny_model_path) for key in keys]
+    settings = merge_config({"model": {"path": str(tiny_model_path)}, "rollout": {"max_response_tokens": RESPONSE}},
+                            [*frozen, *keys])  # fmt: skip
+    found, before = plan_of(settings, 1).memory, plan_of(alone, 1).memory
+    assert "teacher's weights" not in before
+    size = sum(p.numel() for p in meta_model(settings.model, settings.lora).parameters())
+    assert found.get("teacher's weights") == (None if dtype is None else size * dtype.itemsize)
+    shared = plan_of(settings, 2).memory
+    assert ("teacher's gathered weights" in shared) == (dtype is not None)
+    if dtype is not None:
+        assert found["teacher's weights"] / 2 <= shared["teacher's weights"] < 0.6 * found["teacher's weights"]
+
+
 def test_saved_activations_are_those_of_a_real_forward():
     """On the CPU, where transformers repeats the keys and values of grouped heads; none are grouped here."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -243,16 +243,18 @@ def plan(
 
 def plan_of(settings: Config, ranks: int, response_tokens: int | None = None) -> Plan:
     """Returns what a configuration needs. response_tokens: of every rollout, in place of the limit."""
+    from trapo.distillation.how import teacher_of
     from trapo.models.plan import StepTokens, make_plan
     from trapo.modes import phases
 
-    rollouts = max(phase.prompts_per_step * phase.schedule.rollouts_per_prompt for phase in phases(settings))
+    found = phases(settings)
+    rollouts = max(phase.prompts_per_step * phase.schedule.rollouts_per_prompt for phase in found)
     step = StepTokens(
         rollouts,
         settings.data.max_prompt_tokens,
         response_tokens or settings.rollout.max_response_tokens,
     )
-    return make_plan(settings.model, settings.lora, settings.train, step, ranks)
+    return make_plan(settings.model, settings.lora, settings.train, step, ranks, teacher_of(settings.model, found))
 
 
 @app.command()

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trapo.modes.phase import Phase
+    from trapo.settings.groups import ModelConfig
 
 CURRENT, INITIAL, COLUMNS = "current", "initial", "columns"
 TEMPLATE = (
@@ -44,3 +50,17 @@ class Distillation:
     def weights(self) -> str | None:
         """Returns the path of the teacher's own weights; None where they are the run's, or somebody else's matter."""
         return None if self.top or self.privileged else self.teacher
+
+    def own_model(self, student: ModelConfig) -> ModelConfig | None:
+        """Returns the frozen model that is held beside the student; None: there is none."""
+        if self.top or self.teacher == CURRENT:
+            return None
+        path = student.path if self.teacher == INITIAL else self.teacher
+        dtype = self.dtype or student.dtype
+        return dataclasses.replace(student, path=path, dtype=dtype, freeze=None, gradient_checkpointing=False)
+
+
+def teacher_of(student: ModelConfig, phases: Iterable[Phase]) -> ModelConfig | None:
+    """Returns the `own_model` of a run's teacher; None: no phase has one."""
+    found = (phase.distills.own_model(student) for phase in phases if phase.distills is not None)
+    return next((own for own in found if own is not None), None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo.data.encode import EncodedProblem
 from trapo.distillation.heads import ModelTeacher, Privileged
-from trapo.distillation.how import COLUMNS, CURRENT, INITIAL, Distillation
+from trapo.distillation.how import COLUMNS, Distillation
 from trapo.distillation.listed import ColumnTeacher, ServerTeacher, refuse_temperature
 from trapo.distillation.tutor import Teacher, Tutor
 from trapo.errors import TrapoError
@@ -54,9 +53,8 @@ def _teacher(
     if how.privileged:
         reread = Privileged(tokenizer, how.template)
         check_positions(found, reread.longest(problems) + learner.max_response_tokens)
-    if how.teacher != CURRENT:
-        path = model.path if how.teacher == INITIAL else how.teacher
-        found = _load(dataclasses.replace(model, path=path, dtype=how.dtype or model.dtype), learner, tokenizer)
+    if (own := how.own_model(model)) is not None:
+        found = _load(own, learner, tokenizer)
     return ModelTeacher(
         found,
         precision=learner.precision,
@@ -69,10 +67,9 @@ def _teacher(
 
 def _load(config: ModelConfig, learner: Learner, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Returns a frozen model with the student's vocabulary, sharded as the student is."""
-    alone = dataclasses.replace(config, freeze=None, gradient_checkpointing=False)
     try:
         model, own = load_trained(
-            alone, learner.ranks, learner.precision, change=lambda whole: whole.requires_grad_(False)
+            config, learner.ranks, learner.precision, change=lambda whole: whole.requires_grad_(False)
         )
     except TrapoError as error:
         raise TrapoError(f"distill.teacher: {error}") from error

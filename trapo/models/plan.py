@@ -116,8 +116,16 @@ class Plan:
         return self.step.named
 
 
-def make_plan(model: ModelConfig, lora: LoraConfig, train: TrainConfig, step: StepTokens, ranks: int) -> Plan:
-    """Returns what steps of so many tokens need.
+def make_plan(
+    model: ModelConfig,
+    lora: LoraConfig,
+    train: TrainConfig,
+    step: StepTokens,
+    ranks: int,
+    teacher: ModelConfig | None = None,
+) -> Plan:
+    """Returns what steps of so many tokens need, beside a frozen `teacher`, of which the memory is counted and not the
+    FLOPs.
 
     Raises TrapoError when the model's architecture cannot be found or the configuration cannot be used.
     """
@@ -134,6 +142,7 @@ def make_plan(model: ModelConfig, lora: LoraConfig, train: TrainConfig, step: St
             shard(built, mesh, precision)
         weights = _weights(built)
         memory = state_memory(built) | (_unit_memory(built, precision) if mesh is not None else {})
+        memory |= {} if teacher is None else _teacher_memory(teacher, mesh, precision)
     memory |= _activations(model, lora, train, step.longest) | {"logits buffer of the loss": logits[OURS]}
     if head_trained and precision != "float32":
         memory["fp32 sum of the head's gradient"] = 4 * head_size
@@ -241,6 +250,16 @@ def _unit_memory(model: PreTrainedModel, precision: str) -> dict[str, int]:
         # As backward leaves them, and as they are put together to be reduced, in float32.
         "unreduced gradients": (width + 4) * (sum(p.numel() for p in root if p.requires_grad) + trained),
     }
+
+
+def _teacher_memory(config: ModelConfig, mesh: Any, precision: str) -> dict[str, int]:
+    """Returns the bytes of a frozen model that is sharded as the student is; its forward leaves nothing."""
+    built = meta_model(config, LoraConfig()).requires_grad_(False)
+    if mesh is None:
+        return {"teacher's weights": state_memory(built)["weights"]}
+    gathered = _unit_memory(built, precision)["gathered weights"]
+    shard(built, mesh, precision)
+    return {"teacher's weights": state_memory(built)["weights"], "teacher's gathered weights": gathered}
 
 
 def _activations(model: ModelConfig, lora: LoraConfig, train: TrainConfig, longest: int) -> dict[str, int]:

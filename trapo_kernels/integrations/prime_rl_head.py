@@ -52,7 +52,7 @@ def fused_output(
         self: the head: weight [V, D], and softcap where it is Gemma's.
         hidden_states: [B, T, D].
         labels: [B, T].
-        temperature: [B, T]. Tokens of one temperature are computed together: one call for each that occurs.
+        temperature: [B, T]. One call; beside a soft-cap, which stands before the division, one for each that occurs.
 
     Raises:
         ValueError: no labels or no temperature.
@@ -65,6 +65,10 @@ def fused_output(
     shape, hidden, targets = labels.shape, hidden_states.flatten(0, -2), labels.flatten()
     each = temperature.flatten()
     options: dict[str, Any] = {"softcap": getattr(self, "softcap", None), "entropy": True}
+    if options["softcap"] is None:
+        out = linear_logprobs(hidden, self.weight, targets, temperature=each, entropy=True)
+        assert out.entropy is not None
+        return {"logprobs": out.logprobs.float().reshape(shape), "entropy": out.entropy.float().reshape(shape)}
     found = torch.zeros(2, len(targets), dtype=torch.float32, device=hidden.device)
     values = each.unique().tolist()
     for value in values:
