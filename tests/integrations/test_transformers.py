@@ -17,6 +17,7 @@ import trapo_kernels as tk
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 from kernel_cases import assert_close, memory  # noqa: E402
 
+from trapo_kernels.integrations import transformers as transformers_adapter  # noqa: E402
 from trapo_kernels.integrations.transformers import fuse, linear_head, patch_causal_lm_loss  # noqa: E402
 
 VOCAB = 101
@@ -209,6 +210,22 @@ def test_autocast_multiplies_in_its_dtype_and_gives_float32_gradients():
     assert_close(out.loss, exact.loss, 3e-2, "loss")
     assert_same_gradients(grads, exact_grads, 5e-2)
     assert all(grad.dtype == torch.float32 for grad in grads.values())
+
+
+def test_a_model_that_accelerate_has_prepared_multiplies_in_its_autocast_dtype(monkeypatch):
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    seen, compute = [], transformers_adapter.linear_policy_loss
+
+    def watched(hidden, *args, **kwargs):
+        seen.append(hidden.dtype)
+        return compute(hidden, *args, **kwargs)
+
+    monkeypatch.setattr(transformers_adapter, "linear_policy_loss", watched)
+    model = make_model("granite")
+    model.forward = accelerate.utils.convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.forward))
+    fuse(model)
+    model(**make_batch()).loss.backward()
+    assert seen == [torch.bfloat16]
 
 
 def test_gradient_checkpointing_changes_nothing():

@@ -93,7 +93,7 @@ def test_settings_of_the_trainers_are_theirs(variant, tiny_model_path, teacher, 
     compare(name, tiny_model_path, tmp_path, 4, teacher=teacher, **settings)
 
 
-@pytest.mark.parametrize("name", slow_unless({"sft"}, ["sft", "dpo"]))
+@pytest.mark.parametrize("name", ["sft", "dpo"])
 def test_bf16_autocast_agrees_to_its_rounding(name, tiny_model_path, tmp_path):
     fused = compare(name, tiny_model_path, tmp_path, 2, rel=2e-2, bf16=True)
     assert (fused.path == "one pass") == (name == "sft")

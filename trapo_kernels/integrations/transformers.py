@@ -105,6 +105,7 @@ class PatchedForward:
         self._stock = model.forward
         self._parameters = list(inspect.signature(self._stock).parameters)
         self._hidden: Tensor | None = None
+        self._autocast: dict[str, Any] = {"device_type": self.model.device.type, "enabled": False}
         self._capturing, self._checked = False, False
         self._hook = decoder_of(model).register_forward_hook(self._capture)
 
@@ -154,17 +155,21 @@ class PatchedForward:
     def in_head(self, hidden: Tensor, compute: Callable[[Tensor, LinearHead], Any], cast: bool = True) -> Any:
         """Returns compute(hidden states, head), both in the dtype of the product unless `cast` is False.
 
+        It runs in the autocast of the decoder's last forward: accelerate enters one in the forward of a model that it
+        has prepared, which ends before this begins.
+
         Where the head's module has hooks (FSDP2, ZeRO-3, offloading), it runs as that module's forward: only inside of
         it are the parameters whole, and only what goes through it has them gathered again for its backward.
         """
 
         def forward(hidden: Tensor) -> Any:
             head = linear_head(self.model)
-            if cast and self.follows_autocast:
-                hidden, head = head.with_hidden(hidden)
-            elif cast:
-                hidden = hidden.to(head.weight.dtype)
-            return compute(hidden, head)
+            with torch.autocast(**self._autocast):
+                if cast and self.follows_autocast:
+                    hidden, head = head.with_hidden(hidden)
+                elif cast:
+                    hidden = hidden.to(head.weight.dtype)
+                return compute(hidden, head)
 
         module: Any = self.model.get_output_embeddings()
         if not (module._forward_pre_hooks or module._forward_hooks):
@@ -180,7 +185,12 @@ class PatchedForward:
 
     def _capture(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._capturing:
-            self._hidden = output[0]
+            self._hidden, kind = output[0], output[0].device.type
+            self._autocast = {
+                "device_type": kind,
+                "enabled": torch.is_autocast_enabled(kind),
+                "dtype": torch.get_autocast_dtype(kind),
+            }
 
     def _check(self, hidden: Tensor, expected: Tensor) -> None:
         head = linear_head(self.model)

@@ -89,14 +89,17 @@ class FusedTrainer(Fused):
     def __init__(self, trainer: Any, backend: str | None) -> None:
         super().__init__(trainer)
         models = [m for m in (_base(trainer, "model"), _base(trainer, "ref_model")) if m is not None]
-        settings = [(model, stock_settings(model)) for model in models]
-        if not settings or settings[0][1] is None:
+        found = [(model, settings) for model in models if (settings := stock_settings(model)) is not None]
+        if len(found) < max(1, len(models)):
             raise TypeError(
                 "fuse: trainer must be TRL's SFT, DPO, KTO, RLOO, GRPO or DistillationTrainer, not fused already; got "
                 f"{type(trainer).__name__}"
             )
         _check_logits_unused(trainer)
-        self.heads = [FusedHead(model, backend=backend, **given) for model, given in settings if given is not None]
+        # A reference is asked what the policy is: one path, so that equal weights give equal bits.
+        self.heads = [
+            FusedHead(model, backend=backend, **{**given, "outputs": found[0][1]["outputs"]}) for model, given in found
+        ]
         self._inputs: dict[str, Any] | None = None
         self.path = self._foresee()
 

@@ -25,9 +25,18 @@ Foresee = Callable[[Tensor], Foreseen | None]
 
 def stock_settings(model: Any) -> dict[str, Any] | None:
     """Returns what TRL gave the head that it put onto a model (temperature, cast_lm_head_to_fp32, outputs), or None
-    where there is no such head."""
-    forward: Any = getattr(model.__dict__.get("forward"), "__func__", None)
-    if getattr(getattr(forward, "__code__", None), "co_name", None) != "_fused_forward":
+    where there is no such head.
+
+    A model that accelerate has prepared (DPO's reference, in bf16) has it below wrappers.
+    """
+
+    def is_stock(forward: Any) -> bool:
+        return getattr(getattr(forward, "__code__", None), "co_name", None) == "_fused_forward"
+
+    forward: Any = model.__dict__.get("forward")
+    forward = getattr(forward, "__func__", forward)
+    forward = inspect.unwrap(forward, stop=lambda f: is_stock(f) or hasattr(f, "patched"))
+    if not is_stock(forward):
         return None
     found = inspect.getclosurevars(forward).nonlocals
     return {name: found[name] for name in ("temperature", "cast_lm_head_to_fp32", "outputs")}
