@@ -14,6 +14,7 @@ from trapo.engines.hf import HFEngine
 from trapo.engines.protocol import Completion, Request
 from trapo.errors import TrapoError
 from trapo.rollouts import Rollout
+from trapo.runs.ranks import Ranks
 from trapo.trainer import make_learner
 
 
@@ -119,3 +120,33 @@ def test_before_the_first_step_the_prompts_themselves_are_compared(model):
 def test_learner_and_plain_scorer_give_the_same(model):
     for a, b in zip(scorer(model)(rollouts()), plain_scorer(model, 1.0)(rollouts()), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+class Engines:
+    """An engine a rank, as all ranks together ask them."""
+
+    def __init__(self, *engines):
+        self.engines = engines
+
+    def generate(self, requests, *, temperature, seed):
+        ranks = [Ranks(i, len(self.engines)) for i in range(len(self.engines))]
+        parts = zip(self.engines, (rank.share(requests) for rank in ranks), strict=True)
+        return [c for e, part in parts for c in e.generate(part, temperature=temperature, seed=seed)]
+
+
+def test_every_rank_s_engine_is_asked_and_a_stale_one_among_many_is_named(model):
+    stale = copy.deepcopy(model)
+    with torch.no_grad():
+        stale.get_decoder().layers[0].mlp.down_proj.weight.mul_(1.1)
+    engines = [CopyEngine(model) for _ in range(6)]
+    check = AgreementGuard(RolloutConfig(engine="vllm", guard_tokens=8), "float32", Ranks(0, 6)).check
+    assert check(Engines(*engines), rollouts(), scorer(model), seed=0) < 1e-5
+    assert [sum(r.max_new_tokens for r in engine.asked) for engine in engines] == [8] * 6
+    with pytest.raises(TrapoError, match=r"the engine of rank 4 does not generate with the learner's weights"):
+        check(Engines(*engines[:4], CopyEngine(stale), engines[5]), rollouts(), scorer(model), seed=0)
+    # Of one server all ranks ask together.
+    asked = CopyEngine(model)
+    AgreementGuard(RolloutConfig(engine="vllm_server", guard_tokens=8), "float32", Ranks(0, 6)).check(
+        asked, rollouts(), scorer(model), seed=0
+    )
+    assert sum(r.max_new_tokens for r in asked.asked) == 8

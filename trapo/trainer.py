@@ -256,7 +256,7 @@ class Trainer:
         self.learner = make_learner(config, self.model, pad_id=pad_id, phase=phase, reference=reference, ranks=ranks)
         if (how := plan[0].distills) is not None:
             self.learner.tutor = make_tutor(how, self.learner, self.tokenizer, self.train_set, config.model)
-        self.guard = AgreementGuard(config.rollout, config.model.dtype)
+        self.guard = AgreementGuard(config.rollout, config.model.dtype, ranks)
         if resume_from is not None:
             state = resume_from.load_state()
             if self.course.at(self.step)[1] > 0:  # else a phase begins here, with an optimizer of its own

@@ -1,6 +1,8 @@
 """vLLM in this process: what it generates, and the three ways in which a weight sync goes wrong without notice."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from trapo.engines.guard import AgreementGuard, plain_scorer
 from trapo.engines.hf import HFEngine
 from trapo.engines.protocol import Request
 from trapo.errors import TrapoError
+from trapo.models.weights import full_weights
 
 ROUNDING = 2e-4  # nats; fp32 through two implementations
 
@@ -149,3 +152,31 @@ def test_gradients_still_flow_beside_the_engine(engine, learner):
     ids = torch.tensor([contexts(1)[0]])
     model(ids, labels=ids).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_sync_takes_the_weights_in_one_unit_at_a_time(engine, learner, monkeypatch):
+    """Of a sharded learner each weight is made whole for this: those of a layer are alive together, and no more."""
+    alive, most = 0, 0
+
+    def gone(size):
+        nonlocal alive
+        alive -= size
+
+    def weights(model):
+        nonlocal alive, most
+        for name, value in full_weights(model):
+            copied = value.clone()
+            alive += copied.nbytes
+            most = max(most, alive)
+            weakref.finalize(copied, gone, copied.nbytes)
+            yield name, copied
+            del copied
+
+    monkeypatch.setattr(vllm_sync, "full_weights", weights)
+    engine.sync(learner)
+    gc.collect()
+    assert alive == 0
+    sizes = [p.nbytes for p in learner.parameters()]
+    layer = sum(p.nbytes for p in learner.model.layers[0].parameters())
+    assert layer < max(sizes) <= most <= max(sizes) + layer < sum(sizes)
+    assert mismatch(engine, learner) < ROUNDING

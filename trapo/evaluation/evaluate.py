@@ -140,7 +140,7 @@ class EvalJob:
         """Raises TrapoError when the fused head's logits are not the model's, or the engine's weights are not."""
         check_positions(model, max(len(p.prompt_ids) for p in problems) + self.max_response_tokens)
         agreement.check_model(model, self.precision)
-        guard = AgreementGuard(self.rollout, self.model.dtype)
+        guard = AgreementGuard(self.rollout, self.model.dtype, self.ranks)
         guard.check(engine, unanswered(problems[:4]), plain_scorer(model, self.rollout.temperature), seed=self.seed)
 
 
