@@ -9,9 +9,11 @@ import torch
 from rank_processes import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_llama
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from trapo.errors import TrapoError
 from trapo.models import handing_out, weight_file
+from trapo.models.plan_around import host_memory
 from trapo.models.weights import is_stored_as_it_is
 from trapo.runs.ranks import ALONE, Ranks
 
@@ -60,6 +62,15 @@ def test_four_ranks_load_and_write_a_model_in_little_more_than_one_copy_of_it(la
     written = max(file["marks"]["written"] for file in files)
     assert size < peak(files, 0, loaded) <= 1.3 * size
     assert size < peak(files, loaded, written) <= 1.3 * size
+
+
+def test_the_plan_of_host_memory_is_what_loading_took(large, four_ranks):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(large[0]), dtype=torch.float32)
+    planned = sum(host_memory(model, 4).values())
+    _, files = four_ranks
+    measured = peak(files, 0, max(file["marks"]["loaded"] for file in files))
+    assert planned <= measured <= 1.3 * planned  # each process has something of its own, too
 
 
 def test_what_four_ranks_write_is_what_they_loaded(large, four_ranks):

@@ -1,5 +1,7 @@
 """The plan's arithmetic against real runs of the same model."""
 
+import dataclasses
+
 import pytest
 import torch
 from rich.console import Console
@@ -13,8 +15,12 @@ from trapo.config import load_config, merge_config
 from trapo.data.encode import EncodedProblem
 from trapo.data.problem import Problem
 from trapo.errors import TrapoError
+from trapo.models.gpus import Gpu, engine_verdict, rows
 from trapo.models.loading import load_model
-from trapo.models.plan import OURS, _saved_by, meta_model, saved_bytes, tables
+from trapo.models.plan import OURS, _saved_by, fake_ranks, meta_model, saved_bytes, tables
+from trapo.models.plan_around import kv_bytes, sync_traffic
+from trapo.models.sharding import shard
+from trapo.models.weights import full_weights
 from trapo.rollouts import Rollout
 from trapo.trainer import make_learner
 
@@ -167,7 +173,15 @@ def test_the_tables_show_every_part(official):
     for table in tables(official):
         console.print(table)
     text = console.export_text()
-    for part in (*official.memory, *official.logits, *official.tokens, "lm_head.weight", "152064 × 3584"):
+    for part in (
+        *official.memory,
+        *official.logits,
+        *official.tokens,
+        *official.engine,
+        *official.host,
+        "lm_head.weight",
+        "152064 × 3584",
+    ):
         assert part in text
 
 
@@ -183,3 +197,71 @@ def test_a_model_that_nobody_knows_is_refused(tmp_path):
         unknown = config(path)
         with pytest.raises(TrapoError, match=rf"model\.path: {said}"):
             meta_model(unknown.model, unknown.lora)
+
+
+# What is around an update -------------------------------------------------------------------------------------------
+
+
+def test_keys_and_values_are_those_that_a_real_forward_leaves(tiny_model_path):
+    model, _ = load_model(config(tiny_model_path).model)
+    cache = model(torch.arange(3, 20)[None], use_cache=True).past_key_values
+    held = sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
+    assert kv_bytes(model, torch.float32) * 17 == held
+
+
+def test_a_sync_moves_what_real_gathers_are_given(tiny_model_path):
+    """Counted of the very collectives, over a process group in which nobody else is there."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    received = []
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            if "all_gather_into_tensor" in str(func):
+                received.append(found.nbytes * 3 // 4)  # a quarter is its own
+            return found
+
+    settings = config(tiny_model_path)
+    model, _ = load_model(settings.model)
+    weights = sum(p.nbytes for p in model.parameters())
+    with fake_ranks(4) as mesh:
+        shard(model, mesh, "float32")
+        with Counted():
+            for _ in full_weights(model):
+                pass
+    vllm = merge_config({}, ["rollout.engine=vllm_server", "rollout.server_url=http://x:1"]).rollout
+    planned = sync_traffic(meta_model(settings.model, settings.lora), vllm, "float32", 4)
+    # Rows that do not divide by four are filled up.
+    assert planned["to each rank, from the others"] == pytest.approx(sum(received), rel=0.01)
+    assert planned["to the server, through the file system"] == weights
+
+
+def test_an_engine_takes_what_is_said_of_it(tiny_model_path):
+    plan = plan_of(config(tiny_model_path, "rollout.engine=vllm", "rollout.dtype=bfloat16", "rollout.batch_size=2"), 1)
+    (learner, weights, cache) = plan.engine.values()
+    assert learner == plan.memory["weights"] + plan.memory["optimizer"]
+    assert weights == 2 * plan.parameters
+    assert cache == 2 * (PROMPT + RESPONSE) * plan.kv_bytes
+    with_kl = plan_of(config(tiny_model_path, "objective.kl_coef=0.1"), 1)
+    assert with_kl.memory["first weights, frozen"] == with_kl.memory["weights"]
+    assert list(plan_of(config(tiny_model_path, "rollout.engine=hf"), 1).engine.values())[1] == 0  # the learner's own
+    served = ["rollout.engine=vllm_server", "rollout.server_url=http://x:1"]
+    assert len(plan_of(config(tiny_model_path, *served), 1).engine) == 1
+
+
+@pytest.mark.parametrize(
+    ("gib", "said"),
+    [
+        (80, "yes: 32.0 of 80 GiB are the engine's"),
+        (41, "yes: 16.4 of 41 GiB are the engine's, with room for"),
+        (30, "no: the engine's weights take 14.2 of its 12.0 GiB"),
+    ],
+)
+def test_what_does_not_fit_is_said(official, gib, said):
+    assert engine_verdict(official, Gpu("x", gib, 1, 1)).startswith(said)
+    by_name = dict(rows(official, Gpu("x", gib, 1, 1), 29))
+    assert by_name["loading fits into the machine's memory"] == "no: 30.4 of 29 GiB"
+    assert "loading fits into the machine's memory" not in dict(rows(official, Gpu("x", gib, 1, 1)))
+    small = dataclasses.replace(official, engine={**official.engine, "the learner's weights and optimizer": 70 * 2**30})
+    assert engine_verdict(small, Gpu("x", 80, 1, 1)).startswith("no: the learner's 70.0 GiB and the engine's 32.0")

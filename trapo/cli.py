@@ -228,6 +228,7 @@ def plan(
         int | None, typer.Option(min=1, help="assume responses of this length instead of the limit")
     ] = None,
     gpu: Annotated[GpuName, typer.Option(help="what it is to run on")] = GpuName.h100,
+    host: Annotated[float | None, typer.Option(min=0, help="GiB of the machine's own memory")] = None,
 ) -> None:
     """Print shapes, memory, FLOPs, whether it fits and how long it takes, by arithmetic: without GPU or weights."""
     from trapo.config import load_config
@@ -237,7 +238,7 @@ def plan(
     from trapo.models.gpus import GPUS
     from trapo.models.plan import tables
 
-    for table in tables(plan_of(settings, ranks, response_tokens), GPUS[gpu.value]):
+    for table in tables(plan_of(settings, ranks, response_tokens), GPUS[gpu.value], host):
         print_table(_console(), table)
 
 
@@ -254,7 +255,8 @@ def plan_of(settings: Config, ranks: int, response_tokens: int | None = None) ->
         settings.data.max_prompt_tokens,
         response_tokens or settings.rollout.max_response_tokens,
     )
-    return make_plan(settings.model, settings.lora, settings.train, step, ranks, teacher_of(settings.model, found))
+    more = (teacher_of(settings.model, found), settings.rollout, any(phase.needs_reference for phase in found))
+    return make_plan(settings.model, settings.lora, settings.train, step, ranks, *more)
 
 
 @app.command()

@@ -180,3 +180,11 @@ def test_a_sync_takes_the_weights_in_one_unit_at_a_time(engine, learner, monkeyp
     layer = sum(p.nbytes for p in learner.model.layers[0].parameters())
     assert layer < max(sizes) <= most <= max(sizes) + layer < sum(sizes)
     assert mismatch(engine, learner) < ROUNDING
+
+
+def test_its_cache_holds_as_many_tokens_as_the_plan_counts(engine, learner):
+    from trapo.models.plan_around import kv_bytes
+
+    cache = engine.llm.llm_engine.vllm_config.cache_config
+    tokens = cache.num_gpu_blocks * 32
+    assert tokens * kv_bytes(learner, torch.float32) == pytest.approx(1 << 27, rel=0.01)

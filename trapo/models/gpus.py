@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from trapo.models.plan_around import reserved
+
 if TYPE_CHECKING:
     from trapo.models.plan import Plan
 
@@ -32,11 +34,32 @@ GPUS = {
 
 def verdict(plan: Plan, gpu: Gpu) -> str:
     """Returns whether the update of a plan fits on a GPU, in a few words."""
-    needed = sum(plan.memory.values()) / 2**30
-    share = f"{needed:.1f} of {gpu.gib:g} GiB"
-    if needed > gpu.gib:
+    return _fits(sum(plan.memory.values()), gpu.gib)
+
+
+def _fits(needed: float, gib: float) -> str:
+    share = f"{needed / 2**30:.1f} of {gib:g} GiB"
+    if needed > gib * 2**30:
         return f"no: {share}"
-    return f"yes: {share}" if needed <= ROOM * gpu.gib else f"hardly: {share}, with less than a tenth to spare"
+    return f"yes: {share}" if needed <= ROOM * gib * 2**30 else f"hardly: {share}, with less than a tenth to spare"
+
+
+def engine_verdict(plan: Plan, gpu: Gpu) -> str:
+    """Returns whether a rank can generate beside the learner, in a few words. What engine vllm takes is a share of the
+    GPU, in which its weights must fit and, the more the better, keys and values."""
+    share = reserved(plan.rollout, gpu.gib)
+    if share is None:
+        return _fits(sum(plan.engine.values()), gpu.gib)
+    *learners, weights, cache = plan.engine.values()
+    if weights > share * 2**30:
+        return f"no: the engine's weights take {weights / 2**30:.1f} of its {share:.1f} GiB (gpu_memory_utilization)"
+    if sum(learners) > (gpu.gib - share) * 2**30:
+        return (
+            f"no: the learner's {sum(learners) / 2**30:.1f} GiB and the engine's {share:.1f} are more than {gpu.gib:g}"
+        )
+    part = min(1.0, (share * 2**30 - weights) / cache) if cache else 1.0
+    said = f"yes: {share:.1f} of {gpu.gib:g} GiB are the engine's"
+    return said if part == 1.0 else f"{said}, with room for {part:.0%} of the keys and values: the rest waits"
 
 
 def update_seconds(plan: Plan, gpu: Gpu) -> float:
@@ -53,10 +76,13 @@ def generation_seconds(plan: Plan, gpu: Gpu) -> float:
     return step.response * read / (gpu.tb_per_second * 1e12)
 
 
-def rows(plan: Plan, gpu: Gpu) -> list[tuple[str, str]]:
-    """Returns what `trapo plan` shows of a plan on a GPU."""
+def rows(plan: Plan, gpu: Gpu, host: float | None = None) -> list[tuple[str, str]]:
+    """Returns what `trapo plan` shows of a plan on a GPU. host: GiB of the machine's own memory; None: not known."""
+    loading = [] if host is None else [("loading fits into the machine's memory", _fits(sum(plan.host.values()), host))]
     return [
         ("the update fits", verdict(plan, gpu)),
+        ("rollouts fit", engine_verdict(plan, gpu)),
+        *loading,
         (f"update, at {SHARE:.0%} of {gpu.tflops:g} TFLOP/s", shown(update_seconds(plan, gpu))),
         (f"rollouts, at {gpu.tb_per_second:g} TB/s, at least", shown(generation_seconds(plan, gpu))),
     ]

@@ -27,12 +27,13 @@ import trapo_kernels as tk
 from trapo.config import PRESETS
 from trapo.errors import TrapoError
 from trapo.models import lora as adapters
+from trapo.models import plan_around as around
 from trapo.models.gpus import GPUS, Gpu, rows
 from trapo.models.layers import attention_width
 from trapo.models.loading import freeze
 from trapo.models.precision import resolve
 from trapo.models.sharding import decoder_layers, shard
-from trapo.settings.groups import LoraConfig, ModelConfig, TrainConfig
+from trapo.settings.groups import LoraConfig, ModelConfig, RolloutConfig, TrainConfig
 
 OURS = "ours: the loss's buffer"
 ATTENTION = "trapo_plan"  # registered with transformers, for meta tensors alone
@@ -109,6 +110,10 @@ class Plan:
     step: StepTokens
     flops: Flops
     kv_bytes: int = 0  # keys and values of a token in all layers, bfloat16
+    host: dict[str, int] = dataclasses.field(default_factory=dict)  # of all ranks together, while they load
+    engine: dict[str, int] = dataclasses.field(default_factory=dict)  # of a rank while it generates, the learner's too
+    traffic: dict[str, int] = dataclasses.field(default_factory=dict)  # of one weight sync
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -123,14 +128,19 @@ def make_plan(
     step: StepTokens,
     ranks: int,
     teacher: ModelConfig | None = None,
+    rollout: RolloutConfig | None = None,
+    references: int = 0,
 ) -> Plan:
     """Returns what steps of so many tokens need, beside a frozen `teacher`, of which the memory is counted and not the
-    FLOPs.
+    FLOPs. references: frozen copies of the model, counted likewise.
 
     Raises TrapoError when the model's architecture cannot be found or the configuration cannot be used.
     """
-    precision = _precision(train)
+    precision, rollout = _precision(train), rollout or RolloutConfig()
     built = meta_model(model, lora)
+    sizes = {"ranks": ranks, "sequences": step.sequences, "longest": step.longest}
+    engine = around.engine_memory(built, rollout, precision, **sizes)
+    host, traffic = around.host_memory(built, ranks), around.sync_traffic(built, rollout, precision, ranks)
     flops = update_flops(built, step, checkpointing=model.gradient_checkpointing)
     total = sum(p.numel() for p in built.parameters())
     trained = sum(p.numel() for p in built.parameters() if p.requires_grad)
@@ -141,20 +151,19 @@ def make_plan(
         if mesh is not None:
             shard(built, mesh, precision)
         weights = _weights(built)
-        memory = state_memory(built) | (_unit_memory(built, precision) if mesh is not None else {})
-        memory |= {} if teacher is None else _teacher_memory(teacher, mesh, precision)
+        memory = state_memory(built)
+        frozen = {"first weights, frozen": references * memory["weights"]} if references else {}
+        frozen |= {} if teacher is None else _teacher_memory(teacher, mesh, precision)
+        own = {"the learner's weights and optimizer": memory["weights"] + memory["optimizer"]}
+        resting = {name: value for name, value in frozen.items() if "gathered" not in name}
+        engine = own | resting | engine  # in this order: `gpus.engine_verdict` takes it apart
+        memory |= frozen | (_unit_memory(built, precision) if mesh is not None else {})
     memory |= _activations(model, lora, train, step.longest) | {"logits buffer of the loss": logits[OURS]}
     if head_trained and precision != "float32":
         memory["fp32 sum of the head's gradient"] = 4 * head_size
-    return Plan(model.path, ranks, total, trained, weights, memory, logits, step, flops, _kv_bytes(built))
-
-
-def _kv_bytes(model: PreTrainedModel) -> int:
-    """Returns the bytes of a token's keys and values in all layers, in bfloat16."""
-    text = model.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * width * 2
+    kept = around.kv_bytes(built, torch.bfloat16)
+    more = {"host": host, "engine": engine, "traffic": traffic, "rollout": rollout}
+    return Plan(model.path, ranks, total, trained, weights, memory, logits, step, flops, kept, **more)
 
 
 def _precision(train: TrainConfig) -> str:
@@ -343,19 +352,19 @@ def update_flops(model: PreTrainedModel, step: StepTokens, *, checkpointing: boo
     return Flops(through * (2 * forward + to_weights), through * 3 * square, step.in_loss * of_head, again)
 
 
-def tables(plan: Plan, gpu: Gpu = GPUS["h100"]) -> list[Table]:
-    """Returns what `trapo plan` shows."""
+def tables(plan: Plan, gpu: Gpu = GPUS["h100"], host: float | None = None) -> list[Table]:
+    """Returns what `trapo plan` shows. host: GiB of the machine's own memory, where they are known."""
     shapes = _table(f"{plan.model} on {plan.ranks} ranks: rank 0's part", "weight", "count", "shape", "here", "trained")
     for w in plan.weights:
         shapes.add_row(w.name, str(w.count), _shape(w.shape), _shape(w.shard), "yes" if w.trained else "no")
     shapes.add_row("all", "", f"{plan.parameters:,}", "", f"{plan.trained:,}")
-    memory = _table("memory of a rank in the update (GiB)", "part", "GiB")
-    for name, value in plan.memory.items():
-        memory.add_row(name, f"{value / 2**30:.2f}")
-    memory.add_row("sum", f"{sum(plan.memory.values()) / 2**30:.2f}")
-    logits = _table("logits of a micro-batch (GiB)", "how they are held", "GiB")
-    for name, value in plan.logits.items():
-        logits.add_row(name, f"{value / 2**30:.2f}")
+    memory = _bytes("memory of a rank in the update (GiB)", plan.memory, summed=True)
+    logits = _bytes("logits of a micro-batch (GiB)", plan.logits, summed=False)
+    beside = [
+        _bytes("memory of a rank while it generates (GiB)", plan.engine, summed=True),
+        _bytes("host memory of all ranks together, while they load (GiB)", plan.host, summed=True),
+        _bytes("a weight sync moves (GiB)", plan.traffic, summed=False),
+    ]
     step = _table("a step, all ranks, every sequence as long as can be", "of the whole batch of rollouts", "")
     for name, count in plan.tokens.items():
         step.add_row(name, f"{count:,}")
@@ -363,9 +372,18 @@ def tables(plan: Plan, gpu: Gpu = GPUS["h100"]) -> list[Table]:
         step.add_row(f"update, {field.name} (PFLOP)", f"{getattr(plan.flops, field.name) / 1e15:,.2f}")
     step.add_row("update, sum (PFLOP)", f"{plan.flops.total / 1e15:,.2f}")
     fit = _table(f"on {plan.ranks} x {gpu.name}, by arithmetic: nothing was measured", "", "")
-    for name, words in rows(plan, gpu):
+    for name, words in rows(plan, gpu, host):
         fit.add_row(name, words)
-    return [shapes, memory, logits, step, fit]
+    return [shapes, memory, logits, *beside, step, fit]
+
+
+def _bytes(title: str, parts: dict[str, int], *, summed: bool) -> Table:
+    table = _table(title, "part", "GiB")
+    for name, value in parts.items():
+        table.add_row(name, f"{value / 2**30:.2f}")
+    if summed:
+        table.add_row("sum", f"{sum(parts.values()) / 2**30:.2f}")
+    return table
 
 
 def _table(title: str, *columns: str) -> Table:
