@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from kernel_cases import BACKENDS, TOLERANCE, affordable, assert_close, make_case
+from kernel_cases import BACKENDS, TOLERANCE, affordable, assert_close, make_case, memory, slow
 
 import trapo_kernels as tk
 
@@ -120,3 +120,81 @@ def test_what_does_not_go_with_a_support_is_one_line(call, line):
     with pytest.raises((TypeError, ValueError), match=re.escape(line)) as error:
         call(h, w, y)
     assert "\n" not in str(error.value)
+
+
+def ragged(ids):
+    """(ids [M], offsets [N + 1]) of padded ids [N, K]."""
+    there = ids >= 0
+    return ids[there], torch.nn.functional.pad(there.sum(1).cumsum(0), (1, 0))
+
+
+@backends
+@pytest.mark.parametrize("head", HEADS)
+def test_supports_that_are_not_padded_give_what_padded_ones_do(backend, head):
+    case, ids = case_of(backend, 100, **HEADS[head])
+    keep = (torch.arange(len(ids)) * 7) % 100 + 1  # sizes of all kinds
+    ids = ids.masked_fill((torch.arange(100) >= keep[:, None]) & (ids != case.targets[:, None]), -1)
+    sizes = (ids >= 0).sum(1)
+    assert slow(backend) or (sizes.min() == 0 and (sizes > 64).any() and ((sizes > 0) & (sizes < 17)).any())
+    results = []
+    for support in (ids, ragged(ids)):
+        params = [t.detach().requires_grad_() for t in case.params()]
+        out = tk.linear_policy_loss(
+            params[0], params[1], case.targets, OBJECTIVE, bias=params[2] if len(params) > 2 else None, support=support,
+            backend=backend, **case.inputs, **case.head,
+        )  # fmt: skip
+        results.append([out.logprobs, out.entropy, out.loss, *torch.autograd.grad(out.loss, params)])
+    for padded, found in zip(*results, strict=True):
+        assert_close(found, padded, 1e-5, "ragged")
+
+
+def test_padding_does_not_grow_with_the_widest_support():
+    n, vocab = 256, 8192
+    hidden, weight = torch.randn(n, 4), torch.randn(vocab, 4)
+    sizes = torch.where(torch.arange(n) == 3, vocab // 2, 2)
+    offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+    ids = torch.cat([torch.arange(int(size)) for size in sizes])
+    used = memory(lambda: tk.linear_logprobs(hidden, weight, torch.zeros(n, dtype=torch.int64), support=(ids, offsets)))
+    assert used.largest < n * vocab // 2 * 4  # of one padded to the widest, in 32 bits
+
+
+@pytest.mark.parametrize(
+    ("support", "message"),
+    [
+        (
+            (torch.zeros(3, dtype=torch.int64),),
+            r"support must be ids \[..., K\] or \(ids \[M\], offsets \[N \+ 1\]\), int64",
+        ),
+        ((torch.zeros(3), torch.tensor([0, 1, 3])), "support must be ids"),
+        (
+            (torch.zeros(3, dtype=torch.int64), torch.tensor([0, 3])),
+            r"support must have ids \[M\] and offsets \[3\] for 2",
+        ),
+        (
+            (torch.zeros(3, dtype=torch.int64), torch.tensor([0, 4, 3])),
+            "support must have offsets that rise from 0 to M=3",
+        ),
+        (
+            (torch.zeros(3, dtype=torch.int64), torch.tensor([0, 1, 2])),
+            "support must have offsets that rise from 0 to M=3",
+        ),
+        ((torch.full((2,), 9), torch.tensor([0, 1, 2])), "support: ids must be int64 in"),
+        (
+            (torch.ones(2, dtype=torch.int64), torch.tensor([0, 1, 2])),
+            "targets must be among the ids of their support; got",
+        ),
+    ],
+)
+def test_what_is_no_support_of_the_tokens_is_named(support, message):
+    with pytest.raises((TypeError, ValueError), match="linear_logprobs: " + message):
+        tk.linear_logprobs(torch.zeros(2, 4), torch.zeros(9, 4), torch.zeros(2, dtype=torch.int64), support=support)
+
+
+def test_no_token_at_all_has_a_support_too():
+    none = torch.zeros(0, dtype=torch.int64)
+    hidden = torch.zeros(0, 4, requires_grad=True)
+    found = tk.linear_logprobs(
+        hidden, torch.zeros(9, 4), none, entropy=True, support=(none, torch.zeros(1, dtype=torch.int64))
+    )
+    assert found.logprobs.shape == found.entropy.shape == (0,)
+    found.logprobs.sum().backward()

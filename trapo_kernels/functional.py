@@ -49,7 +49,7 @@ def linear_logprobs(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     entropy: bool = False,
-    support: Tensor | None = None,
+    support: Tensor | tuple[Tensor, Tensor] | None = None,
     lora: tuple[Tensor, Tensor, float] | None = None,
     backend: str | None = None,
     group: Any = None,
@@ -70,8 +70,8 @@ def linear_logprobs(
             sequence, of constants, where there is no bias and no soft-cap; on a device one not above 0 gives NaN.
         entropy: also return the entropy of each token's distribution.
         support: [..., K] int64, ids that the token was sampled from (top-k, top-p, min-p), its target among them; -1
-            for none. The distribution is the one over these ids; of a token without any it is over all. Not with a
-            group.
+            for none; or (ids [M], offsets [N + 1]) of the N tokens, where sizes differ. The distribution is the one
+            over these ids; of a token without any it is over all. Not with a group.
         lora: (A [r, D], B [V, r], scale): the head is W + scale · B A, which is not made; beside a frozen weight there
             is no GEMM for a gradient of its size. A and B may be float32 beside 16-bit hidden states. Not with a group;
             under torch.compile, with a support and for backend="reference" the weight is copied.
@@ -210,7 +210,7 @@ def linear_policy_loss(
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
-    support: Tensor | None = None,
+    support: Tensor | tuple[Tensor, Tensor] | None = None,
     lora: tuple[Tensor, Tensor, float] | None = None,
     grad_tolerance: float = 0.0,
     weight_grad: Tensor | None = None,

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ..arguments import validate
 from ..arguments.graph import refuse_in_graph
-from ..arguments.temperatures import into_hidden
+from ..arguments.temperatures import head_of
 from ..batch import PolicyLoss
 from ..call import call_of_linear
 from ..paths import batch_of_logprobs, from_values, values_of_targets
 from .logprobs import linear_support_logprobs
+from .ragged import of_similar_size
 
 __all__ = ["logprobs_in", "policy_loss_in", "refuse_beside"]
 
@@ -94,10 +95,11 @@ def logprobs_in(
             device its log-probability is NaN.
     """
     refuse_in_graph(caller, "support", support)
-    hidden, left = into_hidden(caller, hidden, temperature, bias, softcap)
-    head = validate.check_head(
-        caller, temperature=left, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
-    )
+    options: dict[str, Any] = {"softcap": softcap, "logit_scale": logit_scale}
+    hidden, head = head_of(caller, hidden, temperature, bias, ignore_index=ignore_index, **options)
+    options |= {"bias": bias, "temperature": head.temperature, "entropy": entropy, "backend": backend}
+    if isinstance(support, (tuple, list)):
+        return _by_size(caller, hidden, weight, targets, support, mask, ignore_index=ignore_index, **options)
     call = call_of_linear(caller, head, hidden, weight, bias, targets, backend)
     validate.check_ids(f"{caller}: support", support, hidden, call.columns)
     counts = targets != head.ignore_index
@@ -111,10 +113,7 @@ def logprobs_in(
             f"{caller}: targets must be among the ids of their support; got {int(outside.sum())} that are not"
         )
     inside = counts & some
-    of_ids = linear_support_logprobs(
-        hidden, weight, support, restrict=True, mask=inside, entropy=entropy, bias=bias, temperature=left,
-        softcap=softcap, logit_scale=logit_scale, backend=backend,
-    )  # fmt: skip
+    of_ids = linear_support_logprobs(hidden, weight, support, restrict=True, mask=inside, **options)
     place = found.int().argmax(-1, keepdim=True)
     logprobs = of_ids.logprobs.gather(-1, place).squeeze(-1).masked_fill(~inside, 0)
     logprobs = logprobs.masked_fill(outside, torch.nan)
@@ -125,3 +124,37 @@ def logprobs_in(
         return logprobs, None
     of_whole = selection.spread(values.entropy).reshape(targets.shape)
     return logprobs, of_ids.entropy.masked_fill(~inside, 0) + of_whole
+
+
+def _by_size(
+    caller: str,
+    hidden: Any,
+    weight: Any,
+    targets: Any,
+    support: Any,
+    mask: Any,
+    *,
+    entropy: bool,
+    bias: Any,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Returns what `logprobs_in` does of supports that are not padded, some tokens of similar sizes at a time."""
+    validate.check_linear(caller, *validate.under_autocast(hidden, weight, bias))
+    validate.check_targets(caller, targets, "hidden", hidden)
+    if mask is not None:
+        mask = validate.check_token_inputs(caller, targets, {}, {"mask": mask})[1]["mask"].reshape(-1)
+    states, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    found: list[Tensor] | None = None
+    for rows, ids in of_similar_size(caller, support, targets):
+        each = logprobs_in(
+            caller, states[rows], weight, flat[rows], ids, mask=None if mask is None else mask[rows], entropy=entropy,
+            bias=bias, **options,
+        )  # fmt: skip
+        some = [t for t in each if t is not None]
+        found = [t.new_zeros(flat.shape) for t in some] if found is None else found
+        found = [whole.index_copy(0, rows, t) for whole, t in zip(found, some, strict=True)]
+    if found is None:  # no token
+        zero = states.sum(-1) * 0
+        found = [zero, zero][: 1 + entropy]
+    logprobs, *others = (t.reshape(targets.shape) for t in found)
+    return logprobs, others[0] if others else None
