@@ -178,6 +178,7 @@ def kept_sequences(o: Objective, t: Tokens) -> Tensor:
     if sampled is None:  # the policy itself
         return torch.ones_like(logprobs)
     assert t.sequences is not None
+    assert o.off_policy_mask is not None
     inside = t.own_tokens
     drift = torch.where(inside, (sampled - logprobs).nan_to_num(nan=0), 0)
     mean = t.sequences.total(drift) / t.sequences.total(inside.to(drift.dtype)).clamp(min=1)

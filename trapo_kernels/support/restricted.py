@@ -141,8 +141,8 @@ def _by_size(
     """Returns what `logprobs_in` does of supports that are not padded, some tokens of similar sizes at a time."""
     validate.check_linear(caller, *validate.under_autocast(hidden, weight, bias))
     validate.check_targets(caller, targets, "hidden", hidden)
-    if mask is not None:
-        mask = validate.check_token_inputs(caller, targets, {}, {"mask": mask})[1]["mask"].reshape(-1)
+    checked = validate.check_token_inputs(caller, targets, {}, {"mask": mask})[1]["mask"]
+    mask = None if checked is None else checked.reshape(-1)
     states, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     found: list[Tensor] | None = None
     for rows, ids in of_similar_size(caller, support, targets):
