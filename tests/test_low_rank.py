@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from kernel_cases import (
     gemms,
     make_case,
     memory,
+    slow,
 )
 
 import trapo_kernels as tk
@@ -47,9 +49,15 @@ def loss_of(case, hidden, weight, objective, backend, bias=None, **options):
     return tk.linear_policy_loss(hidden, weight, case.targets, objective, bias=bias, backend=backend, **arguments)
 
 
-@backends
+def heads_and_backends():
+    """All; where a row takes 10 ms, the head with options is in the slow suite, as test_conformance.py has it."""
+    for head, backend in product(("plain", "all"), BACKENDS):
+        marks = [pytest.mark.slow] if slow(backend) and head == "all" else []
+        yield pytest.param(head, backend, marks=marks, id=f"{head}-{backend}")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head", ["plain", "all"])
+@pytest.mark.parametrize(("head", "backend"), heads_and_backends())
 def test_a_loss_and_its_gradients_are_those_of_the_merged_head(backend, dtype, head):
     case, a, b = case_of(backend, dtype=dtype, **HEADS[head])
     params = [t.detach().requires_grad_() for t in (case.hidden, a, b)]
