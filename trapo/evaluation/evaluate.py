@@ -233,7 +233,8 @@ def evaluate(
         completions = engine.generate(requests, temperature=temperature or 0.0, seed=derive_seed(seed, *places[:1]))
         texts = [decode_text(tokenizer, c.token_ids) for c in completions]
         rewards = score_texts(pool, texts, [p.problem for p, _ in asked])
-        rows = [_row(p, *found) for (p, _), *found in zip(asked, texts, rewards, completions, strict=True)]
+        parts = zip(asked, texts, rewards, completions, strict=True)
+        rows = [_row(p, text, reward, completion) for (p, _), text, reward, completion in parts]
         return {i: rows[n * samples : (n + 1) * samples] for n, i in enumerate(places)}
 
     found = answers.load() if answers is not None else {}
