@@ -17,8 +17,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,15 +60,21 @@ def table(
     providers: Sequence[Provider] = PROVIDERS,
     dtype: str = "fp32",
     timing: bool = False,
+    beside: str | None = None,
 ) -> dict[str, Any]:
     """Returns a table for each shape, under a name that says what else it depends on."""
     threads = torch.get_num_threads()
     suffix = f"{dtype}, {threads} thread{'s' * (threads > 1)}, {cpu_name()}"
-    return {f"{shape}, {suffix}": _one_shape(shape, rounds, providers, dtype, timing) for shape in shapes}
+    return {f"{shape}, {suffix}": _one_shape(shape, rounds, providers, dtype, timing, beside) for shape in shapes}
 
 
 def _one_shape(
-    shape: Shape, rounds: int, providers: Sequence[Provider], dtype: str = "fp32", timing: bool = False
+    shape: Shape,
+    rounds: int,
+    providers: Sequence[Provider],
+    dtype: str = "fp32",
+    timing: bool = False,
+    beside: str | None = None,
 ) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         inputs = write_inputs(shape, Path(folder), DTYPES[dtype])
@@ -76,10 +86,13 @@ def _one_shape(
             threads = torch.get_num_threads()
             workers.append(Worker(provider, inputs, expected.get(provider.gives), threads, memory=not timing))
         able = [w for w in workers if not w.failed]
-        for turn in range(rounds):
-            print(f"{shape}: round {turn + 1} of {rounds}", flush=True)
-            for worker in able:
-                worker.time()
+        with _running(beside) as over:
+            for turn in range(rounds):
+                if turn and over():
+                    break
+                print(f"{shape}: round {turn + 1} of {rounds}", flush=True)
+                for worker in able:
+                    worker.time()
         for worker in able:
             worker.stop()
     base = min(next(w for w in able if w.provider.name == FLOOR).seconds)
@@ -89,7 +102,22 @@ def _one_shape(
         if not w.failed:
             row |= {"seconds": min(w.seconds), "ratio": min(w.seconds) / base, "all_seconds": w.seconds}
         rows.append(row)
-    return {"rounds": rounds, "machine": machine(), "rows": rows}
+    return {"rounds": max(len(w.seconds) for w in able), "machine": machine(), "rows": rows}
+
+
+@contextmanager
+def _running(command: str | None) -> Iterator[Callable[[], bool]]:
+    """Runs a command, and yields what says whether it has ended."""
+    if command is None:
+        yield lambda: False
+        return
+    process = subprocess.Popen(shlex.split(command))
+    time.sleep(2)  # until it is at work
+    try:
+        yield lambda: process.poll() is not None
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def _in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -264,7 +292,8 @@ def _table_row(row: dict[str, Any]) -> str:
 
 
 def _megabytes(row: dict[str, Any]) -> str:
-    return f"{row['extra_mb']:.0f}" if "extra_mb" in row else ""
+    without_gradients = row["gives"] == "values" or row["provider"] == "one bare GEMM"  # which are subtracted
+    return f"{row['extra_mb']:.0f}" if "extra_mb" in row and not without_gradients else ""
 
 
 def plot() -> None:
@@ -305,6 +334,9 @@ def main() -> None:
     parser.add_argument("--provider", action="append", help="of the table; default: all")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the table's head")
     parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument(
+        "--beside", help="a command that runs beside the rounds, which end with it: one that stops others"
+    )
     parser.add_argument("--timing", action="store_true", help="neither memory nor errors")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -315,7 +347,7 @@ def main() -> None:
     everything = arguments.part == "all"
     if everything or arguments.part == "table":
         for shape in shapes:
-            found = table([shape], arguments.rounds, providers, arguments.dtype, arguments.timing)
+            found = table([shape], arguments.rounds, providers, arguments.dtype, arguments.timing, arguments.beside)
             save("table", found, keep_keys=True)
     if everything or arguments.part == "savings":
         save("savings", savings(), keep_keys=True)
