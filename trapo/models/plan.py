@@ -162,8 +162,10 @@ def make_plan(
     if head_trained and precision != "float32":
         memory["fp32 sum of the head's gradient"] = 4 * head_size
     kept = around.kv_bytes(built, torch.bfloat16)
-    more = {"host": host, "engine": engine, "traffic": traffic, "rollout": rollout}
-    return Plan(model.path, ranks, total, trained, weights, memory, logits, step, flops, kept, **more)
+    return Plan(
+        model.path, ranks, total, trained, weights, memory, logits, step, flops, kept,
+        host=host, engine=engine, traffic=traffic, rollout=rollout,
+    )  # fmt: skip
 
 
 def _precision(train: TrainConfig) -> str:
