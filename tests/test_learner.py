@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from trapo.data.encode import EncodedProblem
 from trapo.data.problem import Problem
 from trapo.errors import TrapoError
 from trapo.models.checkpointing import enable_checkpointing
-from trapo.models.optimizer import lr_factor
+from trapo.models.optimizer import clip_gradients, lr_factor
 from trapo.report.metrics import ProbabilityHistogram
 from trapo.rollouts import Rollout
 from trapo.trainer import make_learner
@@ -361,3 +362,30 @@ def test_micro_batches_add_the_heads_gradient_in_place_where_it_is_multiplied_in
     for name, weight in model.named_parameters():
         moved, wanted = added[name] - weight, expected[name] - weight
         assert torch.nn.functional.cosine_similarity(moved.flatten(), wanted.flatten(), 0) > 0.98, name
+
+
+@pytest.mark.parametrize("limit", [1e-7, 1e-3, 0.5, 0.9995, 1.0, 1.0005, 2.0, math.inf])
+def test_gradients_are_clipped_to_the_bit_as_by_torch_and_left_alone_within_the_limit(limit):
+    def weights(scale=1.0):
+        made = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3, 5), (7,), (2, 2))]
+        generator = torch.Generator().manual_seed(0)
+        for p in made[:2]:  # the last has no gradient
+            p.grad = torch.randn(p.shape, generator=generator)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in made[:2]])
+        for p in made[:2]:
+            p.grad.mul_(scale / norm)
+        return made
+
+    ours, torchs = weights(), weights()
+    versions = [p.grad._version for p in ours[:2]]
+    norm = clip_gradients(ours, limit)
+    assert norm == float(torch.nn.utils.clip_grad_norm_(torchs, limit))
+    assert all(a.grad.equal(b.grad) for a, b in zip(ours[:2], torchs[:2], strict=True))
+    assert (versions == [p.grad._version for p in ours[:2]]) == (limit > 1.01)
+
+
+def test_gradients_that_are_not_finite_are_left_alone():
+    p = torch.nn.Parameter(torch.zeros(3))
+    p.grad = torch.tensor([1.0, math.inf, 2.0])
+    assert clip_gradients([p], 1.0) == math.inf
+    assert p.grad.tolist() == [1.0, math.inf, 2.0]

@@ -44,9 +44,9 @@ from trapo.distillation import Tutor
 from trapo.models import agreement, prefix_tree
 from trapo.models.checkpointing import prepare_checkpointing
 from trapo.models.loading import head_of
-from trapo.models.optimizer import Gradients, Kept, Schedule, main_grad, make_optimizer
+from trapo.models.optimizer import Gradients, Kept, Schedule, clip_gradients, main_grad, make_optimizer
 from trapo.models.precision import compute_in, resolve
-from trapo.models.sharding import as_forward, is_sharded, load_shards, reshard, scatter_optimizer_state, whole
+from trapo.models.sharding import as_forward, is_sharded, load_shards, reshard, scatter_optimizer_state
 from trapo.report.metrics import ProbabilityHistogram, added_up, finite_or_none, merged_metrics
 from trapo.rollouts import Rollout
 from trapo.runs.ranks import ALONE, Ranks
@@ -438,10 +438,8 @@ class Learner:
         """Clip and step (of two optimizers, keep the gradients until both can; what is to be mixed, unclipped); what is
         not finite changes nothing. Returns the norm before clipping, NaN where the loss is not finite."""
         limit = math.inf if self.apart else self.optim.grad_clip or math.inf
-        if self.ranks.any(not math.isfinite(loss)):
-            norm = math.nan
-        else:
-            norm = float(whole(torch.nn.utils.clip_grad_norm_(self.parameters, limit)))
+        bad = self.ranks.any(not math.isfinite(loss))
+        norm = math.nan if bad else clip_gradients(self.parameters, limit)
         if math.isfinite(norm) and self.expert_schedule is None and not self.apart:
             self.optimizer.step()
         elif math.isfinite(norm):

@@ -65,11 +65,21 @@ class Kept:
             for p, gradient in zip(self.parameters, gradients, strict=True):
                 p.grad = gradient
             if clip is not None:
-                norms[region] = float(whole(torch.nn.utils.clip_grad_norm_(self.parameters, clip)))
+                norms[region] = clip_gradients(self.parameters, clip)
             optimizers[region].step()
             optimizers[region].zero_grad(set_to_none=True)
         self.gradients = {}
         return norms
+
+
+def clip_gradients(parameters: Sequence[torch.nn.Parameter], limit: float) -> float:
+    """Scales the gradients to a norm of at most `limit`, as torch's clip_grad_norm_ does, and returns the norm before;
+    gradients well within the limit, or that are not finite, are left alone, where torch writes all once more."""
+    total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = float(whole(total))
+    if math.isfinite(norm) and norm + 2e-6 > limit * 0.999:  # torch adds 1e-6 to the norm: near the limit it decides
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
+    return norm
 
 
 def main_grad(model: PreTrainedModel, weight: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor | None:
