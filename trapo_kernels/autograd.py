@@ -217,16 +217,16 @@ class StreamedLogprobs(torch.autograd.Function):
         return None, None, *finish_all(source.gradients(), params, None)
 
 
-def _round_once(loop: stream.Loop, params: Params, factor: float) -> bool:
-    """Makes the gradient of the weight bf16 from the start where it can be, and all gradients multiplied by `factor`;
-    returns whether it did."""
+def _round_once(loop: stream.Loop, params: Params, normalizer: Tensor) -> bool:
+    """Makes the gradient of the weight bf16 from the start where it can be, and all gradients divided by `normalizer`,
+    which is looked at where that can be alone; returns whether it did."""
     source, passes = loop.source, loop.own_passes
     if not isinstance(source, LinearSource) or passes is None or not passes.rounds_once or source.d_weight is None:
         return False
     same = source.operands == torch.bfloat16 and params[1] is not None and params[1].dtype == source.operands
-    if not same or source.into is not None or source.tolerance:
+    if not same or source.into is not None or source.tolerance or not normalizer > 0:
         return False
-    source.round_once(factor)
+    source.round_once(1 / float(normalizer))
     return True
 
 
@@ -243,8 +243,8 @@ def run_loss(
         stats = job.forward_only(params, Ask(True, batch.objective.reads_logit, extras))
         return batch.flat(stats, extras), source.gradients(), None, False
     divided = False
-    if divide and not extras.values and not batch.objective.reads_logit and batch.normalizer > 0:
-        divided = _round_once(loop, params, 1 / float(batch.normalizer))
+    if divide and not extras.values and not batch.objective.reads_logit:
+        divided = _round_once(loop, params, batch.normalizer)
     stats = stream.forward(
         loop,
         entropy=True,
