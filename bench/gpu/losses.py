@@ -113,7 +113,8 @@ def _forward(name: str, logprobs: Callable[[Case], Any], absent: str | None) -> 
 
 def jobs(device: str) -> Iterator[Job]:
     """Yields a job for everybody: those that start fast, then forward only, then those that compile for long."""
-    everybody = sorted(on(device), key=lambda p: p.name in SLOW_TO_START)
+    with_gradients = (p for p in on(device) if p.gives != "values")  # forwards alone have their own jobs here
+    everybody = sorted(with_gradients, key=lambda p: p.name in SLOW_TO_START)
     yield from (_both(p) for p in everybody if p.name not in SLOW_TO_START)
     for name, backend in tk.backends().items():
         if backend.device in (None, device) and name != "reference":
