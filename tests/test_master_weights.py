@@ -70,7 +70,12 @@ def test_the_gradient_of_the_head_is_not_rounded_to_16_bits(backend):
     assert not torch.equal(weight.grad, weight.grad.bfloat16().float())
     narrow = weight.detach().bfloat16().requires_grad_()
     tk.linear_policy_loss(hidden.detach(), narrow, targets, tk.Objective.sft(), backend=backend).loss.backward()
-    assert torch.equal(weight.grad.bfloat16(), narrow.grad)  # the same sums, rounded
+    if backend == "torch":
+        assert torch.equal(weight.grad.bfloat16(), narrow.grad)  # the same sums, rounded
+    else:  # the slopes that it sums are divided before they are rounded
+        difference = weight.grad - narrow.grad
+        assert difference.abs().max() <= 2**-7 * weight.grad.abs().max()
+        assert difference.norm() <= 2**-8 * weight.grad.norm()
 
 
 ids, teacher = torch.arange(4).expand(N, 4), torch.full((N, 4), -2.0)

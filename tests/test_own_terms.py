@@ -80,7 +80,7 @@ def test_the_examples_of_the_documentation_run(backend, capsys):
     case = sequence_case(b=affordable(backend, 8), dtype=torch.float32)
     names = {"hidden": case.hidden, "weight": case.weight, "targets": case.targets, **case.inputs}
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 8
     tk.set_backend(backend)
     try:
         objectives = []

@@ -96,8 +96,10 @@ def test_a_loss_waits_once_and_its_backward_never(backend, objective, options):
             )
         )  # fmt: skip
 
-    assert len(waits(forward)) == 1
-    assert waits(lambda: out[0].loss.backward()) == []
+    # The CPU's kernels divide by numbers, which they read from the host's memory.
+    read = {"_local_scalar_dense"} if backend == "cpu" else set()
+    assert len([wait for wait in waits(forward) if wait not in read]) == 1
+    assert set(waits(lambda: out[0].loss.backward())) <= read
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
