@@ -32,8 +32,7 @@ from trapo.batching import (
     loss_tokens,
     own_part,
     pack,
-    refuse_unsampled,
-    set_behaviour,
+    set_logprobs,
     share,
     shuffled_parts,
     supports_of,
@@ -51,7 +50,6 @@ from trapo.report.metrics import ProbabilityHistogram, added_up, finite_or_none,
 from trapo.rollouts import Rollout
 from trapo.runs.ranks import ALONE, Ranks
 from trapo.settings.groups import OptimConfig, TrainConfig
-from trapo.settings.objective import expert_reads, reads_behaviour
 from trapo.tools.timing import StepTimer
 from trapo_kernels.integrations.transformers import LinearHead
 
@@ -260,32 +258,11 @@ class Learner:
             self.tutor.loss(hidden[batch.mask], head, group.rollouts, known, normalizer=1.0, by_sequence=False)
         return self.tutor.take()
 
-    def _set_logprobs(
-        self, rollouts: Sequence[Rollout], objective: tk.Objective, *, updates: int, timer: StepTimer
-    ) -> list[str]:
-        """Give the rollouts the log-probabilities that the loss needs beside the model's; returns the fields' names."""
-        own, compared, behaviour = [r for r in rollouts if r.own_ids], [], reads_behaviour(objective)
-        # Those of expert tokens are the model's own here, where the term (LCO-KLD) does not want their writer's.
-        with_old = rollouts if "old_logprobs" in expert_reads(objective) and not behaviour else own
-        for rollout in rollouts:
-            rollout.old_logprobs = rollout.ref_logprobs = None
-        # After the first step the policy is no longer the one that generated.
-        if (updates > 1 and with_old) or (behaviour and own):
-            with timer.part("logprobs"):
-                for rollout, row in zip(with_old, self._logprobs(self.model, with_old), strict=True):
-                    rollout.old_logprobs = row
-            compared.append("old_logprobs")
-        if behaviour:
-            compared = [set_behaviour(rollouts)]
-        if "ref_logprobs" in objective.needs and self.reference is not None:
-            with timer.part("logprobs"):
-                for rollout, row in zip(rollouts, self._logprobs(self.reference, rollouts), strict=True):
-                    rollout.ref_logprobs = row
-            compared.append("ref_logprobs")
-        if "rollout_logprobs" in objective.needs and own:
-            refuse_unsampled(own)
-            compared.append("rollout_logprobs")
-        return compared
+    def _set_logprobs(self, rollouts: Sequence[Rollout], objective: tk.Objective, **how: Any) -> list[str]:
+        """Gives the rollouts the log-probabilities that the loss needs beside the model's; returns their fields."""
+        reference = None if self.reference is None else functools.partial(self._logprobs, self.reference)
+        model = functools.partial(self._logprobs, self.model)
+        return set_logprobs(rollouts, objective, model=model, reference=reference, **how)
 
     def state_dict(self) -> dict[str, object]:
         """Returns the state of optimizers and schedules; of a sharded model without the optimizers': see

@@ -45,6 +45,7 @@ class Rollout:
     # Log-probabilities that the trained model's are compared with.
     rollout_logprobs: tuple[float, ...] | None = None  # the engine's of own_ids, as sampled; None: it gives none
     supports: tuple[tuple[int, ...], ...] | None = None  # the ids that own_ids were sampled from; None: from all
+    behind: bool = False  # sampled before the last update; its ratios are to rollout_logprobs
     old_logprobs: torch.Tensor | None = None  # [len − 1] fp32 of all targets, before the update; set by Learner.update
     ref_logprobs: torch.Tensor | None = None  # [len − 1] fp32, the reference model's; set by Learner.update
 

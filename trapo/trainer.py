@@ -40,6 +40,7 @@ from trapo.models import lora
 from trapo.models.finite import refuse_not_finite
 from trapo.models.loading import check_positions, load_reference, load_trained
 from trapo.modes import Course, Phase, phases
+from trapo.modes.drawing import Ahead, draw
 from trapo.report.display import Display
 from trapo.report.loggers import Loggers, check_loggers
 from trapo.report.rollout_log import RolloutLog
@@ -48,7 +49,7 @@ from trapo.report.summary import summarise
 from trapo.report.write import write_report
 from trapo.rewards import Reward
 from trapo.rewards.scoring import FailureNotes, make_pool, score_texts
-from trapo.rollouts import Rollout, assign_advantages, collect
+from trapo.rollouts import Rollout
 from trapo.runs.checkpoint import Checkpoint
 from trapo.runs.inputs import fingerprints
 from trapo.runs.ranks import ALONE, Ranks, Scorer, SharedRewards, joined
@@ -77,42 +78,30 @@ def train_step(
     timer: StepTimer | None = None,
     drawing: AbstractContextManager[None] | None = None,
     drawn: Callable[[list[Rollout]], None] | None = None,
+    ahead: Ahead | None = None,
 ) -> tuple[list[Rollout], Update]:
     """Runs the algorithm once: draw the rollouts of these problems, give them advantages, update the model once.
 
     It returns the rollouts and what the update did. The engine has the old weights still: `engine.sync` is the
     caller's, who may want to look at the new ones first.
-    drawing: a context to draw in. drawn: told of the rollouts before the update; it may change them.
+    drawing: a context to draw in. drawn: told of the rollouts before the update; it may change them. ahead: has drawn
+    them already, and draws the next step's while the update runs.
     """
-    timer = timer or StepTimer()
-
-    def draw() -> list[Rollout]:
-        # Micro-group by micro-group: a prompt's later rollouts continue an expert prefix where its earlier ones failed
-        drawn = collect(
-            problems,
-            phase.schedule,
-            engine,
-            score if phase.needs_rewards else None,
-            temperature=temperature,
-            max_response_tokens=max_response_tokens,
-            seed=seed,
-            timer=timer,
-        )
-        if phase.needs_rewards:
-            assign_advantages(drawn, baseline, phase.std, phase.grouping)
-        return drawn
+    timer, ahead = timer or StepTimer(), ahead or Ahead()
+    options: dict[str, Any] = {"baseline": baseline, "temperature": temperature, "seed": seed, "timer": timer}
+    fresh = functools.partial(draw, problems, phase, engine, score, max_response_tokens=max_response_tokens, **options)
 
     def again() -> list[Rollout]:  # of the weights that there are then
         engine.sync(learner.model)
-        return draw()
+        return fresh()
 
     with drawing or nullcontext():
-        rollouts = draw()
+        rollouts = ahead.drawn or fresh()
     if drawn is not None:
         drawn(rollouts)
     with timer.part("sync"):
         engine.rest()
-    with timer.part("update"):
+    with ahead.meanwhile(timer), timer.part("update"):
         # The expert term on prefixes, the policy term on the model's own tokens: one fused loss.
         trained = [r for r in rollouts if r.trained]
         if phase.weigh is not None:
@@ -225,7 +214,7 @@ class Trainer:
         ranks: Ranks = ALONE,
     ) -> None:
         self.config, self.run_dir, self.pool = config, run_dir, pool
-        self.course = Course(plan, config.train.steps)
+        self.course, self.ahead = Course(plan, config.train.steps), Ahead(config.rollout.ahead > 0, ranks.world)
         self.stop, self.ranks = stop, ranks
         log = functools.partial(console.print, markup=False, highlight=False)
         self.failures = FailureNotes(log)
@@ -263,6 +252,7 @@ class Trainer:
                 self.learner.load_state_dict(state["learner"], resume_from.shards)
                 if (memory := self.course.at(self.step)[0].memory) is not None:
                     memory.load_state_dict(state["memory"], {p.name: p for p in self.train_set})
+                self.ahead.load_state_dict(state, self._problems(*self.course.at(self.step)))
             self.seconds_before = state["seconds"]
         self._write_in(run_dir, eval_set, load_prior(config.eval.prior, config.data, self.tokenizer, log))
         self.started = time.monotonic()
@@ -369,19 +359,19 @@ class Trainer:
         seed = derive_seed(self.config.seed, "step", number)
         started = time.monotonic()
         lr = self.learner.lr
+        self.ahead.next = self._draw_next(phase, number + 1)
         rollouts, update = train_step(
             self._problems(phase, number),
             phase.at(number),
             self.engine,
             self._score,
             self.learner,
-            baseline=self.config.advantage.baseline,
-            temperature=self.config.rollout.temperature,
-            max_response_tokens=self.config.rollout.max_response_tokens,
+            **self._drawing,
             seed=seed,
             timer=self.timer,
             drawing=self.stop.abandonable(),
             drawn=functools.partial(self._note_rollouts, phase, seed),
+            ahead=self.ahead,
         )
         refuse_not_finite(self.model, self.ranks, self.step + 1, self.saver.step, trained=True)
         with self.timer.part("sync"):
@@ -390,6 +380,22 @@ class Trainer:
         row = training_row(self.step + 1, phase, rollouts, update, lr=lr, engine_mismatch=mismatch)
         took, left = time.monotonic() - started, self.config.train.steps - self.step - 1
         return row | self.clock.row(rollouts, update, took=took, seconds=self.seconds, steps_left=left)
+
+    @property
+    def _drawing(self) -> dict[str, Any]:
+        """Returns what every drawing of rollouts is told."""
+        rollout = self.config.rollout
+        options = {"temperature": rollout.temperature, "max_response_tokens": rollout.max_response_tokens}
+        return {"baseline": self.config.advantage.baseline, **options}
+
+    def _draw_next(self, phase: Phase, number: int) -> Callable[[], list[Rollout]] | None:
+        """Returns what draws the rollouts of the step of this number ahead; None where the step does it itself. A phase
+        begins with rollouts of its own."""
+        if not self.config.rollout.ahead or not phase.schedule.generates or number >= phase.steps:
+            return None
+        seed, problems = derive_seed(self.config.seed, "step", number), self._problems(phase, number)
+        asked = (problems, phase.at(number), self.engine, self._score)
+        return functools.partial(draw, *asked, **self._drawing, seed=seed)
 
     def _problems(self, phase: Phase, number: int) -> list[EncodedProblem]:
         """Returns the problems of the step of this number of a phase."""
@@ -428,7 +434,7 @@ class Trainer:
         display.status("saving")
         memory = self.course.at(self.step)[0].memory
         more = {} if memory is None else {"memory": memory.state_dict()}
-        self.saver.save(self.step, self.seconds, display.note, must=must, more=more)
+        self.saver.save(self.step, self.seconds, display.note, must=must, more=more | self.ahead.state_dict())
 
     def finish(self) -> dict[str, Any]:
         """Write the final model, the report and, last of all, the summary."""

@@ -1,5 +1,6 @@
 """This folder turns rollouts into what an update computes: micro-batches (micro_batches.py), their tensors (batch.py),
-what counts in them (counting.py), and what their losses are divided by (divisors.py)."""
+the log-probabilities that they are compared with (compared.py), what counts in them (counting.py), and what their
+losses are divided by (divisors.py)."""
 
 from __future__ import annotations
 
@@ -9,12 +10,11 @@ from trapo.batching.batch import (
     filler,
     layout,
     pack,
-    refuse_unsampled,
-    set_behaviour,
     share,
     supports_of,
     target_logprobs,
 )
+from trapo.batching.compared import set_logprobs
 from trapo.batching.counting import expert_part, has_gradient, loss_tokens, own_part
 from trapo.batching.divisors import Divisors, divisors, with_entropy_mean
 from trapo.batching.micro_batches import Group, groups, is_packed, micro_batches, packs, shuffled_parts
@@ -36,8 +36,7 @@ __all__ = [
     "own_part",
     "pack",
     "packs",
-    "refuse_unsampled",
-    "set_behaviour",
+    "set_logprobs",
     "share",
     "shuffled_parts",
     "supports_of",

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from trapo.errors import TrapoError
 from trapo.models import prefix_tree
 from trapo.rollouts import Rollout
 
@@ -178,31 +177,6 @@ def supports_of(batch: Batch, rollouts: Sequence[Rollout]) -> torch.Tensor | Non
         for place, ids in enumerate(rollout.supports or ()):
             own[place, : len(ids)] = torch.tensor(ids)
     return found.to(batch.targets.device, non_blocking=True)
-
-
-def set_behaviour(rollouts: Sequence[Rollout]) -> str:
-    """Gives the prefixes of rollouts what the traces' writer gave their tokens; returns the name of the field."""
-    for rollout in rollouts:
-        _set_behaviour(rollout)
-    return "old_logprobs"
-
-
-def _set_behaviour(rollout: Rollout) -> None:
-    size, start = len(rollout.prefix_ids), len(rollout.problem.prompt_ids) - 1
-    if rollout.old_logprobs is None:
-        rollout.old_logprobs = torch.zeros(len(rollout) - 1)
-    for trace in rollout.problem.traces if size else ():
-        if trace.behaviour is not None and trace.token_ids[:size] == rollout.prefix_ids:
-            rollout.old_logprobs[start : start + size] = torch.tensor(trace.behaviour[:size])
-            return
-
-
-def refuse_unsampled(rollouts: Sequence[Rollout]) -> None:
-    """Raises TrapoError where the engine gave no log-probabilities of its tokens."""
-    if any(rollout.rollout_logprobs is None for rollout in rollouts):
-        raise TrapoError(
-            "objective.tis_cap: the engine gave no log-probabilities; accepted rollout.engine: vllm, vllm_server"
-        )
 
 
 def _advantages(rollout: Rollout) -> torch.Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from trapo.errors import TrapoError
+from trapo.modes.drawing import check_ahead
 from trapo.modes.phase import Phase
 
 if TYPE_CHECKING:
@@ -31,7 +32,9 @@ Phases = TypeVar("Phases", bound=Callable[..., "list[Phase]"])
 
 def phases(config: Config) -> list[Phase]:
     """Returns the phases of a run, in order; their steps add up to train.steps."""
-    return MODES[config.mode].phases(config)
+    made = MODES[config.mode].phases(config)
+    check_ahead(config, made)
+    return made
 
 
 def check_mode(config: Config) -> None:

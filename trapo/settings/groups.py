@@ -170,6 +170,12 @@ class RolloutConfig:
         "The mean difference, in nats, that the comparison allows; null goes by dtype (1e-3 for float32).",
         above=0,
     )
+    ahead: int = key(
+        0,
+        "1 draws the next step's rollouts while a step's update runs, so one update old; vllm_server (docs/vllm.md).",
+        least=0,
+        most=1,
+    )
     seeding: str = key(
         "call",
         "Whether a whole call has random numbers, or each request its own, as several ranks need.",
