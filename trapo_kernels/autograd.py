@@ -217,7 +217,7 @@ class StreamedLogprobs(torch.autograd.Function):
         return None, None, *finish_all(source.gradients(), params, None)
 
 
-def _round_once(loop: stream.Loop, params: Params, normalizer: Tensor) -> bool:
+def _round_once(loop: stream.Loop, params: Params, normalizer: Tensor | float) -> bool:
     """Makes the gradient of the weight bf16 from the start where it can be, and all gradients divided by `normalizer`,
     which is looked at where that can be alone; returns whether it did."""
     source, passes = loop.source, loop.own_passes
