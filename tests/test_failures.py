@@ -137,4 +137,5 @@ def test_the_parts_of_a_step_are_timed_and_add_up(run, tmp_path):
     assert all(seconds > 0 for seconds in parts)
     assert 0.8 * row["seconds_step"] < sum(parts) <= row["seconds_step"]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["seconds_by_part"].keys() == {"generate", "reward", "logprobs", "update", "sync"}
+    steps = {"generate", "reward", "logprobs", "update", "sync"}
+    assert summary["seconds_by_part"].keys() == {*steps, "evaluate", "save"}

@@ -97,6 +97,23 @@ def test_the_parts_of_a_steps_time_add_up_to_the_step(tmp_path):
     assert [sum(values) for values in zip(*drawn.values(), strict=True)] == [r["seconds_step"] for r in steps]
 
 
+def test_the_time_between_steps_has_its_parts_and_a_run_its_sums(tmp_path):
+    steps = [full_row(1) | {"seconds_evaluate": 4.0, "seconds_sync": 1.0}, full_row(2) | {"seconds_sync": 2.0}]
+    by_part = {"generate": 10.0, "update": 15.0, "evaluate": 9.0, "save": 0.0}
+    done = write_run(tmp_path / "done", steps)
+    (done / "summary.json").write_text(
+        json.dumps({"mode": "trapo", "model": "m", "steps": 2, "seconds": 40, "seconds_by_part": by_part})
+    )
+    figures = figures_in(write_report(done))
+    assert lines(figures["Time of a step by part"])["evaluate"] == [4.0, None]
+    drawn = figures["Time of the run by part"]
+    assert lines(drawn) == {"generate": [10.0], "update": [15.0], "evaluate": [9.0]}
+    assert drawn["traces"][-1]["text"] == ["evaluate 26%"]
+    going = write_run(tmp_path / "going", steps)
+    sums = lines(figures_in(write_report(going))["Time of the run by part"])
+    assert (sums["sync"], sums["generate"]) == ([3.0], [10.0])
+
+
 def test_what_an_older_run_did_not_record_is_left_out(tmp_path):
     figures = figures_in(write_report(write_run(tmp_path / "run", [row(1, seconds_collect=2.0, seconds_update=3.0)])))
     assert "Expert tokens by probability" not in figures

@@ -357,8 +357,7 @@ class Trainer:
     def _train_step(self, phase: Phase, number: int) -> dict[str, Any]:
         """Makes the step of this number of a phase; returns its line of metrics.jsonl."""
         seed = derive_seed(self.config.seed, "step", number)
-        started = time.monotonic()
-        lr = self.learner.lr
+        started, lr = time.monotonic(), self.learner.lr
         self.ahead.next = self._draw_next(phase, number + 1)
         rollouts, update = train_step(
             self._problems(phase, number),
@@ -394,8 +393,7 @@ class Trainer:
         if not self.config.rollout.ahead or not phase.schedule.generates or number >= phase.steps:
             return None
         seed, problems = derive_seed(self.config.seed, "step", number), self._problems(phase, number)
-        asked = (problems, phase.at(number), self.engine, self._score)
-        return functools.partial(draw, *asked, **self._drawing, seed=seed)
+        return functools.partial(draw, problems, phase.at(number), self.engine, self._score, **self._drawing, seed=seed)
 
     def _problems(self, phase: Phase, number: int) -> list[EncodedProblem]:
         """Returns the problems of the step of this number of a phase."""
@@ -421,7 +419,9 @@ class Trainer:
 
     def _evaluate(self, display: Display, loggers: Loggers) -> None:
         """Evaluates now, and shows the held-out accuracy; left alone when an interrupted run already has it."""
-        if (result := self.held_out.evaluate(self.step, display.announce)) is None:
+        with self.timer.part("evaluate"):
+            result = self.held_out.evaluate(self.step, display.announce)
+        if result is None:
             return
         loggers.evaluation(self.step, result)
         display.note(f"held-out accuracy after step {self.step}: {result}")
@@ -434,14 +434,17 @@ class Trainer:
         display.status("saving")
         memory = self.course.at(self.step)[0].memory
         more = {} if memory is None else {"memory": memory.state_dict()}
-        self.saver.save(self.step, self.seconds, display.note, must=must, more=more | self.ahead.state_dict())
+        with self.timer.part("save"):
+            self.saver.save(self.step, self.seconds, display.note, must=must, more=more | self.ahead.state_dict())
 
     def finish(self) -> dict[str, Any]:
         """Write the final model, the report and, last of all, the summary."""
-        self.saver.write_final(self.step)
+        with self.timer.part("save"):
+            self.saver.write_final(self.step)
         if not self.ranks.first:
             return {}
-        summary = summarise(self.run_dir, self.config.mode, self.config.model, self.step, self.seconds)
+        about = (self.config.mode, self.config.model, self.step, self.seconds)
+        summary = summarise(self.run_dir, *about, self.timer.take())
         write_report(self.run_dir.path, summary)
         self.run_dir.finish(summary)
         return summary

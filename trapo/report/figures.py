@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from trapo.report.words import (
     level_name,
     run_colour,
 )  # fmt: skip
+from trapo.tools.timing import parts_in
 
 Trace = dict[str, Any]
 HEAT = (0.01, 0.1, 0.25, 0.5, 1.0)  # shares that the heat map's scale names
@@ -89,6 +89,7 @@ def sections(runs: Sequence[RunData]) -> list[Section]:
             [
                 _curve(runs, "tokens_per_second", zero=True),
                 *_each(runs, _time_by_part),
+                _time_of_runs(runs),
                 _curve(runs, "peak_memory_gb", "so far", zero=True, smooth=False),
                 _curve(runs, "peak_gpu_memory_gb", "so far", zero=True, smooth=False),
             ],
@@ -345,19 +346,38 @@ def _histogram_over_time(run: RunData) -> Figure:
 
 
 def _time_by_part(run: RunData) -> Figure:
-    whole = ("left", "step")  # not parts of a step: the rest of the run, and the step itself
-    parts = [m[1] for key in run.rows[-1] if (m := re.fullmatch(r"seconds_(\w+)", key)) and m[1] not in whole]
+    traces = [_bars(part, run.steps, run.series(f"seconds_{part}")) for part in _parts(run.rows)]
+    note = "evaluations and saves: with the step after them"
+    return _figure("seconds_step", traces, note, layout={"barmode": "stack", "bargap": 0.15})
+
+
+def _parts(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns the parts of time that any of the rows has, in their order on the page."""
+    parts = {part for row in rows for part in parts_in(row)}
     if "generate" in parts:  # the parts of collecting
-        parts = [part for part in parts if part != "collect"]
+        parts -= {"collect"}
     order = {part: place for place, part in enumerate(PARTS)}
-    traces = [
-        {
-            "type": "bar",
-            "name": part,
-            "x": run.steps,
-            "y": run.series(f"seconds_{part}"),
-            "marker": {"color": PARTS.get(part, UNGUIDED)},
-        }
-        for part in sorted(parts, key=lambda part: order.get(part, len(order)))
-    ]
-    return _figure("seconds_step", traces, layout={"barmode": "stack", "bargap": 0.15})
+    return sorted(parts, key=lambda part: (order.get(part, len(order)), part))
+
+
+def _bars(part: str, x: Sequence[Any], y: Sequence[float | None], **more: Any) -> Trace:
+    return {"type": "bar", "name": part, "x": x, "y": y, "marker": {"color": PARTS.get(part, UNGUIDED)}, **more}
+
+
+def _time_of_runs(runs: Sequence[RunData]) -> Figure:
+    """Returns each run's time by part; of a finished one with what came after its last step."""
+    names = [run.name for run in runs]
+    found = [run.summary.get("seconds_by_part") or _summed(run) for run in runs]
+    whole = [sum(of_run.values()) for of_run in found]
+    traces = []
+    for part in _parts([{f"seconds_{part}": 0.0 for part in of_run} for of_run in found]):
+        seconds = [of_run.get(part, 0.0) for of_run in found]
+        shares = [f"{part} {s / max(all_, 1e-9):.0%}" for s, all_ in zip(seconds, whole, strict=True)]
+        if any(seconds):
+            traces.append(_bars(part, names, seconds, text=shares, textposition="inside"))
+    layout = {"barmode": "stack", "bargap": 0.5, "xaxis": {"type": "category"}, "hovermode": "closest"}
+    return Figure("Time of the run by part", traces, "seconds", "", "run", layout)
+
+
+def _summed(run: RunData) -> dict[str, float]:
+    return {part: sum(value or 0.0 for value in run.series(f"seconds_{part}")) for part in _parts(run.rows)}

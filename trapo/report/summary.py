@@ -13,11 +13,14 @@ from trapo.models.loading import device_of
 from trapo.report.metrics import peak_gpu_memory_gb, peak_memory_gb
 from trapo.runs.run_dir import RunDir
 from trapo.settings.groups import ModelConfig
-from trapo.tools.timing import PARTS
+from trapo.tools.timing import BETWEEN, PARTS, parts_in
 
 
-def summarise(run_dir: RunDir, mode: str, model: ModelConfig, steps: int, seconds: float) -> dict[str, Any]:
-    """Returns the summary of a run that is at its end after so many steps, `seconds` after its start."""
+def summarise(
+    run_dir: RunDir, mode: str, model: ModelConfig, steps: int, seconds: float, last: Mapping[str, float]
+) -> dict[str, Any]:
+    """Returns the summary of a run that is at its end after so many steps, `seconds` after its start. last: seconds by
+    part of what came after the last step."""
     rows = run_dir.rows()
     before, after = (_evaluation(run_dir, step) for step in (0, steps))
     return {
@@ -26,10 +29,7 @@ def summarise(run_dir: RunDir, mode: str, model: ModelConfig, steps: int, second
         "backend": tk.default_backend(device_of(model.device)),
         "steps": steps,
         "seconds": round(seconds, 1),
-        # Of the steps; what is missing to `seconds` are evaluations, saves and starts.
-        "seconds_by_part": {
-            part: round(sum(row.get(f"seconds_{part}", 0.0) for row in rows), 1) for part in (*PARTS, "sync")
-        },
+        "seconds_by_part": _by_part([*rows, last]),  # what is missing to `seconds` are starts and what was interrupted
         "skipped_steps": sum(row["skipped_steps"] for row in rows),
         "eval_before": before.accuracy if before else None,
         "eval_before_interval": before.interval if before else None,
@@ -42,6 +42,14 @@ def summarise(run_dir: RunDir, mode: str, model: ModelConfig, steps: int, second
         "peak_memory_gb": max([peak_memory_gb(), *(row["peak_memory_gb"] for row in rows)]),
         **_peak_gpu_memory(rows),
     }
+
+
+def _by_part(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    total = dict.fromkeys((*PARTS, "sync", *BETWEEN), 0.0)
+    for row in rows:
+        for part, seconds in parts_in(row).items():
+            total[part] = total.get(part, 0.0) + seconds
+    return {part: round(seconds, 1) for part, seconds in total.items()}
 
 
 def summary_lines(folder: Path, summary: Mapping[str, Any]) -> list[str]:

@@ -66,6 +66,9 @@ PARTS = {
     "teacher": "#12a37c",
     "collect": "#6aaee0",
     "update": "#d9640a",
+    "sync": "#7a86d6",
+    "evaluate": "#8a6d3b",
+    "save": "#5b6472",
 }
 
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 PARTS = ("generate", "reward", "logprobs", "update")
+BETWEEN = ("evaluate", "save")  # of the time between steps, counted with the step after it
+_WHOLE = ("step", "left")  # of seconds_*, no parts
+
+
+def parts_in(row: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the seconds of each part that a line of metrics.jsonl, or what `StepTimer.take` gives, has."""
+    found = {m[1]: row[key] for key in row if (m := re.fullmatch(r"seconds_(\w+)", key))}
+    return {part: seconds for part, seconds in found.items() if part not in _WHOLE and seconds is not None}
 
 
 class StepTimer:
