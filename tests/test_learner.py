@@ -16,7 +16,7 @@ from trapo.data.problem import Problem
 from trapo.errors import TrapoError
 from trapo.models.checkpointing import enable_checkpointing
 from trapo.models.optimizer import clip_gradients, lr_factor
-from trapo.report.metrics import ProbabilityHistogram
+from trapo.report.metrics import ProbabilityHistogram, merged_metrics, on_host
 from trapo.rollouts import Rollout
 from trapo.trainer import make_learner
 
@@ -80,15 +80,26 @@ def test_expert_tokens_are_counted_by_probability(model, budget):
 
 def test_the_histogram_puts_each_probability_into_its_bin_and_starts_anew_each_step():
     histogram = ProbabilityHistogram()
-    assert histogram.take() == []
+    assert histogram.take().tolist() == []
     probabilities = torch.tensor([[0.0, 0.049, 0.051, 1.0], [0.999, 0.5, 0.3, 0.3]])
     mask = torch.tensor([[True, True, True, True], [True, True, False, False]])
     histogram.add(probabilities.log(), mask)
     histogram.add(probabilities.log(), mask)
-    counts = histogram.take()
+    counts = histogram.take().tolist()
     assert {i: n for i, n in enumerate(counts) if n} == {0: 4, 1: 2, 10: 2, 19: 4}
     histogram.add(probabilities.log(), torch.zeros_like(mask))
-    assert histogram.take() == []
+    assert merged_metrics([], 1, histogram.take()) == ({}, [])
+
+
+def test_numbers_of_micro_batches_come_to_the_host_as_they_are():
+    made = [{"tokens": torch.tensor(2**40 + 1), "loss": torch.tensor(0.1)}, {}, {"loss": torch.tensor(float("nan"))}]
+    found = on_host(made)
+    assert [of_batch.keys() for of_batch in found] == [of_batch.keys() for of_batch in made]
+    for of_batch, expected in zip(found, made, strict=True):
+        for name, value in of_batch.items():
+            assert value.dtype == expected[name].dtype
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=0, equal_nan=True)
+    assert on_host([]) == []
 
 
 @pytest.mark.parametrize("reduction", ["sequence_mean", "sum"])

@@ -6,10 +6,14 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_cases import EVERYTHING, make_case
+from test_learner import rollouts
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from transformers import AutoModelForCausalLM
 
 import trapo_kernels as tk
+from trapo.config import merge_config
+from trapo.trainer import make_learner
 from trapo_kernels.arguments import validate
 from trapo_kernels.chunks.selection import Selection
 
@@ -37,12 +41,14 @@ class Waits(TorchDispatchMode):
 
 
 class Methods(TorchFunctionMode):
+    aside = False  # while what is made is on the host still
+
     def __init__(self, waits):
         super().__init__()
         self.waits = waits
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in METHODS:
+        if func in METHODS and not Methods.aside:
             self.waits.found.append(func.__name__)
         return func(*args, **(kwargs or {}))
 
@@ -51,6 +57,20 @@ def waits(fn):
     with Waits() as counted, Methods(counted):
         fn()
     return counted.found
+
+
+def on_the_host(function):
+    """The function, which works on what has not gone to the device yet: nothing that it reads waits."""
+
+    def call(*arguments):
+        Methods.aside = True
+        try:
+            with _disable_current_modes():
+                return function(*arguments)
+        finally:
+            Methods.aside = False
+
+    return call
 
 
 @pytest.fixture(autouse=True)
@@ -157,6 +177,24 @@ def test_losses_of_sequences_and_from_logits_wait_once_each_way():
     assert len(waits(lambda: out[0].loss.backward())) == 1
     logits = (case.hidden @ case.weight.T).detach().requires_grad_()
     assert len(waits(lambda: tk.policy_loss_from_logits(logits, case.targets, EVERYTHING, **case.inputs))) == 1
+
+
+@pytest.mark.parametrize(("budget", "updates"), [(4096, 1), (20, 1), (20, 2)])
+def test_an_update_waits_once_a_loss_once_an_optimizer_step_and_once_for_its_logs(
+    budget, updates, tiny_model_path, monkeypatch
+):
+    words = [f"train.micro_batch_tokens={budget}", f"train.updates_per_step={updates}"]
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)
+    learner = make_learner(merge_config({}, words), model, pad_id=2)
+    batches, sample, done = [], rollouts(), []
+    make = on_the_host(learner._batch)
+    monkeypatch.setattr(learner, "_batch", lambda group: batches.append(make(group)) or batches[-1])
+    found = waits(lambda: done.append(learner.update(sample, tk.Objective.trapo(entropy_coef=0.01), seed=0)))
+    assert done[0].optimizer_steps == updates
+    assert (len(batches) > updates) == (budget < 100)
+    # Of rows that share nothing transformers makes the mask, and looks at their positions.
+    unshared = sum(batch.sight is None for batch in batches)
+    assert len(found) == len(batches) + unshared + updates + 1
 
 
 def test_rows_keep_their_order_within_those_with_a_gradient_and_those_without():

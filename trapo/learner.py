@@ -46,7 +46,7 @@ from trapo.models.loading import head_of
 from trapo.models.optimizer import Gradients, Kept, Schedule, clip_gradients, main_grad, make_optimizer
 from trapo.models.precision import compute_in, resolve
 from trapo.models.sharding import as_forward, is_sharded, load_shards, reshard, scatter_optimizer_state
-from trapo.report.metrics import ProbabilityHistogram, added_up, finite_or_none, merged_metrics
+from trapo.report.metrics import ProbabilityHistogram, added_up, finite_or_none, merged_metrics, on_host
 from trapo.rollouts import Rollout
 from trapo.runs.ranks import ALONE, Ranks
 from trapo.settings.groups import OptimConfig, TrainConfig
@@ -192,7 +192,7 @@ class Learner:
                     if group.rollouts:
                         metrics.append(said)
                 tokens += sum(len(r) for r in trained)
-                found[region] = self._step(float(torch.stack(losses).sum()), region)
+                found[region] = self._step(torch.stack(losses).sum(), region)
             if found:
                 norms, finite = found, (any if mix is None else all)(map(math.isfinite, found.values()))
                 steps, skipped = steps + finite, skipped + (not finite)
@@ -203,12 +203,12 @@ class Learner:
         for schedule in self._schedules().values() if advance else ():
             schedule.step()
         if self.ranks.world > 1:
-            metrics = self.ranks.gather([{k: v.cpu() for k, v in m.items()} for m in metrics])
-        merged = merged_metrics(metrics, steps + skipped)
+            metrics = self.ranks.gather(on_host(metrics))
+        merged, counts = merged_metrics(metrics, steps + skipped, self.expert_histogram.take())
         if self.tutor is not None:
             merged |= self.tutor.take()
         reshard(self.reference)
-        histogram = added_up(self.ranks.gather([self.expert_histogram.take()]))
+        histogram = added_up(self.ranks.gather([counts]))
         if self.expert_schedule is not None:
             merged |= {"grad_norm_expert": finite_or_none(norms.get("expert")), "lr_expert": rates["expert"]}
         norm = norms.get("own", next(iter(norms.values()), 0.0))
@@ -411,12 +411,11 @@ class Learner:
         with compute_in(self.precision, model):
             return head_of(model).with_hidden(self._hidden_states(model, batch))
 
-    def _step(self, loss: float, region: str = "own") -> float:
+    def _step(self, loss: torch.Tensor, region: str = "own") -> float:
         """Clip and step (of two optimizers, keep the gradients until both can; what is to be mixed, unclipped); what is
         not finite changes nothing. Returns the norm before clipping, NaN where the loss is not finite."""
         limit = math.inf if self.apart else self.optim.grad_clip or math.inf
-        bad = self.ranks.any(not math.isfinite(loss))
-        norm = math.nan if bad else clip_gradients(self.parameters, limit)
+        norm = clip_gradients(self.parameters, limit, loss, self.ranks.any)
         if math.isfinite(norm) and self.expert_schedule is None and not self.apart:
             self.optimizer.step()
         elif math.isfinite(norm):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,11 +72,22 @@ class Kept:
         return norms
 
 
-def clip_gradients(parameters: Sequence[torch.nn.Parameter], limit: float) -> float:
+def clip_gradients(
+    parameters: Sequence[torch.nn.Parameter],
+    limit: float,
+    loss: torch.Tensor | None = None,
+    on_any_rank: Callable[[bool], bool] = bool,
+) -> float:
     """Scales the gradients to a norm of at most `limit`, as torch's clip_grad_norm_ does, and returns the norm before;
-    gradients well within the limit, or that are not finite, are left alone, where torch writes all once more."""
+    gradients well within the limit, or that are not finite, are left alone, where torch writes all once more.
+
+    loss: where that is not finite, `on_any_rank`, the norm is NaN; both are read in one host sync.
+    """
     total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    norm = float(whole(total))
+    both = [whole(total).double()] if loss is None else [whole(total).double().to(loss.device), loss.double()]
+    norm, *of_loss = torch.stack(both).tolist()
+    if on_any_rank(not all(map(math.isfinite, of_loss))):
+        return math.nan
     if math.isfinite(norm) and norm + 2e-6 > limit * 0.999:  # torch adds 1e-6 to the norm: near the limit it decides
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
     return norm

@@ -51,20 +51,33 @@ class ProbabilityHistogram:
             self.counts = bins.new_zeros(HISTOGRAM_BINS)
         self.counts.scatter_add_(0, bins.flatten(), mask.flatten().long())
 
-    def take(self) -> list[int]:
-        """Returns the counts since the last `take`; [] when nothing was counted."""
+    def take(self) -> torch.Tensor:
+        """Returns the counts since the last `take`, where they are; [0] when nothing was there to count."""
         counts, self.counts = self.counts, None
-        return [int(count) for count in counts] if counts is not None and counts.any() else []
+        return torch.zeros(0, dtype=torch.int64) if counts is None else counts
 
 
-def merged_metrics(metrics: Sequence[dict[str, torch.Tensor]], minibatches: int) -> dict[str, float | None]:
-    """Returns the loss's metrics of all micro-batches as one; a loss is the mean over minibatches. The update's only
-    host sync."""
+def merged_metrics(
+    metrics: Sequence[dict[str, torch.Tensor]], minibatches: int, counts: torch.Tensor
+) -> tuple[dict[str, float | None], list[int]]:
+    """Returns the loss's metrics of all micro-batches as one, where a loss is the mean over minibatches, and the counts
+    of a histogram, [] if all are 0. One host sync for all of them."""
     found = tk.merge_metrics(metrics)
-    values = torch.stack([v.double() for v in found.values()]).tolist() if found else []
-    merged = dict(zip(found, values, strict=True))
+    device = next(iter(found.values())).device if found else counts.device
+    numbers = [*(v.double().reshape(1) for v in found.values()), counts.to(device).double()]
+    values, there = torch.cat(numbers).tolist(), len(found)
+    merged = dict(zip(found, values[:there], strict=True))
     means = {name: value / minibatches if name.startswith("loss") else value for name, value in merged.items()}
-    return {name: value if math.isfinite(value) else None for name, value in means.items()}  # JSON has no NaN
+    # JSON has no NaN.
+    shown = {name: value if math.isfinite(value) else None for name, value in means.items()}
+    return shown, [int(count) for count in values[there:]] if any(values[there:]) else []
+
+
+def on_host(metrics: Sequence[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """Returns the numbers of all micro-batches on the CPU, by one host sync."""
+    flat = [value for of_batch in metrics for value in of_batch.values()]
+    moved = iter(torch.stack([value.double() for value in flat]).cpu() if flat else ())
+    return [{name: next(moved).to(value.dtype) for name, value in of_batch.items()} for of_batch in metrics]
 
 
 def added_up(histograms: Sequence[list[int]]) -> list[int]:
