@@ -106,10 +106,10 @@ def evaluated(model: str, run_dir: str, dies: str, *overrides: str) -> None:
 
 def stopped(model: str, run_dir: str, *overrides: str) -> None:
     """A run whose second rank gets a SIGTERM in the rollouts of step 2."""
-    from trapo import trainer
+    from trapo.modes import drawing
     from trapo.runs.stopping import Stopped
 
-    collect, calls = trainer.collect, []
+    collect, calls = drawing.collect, []
 
     def call(*args, **kwargs):
         calls.append(None)
@@ -117,7 +117,7 @@ def stopped(model: str, run_dir: str, *overrides: str) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return collect(*args, **kwargs)
 
-    trainer.collect = call
+    drawing.collect = call
     try:
         train(model, run_dir, *overrides)
     except Stopped as reason:
