@@ -93,6 +93,37 @@ def test_flops_are_those_that_torch_counts_in_a_real_update(overrides, tiny_mode
 
 
 @pytest.mark.parametrize(
+    ("overrides", "saved"),
+    [([], True), (["train.micro_batch_tokens=30"], True), (["train.micro_batch_tokens=24"], False)],
+)
+def test_tokens_with_shared_prompts_are_those_of_a_real_update(overrides, saved, tiny_model_path, monkeypatch):
+    settings = config(tiny_model_path, *overrides)
+    model, _ = load_model(settings.model)
+    learner = make_learner(settings, model, pad_id=2)
+    made, make = [], learner._batch
+    monkeypatch.setattr(learner, "_batch", lambda group: made.append(make(group)) or made[-1])
+    sample = []
+    for i, rollout in enumerate(rollouts()):
+        # Each prompt is its own; a token of context is not in the loss, and what is fed in is as long as can be.
+        ids = tuple(100 * rollout.group + id for id in range(8, 8 + PROMPT))
+        problem = dataclasses.replace(rollout.problem, prompt_ids=ids)
+        sample.append(dataclasses.replace(rollout, problem=problem, prefix_ids=(50 + i,)))
+    assert learner.update(sample, tk.Objective.trapo(), seed=0).optimizer_steps == 1
+    plan = plan_of(settings, 1)
+    assert plan.shared == sum(batch.input_ids.numel() for batch in made)
+    assert (plan.shared < plan.step.through_model) == saved
+    assert plan.tokens["tokens through the model, prompts shared"] == plan.shared
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["train.share_prefixes=never"], ["train.packing=always"], ["model.attention=fastest"]],
+)
+def test_what_shares_nothing_has_no_such_number(overrides, tiny_model_path):
+    assert plan_of(config(tiny_model_path, *overrides), 1).shared is None
+
+
+@pytest.mark.parametrize(
     ("keys", "dtype"),
     [
         (("mode=distill", "distill.teacher={}", "distill.dtype=bfloat16"), torch.bfloat16),

@@ -249,11 +249,15 @@ def plan_of(settings: Config, ranks: int, response_tokens: int | None = None) ->
     from trapo.modes import phases
 
     found = phases(settings)
-    rollouts = max(phase.prompts_per_step * phase.schedule.rollouts_per_prompt for phase in found)
+    rollouts, together = max(
+        (phase.prompts_per_step * phase.schedule.rollouts_per_prompt, phase.schedule.rollouts_per_prompt)
+        for phase in found
+    )
     step = StepTokens(
         rollouts,
         settings.data.max_prompt_tokens,
         response_tokens or settings.rollout.max_response_tokens,
+        together,
     )
     more = (teacher_of(settings.model, found), settings.rollout, any(phase.needs_reference for phase in found))
     return make_plan(settings.model, settings.lora, settings.train, step, ranks, *more)

@@ -4,7 +4,7 @@ ranks.
 Shapes come from the real thing: the model is built on the `meta` device and sharded by FSDP2 over a mesh of
 torch's fake process group. Activations come from a forward of the real model on meta tensors, whose saved tensors are
 counted. FLOPs and the loss's part are arithmetic (`update_flops`, `loss_memory`), for each rollout in a row of its own:
-what `train.share_prefixes` saves depends on what they share. Nothing here is a measurement.
+of what `train.share_prefixes` saves the tokens are counted (plan_sharing.py). Nothing here is a measurement.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ from trapo.models import plan_around as around
 from trapo.models.gpus import GPUS, Gpu, rows
 from trapo.models.layers import attention_width
 from trapo.models.loading import freeze
+from trapo.models.plan_sharing import shared_tokens
 from trapo.models.precision import resolve
 from trapo.models.sharding import decoder_layers, shard
 from trapo.settings.groups import LoraConfig, ModelConfig, RolloutConfig, TrainConfig
 
 OURS = "ours: the loss's buffer"
+SHARED = "tokens through the model, prompts shared"
 ATTENTION = "trapo_plan"  # registered with transformers, for meta tensors alone
 
 
@@ -72,6 +74,7 @@ class StepTokens:
     sequences: int
     prompt: int
     response: int
+    together: int = 1  # sequences of one prompt
 
     @property
     def longest(self) -> int:
@@ -114,11 +117,12 @@ class Plan:
     engine: dict[str, int] = dataclasses.field(default_factory=dict)  # of a rank while it generates, the learner's too
     traffic: dict[str, int] = dataclasses.field(default_factory=dict)  # of one weight sync
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    shared: int | None = None  # tokens through the model where prompts are shared; None: they are not
 
     @property
     def tokens(self) -> dict[str, int]:
         """Returns the tokens of one step, at most, by name."""
-        return self.step.named
+        return self.step.named | ({} if self.shared is None else {SHARED: self.shared})
 
 
 def make_plan(
@@ -146,6 +150,8 @@ def make_plan(
     trained = sum(p.numel() for p in built.parameters() if p.requires_grad)
     head = built.get_output_embeddings().weight
     head_trained, head_size = head.requires_grad, head.numel()
+    of_prompt = {"prompts": step.sequences // step.together, "rollouts": step.together}
+    tokens = shared_tokens(built, model, train, **of_prompt, lengths=(step.prompt, step.response))
     logits = loss_memory(train, built.config.get_text_config().vocab_size)
     with fake_ranks(ranks) as mesh:
         if mesh is not None:
@@ -164,7 +170,7 @@ def make_plan(
     kept = around.kv_bytes(built, torch.bfloat16)
     return Plan(
         model.path, ranks, total, trained, weights, memory, logits, step, flops, kept,
-        host=host, engine=engine, traffic=traffic, rollout=rollout,
+        host=host, engine=engine, traffic=traffic, rollout=rollout, shared=tokens,
     )  # fmt: skip
 
 
