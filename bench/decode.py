@@ -1,11 +1,12 @@
 """Tokens a second of engine hf: our loop beside transformers' `generate`, on the demo's prompts.
 
-python -m bench.decode [--rows 4,12,32] [--rounds 3] [--threads 2] [--cases call,step]
+python -m bench.decode [--rows 4,12,32] [--rounds 3] [--threads 2] [--cases call,step] [--bfloat16]
 
 A *call* draws 40 tokens for each of so many prompts. A *step* is what a step of the demo asks for with so many prompts:
 a call for them, one with half of an expert trace after each, one for every second of them again. Weights count as new
-at its start, so packing them is in it. No token ends a response. The two take turns, in one process; a cell is the best
-round. Wall time says little on a machine that others use; the ratio of CPU times (user and system) says more there.
+at its start, so packing them is in it. No token ends a response. They take turns, in one process; a cell is the best
+round. --bfloat16: our loop in bfloat16, too, on the same float32 weights, beside itself in float32. Wall time says
+little on a machine that others use; the ratio of CPU times (user and system) says more there.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from trapo.models.loading import SMOLLM2, load_model
 
 NEW_TOKENS = 40
 ENGINES = {"generate": WAYS[1], "own loop": WAYS[0]}
+HALF = "own loop, bfloat16"
 Calls = list[list[Request]]
 
 
@@ -63,10 +65,13 @@ def timed(engine: HFEngine, calls: Calls, seed: int) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def engines(model: PreTrainedModel) -> dict[str, HFEngine]:
+def engines(model: PreTrainedModel, *, half: bool = False) -> dict[str, HFEngine]:
     made = {name: HFEngine(model, eos_ids=[], pad_id=2) for name in ENGINES}
     for name, engine in made.items():
         engine.way = ENGINES[name]
+    if half:
+        made[HALF] = HFEngine(model, eos_ids=[], pad_id=2, precision="bfloat16")
+        made[HALF].way = WAYS[0]
     return made
 
 
@@ -96,24 +101,30 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cases", default="call,step")
+    parser.add_argument("--bfloat16", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model, tokenizer = load_model(ModelConfig(path=SMOLLM2))
-    made, problems = engines(model), demo_problems(tokenizer)
+    made, problems = engines(model, half=options.bfloat16), demo_problems(tokenizer)
     timed(made["own loop"], one_call(list(islice(problems, 4))), 0)
     load = os.getloadavg()[0]
     print(f"SmolLM2-135M, float32; {cpu_name()}, {options.threads} threads, torch {torch.__version__}, ", end="")
     busy = "shared machine" if load > options.threads + 0.5 else "quiet"
     print(f"{datetime.date.today()}, load {load:.1f} ({busy}); best of {options.rounds}\n")
-    print("| case | rows | generate, tokens/s | own loop, tokens/s | ratio | ratio of CPU time |")
-    print("|---|---|---|---|---|---|")
+    more = ["own loop in bfloat16, tokens/s", "ratio to float32", "ratio of CPU time"] if options.bfloat16 else []
+    head = ["case", "rows", "generate, tokens/s", "own loop, tokens/s", "ratio", "ratio of CPU time", *more]
+    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
     for case in options.cases.split(","):
         for rows in map(int, options.rows.split(",")):
             calls = {"call": one_call, "step": one_step}[case]
             best = compare(made, lambda c=calls, n=rows: c(list(islice(problems, n))), options.rounds)
             (old_wall, old_cpu), (wall, cpu) = best["generate"], best["own loop"]
-            cells = (case, rows, f"{1 / old_wall:.1f}", f"{1 / wall:.1f}")
-            print(f"| {' | '.join(map(str, cells))} | {old_wall / wall:.2f} | {old_cpu / cpu:.2f} |", flush=True)
+            cells = [case, str(rows), f"{1 / old_wall:.1f}", f"{1 / wall:.1f}"]
+            cells += [f"{old_wall / wall:.2f}", f"{old_cpu / cpu:.2f}"]
+            if options.bfloat16:
+                half_wall, half_cpu = best[HALF]
+                cells += [f"{1 / half_wall:.1f}", f"{wall / half_wall:.2f}", f"{cpu / half_cpu:.2f}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
