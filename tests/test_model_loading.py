@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from trapo.config import LoraConfig, ModelConfig
 from trapo.errors import TrapoError
 from trapo.models import lora
+from trapo.models.gguf_file import read_once
 from trapo.models.loading import check_positions, find_weights, load_model
 
 
@@ -151,3 +152,17 @@ def test_a_path_that_looks_local_and_is_not_there_is_looked_for_nowhere_else(pat
 
 def test_an_id_of_the_hub_is_no_path():
     assert find_weights("owner/no-such_model.v2") == Path("owner/no-such_model.v2")
+
+
+@pytest.mark.parametrize(("name", "times"), [("model.gguf", 1), ("model.safetensors", 2)])
+def test_a_gguf_file_is_parsed_once_while_a_model_is_loaded(name, times, monkeypatch):
+    gguf, made = pytest.importorskip("gguf"), []
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: made.append(path) or object())
+    reader = gguf.GGUFReader
+    with read_once(Path(name)):
+        for _ in range(2):
+            from gguf import GGUFReader  # as transformers has it
+
+            GGUFReader(name)
+    assert made == [name] * times
+    assert gguf.GGUFReader is reader

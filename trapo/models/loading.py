@@ -22,6 +22,7 @@ from transformers import (
 from trapo.errors import TrapoError
 from trapo.models import agreement, lora
 from trapo.models.checkpointing import enable_checkpointing
+from trapo.models.gguf_file import read_once
 from trapo.models.handing_out import load_over
 from trapo.models.precision import resolve
 from trapo.runs.manifest import refuse_damaged
@@ -65,10 +66,11 @@ def _from_pretrained(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTo
     if config.attention not in ("auto", "fastest"):
         extra["attn_implementation"] = config.attention
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **files)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, config.dtype), output_loading_info=True, **files, **extra
-        )
+        with read_once(source):
+            tokenizer = AutoTokenizer.from_pretrained(folder, **files)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, config.dtype), output_loading_info=True, **files, **extra
+            )
     except Exception as error:  # a damaged file, wrong shapes, an unknown architecture: each library has its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         reason = reason if source.exists() else f"no such folder, and from the hub: {reason}"
