@@ -9,9 +9,11 @@ import forked
 import pytest
 import torch
 from killed_run import settings, train_here
+from rich.console import Console
 from safetensors.torch import load_file
 from test_learner import model  # noqa: F401
 
+from trapo import trainer
 from trapo.config import merge_config
 from trapo.data.encode import EncodedProblem, Trace
 from trapo.data.problem import Problem
@@ -19,6 +21,7 @@ from trapo.errors import TrapoError
 from trapo.models import lora
 from trapo.modes import phases
 from trapo.rollouts import Rollout
+from trapo.runs.ranks import Ranks
 from trapo.tools.timing import StepTimer
 from trapo.trainer import make_learner
 
@@ -334,3 +337,12 @@ def test_what_does_not_go_together_is_refused_in_a_line(overrides, message):
     with pytest.raises(TrapoError, match=message) as error:
         merge_config({}, overrides)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mode", RUNS)
+def test_several_ranks_are_refused_before_a_model_is_loaded(mode, tmp_path):
+    config = settings(tmp_path / "no-model", tmp_path / "run", *RUNS[mode], *SMALL)
+    refused = f"^mode: {mode} is for one process; got 2 ranks$"
+    with pytest.raises(TrapoError, match=refused):
+        trainer._train(config, Console(quiet=True), Ranks(0, 2), restart_finished=False, accept_changed=False)
+    assert not (tmp_path / "run").exists()

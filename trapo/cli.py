@@ -248,7 +248,7 @@ def plan_of(settings: Config, ranks: int, response_tokens: int | None = None) ->
     from trapo.models.plan import StepTokens, make_plan
     from trapo.modes import phases
 
-    found = phases(settings)
+    found = phases(settings, ranks)
     rollouts, together = max(
         (phase.prompts_per_step * phase.schedule.rollouts_per_prompt, phase.schedule.rollouts_per_prompt)
         for phase in found

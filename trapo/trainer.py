@@ -134,7 +134,7 @@ def _train(
 ) -> dict[str, Any]:
     log = functools.partial(console.print, markup=False, highlight=False)
     config = settle(config, log)
-    run_dir, plan, settings = RunDir(Path(config.run_dir)), phases(config), tree_of(config)
+    run_dir, plan, settings = RunDir(Path(config.run_dir)), phases(config, ranks.world), tree_of(config)
     check_loggers(config.log)
     for line in dict.fromkeys(line for phase in plan for line in phase.overruled):
         log(line)

@@ -22,7 +22,7 @@ import trapo_kernels as tk
 from trapo.guidance import ALWAYS, NEVER
 from trapo.modes.building import group_size, make_phase, one_update, replace_groups
 from trapo.modes.hybrids import ends
-from trapo.modes.mixing import combined, inner, minus, one_process
+from trapo.modes.mixing import combined, inner, minus
 from trapo.modes.phase import Phase
 from trapo.modes.registry import mode
 
@@ -77,7 +77,6 @@ class Balance:
         timer: StepTimer,
         again: Callable[[], list[Rollout]],
     ) -> Update:
-        one_process(learner, phase.name)
         entropy = _entropy([r for r in rollouts if r.own_ids], learner)
         if self.target is None:
             self.target = entropy

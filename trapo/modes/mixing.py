@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
-
-from trapo.errors import TrapoError
-
-if TYPE_CHECKING:
-    from trapo.learner import Learner
 
 Gradient = Sequence[torch.Tensor | None]
 
@@ -40,9 +34,3 @@ def inner(a: Gradient, b: Gradient) -> float:
     """Returns the inner product over all parameters, in float64."""
     pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
     return sum(float((x.double() * y.double()).sum()) for x, y in pairs)
-
-
-def one_process(learner: Learner, mode: str) -> None:
-    """Raises TrapoError where the model is sharded: these gradients are not."""
-    if learner.ranks.world > 1:
-        raise TrapoError(f"mode: {mode} is for one process; got {learner.ranks.world} ranks")

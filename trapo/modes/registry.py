@@ -30,10 +30,13 @@ MODES: dict[str, Mode] = {}
 Phases = TypeVar("Phases", bound=Callable[..., "list[Phase]"])
 
 
-def phases(config: Config) -> list[Phase]:
-    """Returns the phases of a run, in order; their steps add up to train.steps."""
+def phases(config: Config, ranks: int = 1) -> list[Phase]:
+    """Returns the phases of a run, in order; their steps add up to train.steps. Raises TrapoError for a mode that so
+    many ranks cannot run: one that makes its own updates combines gradients that are not sharded."""
     made = MODES[config.mode].phases(config)
     check_ahead(config, made)
+    if ranks > 1 and any(phase.learns is not None for phase in made):
+        raise TrapoError(f"mode: {config.mode} is for one process; got {ranks} ranks")
     return made
 
 

@@ -23,7 +23,7 @@ from trapo.errors import TrapoError
 from trapo.guidance import ALWAYS, NEVER
 from trapo.modes.building import group_size, make_phase, one_update, replace_groups, with_expert_optimizer
 from trapo.modes.halves import half_of, halves_of, in_place
-from trapo.modes.mixing import Gradient, combined, inner, minus, one_process
+from trapo.modes.mixing import Gradient, combined, inner, minus
 from trapo.modes.phase import Phase
 from trapo.modes.registry import mode
 
@@ -77,7 +77,6 @@ class Pair:
         timer: StepTimer,
         again: Callable[[], list[Rollout]],
     ) -> Update:
-        one_process(learner, phase.name)
         halves = halves_of(learner)
         self._begin(learner)
         of_alone: Gradients = {}
