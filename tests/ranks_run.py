@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -15,13 +16,13 @@ import torch
 from rich.console import Console
 
 from trapo.models import lora
-from trapo.runs.ranks import Ranks
+from trapo.runs.ranks import Ranks, join
 
 
 def update(model: str, out: str, cases: str) -> None:
     """Three optimizer steps on the rollouts of test_learner for each list of overrides in the JSON `cases`; the first
     rank saves weights and what was reported."""
-    from trapo.runs.ranks import join, leave
+    from trapo.runs.ranks import leave
 
     ranks = join()
     done = [_update(model, ranks, overrides) for overrides in json.loads(cases)]
@@ -104,6 +105,109 @@ def evaluated(model: str, run_dir: str, dies: str, *overrides: str) -> None:
     print(len(calls))
 
 
+def full(what: str, command: str, *arguments: str) -> None:
+    """The command line, on a file system that is full from the first call on that writes `what` (answers: the second);
+    a checkpoint has room again afterwards. "": it has room all the time."""
+    from trapo import cli
+    from trapo.engines import make
+    from trapo.evaluation.answers import Answers
+    from trapo.evaluation.evaluate import EvalResult
+    from trapo.models import weight_file
+    from trapo.report.rollout_log import RolloutLog
+    from trapo.runs.run_dir import RunDir
+    from trapo.runs.saving import Saver
+
+    if "server" in " ".join(arguments):
+        make._make_engine = FolderEngine
+        FolderEngine.dies = os.environ.get("DIES", "")
+        weight_file._Sink.write = FolderEngine.half_written
+    owner, name = {
+        "": (Saver, "prune"), "metrics": (RunDir, "log"), "rollouts": (RolloutLog, "note"), "answers": (Answers, "add"),
+        "evaluation": (EvalResult, "save"), "checkpoint": (Saver, "save"), "final": (Saver, "write_final"),
+        "weights": (FolderEngine, "sync"),
+    }[what]  # fmt: skip
+    function, ballast, calls = getattr(owner, name), Path(os.environ["BALLAST"]), []
+
+    def call(*args, **kwargs):
+        calls.append(None)
+        if what and os.environ["RANK"] == "0" and len(calls) > (what == "answers"):
+            _fill(ballast)
+        if what in ("checkpoint", "weights", "final"):
+            join().barrier()
+        result = function(*args, **kwargs)
+        if what == "checkpoint":
+            join().barrier()
+            ballast.unlink(missing_ok=True)
+        return result
+
+    setattr(owner, name, call)
+    sys.argv = ["trapo", command, *arguments]
+    cli.main()
+
+
+def _fill(ballast: Path) -> None:
+    """Leaves no byte of the file system that the file is on."""
+    with ballast.open("ab", buffering=0) as file:
+        for size in (2**20, 2**12, 1):
+            with contextlib.suppress(OSError):
+                while file.write(bytes(size)):
+                    pass
+
+
+class FolderEngine:
+    """Stands for `vllm serve` with weight_sync=folder: engine hf on weights that come from the folder, and from there
+    alone, once it is told that they are in it. dies: the first rank is killed in the sync of this number, when half of
+    the weights are written, or just before the server is told of them."""
+
+    dies = ""  # "written:3", "told:3"
+    syncs = 0
+
+    def __init__(self, rollout, model, tokenizer, max_tokens, precision, run_dir) -> None:
+        from transformers import AutoModelForCausalLM
+
+        from trapo.engines.hf import HFEngine
+        from trapo.engines.vllm_sync import SharedFolder
+        from trapo.models.loading import eos_ids
+
+        self.folder = run_dir / ".tmp-server-weights"
+        self.send = SharedFolder(self, self.folder)
+        with torch.random.fork_rng():
+            self.model = AutoModelForCausalLM.from_config(model.config).eval()
+        ends = eos_ids(model, tokenizer)
+        self.engine = HFEngine(self.model, eos_ids=ends, pad_id=tokenizer.pad_token_id, batch_size=rollout.batch_size)
+        self.url, self.ranks = "http://stand-in", join()
+        self.sync(model)
+
+    def post(self, path, body=None):
+        if path == "/collective_rpc" and FolderEngine.dies == f"told:{FolderEngine.syncs}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"success": True}
+
+    @staticmethod
+    def half_written(self, data) -> None:
+        """Stands for `_Sink.write`."""
+        self._trying(lambda: self.file.write(data))
+        if FolderEngine.dies == f"written:{FolderEngine.syncs}" and self.path is not None and self.file.tell() > 10**6:
+            self.file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def sync(self, model) -> None:
+        from safetensors.torch import load_file
+
+        FolderEngine.syncs += 1
+        self.send(model)
+        # The whole file: a reader of half of it would raise.
+        self.model.load_state_dict(load_file(self.folder / "model.safetensors"), strict=False)
+        self.ranks.barrier()
+        self.engine.sync(self.model)
+
+    def generate(self, requests, *, temperature, seed):
+        return self.engine.generate(requests, temperature=temperature, seed=seed)
+
+    def rest(self) -> None:
+        pass
+
+
 def stopped(model: str, run_dir: str, *overrides: str) -> None:
     """A run whose second rank gets a SIGTERM in the rollouts of step 2."""
     from trapo.modes import drawing
@@ -129,7 +233,7 @@ def memory(tiny: str, model: str, out: str) -> None:
     (time, bytes) of this process's own memory beyond what a tiny model takes."""
     from trapo.models.loading import load_trained
     from trapo.models.weights import writer
-    from trapo.runs.ranks import join, leave
+    from trapo.runs.ranks import leave
     from trapo.settings.groups import ModelConfig
     from trapo.tools.memory import give_back
 
@@ -169,5 +273,5 @@ def _own_memory() -> int:
 
 
 def main() -> None:
-    known = (update, train, trains, stopped, memory, evaluated)
+    known = (update, train, trains, stopped, memory, evaluated, full)
     {function.__name__: function for function in known}[sys.argv[1]](*sys.argv[2:])

@@ -39,7 +39,7 @@ def test_a_benchmark_of_two_ranks_is_that_of_one(whole, asked, tiny_model_path, 
     assert int(whole[1].split()[-1]) == 3
 
 
-@pytest.mark.parametrize(("world", "dies", "kept"), [(1, 3, 4), (2, 2, 4)])
+@pytest.mark.parametrize(("world", "dies", "kept"), [(1, 3, 4), pytest.param(2, 2, 4, marks=pytest.mark.slow)])
 def test_a_killed_benchmark_goes_on_where_it_was(world, dies, kept, whole, asked, tiny_model_path, tmp_path):
     run_dir = tmp_path / "run"
     done = start_ranks(world, "evaluated", tiny_model_path, run_dir, dies, *asked[0])

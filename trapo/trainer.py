@@ -213,9 +213,8 @@ class Trainer:
         resume_from: Checkpoint | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.config, self.run_dir, self.pool = config, run_dir, pool
+        self.config, self.run_dir, self.pool, self.stop, self.ranks = config, run_dir, pool, stop, ranks
         self.course, self.ahead = Course(plan, config.train.steps), Ahead(config.rollout.ahead > 0, ranks.world)
-        self.stop, self.ranks = stop, ranks
         log = functools.partial(console.print, markup=False, highlight=False)
         self.failures = FailureNotes(log)
         self.model, self.tokenizer = self._load_model(resume_from, log)
@@ -295,7 +294,7 @@ class Trainer:
             seed=config.seed,
             prior=prior,
         )
-        self.samples = RolloutLog(config.log, run_dir.rollouts if ranks.first else None, self.tokenizer)
+        self.samples = RolloutLog(config.log, run_dir.rollouts, self.tokenizer, ranks)
         self.skips = SkipLimit(config.train.max_skipped_steps, run_dir)
 
     @property
@@ -331,8 +330,7 @@ class Trainer:
             row = self._train_step(*self.course.at(self.step))
             self.step += 1
             self._begin_phase()
-            if self.ranks.first:
-                self.run_dir.log(row)
+            self.ranks.once(functools.partial(self.run_dir.log, row))
             display.update(row)
             loggers.update(row)
             self.skips.check(row, display.note)
@@ -441,8 +439,10 @@ class Trainer:
         """Write the final model, the report and, last of all, the summary."""
         with self.timer.part("save"):
             self.saver.write_final(self.step)
-        if not self.ranks.first:
-            return {}
+        summary = self.ranks.once(self._conclude)
+        return summary if self.ranks.first else {}
+
+    def _conclude(self) -> dict[str, Any]:
         about = (self.config.mode, self.config.model, self.step, self.seconds)
         summary = summarise(self.run_dir, *about, self.timer.take())
         write_report(self.run_dir.path, summary)

@@ -28,7 +28,8 @@ from trapo.errors import TrapoError
 from trapo.models import lora
 from trapo.models.weight_file import write_weights
 from trapo.models.weights import full_weights
-from trapo.tools.files import write_folder_atomic
+from trapo.runs.ranks import ALONE, Ranks
+from trapo.tools.files import temporary, write_folder_atomic
 
 # What `vllm serve` is started with, so that SharedFolder finds `WorkerExtension.trapo_reload` there.
 EXTENSION = "trapo.engines.vllm_sync.WorkerExtension"
@@ -101,14 +102,25 @@ class SharedFolder:
         self.server, self.folder = server, folder.resolve()
 
     def __call__(self, model: nn.Module) -> None:
-        if _rank() == 0:
-            write_folder_atomic(self.folder, lambda path: write_weights(model, path / "model.safetensors"))
+        ranks, failed = _ranks(), list[OSError]()
+        half = self.folder.with_name(f"{temporary(self.folder).name}-file")
+        try:
+            write_weights(model, half if ranks.first else None)  # gathering takes all ranks
+        except OSError as error:
+            failed.append(error)
+
+        def move_in(path: Path) -> None:
+            half.replace(path / "model.safetensors")
+
+        def hand_over() -> None:
+            if failed:
+                raise failed[0]
+            write_folder_atomic(self.folder, move_in)
             body = {"method": "trapo_reload", "kwargs": {"path": str(self.folder)}}
             self.server.post("/collective_rpc", body)
             _reset_prefix_cache(self.server)
-        else:
-            write_weights(model, None)  # gathering takes all ranks
-        _wait_for_all()
+
+        ranks.once(hand_over)  # none may ask for tokens before, and a failure is everyone's
 
 
 class Transfer:
@@ -123,7 +135,7 @@ class Transfer:
 
         self.server = server
         self.engine = factory.WeightTransferTrainerFactory.trainer_init(
-            self._init_info(server, backend, _rank()),
+            self._init_info(server, backend, _ranks().rank),
             client=clients.HTTPVLLMWeightSyncClient(server.url),
             source=_source(model),
         )
@@ -146,9 +158,7 @@ class Transfer:
 
     def __call__(self, model: nn.Module) -> None:
         self.engine.send_weights()
-        if _rank() == 0:
-            _reset_prefix_cache(self.server)
-        _wait_for_all()
+        _ranks().once(lambda: _reset_prefix_cache(self.server))  # none may ask for tokens before
 
 
 def _source(model: nn.Module) -> Any:
@@ -166,14 +176,8 @@ def _source(model: nn.Module) -> Any:
     return Weights()
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _wait_for_all() -> None:
-    """Waits for all ranks: none may ask for tokens before the first one has seen the sync through."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
+def _ranks() -> Ranks:
+    return Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
 
 
 def _reset_prefix_cache(server: Server) -> None:

@@ -201,7 +201,7 @@ def _asked(
     """Returns the result of a benchmark, its rows written. What fails for want of any reward is asked anew next
     time."""
     full = job.rollout.batch_size * job.ranks.world  # sequences of all engines together
-    rows_path = _result_path(benchmark, job).with_suffix(".jsonl") if job.ranks.first else None
+    rows_path = _result_path(benchmark, job).with_suffix(".jsonl")
     try:
         return evaluate(
             problems,
@@ -213,6 +213,7 @@ def _asked(
             samples=benchmark.samples,
             seed=derive_seed(job.seed, "benchmark", benchmark.name),
             rows_path=rows_path,
+            ranks=job.ranks,
             failures=failures,
             answers=answers,
             at_once=max(1, full // benchmark.samples),

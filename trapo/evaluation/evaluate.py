@@ -173,7 +173,8 @@ def _evaluate_model(job: EvalJob, log: Callable[[str], None]) -> EvalResult:
             temperature=job.eval.temperature,
             samples=job.eval.samples,
             seed=job.seed,
-            rows_path=path.with_suffix(".jsonl") if job.ranks.first else None,
+            rows_path=path.with_suffix(".jsonl"),
+            ranks=job.ranks,
             failures=FailureNotes(log),
         )
         result = result.with_traces(trace_likelihood(model, problems, job.precision, job.ranks))
@@ -215,13 +216,15 @@ def evaluate(
     samples: int = 1,
     seed: int,
     rows_path: Path | None = None,
+    ranks: Ranks = ALONE,
     failures: FailureNotes | None = None,
     answers: Answers | None = None,
     at_once: int | None = None,
 ) -> EvalResult:
     """Generate `samples` responses to each problem and score them. temperature: 0 or None is greedy.
 
-    rows_path: where to write one JSON row per response (id, prompt, answer, text, reward, status, detail).
+    rows_path: where to write one JSON row per response (id, prompt, answer, text, reward, status, detail); of several
+    ranks the first one writes.
     failures: told of the rewards; raises TrapoError, after the rows are written, where none can be had. answers: what
     was answered earlier, and where to keep what is. at_once: so many problems are asked, answered and kept together;
     None: all. Each response has random numbers of its own, so that neither decides what is sampled.
@@ -245,7 +248,8 @@ def evaluate(
     by_problem = [found[i] for i in range(len(problems))]
     rows = [row for of_problem in by_problem for row in of_problem]
     if rows_path is not None:
-        write_atomic(rows_path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        ranks.once(lambda: write_atomic(rows_path, text))
     if failures is not None:
         rewards = [Reward(row["reward"], row["status"], row["detail"]) for row in rows]
         failures.check(rewards, f"the evaluation of {len(problems)} problems")

@@ -69,7 +69,8 @@ class HeldOut:
                 temperature=self.config.temperature,
                 samples=self.config.samples,
                 seed=derive_seed(self.seed, "eval", step),
-                rows_path=path.with_suffix(".jsonl") if self.ranks.first else None,
+                rows_path=path.with_suffix(".jsonl"),
+                ranks=self.ranks,
                 failures=self.failures,
             )
             result = result.with_traces(trace_likelihood(self.model, self.problems, self.precision, self.ranks))
@@ -79,6 +80,5 @@ class HeldOut:
                     result, self.prior, self.model, self.precision, self.engine, self.pool, self.tokenizer, limit,
                     self.ranks,
                 )  # fmt: skip
-        if self.ranks.first:
-            result.save(path)
+        self.ranks.once(lambda: result.save(path))
         return result

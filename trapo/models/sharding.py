@@ -27,6 +27,7 @@ from trapo.runs.ranks import Ranks
 
 T = TypeVar("T")
 SHARDS = "shards"  # folder in a checkpoint: trained weights and optimizer state by parameter name, for any world size
+HALF_SHARDS = f".tmp-step-{SHARDS}"  # its name until then
 
 
 def shard(
@@ -133,16 +134,21 @@ Optimizers = Mapping[str, torch.optim.Optimizer]  # by the region of tokens whos
 
 def save_shards(folder: Path, model: PreTrainedModel, optimizers: Optimizers, ranks: Ranks) -> Path | None:
     """Write trained weights and optimizer state from all ranks; returns the temporary folder, which is to be moved into
-    the checkpoint. None for a model that is not sharded: its state is in the checkpoint's own file."""
+    the checkpoint. None for a model that is not sharded: its state is in the checkpoint's own file. Raises on all ranks
+    what one of them could not write."""
     if not is_sharded(model):
         return None
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
 
-    path = folder / f".tmp-step-{SHARDS}"
+    path = folder / HALF_SHARDS
     if ranks.first:
         shutil.rmtree(path, ignore_errors=True)
     ranks.barrier()
-    dcp.save(_state(model, optimizers), checkpoint_id=path)
+    try:
+        dcp.save(_state(model, optimizers), checkpoint_id=path)
+    except CheckpointException as error:  # no Exception, and its first line says only on which ranks
+        raise next(iter(error.failures.values()))[0] from error
     return path
 
 

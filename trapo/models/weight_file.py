@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from trapo.models import lora
 from trapo.models.sharding import whole
-from trapo.tools.files import remove
+from trapo.tools.files import name_file, remove
 from trapo.tools.memory import give_back
 
 _NAMES = {
@@ -87,6 +87,7 @@ class _Sink:
         try:
             act()
         except OSError as error:
+            name_file(error, self.path)
             self.failure = error
 
 

@@ -12,22 +12,27 @@ from transformers import PreTrainedTokenizerBase
 from trapo.data.encode import decode_text
 from trapo.data.problem import prompt_text
 from trapo.rollouts import Rollout
+from trapo.runs.ranks import ALONE, Ranks
 from trapo.runs.run_dir import append_rows
 from trapo.settings.groups import LogConfig
 
 
 class RolloutLog:
-    """Writes the file of a run. path: None where another rank writes it."""
+    """Writes the file of a run. Of several ranks the first one writes, and all must call it."""
 
-    def __init__(self, log: LogConfig, path: Path | None, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.log, self.path, self.tokenizer = log, path, tokenizer
+    def __init__(self, log: LogConfig, path: Path, tokenizer: PreTrainedTokenizerBase, ranks: Ranks = ALONE) -> None:
+        self.log, self.path, self.tokenizer, self.ranks = log, path, tokenizer, ranks
 
     def note(self, step: int, rollouts: Sequence[Rollout], *, scored: bool, seed: int) -> None:
         """Write a sample of a step's rollouts, every log.rollouts_every steps. step: counted from 0."""
-        if self.path is None or not self.log.rollouts_every or step % self.log.rollouts_every:
+        if not self.log.rollouts_every or step % self.log.rollouts_every:
             return
-        chosen = sample_rollouts(rollouts, self.log.rollouts, seed)
-        append_rows(self.path, [rollout_row(step + 1, r, self.tokenizer, scored=scored) for r in chosen])
+
+        def write() -> None:
+            chosen = sample_rollouts(rollouts, self.log.rollouts, seed)
+            append_rows(self.path, [rollout_row(step + 1, r, self.tokenizer, scored=scored) for r in chosen])
+
+        self.ranks.once(write)
 
 
 def sample_rollouts(rollouts: Sequence[Rollout], count: int, seed: int) -> list[Rollout]:

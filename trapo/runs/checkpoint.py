@@ -89,22 +89,21 @@ def write_or_explain(path: Path, fill: Callable[[Path], None]) -> None:
         except Exception as error:  # here what fills the disk is still on it
             if not is_write_error(error):
                 raise
-            raise SaveError(f"{path} could not be written: {_reason(error, folder)}") from error
+            raise SaveError(f"{path} could not be written: {reason(error, folder)}") from error
 
     try:
         write_folder_atomic(path, explained)
     except OSError as error:
-        raise SaveError(f"{path} could not be written: {_reason(error, path.parent)}") from error
+        raise SaveError(f"{path} could not be written: {reason(error, path.parent)}") from error
 
 
 def is_write_error(error: Exception) -> bool:
     """Returns whether a library may have raised it because a file could not be written: torch.save's are RuntimeErrors,
-    those of tokenizers plain Exceptions, those of DCP a class of their own."""
-    known = isinstance(error, (OSError, RuntimeError, SafetensorError)) or type(error) is Exception
-    return known or type(error).__name__ == "CheckpointException"
+    those of tokenizers plain Exceptions."""
+    return isinstance(error, (OSError, RuntimeError, SafetensorError)) or type(error) is Exception
 
 
-def _reason(error: Exception, folder: Path) -> str:
+def reason(error: Exception, folder: Path) -> str:
     """Returns why a write failed, in a few words. torch.save says "unexpected pos" of a full disk."""
     try:
         if shutil.disk_usage(folder).free < 2**20:

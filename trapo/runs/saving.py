@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,16 +11,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trapo.learner import Learner
 from trapo.models.finite import refuse_not_finite
-from trapo.models.sharding import save_shards
+from trapo.models.sharding import HALF_SHARDS, save_shards
 from trapo.models.weights import Writer, writer
 from trapo.runs import checkpoint
 from trapo.runs.manifest import write_manifest
 from trapo.runs.ranks import Ranks, lost_rank
 from trapo.runs.run_dir import RunDir
 from trapo.settings.groups import CheckpointConfig
+from trapo.tools.files import remove
 
 Note = Callable[[str], None]
 T = TypeVar("T")
+_SCRATCH = ".tmp-weights"  # of a sharded model, until its folder is made
 
 
 class Saver:
@@ -72,6 +75,7 @@ class Saver:
             )
             self.ranks.once(lambda: save(write, shards))
         except checkpoint.SaveError as error:
+            self._tidy(folder)
             if must:
                 raise
             kept = f"step {self.step}" if self.step else "none yet"
@@ -82,7 +86,7 @@ class Saver:
 
     def _writer(self, folder: Path, *, final: bool) -> Writer:
         """Returns what writes the model; its weights may lie in a scratch file in the folder until then."""
-        scratch = folder / ".tmp-weights" if self.ranks.first else None
+        scratch = folder / _SCRATCH if self.ranks.first else None
         return self._together(folder, lambda: writer(self.model, self.tokenizer, final=final, scratch=scratch))
 
     def _together(self, folder: Path, write: Callable[[], T]) -> T:
@@ -94,10 +98,17 @@ class Saver:
         except Exception as error:
             if not checkpoint.is_write_error(error) or lost_rank(self.ranks, RuntimeError(str(error))):
                 raise
-            failed.append(str(error).strip().splitlines()[0])
+            failed.append(checkpoint.reason(error, folder))
         if failed := self.ranks.gather(failed):
             raise checkpoint.SaveError(f"{folder} could not be written: {failed[0]}")
         return found
+
+    def _tidy(self, folder: Path) -> None:
+        """Removes what waited for a save that failed: its space may be what the disk lacks."""
+        if self.ranks.first:
+            for name in (_SCRATCH, HALF_SHARDS):
+                with contextlib.suppress(OSError):
+                    remove(folder / name)
 
     def prune(self, note: Note) -> None:
         """Remove the checkpoints that are neither among the newest nor among the best."""
@@ -111,9 +122,13 @@ class Saver:
     def write_final(self, step: int) -> None:
         """Write the final model, in the first rank."""
         refuse_not_finite(self.model, self.ranks, step, self.step)
-        write = self._writer(self.run_dir.path, final=True)
-        if self.ranks.first:
-            checkpoint.write_or_explain(self.run_dir.final, lambda path: _with_manifest(path, write))
+        final = self.run_dir.final
+        try:
+            write = self._writer(self.run_dir.path, final=True)
+            self.ranks.once(lambda: checkpoint.write_or_explain(final, lambda path: _with_manifest(path, write)))
+        except checkpoint.SaveError:
+            self._tidy(self.run_dir.path)
+            raise
 
 
 def _with_manifest(path: Path, write: Writer) -> None:

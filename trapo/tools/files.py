@@ -33,9 +33,10 @@ def write_atomic(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         half.replace(path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             half.unlink(missing_ok=True)
+        name_file(error, path)
         raise
     sync_folder(path.parent)
 
@@ -90,13 +91,20 @@ def append_line(path: Path, line: str) -> None:
             file.write(line.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        except OSError:
+        except OSError as error:
+            name_file(error, path)
             os.ftruncate(file.fileno(), size)
             # What is still buffered would be written by close(), and fail again.
             with contextlib.suppress(OSError):
                 file.close()
             os.truncate(path, size)
             raise
+
+
+def name_file(error: BaseException, path: Path) -> None:
+    """Gives a write's error the file that it is of, which an open file's has not."""
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = str(path)
 
 
 def write_folder_atomic(path: Path, fill: Callable[[Path], None]) -> None:
